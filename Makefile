@@ -1,0 +1,47 @@
+# Two commands are enough: `make demo` and `make test`. Each makes the environment in .venv first.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test lint types imports unit test-slow test-gpu bench clean
+
+demo: $(STAMP)  ## train a small YOCO and a Transformer, read a book, compare: about 5 minutes
+	$(BIN)/oncelm demo
+
+test: lint types imports unit  ## everything that must be green
+
+# torch comes first and alone: on a machine without a GPU a later release would bring gigabytes of CUDA libraries
+$(STAMP): pyproject.toml
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), f"OnceLM needs Python 3.11 or newer, this is {sys.version}"'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "torch==2.13.0"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
+	touch $(STAMP)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP)
+	$(BIN)/mypy
+
+imports: $(STAMP)
+	$(BIN)/lint-imports
+
+unit: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto
+
+test-slow: $(STAMP)  ## tests of more than a few seconds
+	$(BIN)/python -m pytest -m slow
+
+test-gpu: $(STAMP)  ## tests that need a CUDA device
+	$(BIN)/python -m pytest -m gpu
+
+bench: $(STAMP)  ## the figures of README.md, on this machine
+	$(BIN)/oncelm bench prefill
+	$(BIN)/oncelm bench decode
+
+clean:
+	rm -rf $(VENV) build dist runs .pytest_cache .ruff_cache .mypy_cache .hypothesis

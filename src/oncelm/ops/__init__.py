@@ -1,0 +1,20 @@
+"""Tensors in, tensors out: the numerical core, without modules or configuration."""
+
+from oncelm.ops.attention import global_attention, window_attention
+from oncelm.ops.gated_retention import gated_retention
+from oncelm.ops.linear_cross_entropy import linear_cross_entropy
+from oncelm.ops.norm import rms_norm
+from oncelm.ops.rope import apply_rope, rope_frequencies, rope_rotation
+from oncelm.ops.swiglu import swiglu
+
+__all__ = [
+    "apply_rope",
+    "gated_retention",
+    "global_attention",
+    "linear_cross_entropy",
+    "rms_norm",
+    "rope_frequencies",
+    "rope_rotation",
+    "swiglu",
+    "window_attention",
+]

@@ -1,0 +1,25 @@
+"""The recurrent form: one state update a token, as in decoding."""
+
+from __future__ import annotations
+
+import torch
+
+
+def recurrent(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor,
+    scale: float,
+    initial_state: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """S_t = exp(g_t) S_{t-1} + scale k_t^T v_t; o_t = q_t S_t."""
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    q, k, v, decay = q.to(dtype), k.to(dtype) * scale, v.to(dtype), g.to(dtype).exp()
+    B, T, H, K = q.shape
+    state = q.new_zeros(B, H, K, v.shape[-1]) if initial_state is None else initial_state.to(dtype)
+    outputs = []
+    for t in range(T):
+        state = state * decay[:, t, :, None, None] + k[:, t, :, :, None] * v[:, t, :, None, :]
+        outputs.append((q[:, t, :, None, :] @ state).squeeze(-2))  # [B, H, V]
+    return torch.stack(outputs, dim=1) if outputs else torch.zeros_like(v), state

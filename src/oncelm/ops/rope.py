@@ -1,0 +1,49 @@
+"""Rotary position embedding (RoFormer, arXiv 2104.09864) in the conventions of YOCO and of LLaMA.
+
+Two independent choices tell implementations apart, and weights trained with one do not work with another:
+
+- which dimensions form a pair: "interleaved" (2j, 2j + 1) or "half" (j, j + D/2);
+- the frequencies: "inclusive" theta ** (-j / (D/2 - 1)), official YOCO, or "standard" theta ** (-2j / D), LLaMA.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from oncelm.utils.errors import check_choice
+
+PAIRINGS = ("interleaved", "half")
+SPACINGS = ("inclusive", "standard")
+
+
+def rope_frequencies(
+    head_dim: int, theta: float, spacing: str, device: torch.device | str | None = None
+) -> torch.Tensor:
+    """Angle per position of each pair: [D/2], float32."""
+    check_choice("RoPE spacing", spacing, SPACINGS)
+    if head_dim % 2 or head_dim < 2:
+        raise ValueError(f"RoPE needs an even head_dim of at least 2, got {head_dim}.")
+    pairs = head_dim // 2
+    if spacing == "inclusive":
+        exponents = torch.linspace(0, 1, pairs, dtype=torch.float32, device=device)
+    else:
+        exponents = torch.arange(pairs, dtype=torch.float32, device=device) / pairs
+    return 1.0 / (theta**exponents)
+
+
+def rope_rotation(positions: torch.Tensor, frequencies: torch.Tensor) -> torch.Tensor:
+    """exp(i * position * frequency): complex64 [..., T, D/2] for positions [..., T]; made once for all layers."""
+    angles = positions.to(torch.float32)[..., None] * frequencies
+    return torch.polar(torch.ones_like(angles), angles)
+
+
+def apply_rope(x: torch.Tensor, rotation: torch.Tensor, pairing: str) -> torch.Tensor:
+    """Rotate x [B, T, H, D] by rotation [B or 1, T, D/2]; computed in float32 or wider, returned in x's dtype."""
+    rotation = rotation[..., None, :]
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    if pairing == "interleaved":  # a pair of neighbours is a complex number as it stands in memory
+        pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)))
+        return torch.view_as_real(pairs * rotation).flatten(-2).to(x.dtype)
+    real, imaginary = wide.chunk(2, dim=-1)
+    cos, sin = rotation.real, rotation.imag
+    return torch.cat((real * cos - imaginary * sin, imaginary * cos + real * sin), dim=-1).to(x.dtype)

@@ -1,0 +1,32 @@
+"""Errors that teach: what was given, what is allowed, the nearest valid choice."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+def unknown(kind: str, value: object, allowed: Iterable[object]) -> ValueError:
+    """The error for a value outside a known set, with the nearest valid choice.
+
+    >>> str(unknown("backend", "chunck", ["chunk", "naive"]))
+    "unknown backend 'chunck'; did you mean 'chunk'? Allowed: chunk, naive."
+    """
+    names = [str(name) for name in allowed]
+    close = difflib.get_close_matches(str(value), names, n=1, cutoff=0.5)
+    hint = f" did you mean {close[0]!r}?" if close else ""
+    return ValueError(f"unknown {kind} {str(value)!r};{hint} Allowed: {', '.join(names)}.")
+
+
+def check_choice(kind: str, value: object, allowed: Iterable[object]) -> None:
+    """Raise `unknown(...)` unless `value` is one of `allowed`."""
+    allowed = list(allowed)
+    if value not in allowed:
+        raise unknown(kind, value, allowed)
+
+
+def check_positive(**values: int | float) -> None:
+    """Raise ValueError naming the first argument that is not above zero."""
+    for name, value in values.items():
+        if not value > 0:
+            raise ValueError(f"{name} must be above 0, got {value!r}.")
