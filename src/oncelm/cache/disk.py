@@ -1,0 +1,76 @@
+"""A cache on disk: one safetensors file, written atomically, checked when read.
+
+Its header holds the sequence lengths, the fingerprint of the model that computed it, and a checksum of the tensors: a
+file of another model, a damaged one or half of one is refused with a ValueError, never used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from oncelm.cache.model_cache import Snapshot
+from oncelm.utils.files import atomic_file
+
+FORMAT = "oncelm-cache-1"
+
+
+def save_snapshot(snapshot: Snapshot, path: str | os.PathLike[str], fingerprint: str) -> None:
+    """Write a snapshot taken with `cache.snapshot()`; `fingerprint` is `model.fingerprint()`."""
+    if snapshot.rewind_point is not None:
+        raise ValueError("a rewind point has no shared K/V to save; take cache.snapshot(shared=True).")
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in snapshot.tensors.items()}
+    header = {
+        "format": FORMAT,
+        "fingerprint": fingerprint,
+        "lengths": json.dumps(snapshot.lengths),
+        "columns": str(snapshot.columns),
+        "checksum": _checksum(tensors),
+    }
+    with atomic_file(path) as temporary:
+        save_file(tensors, temporary, metadata=header)
+
+
+def load_snapshot(path: str | os.PathLike[str], fingerprint: str, device: torch.device | str = "cpu") -> Snapshot:
+    """Read a snapshot for `cache.restore`.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: no OnceLM cache, damaged, or of a model with another fingerprint.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no cache file at {path}.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is not a readable cache file: {error}") from error
+    if header.get("format") != FORMAT:
+        raise ValueError(f"{path} is not an OnceLM cache file (format {header.get('format')!r}, expected {FORMAT!r}).")
+    if header["fingerprint"] != fingerprint:
+        raise ValueError(
+            f"{path} was computed by another model (fingerprint {header['fingerprint']}, this model {fingerprint})."
+        )
+    if header["checksum"] != _checksum(tensors):
+        raise ValueError(f"{path} is damaged: the checksum of its tensors does not match.")
+    return Snapshot(
+        {name: tensor.to(device) for name, tensor in tensors.items()},
+        tuple(json.loads(header["lengths"])),
+        int(header["columns"]),
+    )
+
+
+def _checksum(tensors: dict[str, torch.Tensor]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,53 @@
+"""What the model asks of a memory: the four calls in which tokens meet each other.
+
+A model never knows where keys, values and states live. Whoever runs it passes an object with these methods: ModelCache
+(contiguous, decoding), FreshCache (nothing remembered, training), and later paged slots in an engine or chunks of a
+sequence over several GPUs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+
+from oncelm.cache.batch import Batch
+
+
+class RetentionMemory(Protocol):
+    """The past of one gated-retention layer."""
+
+    def retain(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """q, k [B, T, H, K], v [B, T, H, V], log decay g [B, T, H] -> o [B, T, H, V]."""
+        ...
+
+
+class WindowMemory(Protocol):
+    """The past of one sliding-window layer."""
+
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """q [B, T, H, D], k, v [B, T, H_kv, D] -> [B, T, H, D]."""
+        ...
+
+
+class SharedMemory(Protocol):
+    """The global keys and values that all layers of the cross-decoder read."""
+
+    def append(self, k: torch.Tensor, v: torch.Tensor, batch: Batch) -> None:
+        """Take in k, v [B, T, H_kv, D] of the batch's tokens."""
+        ...
+
+    def attend(self, q: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """q [B, P, H, D] at the batch's positions (any that were appended) -> [B, P, H, D]."""
+        ...
+
+
+class Memory(Protocol):
+    """The past of a whole model: one RetentionMemory or WindowMemory a self-decoder layer, and the shared one."""
+
+    @property
+    def layers(self) -> Sequence[Any]: ...
+
+    @property
+    def shared(self) -> Any: ...

@@ -1,0 +1,285 @@
+"""The cache of a whole model: what each self-decoder layer remembers, the shared K/V, and how far each sequence is.
+
+It is a `transformers.Cache`, so Hugging Face `generate` takes it as `past_key_values`, but nothing of it is per layer
+of the cross-decoder and nothing grows by concatenation.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import Cache
+
+from oncelm.cache.batch import HISTORY, Batch
+from oncelm.cache.retention_state import RetentionState
+from oncelm.cache.shared_kv import SharedKV
+from oncelm.cache.window_kv import WindowKV
+
+LayerCache = RetentionState | WindowKV
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A copy of a cache at one moment: `tensors` by name ("layers.3.state", "shared.k" [N, tokens, H_kv, D]).
+
+    `tensors` has no shared K/V in a rewind point (`snapshot(shared=False)`), which only its own cache can return to.
+    """
+
+    tensors: dict[str, torch.Tensor]
+    lengths: tuple[int, ...]
+    columns: int
+    rewind_point: int | None = None
+
+
+class ModelCache(Cache):
+    """Preallocated cache for `batch_size` sequences of up to `max_tokens` tokens (None: as many as come).
+
+    Attributes:
+        layers: one RetentionState or WindowKV a self-decoder layer.
+        shared: the global key/value cache; None for a model without a cross-decoder.
+        lengths: tokens held of each sequence (padding is never held).
+        columns: columns of padded input taken in so far; equals the lengths when nothing was padded.
+    """
+
+    def __init__(
+        self, layers: list[LayerCache], shared: SharedKV | None, batch_size: int, max_tokens: int | None
+    ) -> None:
+        super().__init__(layers=layers)
+        self.shared = shared
+        self.max_tokens = max_tokens
+        self.lengths: tuple[int, ...] = (0,) * batch_size
+        self.columns = 0
+        self._running = False  # between begin and commit; still set when a forward pass failed midway
+        self._recording = False
+        self._history: deque[Batch] = deque(maxlen=HISTORY)
+        self._rewind_points: dict[int, tuple[int, ...]] = {}
+        self._rewind_serial = 0
+
+    # -- what it holds --------------------------------------------------------------------------------------------
+
+    @property
+    def batch_size(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens held of the longest sequence."""
+        return max(self.lengths)
+
+    def nbytes(self) -> int:
+        """Bytes allocated, used or not."""
+        return sum(tensor.nbytes for tensor in self._tensors().values())
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        owners = {f"layers.{i}": layer for i, layer in enumerate(self.layers)}
+        if self.shared is not None:
+            owners["shared"] = self.shared
+        return {f"{name}.{part}": getattr(owner, part) for name, owner in owners.items() for part in owner.tensor_names}
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self._tensors().values())).device
+
+    def __repr__(self) -> str:
+        capacity = "growing" if self.max_tokens is None else f"{self.max_tokens} tokens"
+        return (
+            f"ModelCache({self.batch_size} x {capacity}, holds {list(self.lengths)}, {self.nbytes() / 2**20:.1f} MiB)"
+        )
+
+    # -- a forward pass -------------------------------------------------------------------------------------------
+
+    def check_room(self, new_tokens: int) -> None:
+        """ValueError unless every sequence can take `new_tokens` more."""
+        if self._running:
+            raise ValueError(
+                "an earlier forward pass on this cache failed midway, so its state is undefined: "
+                "call cache.reset(), or cache.restore(snapshot)."
+            )
+        if self.max_tokens is not None and self.num_tokens + new_tokens > self.max_tokens:
+            raise ValueError(
+                f"the cache holds at most {self.max_tokens} tokens a sequence and has {self.num_tokens}; "
+                f"{new_tokens} more do not fit. Make it larger: model.new_cache({self.batch_size}, max_tokens=...)."
+            )
+
+    def begin(self) -> None:
+        """Mark that layers are about to change; until `commit`, a failure leaves the cache unusable, not wrong."""
+        self._running = True
+
+    def commit(self, batch: Batch, columns: int) -> None:
+        """All layers have taken in `batch`, which stood in `columns` columns of input."""
+        self.lengths = batch.ends
+        self.columns += columns
+        if self._recording:
+            self._history.append(batch)
+        self._running = False
+
+    # -- copies and returns ---------------------------------------------------------------------------------------
+
+    def snapshot(self, shared: bool = True) -> Snapshot:
+        """A copy to return to with `restore`.
+
+        With `shared=False` the shared K/V is not copied: a cheap rewind point for this cache alone (prefill a document
+        once, ask it many questions). It stays valid until the cache is restored to, or cropped to, an earlier place.
+        """
+        assert not self._running, "snapshot of a cache whose forward pass failed"
+        held = {
+            name: (tensor[:, : self.num_tokens] if name.startswith("shared.") else tensor).clone()
+            for name, tensor in self._tensors().items()
+            if shared or not name.startswith("shared.")
+        }
+        point = None
+        if not shared:
+            self._rewind_serial += 1
+            point = self._rewind_serial
+            self._rewind_points[point] = self.lengths
+        return Snapshot(held, self.lengths, self.columns, point)
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Return to a snapshot of this cache, or of another one for the same model and batch size."""
+        if snapshot.rewind_point is not None and snapshot.rewind_point not in self._rewind_points:
+            raise ValueError(
+                "this rewind point is of another cache, or its shared K/V was overwritten after a return to an "
+                "earlier place; take it again, or use snapshot(shared=True)."
+            )
+        if len(snapshot.lengths) != self.batch_size:
+            raise ValueError(f"the snapshot is of {len(snapshot.lengths)} sequences, the cache has {self.batch_size}.")
+        longest = max(snapshot.lengths)
+        if self.max_tokens is not None and longest > self.max_tokens:
+            raise ValueError(f"the snapshot holds {longest} tokens, the cache at most {self.max_tokens}.")
+        if self.shared is not None:
+            self.shared.reserve(longest)
+        mine = self._tensors()
+        whole = {name for name in mine if snapshot.rewind_point is None or not name.startswith("shared.")}
+        if whole != set(snapshot.tensors):
+            raise ValueError("the snapshot is of a cache with other layers than this one.")
+        for name, saved in snapshot.tensors.items():
+            target = mine[name][:, :longest] if name.startswith("shared.") else mine[name]
+            if target.shape != saved.shape:
+                raise ValueError(f"{name} of the snapshot is {tuple(saved.shape)}, of the cache {tuple(target.shape)}.")
+        for name, saved in snapshot.tensors.items():
+            target = mine[name][:, :longest] if name.startswith("shared.") else mine[name]
+            target.copy_(saved)
+        self._set_lengths(snapshot.lengths, snapshot.columns)
+        self._forget_history()
+        self._running = False
+
+    def _set_lengths(self, lengths: tuple[int, ...], columns: int) -> None:
+        self.lengths, self.columns = lengths, columns
+        self._rewind_points = {
+            point: there
+            for point, there in self._rewind_points.items()
+            if all(a <= b for a, b in zip(there, lengths, strict=True))
+        }
+
+    def reset(self) -> None:
+        """Forget everything; the memory stays allocated."""
+        for name, tensor in self._tensors().items():
+            if not name.startswith("shared."):
+                tensor.zero_()
+        self._set_lengths((0,) * self.batch_size, 0)
+        self._forget_history()
+        self._running = False
+
+    # -- batch rows -----------------------------------------------------------------------------------------------
+
+    def select(self, rows: Sequence[int] | torch.Tensor) -> None:
+        """Keep sequences `rows`, in that order, with repeats (beam search, dropping finished sequences)."""
+        index = torch.as_tensor(rows, device=self.device, dtype=torch.long)
+        chosen = index.tolist()
+        if not chosen or min(chosen) < 0 or max(chosen) >= self.batch_size:
+            raise ValueError(f"rows must be in 0..{self.batch_size - 1} and at least one, got {chosen}.")
+        if chosen == list(range(self.batch_size)):
+            return
+        for layer in [*self.layers, *([self.shared] if self.shared is not None else [])]:
+            for part in layer.tensor_names:
+                old = getattr(layer, part)
+                if len(chosen) != old.shape[0]:
+                    setattr(layer, part, old[index])
+                elif isinstance(layer, SharedKV):  # in place, and only the part in use
+                    old[:, : self.num_tokens] = old[index, : self.num_tokens]
+                else:
+                    old.copy_(old[index])
+        self.lengths = tuple(self.lengths[row] for row in chosen)
+        self._rewind_points = {}
+        self._forget_history()
+
+    # -- undoing the last forward passes (speculative and assisted decoding) ---------------------------------------
+
+    def record(self, on: bool = True) -> None:
+        """Remember the inputs of each forward pass, so that `crop` can undo the last ones exactly.
+
+        A recurrent state cannot be cropped, but it can be rebuilt: from a copy of the state before and the kept tokens.
+        The last HISTORY passes are remembered, until the next `crop`.
+        """
+        self._recording = on
+        self._forget_history()
+        for layer in self.layers:
+            layer.recording = on
+
+    def _forget_history(self) -> None:
+        self._history.clear()
+        for layer in self.layers:
+            layer.history.clear()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Undo the last `abs(tokens_to_remove)` tokens of every sequence (Hugging Face passes them negative).
+
+        Raises:
+            ValueError: more than was taken in since `record()` or the last `crop`; nothing has changed then.
+        """
+        remove = abs(tokens_to_remove)
+        passes: list[tuple[Batch, int]] = []  # (the part of a forward pass to keep, columns to take back), latest first
+        for batch in reversed(self._history):
+            if remove == 0:
+                break
+            back = min(remove, *batch.lengths)
+            if back < remove and len(set(batch.lengths)) > 1:
+                break  # sequences of different lengths: the rest would come out of different passes
+            lengths = tuple(length - back for length in batch.lengths)
+            if batch.cu_seqlens is None:
+                kept = Batch.dense(batch.starts, lengths[0], self.device)
+            else:
+                kept = Batch.packed(batch.starts, lengths, self.device)
+            passes.append((kept, back))
+            remove -= back
+        if remove:
+            raise ValueError(
+                f"crop was asked to remove {abs(tokens_to_remove)} tokens and can undo "
+                f"{abs(tokens_to_remove) - remove}: turn cache.record() on before the forward passes to undo."
+            )
+        for kept, back in passes:
+            for layer in self.layers:
+                layer.rewind(kept)
+            self._set_lengths(kept.ends, self.columns - back)
+        self._forget_history()
+
+    # -- names that Hugging Face generate calls -------------------------------------------------------------------
+
+    is_compileable = False  # generate compiles forward itself only for its own static caches
+    is_initialized = True
+    is_croppable = True
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Columns of (padded) input taken in so far."""
+        return self.columns
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        return -1 if self.max_tokens is None else self.max_tokens
+
+    def get_max_cache_shape(self, layer_idx: int = 0) -> int:
+        return self.get_max_length()
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        self.select(beam_idx)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self.select(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.select([row for row in range(self.batch_size) for _ in range(repeats)])
+
+    def activate_past_recording(self) -> None:
+        self.record()

@@ -1,0 +1,147 @@
+"""Models by name: `load` reads weights from a folder or hub id, `build_model` starts one from a preset."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from oncelm.models.yoco.modeling import YocoForCausalLM
+from oncelm.models.yoco.official import is_official_folder, read_official, read_params, unsafe_pickle
+from oncelm.models.yoco.presets import PRESETS, preset_config
+from oncelm.utils.device import resolve_device, resolve_dtype
+
+logger = logging.getLogger(__name__)
+
+
+def load(
+    path: str | os.PathLike[str], device: str | torch.device | None = None, dtype: str | torch.dtype | None = None
+) -> PreTrainedModel:
+    """Load a model in evaluation mode.
+
+    Args:
+        path: an official YOCO folder, a Hugging Face folder (OnceLM's or any causal LM that transformers knows),
+            or a hub id.
+        device: "cpu", "cuda", ...; None means a GPU if there is one.
+        dtype: "float32", "bfloat16", ... or a torch.dtype; None means the checkpoint's.
+
+    Raises:
+        FileNotFoundError: no such folder.
+        ValueError: not a model, damaged, unsafe, or with missing or wrong-size tensors (and unexpected ones, where the
+            model is OnceLM's own).
+    """
+    target, precision = resolve_device(device), None if dtype is None else resolve_dtype(dtype)
+    if is_official_folder(path):
+        return read_official(path, precision).to(target)
+    config = read_config(path)
+    is_folder = Path(path).is_dir()
+    with _errors_in_one_line(path), quiet_transformers(progress_bars=not is_folder):
+        model, info = AutoModelForCausalLM.from_pretrained(
+            path,
+            config=config,
+            dtype=precision or "auto",
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,  # they are listed in `info` instead, and refused below
+            output_loading_info=True,
+        )
+    _check_complete(path, info)
+    return model.to(target).eval()
+
+
+def read_config(path: str | os.PathLike[str]) -> PreTrainedConfig:
+    """The configuration of a model folder or hub id, as `load` would use it; no weights are read."""
+    if is_official_folder(path):
+        return read_params(path)
+    _check_folder(path)
+    with _errors_in_one_line(path), quiet_transformers():
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+
+
+def build_model(name: str, *, seed: int = 0, **overrides: Any) -> YocoForCausalLM:
+    """A model of a preset (`oncelm info` lists them) with fresh weights drawn from `seed`, in float32 on the CPU."""
+    config = preset_config(name, **overrides)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return YocoForCausalLM(config)
+
+
+@contextlib.contextmanager
+def quiet_transformers(progress_bars: bool = False) -> Iterator[None]:
+    """Within, transformers logs errors only, and shows progress bars only if asked to."""
+    verbosity, had_bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    if not progress_bars:
+        transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if had_bars:
+            transformers_logging.enable_progress_bar()
+
+
+def _check_folder(path: str | os.PathLike[str]) -> None:
+    folder = Path(path)
+    if not folder.exists():
+        if _may_be_hub_id(path):
+            return
+        hint = " That is a preset: a shape without weights; `oncelm train` makes some." if str(path) in PRESETS else ""
+        raise FileNotFoundError(f"no model folder at {path}.{hint}")
+    config = folder / "config.json"
+    if not config.is_file():
+        found = ", ".join(sorted(file.name for file in folder.iterdir())[:6]) if folder.is_dir() else "a file"
+        raise ValueError(
+            f"{path} is no model folder: it needs config.json (Hugging Face) or params.json and checkpoint.pth "
+            f"(official YOCO); found: {found or 'nothing'}."
+        )
+    try:
+        settings = json.loads(config.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{config} is not JSON: {error}") from error
+    if not isinstance(settings, dict) or "model_type" not in settings:
+        raise ValueError(f"{config} describes no model: it must be a JSON object with a key model_type.")
+
+
+def _may_be_hub_id(path: str | os.PathLike[str]) -> bool:
+    return str(path).count("/") == 1 and not str(path).startswith((".", "/", "~"))
+
+
+def _check_complete(path: str | os.PathLike[str], info: dict[str, Any]) -> None:
+    """What transformers only warns of: parts of the model that would be random numbers."""
+    missing, mismatched = sorted(info["missing_keys"]), sorted(info["mismatched_keys"])
+    if missing:
+        raise ValueError(f"{path} lacks {_some(missing)}.")
+    if mismatched:
+        name, found, expected = mismatched[0]
+        raise ValueError(f"{path}: {name} is {list(found)}, config.json asks for {list(expected)}.")
+    if unexpected := sorted(info["unexpected_keys"]):
+        logger.warning("%s: not used by this model: %s.", path, _some(unexpected))
+
+
+def _some(names: list[str]) -> str:
+    return f"{len(names)} tensors: {', '.join(names[:4])}{', ...' if len(names) > 4 else ''}"
+
+
+@contextlib.contextmanager
+def _errors_in_one_line(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Whatever goes wrong inside transformers, told as a ValueError of one line that names `path`."""
+    try:
+        yield
+    except pickle.UnpicklingError as error:
+        raise unsafe_pickle(path) from error
+    except Exception as error:  # config classes, safetensors and torch each raise their own
+        lines = str(error).splitlines()
+        reason = next((line.strip() for line in lines if line.strip()), type(error).__name__)
+        where = str(path) if Path(path).exists() else f"{path} (no such folder, so taken for a Hugging Face hub id)"
+        raise ValueError(
+            reason if reason.startswith(str(path)) else f"cannot load a model from {where}: {reason}"
+        ) from error

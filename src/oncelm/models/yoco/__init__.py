@@ -1,0 +1,6 @@
+"""YOCO: a self-decoder that writes one global key/value cache and a cross-decoder that reads it."""
+
+from oncelm.models.yoco.config import YocoConfig
+from oncelm.models.yoco.modeling import YocoForCausalLM
+
+__all__ = ["YocoConfig", "YocoForCausalLM"]

@@ -1,0 +1,215 @@
+"""YOCO's layers (arXiv 2405.05254, sections 2 and 3), written once for training, generation, serving and scoring.
+
+Everything here works on single tokens but for three calls: `retain` (gated retention), `attend` (sliding window, shared
+K/V) and `append` (shared K/V). Those are methods of the layer caches of `oncelm.cache`, which know what a batch is
+(dense or packed) and what came before it. Another memory (paged, sharded over GPUs) is another set of objects with
+these methods.
+
+Shapes: B rows, T tokens (packed: B = 1), d hidden size, H heads, D head dimension, P positions whose logits are wanted.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from oncelm.cache import Batch, Memory, RetentionMemory, Selection, SharedMemory, WindowMemory
+from oncelm.models.yoco.config import YocoConfig
+from oncelm.ops import apply_rope, rms_norm, rope_frequencies, rope_rotation, swiglu
+
+
+class RMSNorm(nn.Module):
+    """RMSNorm with a learned weight [d]."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+
+class XavierLinear(nn.Linear):
+    """A linear layer without bias that the official code initialises by Xavier's rule with a gain of its own."""
+
+    def __init__(self, in_features: int, out_features: int, gain: float) -> None:
+        super().__init__(in_features, out_features, bias=False)
+        self.gain = gain
+
+
+class GatedRetention(nn.Module):
+    """Multi-head gated retention: rotate, retain, normalise each head, gate, project (section 3.1)."""
+
+    def __init__(self, config: YocoConfig) -> None:
+        super().__init__()
+        d, self.head_dim = config.hidden_size, config.self_head_dim
+        self.pairing, self.eps = config.rope_pairing, config.rms_norm_eps
+        self.gate_logit_normalizer = config.gate_logit_normalizer
+        self.q_proj = XavierLinear(d, d, gain=2**-2.5)
+        self.k_proj = XavierLinear(d, d, gain=2**-2.5)
+        self.v_proj = XavierLinear(d, d, gain=2**-2.5)
+        self.g_proj = XavierLinear(d, d, gain=2**-2.5)
+        self.gt_proj = XavierLinear(d, config.num_self_heads, gain=2**-2.5)
+        self.out_proj = XavierLinear(d, d, gain=2**-1)
+
+    def forward(self, x: torch.Tensor, rotation: torch.Tensor, memory: RetentionMemory, batch: Batch) -> torch.Tensor:
+        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = apply_rope(q, rotation, self.pairing), apply_rope(k, rotation, self.pairing)
+        # the log decay stays float32: it is summed over the whole sequence
+        g = F.logsigmoid(self.gt_proj(x).float()) / self.gate_logit_normalizer
+        o = rms_norm(memory.retain(q, k, v, g, batch), None, self.eps)
+        return self.out_proj(swiglu(self.g_proj(x), o.flatten(2)))
+
+
+class SlidingWindowAttention(nn.Module):
+    """Causal attention over the last `window_size` tokens (section 3.2)."""
+
+    def __init__(self, config: YocoConfig) -> None:
+        super().__init__()
+        d, self.head_dim = config.hidden_size, config.self_head_dim
+        self.pairing = config.rope_pairing
+        kv_dim = config.self_kv_heads * self.head_dim
+        self.q_proj = nn.Linear(d, d, bias=False)
+        self.k_proj = nn.Linear(d, kv_dim, bias=False)
+        self.v_proj = nn.Linear(d, kv_dim, bias=False)
+        self.out_proj = nn.Linear(d, d, bias=False)
+
+    def forward(self, x: torch.Tensor, rotation: torch.Tensor, memory: WindowMemory, batch: Batch) -> torch.Tensor:
+        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = apply_rope(q, rotation, self.pairing), apply_rope(k, rotation, self.pairing)
+        return self.out_proj(memory.attend(q, k, v, batch).flatten(2))
+
+
+class CrossAttention(nn.Module):
+    """Causal attention over the shared keys and values; only the queries are this layer's own (section 2.2)."""
+
+    def __init__(self, config: YocoConfig) -> None:
+        super().__init__()
+        d, self.head_dim = config.hidden_size, config.head_dim
+        self.pairing = config.rope_pairing
+        self.q_proj = nn.Linear(d, d, bias=False)
+        self.out_proj = nn.Linear(d, d, bias=False)
+
+    def forward(self, x: torch.Tensor, rotation: torch.Tensor, memory: SharedMemory, batch: Batch) -> torch.Tensor:
+        q = apply_rope(self.q_proj(x).unflatten(-1, (-1, self.head_dim)), rotation, self.pairing)
+        return self.out_proj(memory.attend(q, batch).flatten(2))
+
+
+class FeedForward(nn.Module):
+    """fc2(silu(fc1(x)) * gate(x))."""
+
+    def __init__(self, config: YocoConfig) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.gate = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc2(swiglu(self.fc1(x), self.gate(x)))
+
+
+class DecoderLayer(GradientCheckpointingLayer):
+    """x += mixer(norm(x)); x += ffn(norm(x))."""
+
+    def __init__(self, config: YocoConfig, mixer: nn.Module) -> None:
+        super().__init__()
+        self.mixer = mixer
+        self.mixer_layer_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.ffn = FeedForward(config)
+        self.final_layer_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        rotation: torch.Tensor,
+        memory: RetentionMemory | WindowMemory | SharedMemory,
+        batch: Batch,
+    ) -> torch.Tensor:
+        x = x + self.mixer(self.mixer_layer_norm(x), rotation, memory, batch)
+        return x + self.ffn(self.final_layer_norm(x))
+
+
+class SelfDecoder(nn.Module):
+    """The layers that read the whole sequence."""
+
+    def __init__(self, config: YocoConfig) -> None:
+        super().__init__()
+        mixer = GatedRetention if config.self_decoder == "gated_retention" else SlidingWindowAttention
+        self.layers = nn.ModuleList(DecoderLayer(config, mixer(config)) for _ in range(config.num_self_decoder_layers))
+
+
+class CrossDecoder(nn.Module):
+    """The projections of the shared keys and values, and the layers that read them."""
+
+    def __init__(self, config: YocoConfig) -> None:
+        super().__init__()
+        self.head_dim, self.pairing = config.head_dim, config.rope_pairing
+        kv_dim = config.shared_kv_heads * config.head_dim
+        self.k_proj = nn.Linear(config.hidden_size, kv_dim, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, kv_dim, bias=False)
+        self.kv_layer_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, CrossAttention(config)) for _ in range(config.num_cross_decoder_layers)
+        )
+
+    def keys_and_values(self, y: torch.Tensor, rotation: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """shared_k, shared_v [B, T, H_kv, D] of the self-decoder's output y [B, T, d]."""
+        y = self.kv_layer_norm(y)
+        k, v = (proj(y).unflatten(-1, (-1, self.head_dim)) for proj in (self.k_proj, self.v_proj))
+        return apply_rope(k, rotation, self.pairing), v
+
+
+def run_layers(
+    config: YocoConfig,
+    self_decoder: SelfDecoder,
+    cross_decoder: CrossDecoder | None,
+    embeddings: torch.Tensor,
+    batch: Batch,
+    memory: Memory,
+    wanted: Selection | None,
+) -> torch.Tensor | None:
+    """Run all layers on a batch, each only on the positions that need it.
+
+    The layers behind the last self layer mix no new tokens: what they compute at one position, no other position ever
+    sees. So they run on the wanted positions only, whichever those are, and the result is exact.
+
+    Args:
+        embeddings: [B, T, d].
+        memory: what came before, read and extended: a ModelCache, or a FreshCache for a pass on its own.
+        wanted: positions whose hidden states are asked for; None for none, as in all chunks of a prefill but the last.
+
+    Returns:
+        Hidden states [B, P, d] before the final norm, or None.
+    """
+
+    def rotation(head_dim: int, at: Batch) -> torch.Tensor:
+        frequencies = rope_frequencies(head_dim, config.rope_theta, config.rope_spacing, embeddings.device)
+        return rope_rotation(at.positions, frequencies)
+
+    order = config.layer_order
+    last_mixing = max((place for place, (kind, _) in enumerate(order) if kind == "self"), default=-1)
+    x, at = embeddings, batch
+    self_rotation = rotation(config.self_head_dim, batch)
+    cross_rotation = rotation(config.head_dim, batch)
+    for place, (kind, i) in enumerate(order):
+        if kind == "self":
+            x = self_decoder.layers[i](x, self_rotation, memory.layers[i], batch)
+            continue
+        assert cross_decoder is not None
+        if i == 0:
+            shared_k, shared_v = cross_decoder.keys_and_values(x, cross_rotation)
+            memory.shared.append(shared_k, shared_v, batch)
+            if config.layout == "unstacked":
+                x = embeddings
+        if place == last_mixing + 1:
+            if wanted is None:
+                return None
+            x, at = wanted.take(x), wanted.batch
+            cross_rotation = rotation(config.head_dim, at)
+        x = cross_decoder.layers[i](x, cross_rotation, memory.shared, at)
+    if at is batch and wanted is not None:  # the last layer was a self layer
+        x = wanted.take(x)
+    return None if wanted is None else x

@@ -1,0 +1,424 @@
+"""YOCO as a Hugging Face causal language model: forward, loss, chunked prefill, generate."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.generation.configuration_utils import GenerationMode
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from oncelm.cache import (
+    FreshCache,
+    FreshRetention,
+    FreshWindow,
+    ModelCache,
+    RetentionState,
+    Selection,
+    SharedKV,
+    WindowKV,
+)
+from oncelm.models.yoco import inputs as reading
+from oncelm.models.yoco.config import YocoConfig
+from oncelm.models.yoco.model import CrossDecoder, DecoderLayer, RMSNorm, SelfDecoder, XavierLinear, run_layers
+from oncelm.ops import linear_cross_entropy
+from oncelm.utils.errors import unknown
+
+PREFILL_CHUNK_SIZE = 8192  # tokens; activations of one chunk fit a CPU's caches and a GPU's spare memory
+
+
+class YocoForCausalLM(PreTrainedModel, GenerationMixin):
+    """A decoder-decoder language model (arXiv 2405.05254). Parameters carry the official checkpoint's names."""
+
+    config_class = YocoConfig
+    config: YocoConfig
+    base_model_prefix = ""
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["DecoderLayer"]  # noqa: RUF012
+    _tied_weights_keys = {"output_projection.weight": "embed_tokens.weight"}  # noqa: RUF012
+    _supports_sdpa = True
+
+    def __init__(self, config: YocoConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.self_decoder = SelfDecoder(config)
+        self.cross_decoder = CrossDecoder(config) if config.num_cross_decoder_layers else None
+        self.layer_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.output_projection = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """The official code's initialisation."""
+        if isinstance(module, XavierLinear):
+            init.xavier_uniform_(module.weight, gain=module.gain)
+        elif isinstance(module, nn.Linear):
+            init.kaiming_uniform_(module.weight, a=math.sqrt(5))
+        elif isinstance(module, nn.Embedding):
+            init.normal_(module.weight, std=module.weight.shape[1] ** -0.5)
+        elif isinstance(module, RMSNorm):
+            init.ones_(module.weight)
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.embed_tokens = value
+
+    def get_output_embeddings(self) -> nn.Linear:
+        return self.output_projection
+
+    def set_output_embeddings(self, value: nn.Linear) -> None:
+        self.output_projection = value
+
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Any = None, **kwargs: Any
+    ) -> None:
+        """transformers' hook. The shared K/V reach the layers through the cache object, and the reentrant variant loses
+        the gradients of whatever is not an argument: it is refused."""
+        options = getattr(gradient_checkpointing_func, "keywords", {})
+        if enable and options.get("use_reentrant"):
+            raise ValueError("gradient checkpointing of YOCO needs use_reentrant=False (the default here).")
+        super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **kwargs)
+
+    # -- caches ---------------------------------------------------------------------------------------------------
+
+    def new_cache(
+        self, batch_size: int = 1, max_tokens: int | None = None, dtype: torch.dtype | None = None
+    ) -> ModelCache:
+        """A preallocated cache on the model's device.
+
+        Args:
+            batch_size: sequences.
+            max_tokens: capacity of each sequence; None starts small and doubles as needed.
+            dtype: of keys and values; None means the model's. Retention states are always float32.
+        """
+        for name, value in (("batch_size", batch_size), ("max_tokens", max_tokens)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}.")
+        config, device = self.config, self.device
+        dtype = dtype or self.dtype
+        layers: list[RetentionState | WindowKV] = []
+        for _ in range(config.num_self_decoder_layers):
+            if config.self_decoder == "gated_retention":
+                head_dim = config.self_head_dim
+                layers.append(RetentionState(batch_size, config.num_self_heads, head_dim, head_dim, device))
+            else:
+                kv_heads, head_dim = config.self_kv_heads, config.self_head_dim
+                layers.append(WindowKV(batch_size, config.window_size, kv_heads, head_dim, dtype, device))
+        shared = None
+        if config.num_cross_decoder_layers:
+            shared = SharedKV(batch_size, max_tokens, config.shared_kv_heads, config.head_dim, dtype, device)
+        return ModelCache(layers, shared, batch_size, max_tokens)
+
+    def _fresh_cache(self, num_sequences: int) -> FreshCache:
+        retention = self.config.self_decoder == "gated_retention"
+        layers = [
+            FreshRetention() if retention else FreshWindow(self.config.window_size)
+            for _ in range(self.config.num_self_decoder_layers)
+        ]
+        return FreshCache(layers, num_sequences)
+
+    def fingerprint(self) -> str:
+        """A short hash of the configuration and of a sample of every parameter: whose cache a file is."""
+        digest = hashlib.blake2b(digest_size=12)
+        own = {key: getattr(self.config, key) for key in YocoConfig.own_keys()}
+        digest.update(json.dumps(own, sort_keys=True).encode())
+        for name, parameter in sorted(self.named_parameters()):
+            flat = parameter.detach().flatten()
+            sample = flat[:: max(1, flat.numel() // 64)].float().cpu()
+            digest.update(name.encode() + sample.numpy().tobytes())
+        return digest.hexdigest()
+
+    # -- forward --------------------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: ModelCache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+        num_items_in_batch: int | torch.Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> CausalLMOutputWithPast | tuple:
+        """Logits, loss, or both; the cross-decoder runs only on the positions that they need.
+
+        Args:
+            input_ids: [B, T] token ids.
+            attention_mask: [B, T], or [B, earlier + T] with a cache; 0 marks padding. Padding is left out of all
+                computation; positions count real tokens.
+            past_key_values: a cache from `new_cache` or an earlier call; the tokens are appended to it.
+            inputs_embeds: [B, T, d] instead of input_ids, before scaling by sqrt(d).
+            labels: [B, T] targets as in Hugging Face: not shifted, -100 ignored. The loss is the mean over targets.
+            use_cache: return a cache; None means config.use_cache in evaluation without labels. A pass with a cache
+                computes no gradients.
+            logits_to_keep: which logits to return: None or 0 all (with labels, None means none), n the last n columns,
+                a vector the columns at these indices, or a [B, T] mask of booleans (logits [number of True, V]).
+            cu_seqlens: [N + 1] borders of N sequences packed into one row of input_ids.
+            num_items_in_batch: divide the summed loss by this instead of the number of targets (gradient accumulation).
+            output_attentions, output_hidden_states: not offered; True is refused.
+            return_dict: False returns a tuple.
+
+        Returns:
+            CausalLMOutputWithPast with `loss`, `logits` [B, P, V] (zeros at padding) and `past_key_values`.
+
+        Raises:
+            ValueError: inputs that do not fit the model, the cache or each other; nothing has been changed then.
+        """
+        for name, value in (("output_attentions", output_attentions), ("output_hidden_states", output_hidden_states)):
+            if value:
+                raise ValueError(f"{name}=True is not offered by YOCO models.")
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give input_ids or inputs_embeds, one of them.")
+        tokens = input_ids if input_ids is not None else inputs_embeds
+        assert tokens is not None
+        self._check_tokens(input_ids, inputs_embeds)
+        cache = self._check_cache(past_key_values)
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training and labels is None
+        if cache is None and use_cache:
+            cache = self.new_cache(tokens.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1)
+        inputs = reading.read_inputs(
+            tokens.shape,
+            tokens.device,
+            attention_mask,
+            cu_seqlens,
+            None if cache is None else cache.lengths,
+            0 if cache is None else cache.columns,
+        )
+        # a cache holds values, not graphs: with gradients on, the earlier tokens' share would be missing silently
+        with torch.set_grad_enabled(torch.is_grad_enabled() and cache is None):
+            loss, logits = self._loss_and_logits(tokens, inputs, cache, labels, logits_to_keep, num_items_in_batch)
+        output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
+        wants_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if wants_dict else output.to_tuple()
+
+    def _loss_and_logits(
+        self,
+        tokens: torch.Tensor,
+        inputs: reading.Inputs,
+        cache: ModelCache | None,
+        labels: torch.Tensor | None,
+        logits_to_keep: int | torch.Tensor | None,
+        num_items_in_batch: int | torch.Tensor | None,
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """The wanted ones of the two, from one run of the layers."""
+        shape, T, device = tokens.shape, inputs.columns, tokens.device
+        keep_mask = isinstance(logits_to_keep, torch.Tensor) and logits_to_keep.dim() == 2
+        dense = inputs.batch.cu_seqlens is None
+        if labels is None and dense and not keep_mask:
+            columns = reading.wanted_columns(logits_to_keep, T, device)
+            hidden = self._hidden(tokens, inputs, cache, inputs.batch.columns(columns))
+            return None, self.output_projection(hidden)
+        targets = None if labels is None else reading.target_mask(labels, inputs, shape)
+        if (
+            labels is not None
+            and targets is not None
+            and logits_to_keep is None
+            and dense
+            and T > 1
+            and bool(targets[:, :-1].all())
+        ):
+            hidden = self._hidden(tokens, inputs, cache, inputs.batch.columns(slice(0, T - 1)))
+            return self._loss(hidden.flatten(0, 1), labels[:, 1:].flatten(), num_items_in_batch), None
+
+        # any positions: compute the union of those that the loss and the logits need, as a packed row
+        kept = torch.zeros(shape[:2], dtype=torch.bool, device=device)
+        wanted: slice | torch.Tensor | None = None
+        if keep_mask:
+            assert isinstance(logits_to_keep, torch.Tensor)
+            kept |= reading.check_mask(logits_to_keep.to(device, torch.bool), inputs, shape)
+        elif labels is None or logits_to_keep is not None:
+            wanted = reading.wanted_columns(logits_to_keep, T, device)
+            kept[:, wanted] = True
+            if inputs.real is not None:
+                kept &= inputs.real
+        computed = kept if targets is None else kept | targets
+        hidden = self._hidden(tokens, inputs, cache, inputs.select(computed))[0]  # [count, d]
+        rank = computed.flatten().cumsum(0).view(shape[:2]) - 1  # row of `hidden` of each computed position
+        loss = logits = None
+        if labels is not None and targets is not None:
+            rows = targets.nonzero()
+            loss = self._loss(hidden[rank[targets]], labels[rows[:, 0], rows[:, 1] + 1], num_items_in_batch)
+        if keep_mask:
+            logits = self.output_projection(hidden[rank[kept]])
+        elif wanted is not None:
+            there = kept[:, wanted]
+            picked = hidden.new_zeros(*there.shape, hidden.shape[-1])
+            picked[there] = hidden[rank[:, wanted][there]]
+            logits = self.output_projection(picked)
+        return loss, logits
+
+    def _hidden(
+        self, tokens: torch.Tensor, inputs: reading.Inputs, cache: ModelCache | None, wanted: Selection | None
+    ) -> torch.Tensor:
+        """Final hidden states [B, P, d] at `wanted` (None: [1, 0, d]); the cache, if any, moves past the tokens."""
+        if cache is not None:
+            cache.check_room(max(inputs.batch.lengths))
+            cache.begin()
+        tokens = inputs.gather(tokens)
+        embeddings = tokens if tokens.is_floating_point() else self.embed_tokens(tokens)
+        if self.config.scale_embeddings:
+            embeddings = embeddings * math.sqrt(self.config.hidden_size)
+        memory = self._fresh_cache(inputs.batch.num_sequences) if cache is None else cache
+        x = run_layers(self.config, self.self_decoder, self.cross_decoder, embeddings, inputs.batch, memory, wanted)
+        if cache is not None:
+            cache.commit(inputs.batch, inputs.columns)
+        return embeddings.new_empty(1, 0, self.config.hidden_size) if x is None else self.layer_norm(x)
+
+    def _loss(self, hidden: torch.Tensor, targets: torch.Tensor, num_items: int | torch.Tensor | None) -> torch.Tensor:
+        """Mean cross-entropy of hidden [M, d] against targets [M]; 0 where there is no target at all."""
+        outside = (targets < 0) | (targets >= self.config.vocab_size)
+        if targets.device.type == "cpu" and bool(outside.any()):
+            bad = targets[outside][0].item()
+            raise ValueError(f"labels has {bad}; allowed: 0..{self.config.vocab_size - 1}, or -100 to ignore.")
+        total = linear_cross_entropy(hidden, self.output_projection.weight, targets)
+        return total / (max(len(targets), 1) if num_items is None else num_items)
+
+    # -- reading long input ---------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def prefill(
+        self,
+        input_ids: torch.Tensor,
+        cache: ModelCache,
+        chunk_size: int | None = None,
+        attention_mask: torch.Tensor | None = None,
+        progress: Callable[[int], None] | None = None,
+    ) -> torch.Tensor:
+        """Read any number of tokens into `cache`, chunk by chunk; may be called again to append.
+
+        The cross-decoder runs on the last token of each sequence only (early exit, section 2.3).
+
+        Args:
+            input_ids: [B, T].
+            cache: from `new_cache`.
+            chunk_size: tokens a chunk; None means PREFILL_CHUNK_SIZE. Memory for activations is proportional to it.
+            attention_mask: [B, T], 0 at padding.
+            progress: called after each chunk with the number of columns read so far.
+
+        Returns:
+            Logits [B, V] of each sequence's last token.
+        """
+        size = PREFILL_CHUNK_SIZE if chunk_size is None else chunk_size
+        if size < 1:
+            raise ValueError(f"chunk_size must be at least 1, got {size}.")
+        self._check_tokens(input_ids, None)
+        if self._check_cache(cache) is None:
+            raise ValueError("prefill needs a cache: model.new_cache(batch_size, max_tokens=...).")
+        B, T = input_ids.shape
+        device = input_ids.device
+        inputs = reading.read_inputs(input_ids.shape, device, attention_mask, None, cache.lengths, cache.columns)
+        cache.check_room(max(inputs.batch.lengths))
+        real = torch.ones(B, T, dtype=torch.bool, device=device) if inputs.real is None else inputs.real
+        if not bool(real.any(1).all()):
+            raise ValueError("attention_mask leaves a row without any token.")
+        last = T - 1 - real.flip(1).int().argmax(1)  # column of each row's last token
+        hidden = torch.empty(B, self.config.hidden_size, dtype=self.dtype, device=device)
+        for start in range(0, T, size):
+            end = min(start + size, T)
+            chunk = input_ids[:, start:end]
+            read = reading.read_inputs(
+                chunk.shape, chunk.device, real[:, start:end], None, cache.lengths, cache.columns
+            )
+            ending = (last >= start) & (last < end)
+            if bool(ending.all()) and read.real is None and bool((last == end - 1).all()):
+                wanted = read.batch.columns(slice(end - start - 1, end - start))
+            elif bool(ending.any()):
+                grid = torch.zeros_like(chunk, dtype=torch.bool)
+                grid[ending, last[ending] - start] = True
+                wanted = read.select(grid)
+            else:
+                wanted = None
+            hidden[ending] = self._hidden(chunk, read, cache, wanted).flatten(0, 1)
+            if progress is not None:
+                progress(end)
+        return self.output_projection(hidden)
+
+    # -- checks ---------------------------------------------------------------------------------------------------
+
+    def _check_tokens(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> None:
+        if inputs_embeds is not None:
+            if inputs_embeds.dim() != 3 or inputs_embeds.shape[2] != self.config.hidden_size:
+                raise ValueError(
+                    f"inputs_embeds must be [B, T, {self.config.hidden_size}], got {list(inputs_embeds.shape)}."
+                )
+            return
+        assert input_ids is not None
+        if input_ids.dim() != 2 or input_ids.is_floating_point() or input_ids.dtype == torch.bool:
+            raise ValueError(f"input_ids must be [B, T] integers, got {input_ids.dtype} {list(input_ids.shape)}.")
+        # on a GPU a bad id ends the process, so it is worth the wait; one decoded token is the model's own
+        if input_ids.numel() and (input_ids.device.type == "cpu" or input_ids.shape[1] > 1):
+            low, high = (int(bound) for bound in input_ids.aminmax())
+            if low < 0 or high >= self.config.vocab_size:
+                bad = low if low < 0 else high
+                raise ValueError(f"input_ids has {bad}; allowed: 0..{self.config.vocab_size - 1} (vocab_size).")
+
+    def _check_cache(self, cache: object) -> ModelCache | None:
+        if cache is None:
+            return None
+        if not isinstance(cache, ModelCache):
+            raise ValueError(
+                f"past_key_values must be a cache of this model (model.new_cache(...)), got {type(cache).__name__}: "
+                "a per-layer key/value cache cannot hold retention states or one shared cache."
+            )
+        if len(cache.layers) != self.config.num_self_decoder_layers:
+            raise ValueError(
+                f"the cache has {len(cache.layers)} layers, this model's self-decoder "
+                f"{self.config.num_self_decoder_layers}: it belongs to another model."
+            )
+        return cache
+
+    # -- Hugging Face generate ------------------------------------------------------------------------------------
+
+    def _prepare_cache_for_generation(
+        self,
+        generation_config: Any,
+        model_kwargs: dict,
+        generation_mode: GenerationMode,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> None:
+        """generate's hook: a preallocated cache of the length that the generation needs."""
+        if generation_config.cache_implementation not in (None, "static", "dynamic"):
+            raise unknown("cache_implementation", generation_config.cache_implementation, ["static", "dynamic"])
+        if model_kwargs.get("past_key_values") is not None:
+            self._check_cache(model_kwargs["past_key_values"])
+            return
+        if generation_config.use_cache is False:
+            return
+        rows = max(generation_config.num_beams, generation_config.num_return_sequences) * batch_size
+        drafts = generation_mode == GenerationMode.ASSISTED_GENERATION  # they may run past the end before they are cut
+        cache = self.new_cache(rows, None if drafts else max_cache_length)
+        cache.record(generation_config.is_assistant)  # a draft model's tokens are taken back when they are rejected
+        model_kwargs["past_key_values"] = cache
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike | None, *args: Any, **kwargs: Any) -> Any:
+        """As in Hugging Face, but a missing, unexpected or wrong-size tensor is an error, not a warning."""
+        wants_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+            if names := sorted(str(name) for name in info.get(problem, ())):
+                raise ValueError(
+                    f"{pretrained_model_name_or_path} has {len(names)} {problem.replace('_keys', '')} tensors: "
+                    f"{', '.join(names[:4])}{', ...' if len(names) > 4 else ''}."
+                )
+        return (model, info) if wants_info else model
+
+
+assert DecoderLayer.__name__ in YocoForCausalLM._no_split_modules

@@ -1,0 +1,162 @@
+"""Official YOCO folders (`params.json` and `checkpoint.pth`), read and written.
+
+Parameters have the same names here and there, so that conversion is a matter of the configuration and of checking.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from oncelm.models.yoco.config import YocoConfig
+from oncelm.models.yoco.modeling import YocoForCausalLM
+from oncelm.utils.errors import unknown
+from oncelm.utils.files import atomic_folder
+
+PARAMS, WEIGHTS = "params.json", "checkpoint.pth"
+
+# official name -> ours
+_KEYS = {
+    "dim": "hidden_size",
+    "hidden_dim": "intermediate_size",
+    "n_self_heads": "num_self_heads",
+    "n_attn_heads": "num_attention_heads",
+    "n_attn_kv_heads": "num_key_value_heads",
+    "vocab_size": "vocab_size",
+    "rope_theta": "rope_theta",
+    "norm_eps": "rms_norm_eps",
+}
+_REQUIRED = ("dim", "n_layers", "hidden_dim", "n_self_heads", "n_attn_heads", "n_attn_kv_heads", "vocab_size")
+_INTEGERS = (*_REQUIRED, "sliding_window")
+_ZIP_MAGIC = b"PK\x03\x04"
+# settings of a run, not of the model
+_IGNORED = ("max_batch_size", "max_seq_len", "model_parallel_size", "load_checkpoint")
+
+
+def is_official_folder(path: str | os.PathLike[str]) -> bool:
+    """Whether a folder has an official checkpoint's two files."""
+    return (Path(path) / PARAMS).is_file() and (Path(path) / WEIGHTS).is_file()
+
+
+def read_params(path: str | os.PathLike[str]) -> YocoConfig:
+    """The configuration in an official folder's params.json."""
+    file = Path(path) / PARAMS
+    try:
+        params = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON: {error}") from error
+    if not isinstance(params, dict):
+        raise ValueError(f"{file} must hold a JSON object, got {type(params).__name__}.")
+    known = [*_KEYS, "n_layers", "sliding_window"]
+    for key, value in params.items():
+        if key in _IGNORED:
+            continue
+        if key not in known:
+            raise unknown(f"key in {file}", key, known)
+        if key == "sliding_window" and value is None:
+            continue
+        kind: tuple[type, ...] = (int,) if key in _INTEGERS else (int, float)
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise ValueError(f"{file}: {key} must be {'an integer' if kind == (int,) else 'a number'}, got {value!r}.")
+    if missing := [key for key in _REQUIRED if key not in params]:
+        raise ValueError(f"{file} lacks {', '.join(missing)}.")
+    ours: dict[str, Any] = {_KEYS[key]: value for key, value in params.items() if key in _KEYS}
+    half, odd = divmod(params["n_layers"], 2)
+    if odd:
+        raise ValueError(f"{file}: n_layers must be even (half self-, half cross-decoder), got {params['n_layers']}.")
+    window = params.get("sliding_window")
+    if window is not None:
+        ours.update(self_decoder="sliding_window", window_size=window)
+    try:
+        return YocoConfig(num_self_decoder_layers=half, num_cross_decoder_layers=half, **ours)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+
+
+def read_official(path: str | os.PathLike[str], dtype: torch.dtype | None = None) -> YocoForCausalLM:
+    """Load an official folder; `dtype` None keeps the checkpoint's.
+
+    Raises:
+        ValueError: a damaged or unsafe checkpoint, a missing, unexpected or wrong-size tensor.
+    """
+    config = read_params(path)
+    state = _read_weights(Path(path) / WEIGHTS)
+    with torch.device("meta"):
+        model = YocoForCausalLM(config)
+    expected = model.state_dict()
+    for problem, names in (("lacks", expected.keys() - state.keys()), ("has unknown", state.keys() - expected.keys())):
+        if names:
+            raise ValueError(f"{Path(path) / WEIGHTS} {problem} tensors: {', '.join(sorted(names)[:4])}.")
+    for name, tensor in state.items():
+        if tensor.shape != expected[name].shape:
+            raise ValueError(
+                f"{Path(path) / WEIGHTS}: {name} is {list(tensor.shape)}, "
+                f"{PARAMS} asks for {list(expected[name].shape)}."
+            )
+        if not tensor.is_floating_point():
+            raise ValueError(f"{Path(path) / WEIGHTS}: {name} must hold floating point numbers, got {tensor.dtype}.")
+    if torch.equal(state["embed_tokens.weight"], state["output_projection.weight"]):
+        config.tie_word_embeddings = True
+    model.load_state_dict(state, assign=True)
+    model.tie_weights()
+    model.to(dtype or state["embed_tokens.weight"].dtype)
+    return model.eval()
+
+
+def _read_weights(file: Path) -> dict[str, torch.Tensor]:
+    with file.open("rb") as stream:
+        if stream.read(len(_ZIP_MAGIC)) != _ZIP_MAGIC:
+            raise ValueError(
+                f"{file} is no PyTorch checkpoint: it does not start as one (torch.save writes a zip file)."
+            )
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        raise unsafe_pickle(file) from error
+    except (RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise ValueError(f"{file} is damaged: {str(error).partition(chr(10))[0]}") from error
+    if isinstance(state, dict) and set(state) == {"model"}:  # the training code wraps it
+        state = state["model"]
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise ValueError(f"{file} must hold a dict of tensors by name.")
+    return state
+
+
+def unsafe_pickle(path: str | os.PathLike[str]) -> ValueError:
+    """The error for a checkpoint that asks the unpickler for anything but tensors and plain data."""
+    return ValueError(
+        f"{path} holds Python objects that are not tensors, so loading it could run code; refused. "
+        "A checkpoint must be a plain dict of tensors."
+    )
+
+
+def write_official(model: YocoForCausalLM, path: str | os.PathLike[str]) -> None:
+    """Save a model as an official folder; ValueError where the official code has no such model."""
+    config = model.config
+    fixed = {
+        "layout": "stacked",
+        "rope_pairing": "interleaved",
+        "rope_spacing": "inclusive",
+        "gate_logit_normalizer": 16,
+        "scale_embeddings": True,
+        "num_self_decoder_layers": config.num_cross_decoder_layers,
+        "num_self_key_value_heads": config.num_self_heads,
+    }
+    for key, value in fixed.items():
+        if getattr(config, key) != value:
+            raise ValueError(f"the official format has only {key}={value!r}; this model has {getattr(config, key)!r}.")
+    params = {official: getattr(config, ours) for official, ours in _KEYS.items()}
+    params["n_layers"] = config.num_hidden_layers
+    if config.self_decoder == "sliding_window":
+        params["sliding_window"] = config.window_size
+    with atomic_folder(path) as folder:
+        try:
+            torch.save({name: tensor.cpu().clone() for name, tensor in model.state_dict().items()}, folder / WEIGHTS)
+        except RuntimeError as error:  # a full disk, in words about zip records
+            raise OSError(f"cannot write {Path(path) / WEIGHTS}: {error}") from error
+        (folder / PARAMS).write_text(json.dumps(params, indent=2) + "\n")

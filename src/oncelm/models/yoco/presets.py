@@ -1,0 +1,67 @@
+"""Named sizes: the paper's (arXiv 2405.05254, tables 1 and 5; PAPER_SIZES), and small ones for a CPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from oncelm.models.yoco.config import YocoConfig
+from oncelm.utils.errors import unknown
+
+
+def _scaling(hidden_size: int, num_layers: int, num_heads: int) -> dict[str, Any]:
+    """A size of the scaling study (section 4.3): FFN 3d, retention heads of 256, tied embeddings, sequences of 2048."""
+    return {
+        "hidden_size": hidden_size,
+        "intermediate_size": 3 * hidden_size,
+        "num_self_decoder_layers": num_layers // 2,
+        "num_cross_decoder_layers": num_layers // 2,
+        "num_self_heads": hidden_size // 256,
+        "num_attention_heads": num_heads,
+        "tie_word_embeddings": True,
+        "max_position_embeddings": 2048,
+    }
+
+
+def _small(hidden_size: int, num_layers: int, vocab_size: int) -> dict[str, Any]:
+    """A size for a CPU: retention heads of 64, cross-decoder heads of 32 with 2 query heads a KV head."""
+    return {
+        **_scaling(hidden_size, num_layers, hidden_size // 32),
+        "num_self_heads": hidden_size // 64,
+        "num_key_value_heads": hidden_size // 64,
+        "vocab_size": vocab_size,
+        "max_position_embeddings": 1024,
+    }
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "yoco-tiny": _small(128, 4, 4096),
+    "yoco-small": _small(256, 8, 4096),
+    "yoco-160m": _scaling(768, 12, 12),
+    "yoco-400m": _scaling(1024, 24, 16),
+    "yoco-830m": _scaling(1536, 24, 12),
+    "yoco-1.4b": _scaling(2048, 24, 16),
+    "yoco-2.7b": _scaling(2560, 32, 20),
+    "yoco-3b": {
+        "hidden_size": 3072,
+        "intermediate_size": 8192,
+        "num_self_decoder_layers": 13,
+        "num_cross_decoder_layers": 13,
+        "num_self_heads": 24,
+        "num_attention_heads": 24,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 4096,
+    },
+    "yoco-6.8b": _scaling(4096, 32, 32),
+    "yoco-13b": _scaling(5120, 40, 40),
+}
+
+
+def preset_config(name: str, **overrides: Any) -> YocoConfig:
+    """The configuration of a preset, with any keys changed.
+
+    >>> preset_config("yoco-160m", self_decoder="sliding_window").window_size
+    1024
+    """
+    if name not in PRESETS:
+        raise unknown("preset", name, PRESETS)
+    return YocoConfig(**{**PRESETS[name], **overrides})
