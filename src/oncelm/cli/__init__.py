@@ -1,0 +1,67 @@
+"""The `oncelm` command: one file per verb, each imported only when it is called.
+
+A verb's module has `HELP` (one line), `DESCRIPTION` (what it teaches on --help, with examples),
+`add_arguments(parser)` and `run(args)`. A user's mistake (ValueError, OSError) or a missing
+optional package (ImportError) is one line and exit status 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+
+from oncelm.utils.errors import unknown
+
+VERBS = {
+    "demo": "train a small YOCO and a Transformer, read a long book, compare them",
+    "train": "train a model on a text file or a folder of text",
+    "generate": "continue a prompt, of any length, with a trained model",
+    "info": "describe a model, a preset, or this installation",
+    "convert": "convert between official YOCO folders and Hugging Face folders",
+    "bench": "measure prefill, decode, memory and training beside a Llama of the same shape",
+}
+
+
+def _top_level_parser() -> argparse.ArgumentParser:
+    lines = "\n".join(f"  {verb:<10} {summary}" for verb, summary in VERBS.items())
+    return argparse.ArgumentParser(
+        prog="oncelm",
+        description="Language models that cache keys and values once: train, run and measure them.",
+        epilog=f"verbs:\n{lines}\n\n`oncelm VERB --help` explains each, with examples.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status (0 done, 2 a user's mistake, 130 interrupted)."""
+    arguments = sys.argv[1:] if argv is None else argv
+    parser = _top_level_parser()
+    parser.add_argument("--version", action="store_true", help="print the version and exit")
+    parser.add_argument("verb", nargs="?", metavar="VERB")
+    known = parser.parse_args(arguments[:1])
+    if known.version:
+        from importlib.metadata import version
+
+        print(version("oncelm"))
+        return 0
+    if known.verb is None:
+        parser.print_help()
+        return 0
+    try:
+        if known.verb not in VERBS:
+            raise unknown("verb", known.verb, VERBS)
+        module = importlib.import_module(f"oncelm.cli.{known.verb}")
+        verb_parser = argparse.ArgumentParser(
+            prog=f"oncelm {known.verb}",
+            description=module.DESCRIPTION,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        module.add_arguments(verb_parser)
+        return module.run(verb_parser.parse_args(arguments[1:])) or 0
+    except (ValueError, OSError, ImportError) as error:
+        print(f"oncelm: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("oncelm: interrupted", file=sys.stderr)
+        return 130

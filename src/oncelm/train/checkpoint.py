@@ -1,0 +1,112 @@
+"""Checkpoints: one folder each, complete or absent, with a checksum of every file.
+
+    checkpoints/step-000123/
+        model.safetensors, config.json, tokenizer.json    loads as a model, as any exported folder does
+        trainer.pt                                         what `write` adds: optimizer, step, random state
+        manifest.json                                      {"step": ..., "files": {name: sha256}}
+
+This file knows folders and checksums only; what a checkpoint holds is up to the `write` it is given.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from oncelm.utils.files import atomic_folder
+
+MANIFEST = "manifest.json"
+_NAME = re.compile(r"step-(\d{6,})")
+
+logger = logging.getLogger(__name__)
+
+
+def save_checkpoint(root: Path, step: int, write: Callable[[Path], None], *, keep: int) -> Path:
+    """Save what `write(folder)` writes as the checkpoint of `step`, then delete all but the last `keep`.
+
+    Nothing is deleted before the new one is complete on disk; a failure leaves every older one as it was.
+    """
+    target = root / f"step-{step:06d}"
+    with writing_folder(target) as folder:
+        write(folder)
+        manifest = {"step": step, "files": checksums(folder)}
+        (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    # A later one can only be a damaged one that the run went back behind: it must not push out good ones.
+    older = [folder for number, folder in list_checkpoints(root) if number <= step]
+    for folder in older[:-keep]:
+        shutil.rmtree(folder)
+    return target
+
+
+def find_checkpoint(root: Path) -> Path | None:
+    """The newest intact checkpoint, or None where there is none at all; damaged ones are warned of."""
+    checkpoints = list_checkpoints(root)
+    for _, folder in reversed(checkpoints):
+        damage = find_damage(folder)
+        if damage is None:
+            return folder
+        logger.warning("checkpoint %s is damaged (%s); trying the one before it", folder, damage)
+    if checkpoints:
+        raise ValueError(f"every checkpoint in {root} is damaged; delete that folder to start over.")
+    return None
+
+
+def list_checkpoints(root: Path) -> list[tuple[int, Path]]:
+    """(step, folder) of each checkpoint, oldest first, intact or not."""
+    folders = root.iterdir() if root.is_dir() else ()
+    named = ((_NAME.fullmatch(folder.name), folder) for folder in folders)
+    return sorted((int(match[1]), folder) for match, folder in named if match)
+
+
+def find_damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, in a few words; None when every file is as it was written."""
+    try:
+        expected = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        found = checksums(folder)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{MANIFEST} cannot be read: {error}"
+    if missing := sorted(expected.keys() - found.keys()):
+        return f"{missing[0]} is missing"
+    if changed := sorted(name for name, digest in expected.items() if found[name] != digest):
+        return f"{changed[0]} does not match its checksum"
+    return None
+
+
+def checksums(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file below `folder` but the manifest, by relative name."""
+    digests = {}
+    for file in sorted(folder.rglob("*")):
+        name = file.relative_to(folder).as_posix()
+        if file.is_file() and name != MANIFEST:
+            with file.open("rb") as stream:
+                digests[name] = hashlib.file_digest(stream, "sha256").hexdigest()
+    return digests
+
+
+def delete_unfinished(root: Path) -> None:
+    """Delete what a killed process left half written. Only for the one process that writes to `root`."""
+    for folder in root.glob(".step-*"):
+        shutil.rmtree(folder)
+
+
+@contextlib.contextmanager
+def writing_folder(target: Path) -> Iterator[Path]:
+    """`atomic_folder`, with every failed write an OSError that names `target` and the space left.
+
+    torch.save and safetensors report a full disk as errors of their own, in words about their insides.
+    """
+    try:
+        with atomic_folder(target) as folder:
+            yield folder
+    except (OSError, SafetensorError, RuntimeError) as error:
+        free = shutil.disk_usage(target.parent).free / 2**20
+        reason = " ".join(str(error).split())
+        raise OSError(f"cannot write {target} ({free:,.0f} MiB free there): {reason}") from error

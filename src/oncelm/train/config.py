@@ -1,0 +1,204 @@
+"""What a training run is told: one frozen dataclass, read from a recipe (YAML) and `key=value` overrides."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import re
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from oncelm.train.schedule import SCHEDULES
+from oncelm.utils.errors import check_choice, check_positive, unknown
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Every setting of a run. A wrong type or value is a ValueError that names the setting."""
+
+    data: str  # a text file, or a folder of .txt files
+    out: str  # the run's folder: metrics, checkpoints and, at the end, the model
+    tokenizer: str | None = None  # "bytes", "cl100k_base", "bpe:4096" (trained on the data) or a path;
+    #                               None: the model folder's own, or "bytes" for a preset
+    model: str = "yoco-tiny"  # a preset, or the folder of a model to start from
+    model_overrides: dict[str, Any] = field(default_factory=dict)  # config keys that replace the preset's
+    validation_share: float = 0.05  # of the data, from its end, never trained on
+
+    seq_len: int = 512  # tokens in a sequence
+    batch_size: int = 8  # sequences in one forward pass
+    grad_accumulation: int = 1  # forward passes in one step
+    steps: int | None = 1000  # optimizer steps; None: until max_seconds
+    max_seconds: float | None = None  # stop here too, the schedule shortened to fit
+
+    lr: float = 1e-3
+    min_lr_ratio: float = 0.1  # the learning rate at the end, as a share of lr
+    warmup_steps: int = 50
+    schedule: str = "cosine"
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.1  # of matrices; not of embeddings, norms and biases
+    grad_clip: float | None = 1.0  # largest gradient norm; None: not clipped
+
+    seed: int = 0
+    dtype: str = "float32"  # of the computation; weights and optimizer are always float32
+    device: str = "auto"
+
+    log_every: int = 10  # steps between lines in metrics.jsonl
+    eval_every: int | None = 200  # steps between evaluations; None: only at the end
+    eval_batches: int = 20  # held-out batches in one evaluation, at most
+    save_every: int | None = 500  # steps between checkpoints; None: only at the end
+    keep_checkpoints: int = 2  # the newest ones kept
+    resume: bool = False  # continue from the newest intact checkpoint in `out`, if there is one
+
+    def __post_init__(self) -> None:
+        hints = typing.get_type_hints(type(self))
+        for name in field_names():
+            object.__setattr__(self, name, _typed(name, getattr(self, name), hints[name]))
+        check_choice("schedule", self.schedule, SCHEDULES)
+        check_choice("dtype", self.dtype, ("float32", "bfloat16"))
+        check_positive(**{n: getattr(self, n) for n in _POSITIVE if getattr(self, n) is not None})
+        for name, low, high in (
+            ("seq_len", 2, math.inf),
+            ("seed", 0, 2**63 - 1),
+            ("warmup_steps", 0, math.inf),
+            ("weight_decay", 0, math.inf),
+            ("min_lr_ratio", 0, 1),
+            ("validation_share", 0, 0.5),
+        ):
+            if not low <= getattr(self, name) <= high:
+                raise ValueError(f"{name} must be from {low} to {high}, got {getattr(self, name)!r}.")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas must be at least 0 and below 1, got {self.betas}.")
+        if self.steps is None and self.max_seconds is None:
+            raise ValueError("steps and max_seconds are both None: the run would not end; set one of them.")
+        if self.tokenizer is not None and self.tokenizer.startswith("bpe:"):
+            bpe_vocab_size(self.tokenizer)
+
+    @property
+    def sequences_per_step(self) -> int:
+        return self.batch_size * self.grad_accumulation
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.sequences_per_step * self.seq_len
+
+    def planned_steps(self, step: int, seconds: float) -> float:
+        """Steps the whole run will take, `step` of them done in `seconds`: `steps`, or fewer where
+        `max_seconds` ends it first at the pace so far (infinite while the pace is unknown)."""
+        by_count = math.inf if self.steps is None else self.steps
+        if self.max_seconds is None or step == 0:
+            return by_count
+        return min(by_count, step * self.max_seconds / seconds)
+
+    def to_yaml(self) -> str:
+        """The settings as a recipe that `load_config` reads back."""
+        values = dataclasses.asdict(self) | {"betas": list(self.betas)}
+        return yaml.safe_dump(values, sort_keys=False)
+
+
+_POSITIVE = (
+    *("batch_size", "grad_accumulation", "steps", "max_seconds", "lr", "eps", "grad_clip"),
+    *("log_every", "eval_every", "eval_batches", "save_every", "keep_checkpoints"),
+)
+
+
+def field_names() -> list[str]:
+    return [entry.name for entry in dataclasses.fields(TrainConfig)]
+
+
+def bpe_vocab_size(tokenizer: str) -> int:
+    """The vocabulary size in "bpe:SIZE"."""
+    size = tokenizer.removeprefix("bpe:")
+    if not size.isdecimal():
+        raise ValueError(f"tokenizer {tokenizer!r}: after 'bpe:' comes the vocabulary size, as in 'bpe:4096'.")
+    return int(size)
+
+
+def load_config(
+    recipe: str | Path | None = None,
+    overrides: Iterable[str] = (),
+    values: Mapping[str, object] | None = None,
+) -> TrainConfig:
+    """The settings of a recipe (YAML), replaced by `values`, replaced by `overrides` ("key=value").
+
+    A dotted key reaches into a dictionary: `model_overrides.window_size=256`.
+    """
+    merged: dict[str, Any] = {}
+    if recipe is not None:
+        merged |= _mapping(Path(recipe).read_text(encoding="utf-8"), f"recipe {str(recipe)!r}")
+    merged |= values or {}
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise ValueError(f"override {override!r} must have the form key=value, as in lr=3e-4.")
+        name, dot, inner = key.partition(".")
+        value = _parse(text, f"override {override!r}")
+        if dot:
+            before = merged.get(name) or {}
+            if name != "model_overrides" or not isinstance(before, dict):
+                raise ValueError(f"override {override!r}: only model_overrides has inner keys.")
+            merged[name] = before | {inner: value}
+        else:
+            merged[name] = value
+    for name in merged:
+        if name not in field_names():
+            raise unknown("setting", name, field_names())
+    for name in ("data", "out"):
+        if merged.get(name) is None:
+            raise ValueError(f"{name} is missing; give it on the command line or in the recipe.")
+    return TrainConfig(**merged)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which 3e-4 is a number: YAML 1.1, which PyYAML reads, asks for 3.0e-4."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def _parse(text: str, source: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{source} is not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def _mapping(text: str, source: str) -> dict[str, Any]:
+    parsed = _parse(text, source)
+    if not isinstance(parsed, dict):
+        raise ValueError(f"{source} must hold `key: value` lines, got {type(parsed).__name__}.")
+    return parsed
+
+
+_KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+
+
+def _typed(name: str, value: Any, hint: Any) -> Any:
+    """`value` as the type that `hint` asks for; only a conversion that loses nothing is made."""
+    if isinstance(hint, types.UnionType):
+        return None if value is None else _typed(name, value, typing.get_args(hint)[0])
+    if typing.get_origin(hint) is dict:
+        if isinstance(value, dict) and all(isinstance(key, str) for key in value):
+            return value
+        raise ValueError(f"{name} must be a dictionary with text keys, got {value!r}.")
+    if typing.get_origin(hint) is tuple:
+        kinds = typing.get_args(hint)
+        if isinstance(value, list | tuple) and len(value) == len(kinds):
+            return tuple(_typed(name, item, kind) for item, kind in zip(value, kinds, strict=True))
+        raise ValueError(f"{name} must be a list of {len(kinds)} numbers, got {value!r}.")
+    if hint is float and type(value) is int:
+        return float(value)
+    if hint is str and isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if type(value) is not hint:
+        raise ValueError(f"{name} must be {_KINDS[hint]}, got {value!r}.")
+    return value

@@ -1,0 +1,92 @@
+"""Where a run reports: metrics.jsonl, TensorBoard where it is installed, and a progress bar.
+
+A line of metrics.jsonl is `{"step": 40, "loss": 3.2, ...}` or `{"step": 200, "validation_loss": 3.1}`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tqdm import tqdm
+
+from oncelm.utils.files import atomic_file
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+logger = logging.getLogger(__name__)
+
+
+class Metrics:
+    """Reports of a run that starts, or goes on, after `start_step` steps.
+
+    Lines of later steps, written by a run that was killed after its last checkpoint, are taken back:
+    those steps are about to be done again.
+    """
+
+    def __init__(self, out: Path, start_step: int) -> None:
+        self.path = out / "metrics.jsonl"
+        kept = _lines_until(self.path, start_step) if start_step else []
+        with atomic_file(self.path) as temporary:
+            temporary.write_text("".join(kept), encoding="utf-8")
+        self._file = self.path.open("a", encoding="utf-8")
+        self._tensorboard = _summary_writer(out / "tensorboard", start_step)
+        # Without a terminal the bar is off, and a line is printed at each log instead.
+        self._bar = tqdm(initial=start_step, desc="train", unit="step", disable=None, dynamic_ncols=True)
+        self._shown: dict[str, str] = {}
+
+    def advance(self, loss: float, planned_steps: float) -> None:
+        """One step is done, of `planned_steps` (infinite while unknown)."""
+        self._bar.total = None if math.isinf(planned_steps) else max(round(planned_steps), self._bar.n + 1)
+        self._show(loss=f"{loss:.3f}")
+        self._bar.update()
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """Write the values of `step`, the number of steps done, to the file and TensorBoard."""
+        self._file.write(json.dumps({"step": step} | values) + "\n")
+        self._file.flush()
+        if self._tensorboard is not None:
+            for name, value in values.items():
+                self._tensorboard.add_scalar(name, value, step)
+        if "tokens_per_second" in values:
+            self._show(**{"tokens/s": f"{values['tokens_per_second']:,.0f}"})
+        if "validation_loss" in values:
+            self._show(validation=f"{values['validation_loss']:.3f}")
+        if self._bar.disable:
+            print(f"step {step}: " + ", ".join(f"{k} {v:.4g}" for k, v in values.items()), file=sys.stderr)
+
+    def close(self) -> None:
+        self._bar.close()
+        self._file.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+
+    def _show(self, **values: str) -> None:
+        self._shown |= values
+        self._bar.set_postfix(self._shown, refresh=False)
+
+
+def _lines_until(path: Path, last_step: int) -> list[str]:
+    """The complete lines of steps up to `last_step`; a killed process may have left half of one."""
+    if not path.exists():
+        return []
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        if not line.endswith("\n") or json.loads(line)["step"] > last_step:
+            break
+        kept.append(line)
+    return kept
+
+
+def _summary_writer(folder: Path, start_step: int) -> SummaryWriter | None:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        logger.warning("tensorboard is not installed: curves go to metrics.jsonl only")
+        return None
+    return SummaryWriter(str(folder), purge_step=start_step + 1)

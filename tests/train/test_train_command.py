@@ -1,0 +1,98 @@
+"""`oncelm train`, from the command line to a model folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+
+import pytest
+
+import oncelm.models
+from oncelm.cli import main
+from oncelm.data.dataset import TokenDataset
+from oncelm.train.checkpoint import list_checkpoints
+
+QUICK = ("--set", "seq_len=16", "batch_size=2", "log_every=1", "warmup_steps=1")
+
+
+@pytest.fixture
+def book(tmp_path) -> str:
+    path = tmp_path / "book.txt"
+    path.write_text("It was a bright cold day in April, and the clocks were striking.\n" * 30)
+    return str(path)
+
+
+def test_text_to_model_and_on_from_that_model(book, tmp_path, capsys) -> None:
+    out = tmp_path / "run"
+    assert main(["train", book, "--out", str(out), "--steps", "3", *QUICK]) == 0
+    assert f"Model: {out / 'model'}" in capsys.readouterr().out
+    model = oncelm.models.load(out / "model")
+    assert model.config.vocab_size == 260
+    assert model.generation_config.eos_token_id == 2
+    more = ["train", book, "--out", str(tmp_path / "more"), "--model", str(out / "model"), "--steps", "1"]
+    assert main([*more, *QUICK, "--dry-run"]) == 0
+    assert main([*more, *QUICK]) == 0  # with the tokenizer in the model's folder
+    assert main([*more, *QUICK, "model_overrides.hidden_size=8"]) == 2
+    assert "model_overrides change a preset" in capsys.readouterr().err
+
+
+def test_a_stopped_run_goes_on_with_its_own_settings_and_tokenizer(book, tmp_path, capsys, monkeypatch) -> None:
+    out = tmp_path / "run"
+    batch = TokenDataset.batch
+
+    def stop_in_step_2(self, step: int, batch_size: int):
+        if step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return batch(self, step, batch_size)
+
+    monkeypatch.setattr(TokenDataset, "batch", stop_in_step_2)
+    command = ["train", book, "--out", str(out), "--steps", "4", "--tokenizer", "bpe:280", *QUICK]
+    assert main(command) == 0
+    assert "Stopped after step 2; go on with: oncelm train --out" in capsys.readouterr().out
+    monkeypatch.undo()
+    monkeypatch.setattr("oncelm.data.tokenizers.train_bpe", None)  # the one in out/tokenizer is used
+    assert main(["train", "--out", str(out), "--resume"]) == 0
+    assert [step for step, _ in list_checkpoints(out / "checkpoints")] == [2, 4]
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4]
+
+
+def test_a_dry_run_prints_and_writes_nothing(book, tmp_path, capsys) -> None:
+    out = tmp_path / "run"
+    assert main(["train", book, "--out", str(out), "--steps", "5", "--dry-run", *QUICK]) == 0
+    shown = capsys.readouterr().out
+    assert "seq_len: 16" in shown
+    parameters = oncelm.models.build_model("yoco-tiny", vocab_size=260).num_parameters()
+    assert f"parameters       {parameters:,}" in shown
+    assert "tokens per step  32" in shown
+    assert "steps            5 (160 tokens)" in shown
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--set", "sequence_length=8"], "unknown setting 'sequence_length'"),
+        (["--set", "seq_len=100000"], "use seq_len of at most"),
+        (["--config", "nowhere.yaml"], "No such file or directory: 'nowhere.yaml'"),
+        (["--set", "model_overrides.vocab_size=50"], "knows 50 tokens only"),
+    ],
+)
+def test_mistakes_are_one_line_and_status_2(book, tmp_path, capsys, options, message) -> None:
+    assert main(["train", book, "--out", str(tmp_path / "run"), *options]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_a_diverged_run_is_status_1(book, tmp_path, capsys) -> None:
+    diverge = [*QUICK, "lr=1e30", "grad_clip=null"]
+    assert main(["train", book, "--out", str(tmp_path / "run"), "--steps", "9", *diverge]) == 1
+    assert "training stopped" in capsys.readouterr().err
+
+
+def test_help_teaches(capsys) -> None:
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    assert "oncelm train book.txt --out runs/book" in capsys.readouterr().out

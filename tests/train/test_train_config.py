@@ -1,0 +1,96 @@
+"""Settings: read from recipes and overrides, checked, and written back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from oncelm.train.config import load_config
+
+RECIPES = sorted(Path(__file__).parents[2].glob("recipes/*.yaml"))
+PLACES = {"data": "books", "out": "run"}
+
+
+def load(*overrides: str):
+    return load_config(None, overrides, PLACES)
+
+
+def test_recipe_then_values_then_overrides(tmp_path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("steps: 10\nlr: 3e-4\nbatch_size: 4\nmodel_overrides: {window_size: 64}\n")
+    config = load_config(recipe, ["batch_size=16", "model_overrides.rope_theta=1e6"], PLACES | {"steps": 20})
+    assert (config.steps, config.lr, config.batch_size) == (20, 3e-4, 16)
+    assert config.model_overrides == {"window_size": 64, "rope_theta": 1e6}
+
+
+def test_written_settings_read_back_the_same(tmp_path) -> None:
+    config = load("betas=[0.9,0.99]", "grad_clip=null", "model_overrides.window_size=8", "lr=1")
+    assert config.lr == 1.0
+    assert config.grad_clip is None
+    (tmp_path / "config.yaml").write_text(config.to_yaml())
+    assert load_config(tmp_path / "config.yaml") == config
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("step=5", r"unknown setting 'step'; did you mean 'steps'\?"),
+        ("steps=many", "steps must be a whole number, got 'many'"),
+        ("steps=2.5", "steps must be a whole number, got 2.5"),
+        ("steps=true", "steps must be a whole number, got True"),
+        ("lr=fast", "lr must be a number, got 'fast'"),
+        ("lr=null", "lr must be a number, got None"),
+        ("resume=1", "resume must be true or false, got 1"),
+        ("model=5", "model must be text, got 5"),
+        ("betas=0.9", "betas must be a list of 2 numbers, got 0.9"),
+        ("betas=[0.9,x]", "betas must be a number, got 'x'"),
+        ("model_overrides=5", "model_overrides must be a dictionary"),
+        ("betas=[0.9,1.0]", "betas must be at least 0 and below 1"),
+        ("steps=0", "steps must be above 0, got 0"),
+        ("batch_size=-1", "batch_size must be above 0"),
+        ("lr=.nan", "lr must be above 0"),
+        ("seq_len=1", "seq_len must be from 2"),
+        ("validation_share=0.9", "validation_share must be from 0 to 0.5"),
+        ("schedule=cosin", "unknown schedule 'cosin'; did you mean 'cosine'"),
+        ("dtype=float16", "unknown dtype 'float16'"),
+        ("steps=null", "steps and max_seconds are both None"),
+        ("tokenizer=bpe:big", "after 'bpe:' comes the vocabulary size"),
+        ("lr", "must have the form key=value"),
+        ("lr.x=1", "only model_overrides has inner keys"),
+        ("lr=[", "override 'lr=\\[' is not valid YAML"),
+    ],
+)
+def test_a_wrong_setting_is_named(override: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load(override)
+
+
+def test_data_and_out_are_needed() -> None:
+    with pytest.raises(ValueError, match="out is missing"):
+        load_config(None, ["data=x"])
+
+
+@pytest.mark.parametrize("text", ["", "- a\n- b\n", "just text", "a: [1"])
+def test_a_recipe_that_is_no_mapping_is_named(tmp_path, text: str) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(text)
+    with pytest.raises(ValueError, match=r"recipe .*recipe\.yaml"):
+        load_config(recipe, [], PLACES)
+
+
+def test_planned_steps_follow_the_count_and_the_clock() -> None:
+    assert load("steps=50").planned_steps(10, 4.0) == 50
+    timed = load("steps=null", "max_seconds=60")
+    assert timed.planned_steps(0, 0.0) == float("inf")
+    assert timed.planned_steps(10, 4.0) == 150
+    assert load("steps=50", "max_seconds=60").planned_steps(10, 4.0) == 50
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_is_valid(recipe: Path) -> None:
+    load_config(recipe, [], PLACES)
+
+
+def test_there_are_recipes() -> None:
+    assert RECIPES

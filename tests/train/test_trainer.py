@@ -1,0 +1,249 @@
+"""The training loop: it learns, resumes exactly, stops when asked, and loses nothing that was saved."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import resource
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from oncelm.data.tokenizers import load_tokenizer
+from oncelm.train.checkpoint import find_checkpoint
+from oncelm.train.optimizer import build_optimizer
+from oncelm.train.trainer import Trainer, pick_device
+
+
+def logged(out: str, name: str) -> dict[int, float]:
+    lines = map(json.loads, (Path(out) / "metrics.jsonl").read_text().splitlines())
+    return {line["step"]: line[name] for line in lines if name in line}
+
+
+def weights(model) -> torch.Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+
+class Interrupting:
+    """Data that sends this process a signal while it gives the batch of one step."""
+
+    def __init__(self, dataset, step: int, number: signal.Signals) -> None:
+        self.dataset, self.step, self.number = dataset, step, number
+
+    def batch(self, step: int, batch_size: int):
+        if step == self.step:
+            os.kill(os.getpid(), self.number)
+        return self.dataset.batch(step, batch_size)
+
+    def validation_batches(self, batch_size: int):
+        return self.dataset.validation_batches(batch_size)
+
+
+def test_it_learns_reports_and_exports(make_model, dataset, make_config) -> None:
+    config = make_config(steps=40, log_every=10, grad_accumulation=2)
+    tokenizer = load_tokenizer("bytes")
+    result = Trainer(make_model(), dataset, config, tokenizer).fit()
+    assert (result.step, result.tokens, result.interrupted) == (40, 40 * 2 * 2 * 16, False)
+    losses = logged(config.out, "loss")
+    assert list(losses) == [10, 20, 30, 40]
+    assert losses[40] == result.loss < losses[10]
+    assert logged(config.out, "validation_loss")[40] == result.validation_loss
+    assert logged(config.out, "lr")[40] < config.lr
+    exported = AutoModelForCausalLM.from_pretrained(result.model_path)
+    batch = next(dataset.validation_batches(2))
+    assert torch.isfinite(exported(input_ids=batch, labels=batch).loss)
+    assert load_tokenizer(result.model_path)("a")["input_ids"] == tokenizer("a")["input_ids"]
+
+
+def test_accumulation_is_one_larger_batch(make_model, dataset, make_config, tmp_path) -> None:
+    ends = []
+    for batch_size, grad_accumulation in ((4, 1), (1, 4)):
+        model = make_model(attn_implementation="eager")
+        model.config.attention_dropout = 0.0
+        for layer in model.model.layers:
+            layer.self_attn.attention_dropout = 0.0
+        out = str(tmp_path / f"run{batch_size}")
+        config = make_config(batch_size=batch_size, grad_accumulation=grad_accumulation, out=out)
+        Trainer(model, dataset, config).fit()
+        ends.append(weights(model))
+    torch.testing.assert_close(*ends, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one_bitwise(
+    make_model, dataset, make_config, tmp_path, number, tied
+) -> None:
+    whole, parts = make_config(out=str(tmp_path / "whole")), make_config(out=str(tmp_path / "parts"))
+    expected = make_model(tie_word_embeddings=tied)
+    Trainer(expected, dataset, whole).fit()
+
+    stopped = Trainer(make_model(tie_word_embeddings=tied), Interrupting(dataset, 2, number), parts).fit()
+    assert (stopped.step, stopped.interrupted, stopped.model_path) == (3, True, None)
+    assert find_checkpoint(Path(parts.out) / "checkpoints").name == "step-000003"
+
+    torch.manual_seed(99)  # whatever state the new process is in
+    resumed = make_model(tie_word_embeddings=tied)
+    result = Trainer(resumed, dataset, make_config(out=parts.out, resume=True)).fit()
+    assert (result.step, result.interrupted) == (6, False)
+    for name in ("loss", "lr", "grad_norm", "validation_loss"):
+        assert logged(parts.out, name) == logged(whole.out, name)
+    assert torch.equal(weights(resumed), weights(expected))
+
+
+def test_signals_act_as_before_once_a_run_has_ended(make_model, dataset, make_config) -> None:
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    Trainer(make_model(), Interrupting(dataset, 1, signal.SIGTERM), make_config()).fit()
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(make_model, dataset, make_config, tmp_path, caplog) -> None:
+    whole = make_config()
+    Trainer(make_model(), dataset, whole).fit()
+    losses, last = logged(whole.out, "loss"), Path(whole.out) / "checkpoints" / "step-000006"
+    (last / "trainer.pt").write_bytes((last / "trainer.pt").read_bytes()[:-1])
+    Trainer(make_model(), dataset, make_config(resume=True)).fit()
+    assert "step-000006 is damaged (trainer.pt" in caplog.text
+    assert logged(whole.out, "loss") == losses
+    assert find_checkpoint(last.parent) == last  # written anew
+
+
+def test_a_finished_run_resumes_to_nothing_and_a_longer_one_goes_on(make_model, dataset, make_config) -> None:
+    Trainer(make_model(), dataset, make_config()).fit()
+    again = Trainer(make_model(), dataset, make_config(resume=True)).fit()
+    assert (again.step, again.loss) == (6, None)
+    longer = Trainer(make_model(), dataset, make_config(resume=True, steps=8)).fit()
+    assert longer.step == 8
+
+
+def test_resume_starts_anew_where_nothing_was_saved(make_model, dataset, make_config) -> None:
+    assert Trainer(make_model(), dataset, make_config(resume=True)).fit().step == 6
+
+
+def test_a_run_does_not_write_over_another(make_model, dataset, make_config) -> None:
+    config = make_config()
+    Trainer(make_model(), dataset, config).fit()
+    before = find_checkpoint(Path(config.out) / "checkpoints")
+    with pytest.raises(ValueError, match=r"already holds checkpoints; resume that run"):
+        Trainer(make_model(), dataset, config).fit()
+    assert find_checkpoint(before.parent) == before
+
+
+def test_a_checkpoint_of_another_model_is_an_error(make_model, dataset, make_config) -> None:
+    Trainer(make_model(), dataset, make_config()).fit()
+    with pytest.raises(ValueError, match="does not fit the model given"):
+        Trainer(make_model(hidden_size=8), dataset, make_config(resume=True)).fit()
+
+
+def test_other_settings_on_resume_are_warned_of_and_used(make_model, dataset, make_config, caplog) -> None:
+    Trainer(make_model(), dataset, make_config()).fit()
+    config = make_config(resume=True, steps=7, betas=(0.8, 0.9), lr=1e-3, schedule="constant")
+    trainer = Trainer(make_model(), dataset, config)
+    trainer.fit()
+    assert "another betas: (0.8, 0.9), was (0.9, 0.95)" in caplog.text
+    assert trainer.optimizer.param_groups[0]["betas"] == (0.8, 0.9)
+    assert logged(config.out, "lr")[7] == 1e-3
+
+
+def test_a_nan_stops_the_run_and_keeps_the_last_checkpoint(make_model, dataset, make_config) -> None:
+    model = make_model()
+    forward = model.forward
+    calls = 0
+
+    def poisoned(**inputs):
+        nonlocal calls
+        calls += 1
+        output = forward(**inputs)
+        output.loss = output.loss * (float("nan") if calls == 4 else 1.0)
+        return output
+
+    model.forward = poisoned
+    config = make_config(eval_every=None)
+    with pytest.raises(FloatingPointError, match=r"^loss is nan at step 4; the last checkpoint is .*step-000002"):
+        Trainer(model, dataset, config).fit()
+    assert torch.isfinite(weights(model)).all()
+    assert find_checkpoint(Path(config.out) / "checkpoints").name == "step-000002"
+    assert not (Path(config.out) / "model").exists()
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(make_model, dataset, make_config, monkeypatch) -> None:
+    config = make_config()
+    save = torch.save
+
+    def full_at_step_4(state, path) -> None:
+        if state["step"] == 4:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(state, path)
+
+    monkeypatch.setattr(torch, "save", full_at_step_4)
+    with pytest.raises(OSError, match=r"cannot write .*step-000004.*No space left"):
+        Trainer(make_model(), dataset, config).fit()
+    checkpoints = Path(config.out) / "checkpoints"
+    assert [folder.name for folder in checkpoints.iterdir()] == ["step-000002"]
+    monkeypatch.undo()
+    assert Trainer(make_model(), dataset, make_config(resume=True)).fit().step == 6
+
+
+def test_a_write_that_the_system_refuses_is_an_os_error(make_model, dataset, make_config) -> None:
+    """safetensors and torch.save raise errors of their own kind, which a command line would not catch."""
+    trainer = Trainer(make_model(), dataset, make_config(steps=1))
+    trainer.fit()
+    trainer.step = 2
+    size = 4 * weights(trainer.model).numel()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for limit in (size // 2, size + 4_000):  # the weights do not fit; they fit, the optimizer does not
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
+        try:
+            with pytest.raises(OSError, match=r"cannot write .*step-000002"):
+                trainer.save()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert [folder.name for folder in trainer.checkpoints.iterdir()] == ["step-000001"]
+    assert trainer.save().name == "step-000002"
+
+
+def test_time_ends_a_run_and_its_schedule(make_model, dataset, make_config) -> None:
+    config = make_config(steps=None, max_seconds=0.5, save_every=None, eval_every=None)
+    result = Trainer(make_model(), dataset, config).fit()
+    assert not result.interrupted
+    assert 0.5 <= result.seconds < 5
+    rates = list(logged(config.out, "lr").values())
+    assert len(rates) > 4
+    assert rates[-1] < 0.5 * config.lr
+
+
+def test_bfloat16_computes_in_bfloat16_and_keeps_weights_in_float32(make_model, dataset, make_config) -> None:
+    model = make_model().to(torch.bfloat16)
+    seen = set()
+    model.lm_head.register_forward_hook(lambda module, inputs, output: seen.add(output.dtype))
+    Trainer(model, dataset, make_config(dtype="bfloat16", steps=2)).fit()
+    assert seen == {torch.bfloat16}
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+def test_no_decay_of_embeddings_and_norms(make_model, make_config) -> None:
+    for tied in (False, True):
+        model = make_model(tie_word_embeddings=tied)
+        decayed, others = build_optimizer(model, make_config()).param_groups
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        kept = {names[id(parameter)] for parameter in others["params"]}
+        assert decayed["weight_decay"] > 0 == others["weight_decay"]
+        assert all("norm" in name or "embed" in name for name in kept)
+        assert "model.embed_tokens.weight" in kept
+        assert len(kept) + len(decayed["params"]) == len(names)
+
+
+def test_a_checkpoint_loads_as_a_model(make_model, dataset, make_config) -> None:
+    model = make_model()
+    folder = Trainer(model, dataset, make_config(steps=1)).fit().model_path.parent / "checkpoints/step-000001"
+    assert torch.equal(weights(AutoModelForCausalLM.from_pretrained(folder)), weights(model))
+
+
+def test_unknown_devices_are_refused() -> None:
+    assert pick_device("cpu").type == "cpu"
+    with pytest.raises(ValueError, match="device 'gpu' is not known"):
+        pick_device("gpu")
