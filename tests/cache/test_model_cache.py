@@ -168,7 +168,7 @@ def test_crop_undoes_several_forward_passes(kind: str) -> None:
     caches[0].record()
     for length in (3, 1, 2):
         model(ids(2, length, seed=length), past_key_values=caches[0])
-    caches[0].crop(-4)
+    caches[0].crop(torch.tensor(-4))
     model(ids(2, 3, seed=3)[:, :2], past_key_values=caches[1])
     results = [model(ids(2, 3, seed=9), past_key_values=cache).logits for cache in caches]
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)

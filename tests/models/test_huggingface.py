@@ -154,7 +154,11 @@ def test_trainer(tmp_path: Path) -> None:
 
 
 def test_import_is_light() -> None:
+    """No optional package is imported (transformers itself imports triton where there is a GPU)."""
     heavy = ["vllm", "fla", "triton", "faiss", "fastapi", "matplotlib", "tensorboard"]
-    code = f"import sys, oncelm; print([name for name in {heavy} if name in sys.modules])"
+    code = (
+        "import sys, torch; from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel\n"
+        f"before = set(sys.modules); import oncelm; print(sorted(set({heavy}) & (set(sys.modules) - before)))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from oncelm.data.tokenizers import load_tokenizer
 from oncelm.train.checkpoint import find_checkpoint
 from oncelm.train.optimizer import build_optimizer
-from oncelm.train.trainer import Trainer, pick_device
+from oncelm.train.trainer import Trainer
 
 
 def logged(out: str, name: str) -> dict[int, float]:
@@ -241,9 +241,3 @@ def test_a_checkpoint_loads_as_a_model(make_model, dataset, make_config) -> None
     model = make_model()
     folder = Trainer(model, dataset, make_config(steps=1)).fit().model_path.parent / "checkpoints/step-000001"
     assert torch.equal(weights(AutoModelForCausalLM.from_pretrained(folder)), weights(model))
-
-
-def test_unknown_devices_are_refused() -> None:
-    assert pick_device("cpu").type == "cpu"
-    with pytest.raises(ValueError, match="device 'gpu' is not known"):
-        pick_device("gpu")

@@ -54,6 +54,8 @@ def load_snapshot(path: str | os.PathLike[str], fingerprint: str, device: torch.
         raise ValueError(f"{path} is not a readable cache file: {error}") from error
     if header.get("format") != FORMAT:
         raise ValueError(f"{path} is not an OnceLM cache file (format {header.get('format')!r}, expected {FORMAT!r}).")
+    if missing := {"fingerprint", "checksum", "lengths", "columns"} - header.keys():
+        raise ValueError(f"{path} is damaged: its header lacks {', '.join(sorted(missing))}.")
     if header["fingerprint"] != fingerprint:
         raise ValueError(
             f"{path} was computed by another model (fingerprint {header['fingerprint']}, this model {fingerprint})."

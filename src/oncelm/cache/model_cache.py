@@ -230,7 +230,7 @@ class ModelCache(Cache):
         Raises:
             ValueError: more than was taken in since `record()` or the last `crop`; nothing has changed then.
         """
-        remove = abs(tokens_to_remove)
+        asked = remove = abs(int(tokens_to_remove))  # some transformers pass a tensor
         passes: list[tuple[Batch, int]] = []  # (the part of a forward pass to keep, columns to take back), latest first
         for batch in reversed(self._history):
             if remove == 0:
@@ -247,8 +247,8 @@ class ModelCache(Cache):
             remove -= back
         if remove:
             raise ValueError(
-                f"crop was asked to remove {abs(tokens_to_remove)} tokens and can undo "
-                f"{abs(tokens_to_remove) - remove}: turn cache.record() on before the forward passes to undo."
+                f"crop was asked to remove {asked} tokens and can undo {asked - remove}: "
+                "turn cache.record() on before the forward passes to undo."
             )
         for kept, back in passes:
             for layer in self.layers:

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
+from typing import NoReturn
 
 from oncelm.utils.errors import unknown
 
@@ -23,9 +25,23 @@ VERBS = {
 }
 
 
-def _top_level_parser() -> argparse.ArgumentParser:
+class Parser(argparse.ArgumentParser):
+    """argparse, but a mistake is a ValueError of one line, with the nearest option there is."""
+
+    def parse(self, arguments: list[str]) -> argparse.Namespace:
+        known = self._option_string_actions
+        for name in (argument.partition("=")[0] for argument in arguments):
+            if name.startswith("--") and len(name) > 2 and not any(option.startswith(name) for option in known):
+                raise unknown(f"option of {self.prog}", name, known)
+        return self.parse_args(arguments)
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message} (see {self.prog} --help)")
+
+
+def _top_level_parser() -> Parser:
     lines = "\n".join(f"  {verb:<10} {summary}" for verb, summary in VERBS.items())
-    return argparse.ArgumentParser(
+    return Parser(
         prog="oncelm",
         description="Language models that cache keys and values once: train, run and measure them.",
         epilog=f"verbs:\n{lines}\n\n`oncelm VERB --help` explains each, with examples.",
@@ -35,11 +51,24 @@ def _top_level_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status (0 done, 2 a user's mistake, 130 interrupted)."""
-    arguments = sys.argv[1:] if argv is None else argv
+    try:
+        return _run(sys.argv[1:] if argv is None else argv)
+    except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (ValueError, OSError, ImportError) as error:
+        print(f"oncelm: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("oncelm: interrupted", file=sys.stderr)
+        return 130
+
+
+def _run(arguments: list[str]) -> int:
     parser = _top_level_parser()
     parser.add_argument("--version", action="store_true", help="print the version and exit")
     parser.add_argument("verb", nargs="?", metavar="VERB")
-    known = parser.parse_args(arguments[:1])
+    known = parser.parse(arguments[:1])
     if known.version:
         from importlib.metadata import version
 
@@ -48,20 +77,13 @@ def main(argv: list[str] | None = None) -> int:
     if known.verb is None:
         parser.print_help()
         return 0
-    try:
-        if known.verb not in VERBS:
-            raise unknown("verb", known.verb, VERBS)
-        module = importlib.import_module(f"oncelm.cli.{known.verb}")
-        verb_parser = argparse.ArgumentParser(
-            prog=f"oncelm {known.verb}",
-            description=module.DESCRIPTION,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        module.add_arguments(verb_parser)
-        return module.run(verb_parser.parse_args(arguments[1:])) or 0
-    except (ValueError, OSError, ImportError) as error:
-        print(f"oncelm: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("oncelm: interrupted", file=sys.stderr)
-        return 130
+    if known.verb not in VERBS:
+        raise unknown("verb", known.verb, VERBS)
+    module = importlib.import_module(f"oncelm.cli.{known.verb}")
+    verb_parser = Parser(
+        prog=f"oncelm {known.verb}",
+        description=module.DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    module.add_arguments(verb_parser)
+    return module.run(verb_parser.parse(arguments[1:])) or 0

@@ -28,7 +28,7 @@ examples:
       a tiny YOCO on the bytes of one book
   oncelm train books/ --out runs/books --config recipes/tiny-cpu.yaml --steps 2000
       a recipe, with one setting of it replaced
-  oncelm train books/ --out runs/llama --model llama-tiny --tokenizer bpe:4096 --set lr=1e-3 seq_len=1024
+  oncelm train books/ --out runs/bpe --model yoco-small --tokenizer bpe:4096 --set lr=1e-3 seq_len=1024
       any setting by name; a tokenizer of 4096 entries is made from the data
   oncelm train books/ --out runs/wide --set model_overrides.hidden_size=384
       a preset with another shape

@@ -44,7 +44,7 @@ def load(
         return read_official(path, precision).to(target)
     config = read_config(path)
     is_folder = Path(path).is_dir()
-    with _errors_in_one_line(path), quiet_transformers(progress_bars=not is_folder):
+    with errors_in_one_line(path), quiet_transformers(progress_bars=not is_folder):
         model, info = AutoModelForCausalLM.from_pretrained(
             path,
             config=config,
@@ -62,7 +62,7 @@ def read_config(path: str | os.PathLike[str]) -> PreTrainedConfig:
     if is_official_folder(path):
         return read_params(path)
     _check_folder(path)
-    with _errors_in_one_line(path), quiet_transformers():
+    with errors_in_one_line(path), quiet_transformers():
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
 
 
@@ -112,7 +112,8 @@ def _check_folder(path: str | os.PathLike[str]) -> None:
 
 
 def _may_be_hub_id(path: str | os.PathLike[str]) -> bool:
-    return str(path).count("/") == 1 and not str(path).startswith((".", "/", "~"))
+    owner, slash, name = str(path).partition("/")
+    return bool(owner and slash and name) and "/" not in name and owner[0] not in ".~"
 
 
 def _check_complete(path: str | os.PathLike[str], info: dict[str, Any]) -> None:
@@ -132,7 +133,7 @@ def _some(names: list[str]) -> str:
 
 
 @contextlib.contextmanager
-def _errors_in_one_line(path: str | os.PathLike[str]) -> Iterator[None]:
+def errors_in_one_line(path: str | os.PathLike[str]) -> Iterator[None]:
     """Whatever goes wrong inside transformers, told as a ValueError of one line that names `path`."""
     try:
         yield

@@ -8,4 +8,6 @@ import torch.nn.functional as F
 
 def swiglu(x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
     """silu(x) * gate, elementwise; both of one shape."""
-    return F.silu(x) * gate
+    activated = F.silu(x)
+    # without a graph to keep, the product takes the activation's place: on a CPU a large allocation costs more than it
+    return activated * gate if torch.is_grad_enabled() else activated.mul_(gate)

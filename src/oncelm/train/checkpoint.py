@@ -10,16 +10,13 @@ This file knows folders and checksums only; what a checkpoint holds is up to the
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import logging
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-
-from safetensors import SafetensorError
 
 from oncelm.utils.files import atomic_folder
 
@@ -35,7 +32,7 @@ def save_checkpoint(root: Path, step: int, write: Callable[[Path], None], *, kee
     Nothing is deleted before the new one is complete on disk; a failure leaves every older one as it was.
     """
     target = root / f"step-{step:06d}"
-    with writing_folder(target) as folder:
+    with atomic_folder(target) as folder:
         write(folder)
         manifest = {"step": step, "files": checksums(folder)}
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
@@ -95,18 +92,3 @@ def delete_unfinished(root: Path) -> None:
     """Delete what a killed process left half written. Only for the one process that writes to `root`."""
     for folder in root.glob(".step-*"):
         shutil.rmtree(folder)
-
-
-@contextlib.contextmanager
-def writing_folder(target: Path) -> Iterator[Path]:
-    """`atomic_folder`, with every failed write an OSError that names `target` and the space left.
-
-    torch.save and safetensors report a full disk as errors of their own, in words about their insides.
-    """
-    try:
-        with atomic_folder(target) as folder:
-            yield folder
-    except (OSError, SafetensorError, RuntimeError) as error:
-        free = shutil.disk_usage(target.parent).free / 2**20
-        reason = " ".join(str(error).split())
-        raise OSError(f"cannot write {target} ({free:,.0f} MiB free there): {reason}") from error

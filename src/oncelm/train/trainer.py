@@ -27,14 +27,14 @@ from oncelm.train.checkpoint import (
     find_checkpoint,
     list_checkpoints,
     save_checkpoint,
-    writing_folder,
 )
 from oncelm.train.config import TrainConfig
 from oncelm.train.interrupt import StopRequest
 from oncelm.train.metrics import Metrics
 from oncelm.train.optimizer import build_optimizer
 from oncelm.train.schedule import lr_factor
-from oncelm.utils.files import atomic_file
+from oncelm.utils.device import resolve_device
+from oncelm.utils.files import atomic_file, atomic_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -88,7 +88,7 @@ class Trainer:
         config: TrainConfig,
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
-        self.device = pick_device(config.device)
+        self.device = resolve_device(None if config.device == "auto" else config.device)
         self.model = model.float().to(self.device)
         self.dataset, self.config, self.tokenizer = dataset, config, tokenizer
         self.optimizer = build_optimizer(model, config)
@@ -201,7 +201,7 @@ class Trainer:
     def export(self) -> Path:
         """Write the model, and the tokenizer, as a Hugging Face folder `out/model`; returns it."""
         target = self.out / "model"
-        with writing_folder(target) as folder:
+        with atomic_folder(target) as folder:
             self.model.save_pretrained(folder)
             if self.tokenizer is not None:
                 self.tokenizer.save_pretrained(folder)
@@ -270,16 +270,3 @@ class Trainer:
             raise FloatingPointError(
                 f"{name} is {value} at step {step}; {last}. A lower lr or more warmup_steps may help."
             )
-
-
-def pick_device(name: str) -> torch.device:
-    """The device called `name`; "auto" is a GPU where there is one."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"device {name!r} is not known; use auto, cpu, cuda or cuda:INDEX.") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device is {name!r}, but no CUDA device is available; use auto or cpu.")
-    return device

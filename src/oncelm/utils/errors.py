@@ -26,7 +26,7 @@ def check_choice(kind: str, value: object, allowed: Iterable[object]) -> None:
 
 
 def check_positive(**values: int | float) -> None:
-    """Raise ValueError naming the first argument that is not above zero."""
+    """Raise ValueError naming the first argument that is not a number above zero."""
     for name, value in values.items():
-        if not value > 0:
-            raise ValueError(f"{name} must be above 0, got {value!r}.")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+            raise ValueError(f"{name} must be a number above 0, got {value!r}.")

@@ -9,6 +9,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 
 def fsync_path(path: Path) -> None:
     """Flush a file or a folder entry to the disk."""
@@ -17,6 +19,20 @@ def fsync_path(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _write_errors(target: Path) -> Iterator[None]:
+    """Every failed write as an OSError that names `target` and the space left.
+
+    torch.save and safetensors report a full disk as errors of their own, in words about their insides.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        free = shutil.disk_usage(target.parent).free / 2**20
+        reason = " ".join(str(error).split())
+        raise OSError(f"cannot write {target} ({free:,.0f} MiB free there): {reason}") from error
 
 
 def _current_umask() -> int:
@@ -37,7 +53,8 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     os.close(descriptor)
     temporary = Path(name)
     try:
-        yield temporary
+        with _write_errors(target):
+            yield temporary
         fsync_path(temporary)
         temporary.chmod(0o666 & ~_current_umask())  # mkstemp makes it private
         temporary.replace(target)
@@ -57,7 +74,8 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp"))
     try:
-        yield temporary
+        with _write_errors(target):
+            yield temporary
         for file in sorted(temporary.rglob("*")):
             fsync_path(file)
         fsync_path(temporary)

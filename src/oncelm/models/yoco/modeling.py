@@ -298,7 +298,7 @@ class YocoForCausalLM(PreTrainedModel, GenerationMixin):
         cache: ModelCache,
         chunk_size: int | None = None,
         attention_mask: torch.Tensor | None = None,
-        progress: Callable[[int], None] | None = None,
+        progress: Callable[[int], object] | None = None,
     ) -> torch.Tensor:
         """Read any number of tokens into `cache`, chunk by chunk; may be called again to append.
 
@@ -404,16 +404,22 @@ class YocoForCausalLM(PreTrainedModel, GenerationMixin):
         rows = max(generation_config.num_beams, generation_config.num_return_sequences) * batch_size
         drafts = generation_mode == GenerationMode.ASSISTED_GENERATION  # they may run past the end before they are cut
         cache = self.new_cache(rows, None if drafts else max_cache_length)
-        cache.record(generation_config.is_assistant)  # a draft model's tokens are taken back when they are rejected
+        cache.record(bool(generation_config.is_assistant))  # a draft model's tokens are taken back when they are rejected
         model_kwargs["past_key_values"] = cache
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike | None, *args: Any, **kwargs: Any) -> Any:
         """As in Hugging Face, but a missing, unexpected or wrong-size tensor is an error, not a warning."""
         wants_info = kwargs.pop("output_loading_info", False)
+        kwargs.setdefault("ignore_mismatched_sizes", True)  # they are listed in `info` instead, and refused below
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
-        for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-            if names := sorted(str(name) for name in info.get(problem, ())):
+        if wrong := sorted(info["mismatched_keys"]):
+            name, found, expected = wrong[0]
+            raise ValueError(
+                f"{pretrained_model_name_or_path}: {name} is {list(found)}, config.json asks for {list(expected)}."
+            )
+        for problem in ("missing_keys", "unexpected_keys"):
+            if names := sorted(info[problem]):
                 raise ValueError(
                     f"{pretrained_model_name_or_path} has {len(names)} {problem.replace('_keys', '')} tensors: "
                     f"{', '.join(names[:4])}{', ...' if len(names) > 4 else ''}."

@@ -1,0 +1,38 @@
+"""Measuring prefill, decoding, memory and training, beside a Llama of the same shape, in one run.
+
+llama, yoco = Llama(...), Yoco(...)
+records = run("prefill", [yoco, llama], [4096, 16384], dtype=torch.float32)
+rich.print(table(records))
+"""
+
+from oncelm.bench.cases import CASES
+from oncelm.bench.gate import GateError, check
+from oncelm.bench.measure import PeakMemory, Timing, measure
+from oncelm.bench.peer import Llama, llama_config
+from oncelm.bench.report import append_record, read_records, table
+from oncelm.bench.roofline import Ceilings, measure_ceilings
+from oncelm.bench.runner import run
+from oncelm.bench.subjects import Subject, Yoco
+from oncelm.bench.work import LlamaWork, Work, YocoWork
+
+__all__ = [
+    "CASES",
+    "Ceilings",
+    "GateError",
+    "Llama",
+    "LlamaWork",
+    "PeakMemory",
+    "Subject",
+    "Timing",
+    "Work",
+    "Yoco",
+    "YocoWork",
+    "append_record",
+    "check",
+    "llama_config",
+    "measure",
+    "measure_ceilings",
+    "read_records",
+    "run",
+    "table",
+]

@@ -1,0 +1,122 @@
+"""The four measurements. Each takes a subject and a length, and returns what was seen as plain JSON values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from oncelm.bench.measure import PeakMemory, Timing, measure
+from oncelm.bench.roofline import Ceilings
+from oncelm.bench.subjects import Subject
+from oncelm.bench.work import Work
+
+WARM_UP_TOKENS = 256
+DECODED_TOKENS = 8  # in one repeat of a decode measurement
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What all measurements of a run share.
+
+    Attributes:
+        batch_size: sequences side by side.
+        repeats: of each timed call.
+        dtype: of the computation.
+        ceilings: of the machine in that dtype.
+    """
+
+    batch_size: int
+    repeats: int
+    dtype: torch.dtype
+    ceilings: Ceilings
+
+
+@torch.no_grad()
+def prefill(subject: Subject, length: int, at: Conditions) -> dict[str, Any]:
+    """Time from `length` tokens to the logits of the last one and a cache to go on with."""
+    ids = _random_ids(subject, at.batch_size, length)
+    subject.prefill(ids[:, :WARM_UP_TOKENS])
+    timing = measure(lambda: subject.prefill(ids), at.repeats, subject.model.device)
+    return _timed(timing, 1, at.batch_size * length, subject.work.prefill(at.batch_size, length), at)
+
+
+@torch.no_grad()
+def decode(subject: Subject, length: int, at: Conditions) -> dict[str, Any]:
+    """Time of one token of each sequence behind `length` cached ones."""
+    cache = subject.context(at.batch_size, length, room=DECODED_TOKENS * (at.repeats + 1))
+    token = torch.zeros(at.batch_size, 1, dtype=torch.long, device=subject.model.device)
+
+    def steps() -> None:
+        for _ in range(DECODED_TOKENS):
+            subject.step(token, cache)
+
+    timing = measure(steps, at.repeats, subject.model.device)
+    return _timed(timing, DECODED_TOKENS, at.batch_size, subject.work.decode(at.batch_size, length), at)
+
+
+@torch.no_grad()
+def memory(subject: Subject, length: int, at: Conditions) -> dict[str, Any]:
+    """Bytes of the cache behind `length` tokens, and the peak of the prefill that fills it."""
+    ids = _random_ids(subject, at.batch_size, length)
+    subject.prefill(ids[:, :WARM_UP_TOKENS])
+    with PeakMemory(subject.model.device) as peak:
+        cache = subject.prefill(ids)[1]
+    return {
+        "cache_bytes": subject.cache_bytes(cache),
+        "peak_bytes_above_weights": peak.bytes,
+        "weight_bytes": sum(parameter.nbytes for parameter in subject.model.parameters()),
+        "peak_method": peak.method,
+    }
+
+
+def train(subject: Subject, length: int, at: Conditions) -> dict[str, Any]:
+    """Time of forward, backward and an AdamW step on sequences of `length` tokens; weights stay float32."""
+    ids = _random_ids(subject, at.batch_size, length)
+    model = subject.model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    mixed = at.dtype != torch.float32
+
+    def step() -> None:
+        optimizer.zero_grad()
+        with torch.autocast(model.device.type, at.dtype, enabled=mixed):
+            loss = model(ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        optimizer.step()
+
+    timing = measure(step, at.repeats, model.device)
+    optimizer.zero_grad()
+    return _timed(timing, 1, at.batch_size * length, subject.work.train(at.batch_size, length), at)
+
+
+CASES: dict[str, Callable[[Subject, int, Conditions], dict[str, Any]]] = {
+    "prefill": prefill,
+    "decode": decode,
+    "memory": memory,
+    "train": train,
+}
+
+
+def _random_ids(subject: Subject, batch_size: int, length: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(subject.model.config.vocab_size, (batch_size, length), generator=generator)
+    return ids.to(subject.model.device)
+
+
+def _timed(timing: Timing, units: int, tokens: int, work: Work, at: Conditions) -> dict[str, Any]:
+    """The figures of a call that does `units` times `work`, on `tokens` tokens each time."""
+    seconds = timing.median / units
+    floor = at.ceilings.floor_seconds(work)
+    return {
+        "seconds": seconds,
+        "runs": [run / units for run in timing.runs],
+        "repeats": len(timing.runs),
+        "spread": timing.spread,
+        "tokens_per_second": tokens / seconds,
+        "flops": work.flops,
+        "bytes": work.bytes,
+        "floor_seconds": floor,
+        "roofline_share": floor / seconds,
+    }

@@ -1,0 +1,145 @@
+"""Seconds and bytes: how long a call takes, and how much memory it takes beyond what was there."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import statistics
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import psutil
+import torch
+
+LONG_RUN = 20.0  # seconds; a call that takes longer is measured once: repeating it costs more than its spread tells
+SAMPLING_INTERVAL = 0.002  # seconds between two looks at the resident set
+
+
+@dataclass(frozen=True)
+class Timing:
+    """The measured seconds of each repeat."""
+
+    runs: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.runs)
+
+    @property
+    def spread(self) -> float:
+        """(slowest - fastest) / median; 0 for a single run."""
+        return (max(self.runs) - min(self.runs)) / self.median
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done all that was asked of it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def measure(run: Callable[[], object], repeats: int, device: torch.device, long_run: float = LONG_RUN) -> Timing:
+    """Time `run()`, `repeats` times after one warm-up call.
+
+    A warm-up call longer than `long_run` seconds is itself the figure, and `run` is not called again.
+    """
+    first = _seconds(run, device)
+    if first > long_run:
+        return Timing((first,))
+    return Timing(tuple(_seconds(run, device) for _ in range(repeats)))
+
+
+def _seconds(run: Callable[[], object], device: torch.device) -> float:
+    synchronize(device)
+    start = time.perf_counter()
+    run()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+class Neighbours:
+    """Context manager: how many cores other processes kept busy meanwhile. Anything above a few percent spoils a timing
+    that uses all cores, because a thread that waits for its core makes all the others wait.
+    """
+
+    cores: float = 0.0
+
+    def __enter__(self) -> Neighbours:
+        self._start = self._now()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        wall, busy, own = (now - then for now, then in zip(self._now(), self._start, strict=True))
+        self.cores = max(0.0, busy - own) / wall
+
+    @staticmethod
+    def _now() -> tuple[float, float, float]:
+        """Seconds: on the clock, of all cores at work, of this process at work."""
+        machine, own = psutil.cpu_times(), psutil.Process().cpu_times()
+        busy = sum(machine) - machine.idle - getattr(machine, "iowait", 0.0)
+        return time.perf_counter(), busy, own.user + own.system
+
+
+class PeakMemory:
+    """Context manager: the most memory in use at any moment of the block, above what was in use before it.
+
+    On a GPU it is the allocator's own record (max_memory_allocated). On a CPU it is this process's resident set,
+    looked at by a thread every 2 ms; memory that was freed earlier but kept by the C library is given back first, or
+    the block could use it unseen. Peaks shorter than 2 ms can be missed.
+
+    >>> with PeakMemory(torch.device("cpu")) as peak:
+    ...     _ = torch.ones(1 << 22)
+    >>> peak.bytes > 0
+    True
+    """
+
+    bytes: int = 0
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    @property
+    def method(self) -> str:
+        """How it was measured, for the record."""
+        if self.device.type == "cuda":
+            return "torch.cuda.max_memory_allocated above the start"
+        return "resident set above the start, sampled every 2 ms"
+
+    def __enter__(self) -> PeakMemory:
+        gc.collect()
+        if self.device.type == "cuda":
+            synchronize(self.device)
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self._start = torch.cuda.memory_allocated(self.device)
+            return self
+        _give_back_freed_memory()
+        self._process = psutil.Process()
+        self._start = self._process.memory_info().rss
+        self._done = threading.Event()
+        self._sampler = threading.Thread(target=self._sample, daemon=True)
+        self._sampler.start()
+        return self
+
+    def _sample(self) -> None:
+        while True:
+            last = self._done.wait(SAMPLING_INTERVAL)
+            self.bytes = max(self.bytes, self._process.memory_info().rss - self._start)
+            if last:
+                return
+
+    def __exit__(self, *_: object) -> None:
+        if self.device.type == "cuda":
+            synchronize(self.device)
+            self.bytes = torch.cuda.max_memory_allocated(self.device) - self._start
+            return
+        self._done.set()
+        self._sampler.join()
+
+
+def _give_back_freed_memory() -> None:
+    """Return freed pages to the system, where the C library is glibc; others do so by themselves."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (AttributeError, OSError, TypeError):
+        return

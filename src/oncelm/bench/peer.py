@@ -1,0 +1,81 @@
+"""The other side: transformers' Llama of the same shape, run the best way that transformers offers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import Cache, DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
+
+from oncelm.bench.work import LlamaWork
+from oncelm.models import YocoConfig
+
+SHAPE_KEYS = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "tie_word_embeddings",
+)  # fmt: skip
+
+
+def llama_config(config: YocoConfig) -> LlamaConfig:
+    """The Llama that a YOCO is compared with.
+
+    Same width, depth, vocabulary, heads and, in every layer, key/value heads as the shared cache. Its feed-forward is
+    8/3 d wide, rounded up to a multiple of 128: the YOCO paper pairs that with 3 d for its own model, which spends less
+    on key and value projections. So the Llama has a few percent fewer parameters, never more.
+    """
+    return LlamaConfig(
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        intermediate_size=-(-8 * config.hidden_size // (3 * 128)) * 128,
+        num_hidden_layers=config.num_hidden_layers,
+        num_attention_heads=config.num_attention_heads,
+        num_key_value_heads=config.shared_kv_heads,
+        tie_word_embeddings=config.tie_word_embeddings,
+        max_position_embeddings=config.max_position_embeddings,
+        attn_implementation="sdpa",
+    )
+
+
+class Llama:
+    """transformers' Llama with SDPA attention.
+
+    Prefill is one pass into a DynamicCache with the logits of the last token only: chunks, or a StaticCache, bring an
+    attention mask, which takes SDPA off its causal kernel. Decoding uses a StaticCache: a DynamicCache copies every
+    layer's cache at every token.
+    """
+
+    name = "Llama"
+
+    def __init__(self, model: LlamaForCausalLM) -> None:
+        self.model = model
+        self.work = LlamaWork(model.config, model.dtype.itemsize)
+        self.settings = {
+            "attention": "sdpa",
+            "prefill_cache": "DynamicCache",
+            "decode_cache": "StaticCache of random keys and values",
+        }
+
+    def shape(self) -> dict[str, Any]:
+        return {key: getattr(self.model.config, key) for key in SHAPE_KEYS}
+
+    def prefill(self, ids: torch.Tensor, room: int = 0, chunk_size: int | None = None) -> tuple[torch.Tensor, Cache]:
+        cache = DynamicCache(config=self.model.config)  # it grows, whatever the room
+        for chunk in ids.split(chunk_size or ids.shape[1], dim=1):
+            output = self.model(chunk, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        return output.logits[:, -1], cache
+
+    def context(self, batch_size: int, tokens: int, room: int) -> Cache:
+        """Random keys and values: time does not depend on them, and a real prefill is quadratic."""
+        config = self.model.config
+        cache = StaticCache(config=config, max_cache_len=tokens + room)
+        shape = (batch_size, config.num_key_value_heads, tokens, config.head_dim)
+        for layer in range(config.num_hidden_layers):
+            k, v = (torch.randn(shape, dtype=self.model.dtype, device=self.model.device) for _ in "kv")
+            cache.update(k, v, layer)
+        return cache
+
+    def step(self, token: torch.Tensor, cache: Cache) -> torch.Tensor:
+        return self.model(token, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+
+    def cache_bytes(self, cache: Cache) -> int:
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)

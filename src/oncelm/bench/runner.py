@@ -1,0 +1,96 @@
+"""A run of `oncelm bench`: the gate, the machine's ceilings, then every subject at every length."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from oncelm.bench.cases import CASES, Conditions
+from oncelm.bench.gate import check
+from oncelm.bench.measure import Neighbours
+from oncelm.bench.roofline import measure_ceilings
+from oncelm.bench.subjects import Subject
+from oncelm.utils.environment import environment_report
+from oncelm.utils.errors import check_choice, check_positive
+
+Record = dict[str, Any]
+
+
+def run(
+    benchmark: str,
+    subjects: Sequence[Subject],
+    lengths: Sequence[int],
+    *,
+    dtype: torch.dtype,
+    batch_size: int = 1,
+    repeats: int = 3,
+    peer_max_length: int | None = None,
+    on_record: Callable[[Record], None] = lambda record: None,
+) -> list[Record]:
+    """Measure.
+
+    Args:
+        benchmark: "prefill", "decode", "memory" or "train".
+        subjects: the first is what the others, its peers, are compared with; all on one device.
+        lengths: tokens of each sequence.
+        dtype: of the computation. The subjects' weights are of this dtype, but for "train" float32.
+        batch_size, repeats: see Conditions.
+        peer_max_length: peers are not measured at greater lengths.
+        on_record: called with each record as soon as it is there.
+
+    Returns:
+        Records: what was measured, how, on what. A subject that runs out of memory gives one with `error`.
+
+    Raises:
+        GateError: a subject is wrong; nothing was measured.
+    """
+    check_choice("benchmark", benchmark, CASES)
+    check_positive(batch_size=batch_size, repeats=repeats, **{f"length {length}": length for length in lengths})
+    plan = [
+        (subject, length)
+        for length in lengths
+        for subject in subjects
+        if subject is subjects[0] or peer_max_length is None or length <= peer_max_length
+    ]
+    device = subjects[0].model.device
+    environment = environment_report()
+    with tqdm(total=len(plan) + 2, desc="correctness gate", unit="case", dynamic_ncols=True) as bar:
+        errors = {subject.name: check(subject, dtype) for subject in subjects}
+        bar.update()
+        bar.set_description("machine ceilings")
+        ceilings = measure_ceilings(device, dtype)
+        bar.update()
+        records = []
+        for subject, length in plan:
+            bar.set_description(f"{benchmark} {subject.name} {length:,} tokens")
+            with Neighbours() as others:
+                try:
+                    figures = CASES[benchmark](subject, length, Conditions(batch_size, repeats, dtype, ceilings))
+                except torch.OutOfMemoryError:
+                    figures = {"error": "out of memory"}
+            record = {
+                "benchmark": benchmark,
+                "subject": subject.name,
+                "length": length,
+                **figures,
+                "batch_size": batch_size,
+                "dtype": str(dtype).removeprefix("torch."),
+                "device": str(device),
+                "parameters": sum(parameter.numel() for parameter in subject.model.parameters()),
+                "shape": subject.shape(),
+                "settings": subject.settings,
+                "gate_errors": errors[subject.name],
+                "cores_busy_elsewhere": round(others.cores, 2),
+                "ceiling_flops_per_second": ceilings.flops_per_second,
+                "ceiling_bytes_per_second": ceilings.bytes_per_second,
+                "time": datetime.now(UTC).isoformat(timespec="seconds"),
+                "environment": environment,
+            }
+            records.append(record)
+            on_record(record)
+            bar.update()
+    return records

@@ -1,0 +1,103 @@
+"""What is measured: a model behind the same few calls, whatever its cache is. peer.py has the other one."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from transformers import PreTrainedModel
+
+from oncelm.bench.work import WorkCounts, YocoWork
+from oncelm.cache import ModelCache
+from oncelm.models import YocoConfig, YocoForCausalLM
+from oncelm.models.yoco.modeling import PREFILL_CHUNK_SIZE
+
+
+class Subject(Protocol):
+    """A model under measurement. Ids are [B, T]; a cache is whatever `prefill` returns."""
+
+    name: str
+    settings: dict[str, Any]  # how it is run, for the record
+
+    @property
+    def model(self) -> PreTrainedModel: ...
+
+    @property
+    def work(self) -> WorkCounts: ...
+
+    def shape(self) -> dict[str, Any]:
+        """The configuration keys that fix sizes, for the record."""
+        ...
+
+    def prefill(self, ids: torch.Tensor, room: int = 0, chunk_size: int | None = None) -> tuple[torch.Tensor, Any]:
+        """Read `ids` from the start: logits [B, V] of the last token, and a cache with room for `room` more.
+
+        `chunk_size` None means the subject's own choice.
+        """
+        ...
+
+    def context(self, batch_size: int, tokens: int, room: int) -> Any:
+        """A cache as it is behind `tokens` tokens, for timing what follows."""
+        ...
+
+    def step(self, token: torch.Tensor, cache: Any) -> torch.Tensor:
+        """Append token [B, 1]: logits [B, V]."""
+        ...
+
+    def cache_bytes(self, cache: Any) -> int: ...
+
+
+def default_config(
+    hidden_size: int = 512, num_layers: int = 12, self_decoder: str = "gated_retention", **changes: Any
+) -> YocoConfig:
+    """A shape that a CPU measures in minutes, in the paper's proportions, with any keys changed.
+
+    Half the layers are self-decoder, feed-forward 3 d, retention heads of 256, attention heads of 64, two query heads
+    a key/value head. 32,000 is LLaMA's vocabulary: at this width a larger one would weigh more than all layers.
+    """
+    heads = hidden_size // 64
+    return YocoConfig(
+        **{
+            "vocab_size": 32000,
+            "hidden_size": hidden_size,
+            "intermediate_size": 3 * hidden_size,
+            "num_self_decoder_layers": num_layers - num_layers // 2,
+            "num_cross_decoder_layers": num_layers // 2,
+            "self_decoder": self_decoder,
+            "num_self_heads": max(1, hidden_size // 256) if self_decoder == "gated_retention" else heads,
+            "num_attention_heads": heads,
+            "num_key_value_heads": max(1, heads // 2),
+            **changes,
+        }
+    )
+
+
+class Yoco:
+    """A YOCO, prefilled in chunks with early exit into a preallocated cache."""
+
+    name = "YOCO"
+
+    def __init__(self, model: YocoForCausalLM, prefill_chunk_size: int = PREFILL_CHUNK_SIZE) -> None:
+        self.model = model
+        self.work = YocoWork(model.config, model.dtype.itemsize)
+        self.prefill_chunk_size = prefill_chunk_size
+        self.settings = {"cache": "ModelCache, preallocated", "prefill_chunk_size": prefill_chunk_size}
+
+    def shape(self) -> dict[str, Any]:
+        return {key: getattr(self.model.config, key) for key in YocoConfig.own_keys()}
+
+    def prefill(
+        self, ids: torch.Tensor, room: int = 0, chunk_size: int | None = None
+    ) -> tuple[torch.Tensor, ModelCache]:
+        cache = self.model.new_cache(ids.shape[0], ids.shape[1] + room)
+        return self.model.prefill(ids, cache, chunk_size or self.prefill_chunk_size), cache
+
+    def context(self, batch_size: int, tokens: int, room: int) -> ModelCache:
+        ids = torch.zeros(batch_size, tokens, dtype=torch.long, device=self.model.device)
+        return self.prefill(ids, room)[1]
+
+    def step(self, token: torch.Tensor, cache: ModelCache) -> torch.Tensor:
+        return self.model(token, past_key_values=cache, logits_to_keep=1).logits[:, -1]
+
+    def cache_bytes(self, cache: ModelCache) -> int:
+        return cache.nbytes()

@@ -1,0 +1,176 @@
+"""`oncelm bench`: measured figures of a YOCO, beside a Llama of the same shape."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+    from oncelm.bench import Subject
+    from oncelm.models import YocoConfig
+
+HELP = "measure prefill, decode, memory and training beside a Llama of the same shape"
+
+DESCRIPTION = """\
+Measure a YOCO and, in the same run, transformers' Llama of the same width, depth, heads and vocabulary.
+
+  prefill   seconds until the last token's logits and a cache are there
+  decode    seconds of one token behind a context of each length
+  memory    bytes of the cache, and the peak of a prefill above the weights
+  train     seconds of forward, backward and an AdamW step
+
+First both models must pass a correctness gate: prefill in chunks, decoding and the loss have to agree with the full
+forward. Each time is the median after a warm-up; a call longer than 20 s is measured once. It is shown beside the
+least time that this machine's measured FLOP/s and bytes/s allow (the roofline). Weights are random unless --model is
+a folder: speed does not depend on them.
+
+The default shape is 512 wide with 12 layers, the paper's proportions at a size that a CPU measures in minutes. Its
+vocabulary is LLaMA's 32,000: at this width, the 100,288 of official YOCO would outweigh all layers together.
+
+examples:
+  oncelm bench prefill
+      4K to 64K tokens; Llama up to 32K, which takes it minutes on a CPU
+  oncelm bench decode --lengths 4096,32768 --dtype bfloat16 --out decode.jsonl
+      in bfloat16, and appended to a file: one JSON line a measurement, with the environment
+  oncelm bench prefill --self-decoder sliding_window --hidden-size 256 --layers 8 --no-peer
+      another shape, by itself
+  oncelm bench memory --model yoco-3b --device cuda --lengths 131072,524288 --peer-max-length 131072
+      a preset (`oncelm info` lists them), on a GPU
+"""
+
+LENGTHS = {"train": "512,2048"}
+DEFAULT_LENGTHS = "4096,16384,32768,65536"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("benchmark", metavar="WHAT", help="prefill, decode, memory or train")
+    shape = parser.add_argument_group("the model")
+    shape.add_argument("--model", metavar="NAME", help="a preset, or the folder of a YOCO (default: the shape below)")
+    shape.add_argument("--hidden-size", type=int, metavar="D", help="width (512)")
+    shape.add_argument("--layers", type=int, metavar="L", help="layers, half of them self-decoder (12)")
+    shape.add_argument("--self-decoder", metavar="KIND", help="gated_retention (default) or sliding_window")
+    shape.add_argument(
+        "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="any other key of YocoConfig"
+    )
+    run = parser.add_argument_group("the run")
+    run.add_argument("--lengths", metavar="N,N", help=f"tokens ({DEFAULT_LENGTHS}; train: {LENGTHS['train']})")
+    run.add_argument("--batch-size", type=int, default=1, metavar="N", help="sequences side by side (1)")
+    run.add_argument("--dtype", help="float32 (default on a CPU), bfloat16 (on a GPU) or float16")
+    run.add_argument("--device", help="cpu, cuda, ... (a GPU if there is one)")
+    run.add_argument("--repeats", type=int, default=3, metavar="N", help="timed calls; their median counts (3)")
+    run.add_argument("--prefill-chunk-size", type=int, metavar="N", help="tokens YOCO's prefill reads at a time (8192)")
+    run.add_argument("--no-peer", action="store_true", help="leave out Llama")
+    run.add_argument("--peer-max-length", type=int, default=32768, metavar="N", help="no Llama beyond this (32768)")
+    run.add_argument("--out", metavar="FILE", help="append every measurement to this file, as a line of JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from oncelm import bench
+    from oncelm.utils.device import resolve_device, resolve_dtype
+    from oncelm.utils.errors import check_choice
+
+    check_choice("benchmark", args.benchmark, bench.CASES)
+    lengths = parse_lengths(args.lengths or LENGTHS.get(args.benchmark, DEFAULT_LENGTHS))
+    device = resolve_device(args.device)
+    dtype = resolve_dtype(args.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
+    if args.out:
+        Path(args.out).open("a").close()  # a place that cannot be written fails now, not after minutes
+    try:
+        records = bench.run(
+            args.benchmark,
+            make_subjects(args, device, dtype),
+            lengths,
+            dtype=dtype,
+            batch_size=args.batch_size,
+            repeats=args.repeats,
+            peer_max_length=args.peer_max_length,
+            on_record=(lambda record: bench.append_record(args.out, record)) if args.out else (lambda record: None),
+        )
+    except bench.GateError as error:
+        print(f"oncelm: correctness gate: {error}", file=sys.stderr)
+        return 1
+    Console().print(bench.table(records))
+    if args.out:
+        print(f"Appended {len(records)} lines to {args.out}")
+    return 0
+
+
+def parse_lengths(text: str) -> list[int]:
+    """ "4096,16384" as numbers."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise ValueError(f"lengths must be whole numbers with commas, as in 4096,16384; got {text!r}.") from error
+
+
+def make_subjects(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> list[Subject]:
+    """The YOCO of the command line and, unless --no-peer, its Llama."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from oncelm import bench
+    from oncelm.models import YocoForCausalLM, load
+    from oncelm.utils.errors import check_positive
+
+    kept = torch.float32 if args.benchmark == "train" else dtype  # training computes in dtype, on float32 weights
+    chunk = {} if args.prefill_chunk_size is None else {"prefill_chunk_size": args.prefill_chunk_size}
+    check_positive(**chunk)
+
+    def fresh(config: Any) -> Any:
+        with device:
+            return AutoModelForCausalLM.from_config(config, dtype=kept).eval()
+
+    torch.manual_seed(0)
+    if args.model is not None and Path(args.model).is_dir():
+        refuse_shape_options(args, but=())
+        model = load(args.model, device, kept)
+        if not isinstance(model, YocoForCausalLM):
+            raise ValueError(f"model {args.model!r} is a {type(model).__name__}; bench measures YOCO models.")
+    else:
+        model = fresh(make_config(args))
+    subjects: list[Subject] = [bench.Yoco(model, **chunk)]
+    if not args.no_peer:
+        subjects.append(bench.Llama(fresh(bench.llama_config(model.config))))
+    return subjects
+
+
+def make_config(args: argparse.Namespace) -> YocoConfig:
+    """The preset or the default shape, with the command line's changes."""
+    from oncelm.bench.subjects import default_config
+    from oncelm.models.yoco.presets import preset_config
+
+    changes = parse_settings(args.set)
+    if args.self_decoder is not None:
+        changes["self_decoder"] = args.self_decoder
+    if args.model is not None:
+        refuse_shape_options(args, but=("self_decoder", "set"))
+        return preset_config(args.model, **changes)
+    sizes = {"hidden_size": args.hidden_size, "num_layers": args.layers}
+    return default_config(**{name: value for name, value in sizes.items() if value is not None}, **changes)
+
+
+def refuse_shape_options(args: argparse.Namespace, but: tuple[str, ...]) -> None:
+    """A model that is named has its shape: ValueError for options that would be ignored."""
+    for name in ("hidden_size", "layers", "self_decoder", "set"):
+        if name not in but and getattr(args, name):
+            option = f"--{name.replace('_', '-')}"
+            raise ValueError(f"{option} does not go with --model {args.model}, which fixes it; leave one of them out.")
+
+
+def parse_settings(settings: list[str]) -> dict[str, Any]:
+    """["num_key_value_heads=2"] as keys and YAML values."""
+    import yaml
+
+    parsed = {}
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        if not key or not equals:
+            raise ValueError(f"setting {setting!r} must have the form KEY=VALUE, as in num_key_value_heads=2.")
+        parsed[key] = yaml.safe_load(text)
+    return parsed

@@ -1,0 +1,125 @@
+"""`oncelm convert`: official YOCO folders to Hugging Face folders, and back."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+HELP = "convert between official YOCO folders and Hugging Face folders"
+
+DESCRIPTION = """\
+Convert a model from the official YOCO format (params.json, checkpoint.pth) to a Hugging Face folder
+(config.json, model.safetensors), or from there to the official format. Logits stay the same.
+
+TARGET appears when it is complete, and not before. One that exists is refused, or with --overwrite replaced
+at the very end. A Hugging Face folder gets a tokenizer: the one named, or SOURCE's own, or cl100k_base where
+the model has its vocabulary. Official folders have none.
+
+examples:
+  oncelm convert yoco-3b-official/ yoco-3b/
+      official to Hugging Face, with the cl100k_base tokenizer
+  oncelm convert yoco-3b-official/ yoco-3b/ --dtype bfloat16
+      in half the space
+  oncelm convert runs/book/model book-official/
+      Hugging Face to official: params.json and checkpoint.pth for the official code
+  oncelm convert runs/book/model book-bf16/ --to hf --dtype bfloat16
+      Hugging Face to Hugging Face, in another dtype
+"""
+
+FORMATS = {"hf": "Hugging Face", "official": "official YOCO"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="SOURCE", help="the folder to read, of either format, or a hub id")
+    parser.add_argument("target", metavar="TARGET", help="the folder to write")
+    parser.add_argument(
+        "--to", metavar="FORMAT", help="hf or official: the format to write (the one that SOURCE is not)"
+    )
+    parser.add_argument("--dtype", help="float32, bfloat16 or float16 (as the weights are stored)")
+    parser.add_argument("--tokenizer", metavar="NAME", help="bytes, cl100k_base or a path, to save beside the model")
+    parser.add_argument("--overwrite", action="store_true", help="replace TARGET if it exists")
+
+
+def run(args: argparse.Namespace) -> int:
+    from oncelm.models.load import load, read_config
+    from oncelm.models.yoco.official import is_official_folder, write_official
+    from oncelm.utils.errors import check_choice
+
+    source, target = Path(args.source), Path(args.target)
+    to = args.to or ("hf" if is_official_folder(source) else "official")
+    check_choice("--to", to, FORMATS)
+    check_target(source, target, args.overwrite)
+    config = read_config(args.source)
+    tokenizer = None
+    if to == "hf":
+        tokenizer = choose_tokenizer(source, args.tokenizer, config.get_text_config().vocab_size)
+    elif config.model_type != "oncelm_yoco":
+        raise ValueError(f"only YOCO models have an official format; {source} is a model of type {config.model_type}.")
+    elif args.tokenizer:
+        raise ValueError("--tokenizer goes with --to hf: the official format has no tokenizer.")
+
+    model = load(args.source, device="cpu", dtype=args.dtype)
+    if to == "hf":
+        write_hugging_face(model, tokenizer, target)
+    else:
+        write_official(model, target)
+    report(model, target, to)
+    if to == "hf" and tokenizer is None:
+        print("no tokenizer found to save beside it; name one with --tokenizer.", file=sys.stderr)
+    return 0
+
+
+def check_target(source: Path, target: Path, overwrite: bool) -> None:
+    """Refuse to write over anything that was not meant."""
+    if source.resolve().is_relative_to(target.resolve()):
+        raise ValueError(f"TARGET {target} is SOURCE or contains it; choose another folder.")
+    if not target.exists():
+        return
+    if not overwrite:
+        raise ValueError(f"TARGET {target} exists; choose another folder, or replace it with --overwrite.")
+    model_files = ("config.json", "params.json")
+    if not target.is_dir() or (any(target.iterdir()) and not any((target / file).is_file() for file in model_files)):
+        raise ValueError(f"TARGET {target} is no model folder, and --overwrite replaces model folders only.")
+
+
+def choose_tokenizer(source: Path, named: str | None, vocab_size: int) -> PreTrainedTokenizerBase | None:
+    """The tokenizer to save beside a model: the one named, the source's own, or cl100k_base if it fits."""
+    from oncelm.data.tokenizers import CL100K_VOCAB_SIZE, TOKENIZER_FILES, load_tokenizer
+
+    if named is None:
+        if any(next(source.glob(pattern), None) for pattern in TOKENIZER_FILES):
+            named = str(source)
+        elif vocab_size == CL100K_VOCAB_SIZE:
+            named = "cl100k_base"
+        else:
+            return None
+    tokenizer = load_tokenizer(named)
+    if len(tokenizer) > vocab_size:
+        raise ValueError(f"tokenizer {named!r} has {len(tokenizer):,} tokens, the model knows {vocab_size:,} only.")
+    return tokenizer
+
+
+def write_hugging_face(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, target: Path) -> None:
+    """Write a Hugging Face folder; `target` changes only once everything is written."""
+    from oncelm.models.load import quiet_transformers
+    from oncelm.utils.files import atomic_folder
+
+    with atomic_folder(target) as folder, quiet_transformers():
+        model.save_pretrained(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+
+
+def report(model: PreTrainedModel, target: Path, to: str) -> None:
+    """Say what was written."""
+    from oncelm.cli.generate import size
+
+    dtype = str(model.dtype).removeprefix("torch.")
+    print(f"{target}: {FORMATS[to]} format, {model.num_parameters():,} parameters in {dtype}")
+    for file in sorted(target.iterdir()):
+        print(f"  {file.name:<24} {size(file.stat().st_size):>12}")

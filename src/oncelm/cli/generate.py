@@ -1,0 +1,316 @@
+"""`oncelm generate`: read a prompt of any length, then write what follows it."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from oncelm.cache import ModelCache
+
+HELP = "continue a prompt, of any length, with a trained model"
+
+DESCRIPTION = """\
+Read a prompt and write its continuation to standard output, token by token.
+
+A prompt of any length is read in chunks: memory grows only with the one global cache, and half of the layers
+run on the last token alone. A document that was read once can be kept in a file and asked about again and
+again without reading it anew. Progress and measurements go to standard error.
+
+examples:
+  oncelm generate --model runs/book/model --prompt "It was a dark and stormy night"
+      the most likely continuation
+  oncelm generate --model runs/book/model --prompt-file book.txt --max-new-tokens 500 --temperature 0.8 --top-p 0.95
+      read a book and go on with it, drawing each token at random
+  cat notes.txt | oncelm generate --model runs/book/model --prompt-file - > continuation.txt
+      in a pipe
+  oncelm generate --model runs/book/model --prompt-file book.txt --max-new-tokens 0 --save-cache book.cache
+      read a book, once
+  oncelm generate --model runs/book/model --load-cache book.cache --prompt "And so it ended that"
+      continue after the book and this prompt; the book is not read again
+  oncelm generate --model yoco-3b-official/ --dtype bfloat16 --prompt-file book.txt
+      a folder of the official YOCO code, with its tokenizer
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model", required=True, metavar="DIR", help="a Hugging Face or official YOCO folder, or hub id"
+    )
+    prompt = parser.add_mutually_exclusive_group(required=True)
+    prompt.add_argument("--prompt", metavar="TEXT", help="the text to continue")
+    prompt.add_argument("--prompt-file", metavar="FILE", help="a file with the text to continue; - for standard input")
+    parser.add_argument(
+        "--tokenizer", metavar="NAME", help="bytes, cl100k_base or a path (the model's; cl100k_base if it is official)"
+    )
+    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="tokens to write at most (128)")
+    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0: always the likeliest token (0)")
+    parser.add_argument(
+        "--top-p", type=float, metavar="P", help="draw among the likeliest tokens of probability P in all"
+    )
+    parser.add_argument("--top-k", type=int, metavar="K", help="draw among the K likeliest tokens")
+    parser.add_argument("--seed", type=int, help="repeat the same random draws")
+    parser.add_argument(
+        "--prefill-chunk-size", type=int, metavar="N", help="tokens of the prompt read at a time (8192)"
+    )
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (a GPU if there is one)")
+    parser.add_argument("--dtype", help="float32, bfloat16 or float16 (as the weights are stored)")
+    parser.add_argument("--save-cache", metavar="FILE", help="keep what was read in this file")
+    parser.add_argument("--load-cache", metavar="FILE", help="go on from what was kept in this file")
+
+
+def run(args: argparse.Namespace) -> int:
+    check_options(args)
+    text = args.prompt if args.prompt is not None else read_text(args.prompt_file)
+
+    from oncelm.models.load import load, quiet_transformers, read_config
+
+    read_config(args.model)  # what is wrong with it shows before anything large is read
+    tokenizer = find_tokenizer(args.model, args.tokenizer)
+    model = load(args.model, args.device, args.dtype)
+    ids = encode(text, tokenizer, model, add_special_tokens=args.load_cache is None)
+    with quiet_transformers():
+        if hasattr(model, "prefill"):
+            read_and_write(model, tokenizer, ids, args)
+        elif args.save_cache or args.load_cache:
+            kind = type(model).__name__
+            raise ValueError(f"--save-cache and --load-cache need a YOCO model; {args.model} is a {kind}.")
+        else:
+            write_only(model, tokenizer, ids, args)
+    return 0
+
+
+# -- input ------------------------------------------------------------------------------------------------------------
+
+
+def check_options(args: argparse.Namespace) -> None:
+    """Refuse values that make no sense, before a model is loaded."""
+    for option, least in (("max_new_tokens", 0), ("temperature", 0), ("top_k", 1), ("prefill_chunk_size", 1)):
+        value = getattr(args, option)
+        if value is not None and not value >= least:
+            raise ValueError(f"--{option.replace('_', '-')} must be at least {least}, got {value}.")
+    if args.top_p is not None and not 0 < args.top_p <= 1:
+        raise ValueError(f"--top-p must be above 0 and at most 1, got {args.top_p}.")
+    if args.temperature == 0 and (args.top_p is not None or args.top_k is not None):
+        raise ValueError("--top-p and --top-k choose what to draw from; give a --temperature above 0 with them.")
+    if args.save_cache and Path(args.save_cache).is_dir():
+        raise ValueError(f"--save-cache {args.save_cache} is a folder; name a file.")
+
+
+def read_text(file: str) -> str:
+    """The text of a file, or of standard input for "-", exactly as it is."""
+    content = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        name = "standard input" if file == "-" else file
+        raise ValueError(f"{name} is not UTF-8 text: {error}") from error
+
+
+def find_tokenizer(model: str, tokenizer: str | None) -> PreTrainedTokenizerBase:
+    """The tokenizer named, or else the model folder's own."""
+    from oncelm.data.tokenizers import load_tokenizer
+    from oncelm.models.yoco.official import is_official_folder
+
+    if tokenizer is None and is_official_folder(model):
+        tokenizer = "cl100k_base"
+    if tokenizer is not None:
+        return load_tokenizer(tokenizer)
+    try:
+        return load_tokenizer(model)
+    except ValueError as error:
+        raise ValueError(f"{error} Name one with --tokenizer.") from error
+
+
+def encode(
+    text: str, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, add_special_tokens: bool
+) -> torch.Tensor:
+    """The prompt's ids [1, T] on the model's device."""
+    import torch
+
+    ids = tokenizer(text, add_special_tokens=add_special_tokens, verbose=False).input_ids
+    if not text or not ids:
+        raise ValueError("the prompt is empty; give at least one character.")
+    vocab_size = model.config.get_text_config().vocab_size
+    if max(ids) >= vocab_size:
+        raise ValueError(
+            f"the tokenizer gives token {max(ids)}, but the model knows {vocab_size} tokens only; "
+            "name the tokenizer it was trained with: --tokenizer."
+        )
+    return torch.tensor([ids], device=model.device)
+
+
+def warn_if_long(model: PreTrainedModel, tokens: int) -> None:
+    """A longer prompt than the model was trained on works, but not always well."""
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit is not None and tokens > limit:
+        print(
+            f"oncelm: warning: {tokens:,} tokens to read, but the model was trained on {limit:,} "
+            "(max_position_embeddings); quality may suffer.",
+            file=sys.stderr,
+        )
+
+
+# -- reading and writing ----------------------------------------------------------------------------------------------
+
+
+def read_and_write(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: torch.Tensor, args: argparse.Namespace
+) -> None:
+    """Prefill a cache with all but the prompt's last token, then generate from there."""
+    import torch
+
+    from oncelm.cache import load_snapshot
+
+    kept = load_snapshot(args.load_cache, model.fingerprint(), model.device) if args.load_cache else None
+    earlier = kept.columns if kept is not None else 0
+    total = earlier + ids.shape[1]
+    warn_if_long(model, total)
+    cache = model.new_cache(1, total + args.max_new_tokens)
+    if kept is not None:
+        cache.restore(kept)
+        del kept
+
+    seconds = prefill(model, ids[:, :-1], cache, args.prefill_chunk_size)
+    if args.save_cache:
+        save_document(model, ids[:, -1:], cache, args.save_cache)
+    printer = Printer(tokenizer, ids[0, -1:].tolist())
+    if args.max_new_tokens:
+        # a mask longer than the ids tells generate that the cache holds what came before them
+        mask = torch.ones(1, total, dtype=torch.long, device=ids.device)
+        held = ids if not earlier else ids[:, -1:]
+        options = sampling(args)
+        model.generate(held, attention_mask=mask, past_key_values=cache, generation_config=options, streamer=printer)
+    summarize(ids.shape[1], earlier, seconds, printer, cache.nbytes())
+
+
+def prefill(model: PreTrainedModel, ids: torch.Tensor, cache: ModelCache, chunk_size: int | None) -> float:
+    """Read ids [1, T] (T may be 0) into the cache; returns the seconds it took. A long read shows its progress."""
+    from tqdm import tqdm
+
+    tokens = ids.shape[1]
+    if tokens == 0:
+        return 0.0
+    start = time.perf_counter()
+    with tqdm(total=tokens, desc="reading", unit=" tokens", unit_scale=True, delay=1, disable=None) as bar:
+        model.prefill(ids, cache, chunk_size, progress=lambda done: bar.update(done - bar.n))
+    return time.perf_counter() - start
+
+
+def save_document(model: PreTrainedModel, last: torch.Tensor, cache: ModelCache, file: str) -> None:
+    """Write the cache with the prompt's last token [1, 1] in it to `file`, and leave `cache` without that token."""
+    from oncelm.cache import save_snapshot
+
+    before = cache.snapshot(shared=False)
+    model.prefill(last, cache)
+    save_snapshot(cache.snapshot(), file, model.fingerprint())
+    print(f"saved        {cache.num_tokens:,} tokens in {file}, {size(Path(file).stat().st_size)}", file=sys.stderr)
+    cache.restore(before)
+
+
+def write_only(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: torch.Tensor, args: argparse.Namespace
+) -> None:
+    """The same with a model that transformers prefills by itself."""
+    warn_if_long(model, ids.shape[1])
+    printer = Printer(tokenizer, ids[0, -1:].tolist())
+    cache_bytes = None
+    if args.max_new_tokens:
+        options = sampling(args, prefill_chunk_size=args.prefill_chunk_size, return_dict_in_generate=True)
+        output = model.generate(ids, generation_config=options, streamer=printer)
+        layers = getattr(output.past_key_values, "layers", ())
+        held = [getattr(layer, name, None) for layer in layers for name in ("keys", "values")]
+        cache_bytes = sum(tensor.nbytes for tensor in held if tensor is not None)
+    summarize(ids.shape[1], 0, 0.0, printer, cache_bytes)
+
+
+def sampling(args: argparse.Namespace, **more: Any) -> Any:
+    """The command line as a GenerationConfig; end-of-text tokens come from the model's own."""
+    import torch
+    from transformers import GenerationConfig
+
+    if args.seed is not None:
+        torch.manual_seed(args.seed)
+    if args.temperature == 0:
+        return GenerationConfig(max_new_tokens=args.max_new_tokens, do_sample=False, **more)
+    return GenerationConfig(
+        max_new_tokens=args.max_new_tokens,
+        do_sample=True,
+        temperature=args.temperature,
+        top_p=1.0 if args.top_p is None else args.top_p,
+        top_k=args.top_k or 0,  # transformers would draw from the likeliest 50 by default
+        **more,
+    )
+
+
+# -- output -----------------------------------------------------------------------------------------------------------
+
+
+class Printer:
+    """A streamer for `generate`: prints tokens as text as soon as they are whole characters, and keeps the time.
+
+    How a token reads depends on the ones before it (bytes of one character; a space that only shows between words), so
+    a few earlier ones are decoded again with every new one, and what they add is printed.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, context: list[int]) -> None:
+        self.tokenizer = tokenizer
+        self.printed, self.pending = context, list[int]()
+        self.times: list[float] = []  # when generation started, and when each token came
+
+    def put(self, value: torch.Tensor) -> None:
+        """Called by `generate` with the prompt [1, T], then with each token [1]."""
+        self.times.append(time.perf_counter())
+        if value.dim() == 1:
+            self.pending += value.tolist()
+            self._print(unfinished="\ufffd")
+
+    def end(self) -> None:
+        """Called by `generate` after the last token."""
+        self._print()
+        sys.stdout.write("\n")
+        sys.stdout.flush()
+
+    def _print(self, unfinished: str | None = None) -> None:
+        """Print what the pending tokens add, unless it ends in an unfinished character."""
+        before, text = self._decode(self.printed), self._decode(self.printed + self.pending)
+        if len(text) > len(before) and not (unfinished and text.endswith(unfinished)):
+            sys.stdout.write(text[len(before) :])
+            sys.stdout.flush()
+            self.printed, self.pending = self.pending, []
+
+    def _decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def summarize(tokens: int, earlier: int, prefill_seconds: float, printer: Printer, cache_bytes: int | None) -> None:
+    """Print what was measured."""
+    rows = {"prompt": f"{tokens:,} tokens"}
+    if earlier:
+        rows["prompt"] += f", after {earlier:,} from the cache file"
+    if prefill_seconds:
+        rows["prefill"] = f"{prefill_seconds:.2f} s, {(tokens - 1) / prefill_seconds:,.0f} tokens/s"
+    start, *times = printer.times or [0.0]
+    if times:
+        rows["first token"] = f"after {prefill_seconds + times[0] - start:.2f} s"
+        rows["decode"] = f"{len(times):,} tokens"
+    if len(times) > 1:
+        rows["decode"] += f", {(len(times) - 1) / (times[-1] - times[0]):,.1f} tokens/s"
+    if cache_bytes is not None:
+        rows["cache"] = size(cache_bytes)
+    for name, value in rows.items():
+        print(f"{name:<12} {value}", file=sys.stderr)
+
+
+def size(num_bytes: int) -> str:
+    """Bytes as KiB, MiB or GiB."""
+    for unit, factor in (("GiB", 2**30), ("MiB", 2**20)):
+        if num_bytes >= factor:
+            return f"{num_bytes / factor:,.1f} {unit}"
+    return f"{num_bytes / 2**10:,.1f} KiB"

@@ -1,0 +1,247 @@
+"""`oncelm info`: what is installed, or what a model is, from its configuration alone."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from rich.table import Table
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+HELP = "describe a model, a preset, or this installation"
+
+DESCRIPTION = """\
+Without MODEL: versions, devices, which implementation computes each operation on which device, and the presets.
+With MODEL: its shape, parameters, bytes of weights and of cache at several lengths, context length and tokenizer.
+Only the configuration is read, never the weights, so that it takes no time and no memory for any size.
+
+examples:
+  oncelm info
+      is the GPU seen, and what would be used on it?
+  oncelm info yoco-3b
+      how large is the preset, and its cache at a million tokens?
+  oncelm info runs/book/model
+      a Hugging Face folder; official YOCO folders and hub ids work as well
+"""
+
+CACHE_LENGTHS = {"4K": 4 << 10, "32K": 32 << 10, "128K": 128 << 10, "1M": 1 << 20}
+SELF_DECODERS = {"gated_retention": "gated retention", "sliding_window": "sliding-window attention"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", nargs="?", metavar="MODEL", help="a model folder, a preset or a hub id")
+
+
+def run(args: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    for table in installation() if args.model is None else describe(args.model):
+        Console().print(table)
+    return 0
+
+
+def new_table(title: str, *columns: str) -> Table:
+    """A table with a title and, if `columns` are named, a header; columns after "|" are numbers, set to the right."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, min_width=len(title))
+    table.show_header = bool(columns)
+    for column in columns:
+        table.add_column(column.lstrip("|"), justify="right" if column.startswith("|") else "left")
+    return table
+
+
+# -- the installation -------------------------------------------------------------------------------------------------
+
+
+def installation() -> list[Table]:
+    """The environment, the dispatch table of the ops, and the presets."""
+    from oncelm.models.yoco.presets import PRESETS, preset_config
+    from oncelm.ops.dispatch import ANY, TABLE
+    from oncelm.utils.environment import environment_report
+
+    environment = new_table("Environment")
+    for name, value in environment_report().items():
+        environment.add_row(name.removesuffix("_bytes"), readable(name, value))
+
+    ops = new_table(
+        "Operations: what serves which device (used: by default there)", "operation", "backend", *ANY, "how"
+    )
+    for op, rows in TABLE.items():
+        for row in rows:
+            uses = [next(other for other in rows if device in other.devices) is row for device in ANY]
+            runs = [
+                "used" if use else "runs" if device in row.devices else ""
+                for device, use in zip(ANY, uses, strict=True)
+            ]
+            ops.add_row(op if row is rows[0] else "", row.backend, *runs, row.note)
+
+    presets = new_table("Presets", "name", "|self + cross layers", "|width", "|parameters", "|without embeddings")
+    for name in PRESETS:
+        config = preset_config(name)
+        total, inner = count_parameters(empty_model(config))
+        layers = f"{config.num_self_decoder_layers} + {config.num_cross_decoder_layers}"
+        presets.add_row(name, layers, f"{config.hidden_size:,}", f"{total:,}", f"{inner:,}")
+    return [environment, ops, presets]
+
+
+def readable(name: str, value: Any) -> str:
+    """A value of the environment report as text."""
+    from oncelm.cli.generate import size
+
+    if name.endswith("_bytes"):
+        return size(value)
+    if isinstance(value, dict):
+        return ", ".join(readable(key, inner) for key, inner in value.items())
+    if isinstance(value, list):
+        return "; ".join(readable(name, inner) for inner in value) or "none"
+    return "none" if value is None else str(value)
+
+
+# -- a model ----------------------------------------------------------------------------------------------------------
+
+
+def describe(name: str) -> list[Table]:
+    """What a model folder, hub id or preset is."""
+    from oncelm.cli.generate import size
+    from oncelm.models.load import errors_in_one_line
+
+    config = find_config(name)
+    with errors_in_one_line(name):  # a model of another kind than causal language models
+        model = empty_model(config)
+    total, inner = count_parameters(model)
+    stored = stored_dtype(config)
+    text = config.get_text_config()
+    shape = new_table(name)
+    shape.add_row("architecture", f"{type(model).__name__} ({config.model_type})")
+    for part, description in parts(text):
+        shape.add_row(part, description)
+    shape.add_row(
+        "vocabulary", f"{text.vocab_size:,} tokens, {'tied' if config.tie_word_embeddings else 'untied'} embeddings"
+    )
+    shape.add_row("parameters", f"{total:,}; {inner:,} without embeddings")
+    weights = ", ".join(
+        f"{size(total * bytes_each)} in {dtype}" for dtype, bytes_each in (("float32", 4), ("bfloat16", 2))
+    )
+    shape.add_row("weights", weights + (f"; stored in {dtype_name(stored)}" if stored else ""))
+    limit = getattr(text, "max_position_embeddings", None)
+    shape.add_row("context length", "not stated" if limit is None else f"{limit:,} tokens, as trained")
+    shape.add_row("tokenizer", tokenizer_of(name, text.vocab_size))
+    return [shape, *cache_tables(model, text, stored)]
+
+
+def find_config(name: str) -> PreTrainedConfig:
+    """The configuration of a folder, preset or hub id."""
+    from oncelm.models.load import read_config
+    from oncelm.models.yoco.presets import PRESETS, preset_config
+    from oncelm.utils.errors import unknown
+
+    if Path(name).exists() or "/" in name:
+        return read_config(name)
+    if name in PRESETS:
+        return preset_config(name)
+    raise unknown("model", name, [*PRESETS, "a model folder", "a hub id"])
+
+
+def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """The model without memory for its weights."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from oncelm.models.load import quiet_transformers
+
+    with torch.device("meta"), quiet_transformers():
+        return AutoModelForCausalLM.from_config(config)
+
+
+def count_parameters(model: PreTrainedModel) -> tuple[int, int]:
+    """Parameters in all, and without the embeddings and the output projection."""
+    total = sum(parameter.numel() for parameter in model.parameters())
+    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+    outer = {id(end.weight): end.weight.numel() for end in ends if end is not None}
+    return total, total - sum(outer.values())
+
+
+def parts(config: PreTrainedConfig) -> list[tuple[str, str]]:
+    """The layers, in words; for other models than YOCO, as far as their configuration uses the usual names."""
+    width = f"{config.hidden_size:,}"
+    if inner := getattr(config, "intermediate_size", None):
+        width += f", feed-forward {inner:,}"
+    if config.model_type != "oncelm_yoco":
+        heads = (
+            f" of {config.num_attention_heads} heads, {kv_heads(config)} key/value heads" if kv_heads(config) else ""
+        )
+        return [("layers", f"{config.num_hidden_layers}{heads}"), ("width", width)]
+    own = SELF_DECODERS[config.self_decoder]
+    heads = f"{config.num_self_heads} heads of {config.self_head_dim}"
+    if config.self_decoder == "sliding_window":
+        heads += f", {config.self_kv_heads} key/value heads, window {config.window_size:,}"
+    cross = f"{config.num_attention_heads} heads of {config.head_dim}, {config.shared_kv_heads} shared key/value heads"
+    return [
+        ("self-decoder", f"{config.num_self_decoder_layers} layers of {own}, {heads}"),
+        ("cross-decoder", f"{config.num_cross_decoder_layers} layers of attention, {cross}"),
+        ("layout", config.layout),
+        ("width", width),
+    ]
+
+
+def cache_tables(model: PreTrainedModel, config: PreTrainedConfig, stored: torch.dtype | None) -> list[Table]:
+    """The cache of one sequence at several lengths; none for a model whose cache follows other rules."""
+    import torch
+
+    from oncelm.cli.generate import size
+
+    dtype = stored or torch.bfloat16
+    title = f"Cache of one sequence, in {dtype_name(dtype)}"
+    if hasattr(model, "new_cache"):
+        table = new_table(title, "|tokens", "|this model", "|Llama of this shape", "|Llama / this")
+        for label, tokens in CACHE_LENGTHS.items():
+            own, llama = model.new_cache(1, tokens, dtype).nbytes(), llama_cache_bytes(config, tokens, dtype)
+            table.add_row(label, size(own), size(llama), f"{llama / own:.1f}")
+        return [table]
+    if (
+        set(getattr(config, "layer_types", None) or ["full_attention"]) != {"full_attention"}
+        or kv_heads(config) is None
+    ):
+        return []
+    table = new_table(title, "|tokens", "|this model")
+    for label, tokens in CACHE_LENGTHS.items():
+        table.add_row(label, size(llama_cache_bytes(config, tokens, dtype)))
+    return [table]
+
+
+def llama_cache_bytes(config: PreTrainedConfig, tokens: int, dtype: torch.dtype) -> int:
+    """Keys and values of every layer of a Transformer with this configuration's layers and heads."""
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * config.num_hidden_layers * kv_heads(config) * head_dim * tokens * dtype.itemsize
+
+
+def kv_heads(config: PreTrainedConfig) -> Any:
+    return getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", None)
+
+
+def stored_dtype(config: PreTrainedConfig) -> torch.dtype | None:
+    """The dtype of the weights, where the configuration says."""
+    import torch
+
+    dtype = config.dtype
+    return getattr(torch, dtype) if isinstance(dtype, str) else dtype
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def tokenizer_of(name: str, vocab_size: int) -> str:
+    """The tokenizer in a model's folder, in words."""
+    from oncelm.data.tokenizers import CL100K_VOCAB_SIZE, TOKENIZER_FILES, load_tokenizer
+
+    folder = Path(name)
+    if any(next(folder.glob(pattern), None) for pattern in TOKENIZER_FILES):
+        tokenizer = load_tokenizer(folder)
+        return f"{type(tokenizer).__name__}, {len(tokenizer):,} tokens"
+    return "none beside it" + ("; the vocabulary is cl100k_base's" if vocab_size == CL100K_VOCAB_SIZE else "")

@@ -1,0 +1,31 @@
+"""Tiny subjects of both kinds."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from oncelm.bench import Ceilings, Llama, Yoco, llama_config, runner
+from oncelm.bench.subjects import default_config
+from oncelm.models import YocoConfig, YocoForCausalLM
+
+
+def tiny_config(**changes) -> YocoConfig:
+    return default_config(64, 4, **{"vocab_size": 97, "num_attention_heads": 4, "num_key_value_heads": 2, **changes})
+
+
+def tiny_yoco(**changes) -> Yoco:
+    torch.manual_seed(0)
+    return Yoco(YocoForCausalLM(tiny_config(**changes)).eval())
+
+
+def tiny_llama(**changes) -> Llama:
+    torch.manual_seed(0)
+    return Llama(LlamaForCausalLM(llama_config(tiny_config(**changes))).eval())
+
+
+@pytest.fixture
+def quick_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measuring the machine's ceilings takes seconds that tests do not need."""
+    monkeypatch.setattr(runner, "measure_ceilings", lambda device, dtype: Ceilings(1e11, 1e10))

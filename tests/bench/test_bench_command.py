@@ -1,0 +1,117 @@
+"""`oncelm bench` from the command line to the file."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from oncelm.bench import CASES, append_record, read_records, table
+from oncelm.cache import SharedKV
+from oncelm.cli import main
+
+TINY = ["--hidden-size", "64", "--layers", "2", "--set", "vocab_size=97", "--device", "cpu", "--repeats", "1"]
+
+
+@pytest.mark.parametrize("benchmark", list(CASES))
+def test_every_benchmark_writes_records_and_a_table(benchmark, tmp_path, quick_ceilings, capsys):
+    out = tmp_path / "figures.jsonl"
+    arguments = [*TINY, "--lengths", "24,40", "--peer-max-length", "24", "--out", str(out)]
+    assert main(["bench", benchmark, *arguments]) == 0
+    assert "Llama" in capsys.readouterr().out
+    records = read_records(out)
+    assert [(r["subject"], r["length"]) for r in records] == [("YOCO", 24), ("Llama", 24), ("YOCO", 40)]
+    for record in records:
+        assert record["benchmark"] == benchmark
+        assert record["shape"]["vocab_size"] == 97
+        assert record["parameters"] > 0
+        assert record["environment"]["torch"] == torch.__version__
+        if benchmark == "memory":
+            assert record["cache_bytes"] > 0
+        else:
+            assert record["repeats"] == 1
+            assert record["seconds"] > 0
+            assert record["roofline_share"] > 0
+
+    assert main(["bench", benchmark, *arguments]) == 0
+    assert len(read_records(out)) == 6
+    assert read_records(out)[:3] == records
+
+
+def test_a_folder_is_measured(tmp_path, quick_ceilings, capsys):
+    from tests.bench.conftest import tiny_yoco
+
+    tiny_yoco().model.save_pretrained(tmp_path / "model")
+    command = ["bench", "memory", "--model", str(tmp_path / "model"), "--lengths", "16", "--no-peer"]
+    assert main([*command, "--device", "cpu"]) == 0
+    assert main([*command, "--layers", "2"]) == 2
+    assert "--layers does not go with --model" in capsys.readouterr().err
+
+
+def test_a_subject_out_of_memory_is_a_record(monkeypatch, tmp_path, quick_ceilings, capsys):
+    def full(*_):
+        raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setitem(CASES, "prefill", full)
+    assert main(["bench", "prefill", *TINY, "--lengths", "16", "--out", str(tmp_path / "f.jsonl")]) == 0
+    assert "memory" in capsys.readouterr().out
+    assert [record["error"] for record in read_records(tmp_path / "f.jsonl")] == ["out of memory"] * 2
+
+
+def test_a_red_gate_is_exit_status_1_and_writes_nothing(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(SharedKV, "append", lambda self, k, v, batch: None)
+    out = tmp_path / "f.jsonl"
+    assert main(["bench", "prefill", *TINY, "--lengths", "16", "--out", str(out)]) == 1
+    assert "nothing is measured" in capsys.readouterr().err
+    assert out.read_text() == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["prefil"], "did you mean 'prefill'"),
+        (["prefill", "--self-decoder", "gated_retension"], "did you mean 'gated_retention'"),
+        (["prefill", "--set", "num_key_value_head=2"], "did you mean 'num_key_value_heads'"),
+        (["prefill", "--set", "window_size"], "KEY=VALUE"),
+        (["prefill", "--lengths", "4k"], "whole numbers with commas"),
+        (["prefill", *TINY, "--lengths", "0"], "above 0, got 0"),
+        (["prefill", *TINY, "--prefill-chunk-size", "0"], "prefill_chunk_size must be"),
+        (["prefill", "--dtype", "bf16"], "did you mean 'bfloat16'"),
+        (["prefill", "--model", "yoco-2b"], "unknown preset"),
+        (["prefill", "--model", "yoco-tiny", "--hidden-size", "64"], "--hidden-size does not go with --model"),
+        (["prefill", "--out", "no/such/folder.jsonl"], "No such file or directory"),
+    ],
+)
+def test_bad_options_teach(arguments, message, capsys):
+    assert main(["bench", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_records_survive_the_file(tmp_path):
+    path = tmp_path / "r.jsonl"
+    records = [{"length": 1, "seconds": 0.125, "shape": {"layout": "stacked"}, "driver": None}, {"length": 2}]
+    for record in records:
+        append_record(path, record)
+    assert read_records(path) == records
+    with pytest.raises(ValueError, match="Out of range float"):
+        append_record(path, {"seconds": float("nan")})
+    assert read_records(path) == records
+    path.write_text(json.dumps(records[0]) + "\n{half")
+    with pytest.raises(ValueError, match="line 2"):
+        read_records(path)
+
+
+def test_the_table_compares_with_the_first_subject():
+    shared = {
+        "benchmark": "memory", "length": 8, "dtype": "float32", "batch_size": 1, "parameters": 1, "device": "cpu",
+        "ceiling_flops_per_second": 1e9, "ceiling_bytes_per_second": 1e9, "peak_bytes_above_weights": 1 << 20,
+        "cores_busy_elsewhere": 0.5,
+        "environment": {"cpu": "a CPU", "threads": 1, "torch": "2", "transformers": "5"},
+    }  # fmt: skip
+    drawn = table([
+        {**shared, "subject": "YOCO", "cache_bytes": 2 << 20},
+        {**shared, "subject": "Llama", "cache_bytes": 5 << 20},
+    ])  # fmt: skip
+    assert "not a quiet machine" in str(drawn.caption)
+    assert [list(column.cells)[1] for column in drawn.columns[:4]] == ["8", "Llama", "5.0 MiB", "2.5x"]

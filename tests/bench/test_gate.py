@@ -1,0 +1,48 @@
+"""A subject that computes the wrong thing is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from oncelm.bench import GateError, check, run
+from oncelm.cache import RetentionState, SharedKV
+from tests.bench.conftest import tiny_llama, tiny_yoco
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("make", [tiny_yoco, tiny_llama])
+def test_sound_subjects_pass(make, dtype):
+    subject = make()
+    subject.model.to(dtype)
+    assert set(check(subject, dtype)) == {"prefill", "decode", "loss"}
+
+
+def test_a_cache_that_loses_tokens_is_refused(monkeypatch):
+    monkeypatch.setattr(SharedKV, "append", lambda self, k, v, batch: None)
+    with pytest.raises(GateError, match="YOCO's prefill differs from its full forward"):
+        check(tiny_yoco(), torch.float32)
+
+
+def test_a_state_that_is_not_carried_over_is_refused_even_in_bfloat16(monkeypatch):
+    retain = RetentionState.retain
+    monkeypatch.setattr(RetentionState, "retain", lambda self, *args: (self.state.zero_(), retain(self, *args))[1])
+    yoco = tiny_yoco(num_cross_decoder_layers=0)
+    yoco.model.bfloat16()
+    with pytest.raises(GateError):
+        check(yoco, torch.bfloat16)
+
+
+def test_nan_is_refused():
+    yoco = tiny_yoco()
+    torch.nn.init.constant_(yoco.model.layer_norm.weight, float("nan"))
+    with pytest.raises(GateError, match="nan"):
+        check(yoco, torch.float32)
+
+
+def test_nothing_is_reported_behind_a_red_gate(monkeypatch):
+    monkeypatch.setattr(SharedKV, "append", lambda self, k, v, batch: None)
+    reported: list[dict] = []
+    with pytest.raises(GateError):
+        run("prefill", [tiny_yoco()], [16], dtype=torch.float32, on_record=reported.append)
+    assert not reported

@@ -1,0 +1,103 @@
+"""The derived FLOPs are those that torch counts while the models run."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from oncelm.bench import Ceilings, Work, work
+from oncelm.bench.peer import llama_config
+from oncelm.bench.subjects import default_config
+from oncelm.models.yoco.presets import preset_config
+from tests.bench.conftest import tiny_llama, tiny_yoco
+
+B, T = 2, 256
+SHAPES = [
+    {},
+    {"self_decoder": "sliding_window", "window_size": 30, "num_self_heads": 4, "num_self_key_value_heads": 1},
+    {"layout": "interleaved"},
+    {"layout": "unstacked", "tie_word_embeddings": True},
+    {"num_cross_decoder_layers": 0},
+    {"num_self_decoder_layers": 0},
+]
+
+
+def counted(run: Callable[[], object]) -> tuple[int, int]:
+    """FLOPs of weight matrices (mm) and of token mixing (bmm: the math kernel of SDPA, and retention)."""
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        run()
+    counts = Counter({str(op).removeprefix("aten."): n for op, n in counter.get_flop_counts()["Global"].items()})
+    assert set(counts) <= {"mm", "bmm"}
+    return counts["mm"], counts["bmm"]
+
+
+@pytest.fixture
+def every_pair(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The math kernel computes the masked pairs too; count as it does."""
+    monkeypatch.setattr(work, "causal_pairs", lambda T, window=None: T * T)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_yoco_prefill_and_training(shape, every_pair):
+    yoco = tiny_yoco(**shape)
+    config = yoco.model.config
+    ids = torch.zeros(B, T, dtype=torch.long)
+    with torch.no_grad():
+        prefill = counted(lambda: yoco.prefill(ids)), yoco.work.prefill(B, T)
+    train = counted(lambda: yoco.model(ids, labels=ids).loss.backward()), yoco.work.train(B, T)
+    for (linear, mixing), expected in (prefill, train):
+        assert linear == expected.linear
+        if config.self_decoder == "gated_retention" and config.num_self_decoder_layers:
+            assert mixing > expected.mixing  # the chunkwise form does more than the recurrent one, which is counted
+        else:
+            assert mixing == expected.mixing
+
+
+def test_llama_prefill_decode_and_training(every_pair):
+    llama = tiny_llama()
+    ids = torch.zeros(B, T, dtype=torch.long)
+
+    with torch.no_grad():
+        cache = llama.prefill(ids)[1]
+        assert llama.cache_bytes(cache) == B * T * llama.model.config.num_hidden_layers * llama.work.cached * 4
+        for run, expected in (
+            (lambda: llama.prefill(ids), llama.work.prefill(B, T)),
+            (lambda: llama.step(ids[:, :1], cache), llama.work.decode(B, T)),
+        ):
+            assert counted(run) == (expected.linear, expected.mixing)
+    expected = llama.work.train(B, T)
+    assert counted(lambda: llama.model(ids, labels=ids).loss.backward()) == (expected.linear, expected.mixing)
+
+
+def test_yoco_decode():
+    yoco = tiny_yoco(self_decoder="sliding_window", window_size=30, num_self_heads=4)
+    with torch.no_grad():
+        cache = yoco.context(B, T, room=1)
+        linear, mixing = counted(lambda: yoco.step(torch.zeros(B, 1, dtype=torch.long), cache))
+    expected = yoco.work.decode(B, T)
+    assert (linear, mixing) == (expected.linear, expected.mixing)
+
+
+def test_causal_pairs():
+    assert work.causal_pairs(5) == 15
+    assert work.causal_pairs(5, window=2) == 1 + 2 * 4
+    assert work.causal_pairs(5, window=9) == 15
+
+
+def test_the_floor_is_the_slower_of_computing_and_moving():
+    ceilings = Ceilings(flops_per_second=10.0, bytes_per_second=2.0)
+    assert ceilings.floor_seconds(Work(linear=50, mixing=50, bytes=4)) == 10
+    assert ceilings.floor_seconds(Work(linear=5, mixing=5, bytes=4)) == 2
+
+
+@pytest.mark.parametrize(
+    "config", [default_config(), *(preset_config(name) for name in ("yoco-160m", "yoco-1.4b", "yoco-3b", "yoco-13b"))]
+)
+def test_the_peer_is_of_the_same_size_or_a_little_smaller(config):
+    yoco, llama = work.YocoWork(config, 4), work.LlamaWork(llama_config(config), 4)
+    assert 0.92 < llama.weights / yoco.weights < 1

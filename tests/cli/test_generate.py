@@ -1,0 +1,309 @@
+"""`oncelm generate`: the continuation is the model's own, however the prompt came in, and mistakes are one line."""
+
+from __future__ import annotations
+
+import io
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders
+from tokenizers.models import BPE
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from oncelm import load_tokenizer
+from oncelm.cli import main
+from oncelm.cli.generate import Printer
+from oncelm.data.tokenizers import train_bpe
+from oncelm.models.yoco.official import write_official
+from tests.models.small import make_model
+
+TEXT = "Call me Ishmael. Some years ago, never mind how long precisely: \u00e9t\u00e9 \u65e5\u672c."
+
+
+@pytest.fixture(scope="module")
+def yoco(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "yoco"
+    make_model("retention", vocab_size=260, max_position_embeddings=256, eos_token_id=None).save_pretrained(folder)
+    load_tokenizer("bytes").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "llama"
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=260, eos_token_id=None, **shape)).save_pretrained(folder)
+    load_tokenizer("bytes").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def generate(capsys) -> Callable[..., str]:
+    """Run the verb; returns what went to standard output."""
+
+    def call(model: Path, *options: str) -> str:
+        capsys.readouterr()
+        assert main(["generate", "--model", str(model), "--device", "cpu", *options]) == 0
+        captured = capsys.readouterr()
+        call.summary = captured.err
+        return captured.out
+
+    return call
+
+
+def expected(model: torch.nn.Module, text: str, tokens: int) -> str:
+    """Greedy, without a cache."""
+    tokenizer = load_tokenizer("bytes")
+    ids = tokenizer(text, return_tensors="pt").input_ids
+    prompt = ids.shape[1]
+    for _ in range(tokens):
+        with torch.no_grad():
+            ids = torch.cat([ids, model(ids, use_cache=False).logits[:, -1:].argmax(-1)], 1)
+    return tokenizer.decode(ids[0, prompt:], skip_special_tokens=True) + "\n"
+
+
+# -- what is written --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chunk", [None, "1", "7", "1000"])
+@pytest.mark.parametrize("text", [TEXT, "a"])
+def test_it_continues_as_the_model_does(text, chunk, yoco, generate) -> None:
+    options = () if chunk is None else ("--prefill-chunk-size", chunk)
+    model = make_model("retention", vocab_size=260)
+    assert generate(yoco, "--prompt", text, "--max-new-tokens", "20", *options) == expected(model, text, 20)
+
+
+def test_a_summary_on_standard_error(yoco, generate) -> None:
+    generate(yoco, "--prompt", TEXT, "--max-new-tokens", "5")
+    count = len(TEXT.encode())
+    lines = [
+        rf"prompt       {count} tokens",
+        r"prefill      [\d.]+ s, [\d,]+ tokens/s",
+        r"first token  after [\d.]+ s",
+        r"decode       5 tokens, [\d,.]+ tokens/s",
+        r"cache        [\d.]+ KiB",
+    ]
+    assert re.fullmatch("\n".join(lines) + "\n", generate.summary)
+
+
+def test_a_file_and_standard_input(yoco, generate, tmp_path, monkeypatch) -> None:
+    wanted = generate(yoco, "--prompt", TEXT + "\r\n", "--max-new-tokens", "9")
+    (tmp_path / "prompt.txt").write_bytes(f"{TEXT}\r\n".encode())
+    assert generate(yoco, "--prompt-file", str(tmp_path / "prompt.txt"), "--max-new-tokens", "9") == wanted
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(f"{TEXT}\r\n".encode())))
+    assert generate(yoco, "--prompt-file", "-", "--max-new-tokens", "9") == wanted
+
+
+def test_sampling(yoco, generate) -> None:
+    options = ("--prompt", TEXT, "--max-new-tokens", "30", "--temperature")
+    greedy = generate(yoco, *options[:-1])
+    hot = generate(yoco, *options, "3", "--seed", "1")
+    assert hot == generate(yoco, *options, "3", "--seed", "1") != greedy
+    assert hot != generate(yoco, *options, "3", "--seed", "2")
+    assert generate(yoco, *options, "3", "--top-k", "1") == greedy
+    assert generate(yoco, *options, "1", "--top-p", "1e-6") == greedy
+
+
+def test_end_of_text_ends_it(tmp_path, generate) -> None:
+    model = make_model("retention", vocab_size=260)
+    words = expected(model, TEXT, 8)
+    tokens = load_tokenizer("bytes")(words).input_ids
+    model.generation_config.eos_token_id = tokens[3]
+    model.save_pretrained(tmp_path)
+    stopped = generate(tmp_path, "--prompt", TEXT, "--tokenizer", "bytes", "--max-new-tokens", "8")
+    assert len(stopped) <= 5
+    assert "decode       8 tokens" not in generate.summary
+
+
+def test_an_official_folder(tmp_path, generate) -> None:
+    model = make_model("retention", vocab_size=260, tie_word_embeddings=True)
+    write_official(model, tmp_path / "official")
+    options = ("--prompt", TEXT, "--tokenizer", "bytes", "--max-new-tokens", "9", "--dtype", "float64")
+    assert generate(tmp_path / "official", *options) == expected(model.double(), TEXT, 9)
+
+
+def test_a_longer_prompt_than_the_training_is_warned_of(yoco, generate) -> None:
+    generate(yoco, "--prompt", "a" * 256, "--max-new-tokens", "1")
+    assert "warning" not in generate.summary
+    generate(yoco, "--prompt", "a" * 1257, "--max-new-tokens", "1")
+    warnings = [line for line in generate.summary.splitlines() if "warning" in line]
+    assert warnings == [
+        "oncelm: warning: 1,257 tokens to read, but the model was trained on 256 (max_position_embeddings); "
+        "quality may suffer."
+    ]
+
+
+def test_another_architecture(llama, generate) -> None:
+    model = LlamaForCausalLM.from_pretrained(llama)
+    wanted = expected(model, TEXT, 12)
+    for options in ((), ("--prefill-chunk-size", "10")):
+        assert generate(llama, "--prompt", TEXT, "--max-new-tokens", "12", *options) == wanted
+    assert "cache" in generate.summary
+
+
+# -- a document that was read once ------------------------------------------------------------------------------------
+
+
+def test_a_saved_cache_is_the_document(yoco, generate, tmp_path) -> None:
+    document, file, again = TEXT * 3, str(tmp_path / "document.cache"), str(tmp_path / "more.cache")
+    few = ("--max-new-tokens", "12")
+    assert generate(yoco, "--prompt", document, "--max-new-tokens", "0", "--save-cache", file) == ""
+    assert f"{3 * len(TEXT.encode())} tokens in {file}" in generate.summary
+    for question in ("?", "And then", "What"):
+        assert generate(yoco, "--load-cache", file, "--prompt", question, *few) == generate(
+            yoco, "--prompt", document + question, *few
+        )
+    # on from there, twice; saving changes nothing about what is written
+    asked = generate(yoco, "--load-cache", file, "--prompt", " x", "--save-cache", again, *few)
+    assert asked == generate(yoco, "--prompt", document + " x", *few)
+    assert generate(yoco, "--load-cache", again, "--prompt", " y", *few) == generate(
+        yoco, "--prompt", document + " x y", *few
+    )
+
+
+def test_a_bad_cache_file(yoco, generate, tmp_path, capsys) -> None:
+    file = tmp_path / "document.cache"
+    generate(yoco, "--prompt", TEXT, "--max-new-tokens", "0", "--save-cache", str(file))
+    other = tmp_path / "other"
+    make_model("window", vocab_size=260).save_pretrained(other)
+    load_tokenizer("bytes").save_pretrained(other)
+    options = ["--prompt", "a", "--load-cache"]
+    for model, named, message in (
+        (other, file, "was computed by another model"),
+        (yoco, tmp_path / "none.cache", "no cache file at"),
+        (yoco, yoco / "config.json", "is not a readable cache file"),
+        (yoco, yoco / "model.safetensors", "is not an OnceLM cache file"),
+    ):
+        assert_refused(capsys, ["--model", str(model), *options, str(named)], message)
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 1
+    file.write_bytes(content)
+    assert_refused(capsys, ["--model", str(yoco), *options, str(file)], "is damaged: the checksum")
+
+
+# -- mistakes ---------------------------------------------------------------------------------------------------------
+
+
+def assert_refused(capsys, options: list[str], message: str) -> None:
+    capsys.readouterr()
+    assert main(["generate", *options]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.err.startswith("oncelm: error: ")
+    assert captured.err.count("\n") == 1
+    assert captured.out == ""
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--prompt", ""], "the prompt is empty"),
+        (["--prompt", "a", "--max-new-tokens", "-1"], "--max-new-tokens must be at least 0, got -1"),
+        (["--prompt", "a", "--temperature", "-0.1"], "--temperature must be at least 0, got -0.1"),
+        (["--prompt", "a", "--temperature", "nan"], "--temperature must be at least 0, got nan"),
+        (["--prompt", "a", "--temperature", "1", "--top-p", "1.1"], "--top-p must be above 0 and at most 1, got 1.1"),
+        (["--prompt", "a", "--temperature", "1", "--top-k", "0"], "--top-k must be at least 1, got 0"),
+        (["--prompt", "a", "--top-p", "0.9"], "give a --temperature above 0"),
+        (["--prompt", "a", "--prefill-chunk-size", "0"], "--prefill-chunk-size must be at least 1, got 0"),
+        (["--prompt", "a", "--dtype", "floot32"], "unknown dtype 'floot32'; did you mean 'float32'?"),
+        (["--prompt", "a", "--device", "gpu"], "unknown device 'gpu'; did you mean 'cpu'?"),
+        (["--prompt", "a", "--tokenizer", "byte"], "unknown tokenizer 'byte'; did you mean 'bytes'?"),
+        (["--prompt", "a", "--save-cache", "."], "--save-cache . is a folder; name a file"),
+        (["--prompt-file", "no-such-file.txt"], "No such file or directory: 'no-such-file.txt'"),
+    ],
+)
+def test_bad_options(options, message, yoco, capsys) -> None:
+    assert_refused(capsys, ["--model", str(yoco), *options], message)
+
+
+def test_bad_text(yoco, tmp_path, capsys) -> None:
+    (tmp_path / "text").write_bytes(b"abc\xff")
+    assert_refused(capsys, ["--model", str(yoco), "--prompt-file", str(tmp_path / "text")], "text is not UTF-8 text:")
+    (tmp_path / "text").write_bytes(b"")
+    assert_refused(capsys, ["--model", str(yoco), "--prompt-file", str(tmp_path / "text")], "the prompt is empty")
+
+
+def test_a_bad_model_or_tokenizer(yoco, llama, tmp_path, capsys) -> None:
+    prompt = ["--prompt", "\u00ff"]
+    assert_refused(capsys, ["--model", str(tmp_path / "nowhere"), *prompt], "no model folder at")
+    make_model("retention").save_pretrained(tmp_path / "small")
+    assert_refused(capsys, ["--model", str(tmp_path / "small"), *prompt], "Name one with --tokenizer.")
+    bytes_too = ["--model", str(tmp_path / "small"), "--tokenizer", "bytes", *prompt]
+    assert_refused(capsys, bytes_too, "the tokenizer gives token 199, but the model knows 61 tokens only")
+    for option in ("--save-cache", "--load-cache"):
+        with_cache = ["--model", str(llama), *prompt, option, str(tmp_path / "x")]
+        assert_refused(capsys, with_cache, "need a YOCO model")
+
+
+# -- text in pieces ---------------------------------------------------------------------------------------------------
+
+
+def sentencepiece_like() -> PreTrainedTokenizerFast:
+    """As Llama 2's: a space shows on decoding only between words, and rare characters are bytes."""
+    names = ["<s>", "\u2581", "\u2581and", "\u2581the", "end", *(f"<0x{byte:02X}>" for byte in range(256))]
+    tokenizer = Tokenizer(BPE({name: i for i, name in enumerate(names)}, [], byte_fallback=True))
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>")
+
+
+TOKENIZERS = {
+    "bytes": load_tokenizer("bytes"),
+    "bpe": train_bpe([TEXT * 5, "the sea, the \u65e5\u672c sea"], 300),
+    "sentencepiece": sentencepiece_like(),
+}
+
+
+def streamed(tokenizer, context: list[int], ids: list[int]) -> str:
+    """What a Printer writes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "stdout", io.StringIO())
+        printer = Printer(tokenizer, context)
+        printer.put(torch.tensor([context]))
+        for token in ids:
+            printer.put(torch.tensor([token]))
+        printer.end()
+        return sys.stdout.getvalue()
+
+
+@settings(deadline=None, max_examples=100)
+@given(text=st.text(max_size=20), name=st.sampled_from(["bytes", "bpe"]))
+def test_streamed_text_is_the_text(text, name) -> None:
+    tokenizer = TOKENIZERS[name]
+    ids = tokenizer(text).input_ids
+    assert streamed(tokenizer, tokenizer("a").input_ids, ids) == text + "\n"
+
+
+@settings(deadline=None, max_examples=100)
+@given(ids=st.lists(st.integers(4, 259), max_size=20), name=st.sampled_from(["bytes", "bpe"]))
+def test_any_tokens_stream_as_they_decode(ids, name) -> None:
+    tokenizer = TOKENIZERS[name]
+    whole = tokenizer.decode(ids, skip_special_tokens=True)
+    assert streamed(tokenizer, tokenizer("a").input_ids, ids) == whole + "\n"
+
+
+def test_spaces_between_words_are_kept() -> None:
+    tokenizer = TOKENIZERS["sentencepiece"]
+    vocabulary = tokenizer.get_vocab()
+    names = ["\u2581the", "end", "<0xE6>", "<0x97>", "<0xA5>", "\u2581and", "\u2581", "\u2581the"]
+    ids = [vocabulary[name] for name in names]
+    assert streamed(tokenizer, [vocabulary["\u2581and"]], ids) == " theend\u65e5 and  the\n"
+
+
+def test_a_character_comes_whole_and_at_once() -> None:
+    tokenizer, shown = TOKENIZERS["bytes"], []
+    printer = Printer(tokenizer, [])
+    with pytest.MonkeyPatch.context() as patch:
+        for token in tokenizer("a\u65e5b").input_ids:
+            patch.setattr(sys, "stdout", io.StringIO())
+            printer.put(torch.tensor([token]))
+            shown.append(sys.stdout.getvalue())
+    assert shown == ["a", "", "", "\u65e5", "b"]

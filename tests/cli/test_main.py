@@ -1,0 +1,70 @@
+"""The command itself: verbs, exit statuses, help."""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+
+from oncelm.cli import VERBS, main
+
+
+def test_no_verb_lists_them(capsys) -> None:
+    assert main([]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"{verb} " in shown and summary in shown for verb, summary in VERBS.items())
+
+
+def test_version(capsys) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.count(".") == 2
+
+
+def test_an_unknown_verb_suggests_the_nearest(capsys) -> None:
+    assert main(["genrate", "--model", "x"]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("oncelm: error: unknown verb 'genrate'; did you mean 'generate'?")
+    assert captured.err.count("\n") == 1
+    assert captured.out == ""
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_each_verb_teaches_with_examples(verb, capsys) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main([verb, "--help"])
+    assert stopped.value.code == 0
+    shown = capsys.readouterr().out
+    assert "examples:" in shown
+    assert f"oncelm {verb}" in shown
+    assert VERBS[verb] == importlib.import_module(f"oncelm.cli.{verb}").HELP
+
+
+@pytest.mark.parametrize("arguments", [["generate"], ["convert", "a"], ["info", "a", "b"], ["info", "--nope"]])
+def test_wrong_options_are_status_2(arguments, capsys) -> None:
+    assert main(arguments) == 2
+    shown = capsys.readouterr().err
+    assert f"oncelm {arguments[0]}" in shown
+    assert shown.count("\n") == 1
+
+
+def test_a_wrong_option_suggests_the_nearest(capsys) -> None:
+    assert main(["generate", "--model", "x", "--promt", "y"]) == 2
+    assert "did you mean '--prompt'" in capsys.readouterr().err
+    assert main(["--nope"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("raised", "status", "line"),
+    [
+        (ValueError("no such thing"), 2, "oncelm: error: no such thing\n"),
+        (FileNotFoundError("no model folder at x."), 2, "oncelm: error: no model folder at x.\n"),
+        (KeyboardInterrupt(), 130, "oncelm: interrupted\n"),
+    ],
+)
+def test_exit_status(raised, status, line, monkeypatch, capsys) -> None:
+    def run(args) -> int:
+        raise raised
+
+    monkeypatch.setattr("oncelm.cli.info.run", run)
+    assert main(["info"]) == status
+    assert capsys.readouterr().err == line

@@ -1,0 +1,222 @@
+"""`load` with Hugging Face folders: the same logits back, and every bad folder refused in one clear line."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM, T5Config
+
+import oncelm
+from oncelm.models.load import quiet_transformers, read_config
+from tests.models.small import KINDS, make_model
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> Path:
+    """A YOCO model in a Hugging Face folder."""
+    folder = tmp_path_factory.mktemp("saved") / "model"
+    with quiet_transformers():
+        oncelm.build_model("yoco-tiny", vocab_size=300, intermediate_size=64).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(saved, tmp_path) -> Path:
+    """A copy of it to damage."""
+    return Path(shutil.copytree(saved, tmp_path / "model"))
+
+
+def logits(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model(torch.arange(3, 40)[None], use_cache=False).logits
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_saved_model_is_the_same_model(kind, tmp_path) -> None:
+    model = make_model(kind)
+    model.save_pretrained(tmp_path)
+    loaded = oncelm.load(tmp_path, device="cpu")
+    assert not loaded.training
+    assert loaded.fingerprint() == model.fingerprint()
+    assert torch.equal(logits(loaded), logits(model))
+
+
+def test_dtype_and_shards(tmp_path) -> None:
+    model = make_model("retention")
+    model.to(torch.bfloat16).save_pretrained(tmp_path, max_shard_size="20KB")
+    assert (tmp_path / "model.safetensors.index.json").exists()
+    assert oncelm.load(tmp_path).dtype == torch.bfloat16
+    wide = oncelm.load(str(tmp_path), device="cpu", dtype="float32")
+    assert wide.dtype == torch.float32
+    assert torch.equal(logits(wide), logits(model.float()))
+
+
+def test_another_architecture(tmp_path, caplog) -> None:
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    edit_weights(tmp_path, lambda tensors: tensors.update({"extra.weight": torch.ones(2)}))
+    with caplog.at_level(logging.WARNING):
+        assert isinstance(oncelm.load(tmp_path), LlamaForCausalLM)
+    assert "not used by this model: 1 tensors: extra.weight" in caplog.text
+    edit_weights(tmp_path, lambda tensors: tensors.update({"model.norm.weight": torch.ones(2)}))
+    with pytest.raises(ValueError, match=r"model.norm.weight is \[2\], config.json asks for \[16\]"):
+        oncelm.load(tmp_path)
+    edit_weights(tmp_path, lambda tensors: tensors.pop("model.norm.weight"))
+    with pytest.raises(ValueError, match=r"lacks 1 tensors: model.norm.weight"):
+        oncelm.load(tmp_path)
+
+
+# -- bad folders ------------------------------------------------------------------------------------------------------
+
+
+def edit_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(
+        {name: tensor.clone() for name, tensor in tensors.items()}, folder / "model.safetensors", {"format": "pt"}
+    )
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def keep_first_shard(folder: Path) -> None:
+    oncelm.load(folder).save_pretrained(folder, max_shard_size="100KB")
+    (folder / "model.safetensors").unlink()
+    sorted(folder.glob("model-*.safetensors"))[-1].unlink()
+
+
+BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "no config": (lambda f: (f / "config.json").unlink(), "is no model folder: it needs config.json"),
+    "config not JSON": (lambda f: (f / "config.json").write_text("{"), "config.json is not JSON: Expecting property"),
+    "config not text": (lambda f: (f / "config.json").write_bytes(b"\xff\x00"), "config.json is not JSON"),
+    "config a list": (lambda f: (f / "config.json").write_text("[1]"), "describes no model: it must be a JSON object"),
+    "no model type": (lambda f: (f / "config.json").write_text("{}"), "with a key model_type"),
+    "unknown model type": (lambda f: edit_config(f, model_type="yocco"), "has model type `yocco`"),
+    "unknown key": (lambda f: edit_config(f, widow_size=3), "'widow_size'; did you mean 'window_size'?"),
+    "unknown value": (lambda f: edit_config(f, layout="stackt"), "'stackt'; did you mean 'stacked'?"),
+    "heads do not divide": (
+        lambda f: edit_config(f, num_self_heads=3),
+        "hidden_size 128 does not split into num_self_h",
+    ),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), "no file named model.safetensors"),
+    "empty weights": (lambda f: os.truncate(f / "model.safetensors", 0), "header too small"),
+    "truncated weights": (lambda f: os.truncate(f / "model.safetensors", 90_000), "not fully covered"),
+    "missing shard": (keep_first_shard, "No such file"),
+    "missing tensor": (
+        lambda f: edit_weights(f, lambda tensors: tensors.pop("layer_norm.weight")),
+        "1 missing tensors: layer_norm.weight",
+    ),
+    "wrong size": (
+        lambda f: edit_weights(f, lambda tensors: tensors.update({"layer_norm.weight": torch.ones(5)})),
+        r"layer_norm\.weight.*\[5\].*\[128\]",
+    ),
+    "unexpected tensor": (
+        lambda f: edit_weights(f, lambda tensors: tensors.update({"layer_nrom.weight": torch.ones(5)})),
+        "1 unexpected tensors: layer_nrom.weight",
+    ),
+    "a layer too many": (
+        lambda f: edit_config(f, num_self_decoder_layers=3),
+        "11 missing tensors: self_decoder.layers.2.",
+    ),
+    "another width": (lambda f: edit_config(f, hidden_size=256), r"cross_decoder\.k_proj\.weight.*\[64, 128\]"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_bad_folder_is_refused_in_one_line(case, folder, capfd) -> None:
+    damage, message = BAD[case]
+    damage(folder)
+    capfd.readouterr()
+    with pytest.raises(ValueError, match=message) as refused:
+        oncelm.load(folder)
+    assert "\n" not in str(refused.value)
+    assert str(folder) in str(refused.value)
+    assert capfd.readouterr() == ("", "")  # no report of transformers' on top
+
+
+class Harmful:
+    """Unpickling this makes a folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return os.mkdir, (str(self.path),)
+
+
+def test_a_pickle_cannot_run_code(folder, tmp_path) -> None:
+    (folder / "model.safetensors").unlink()
+    torch.save({"layer_norm.weight": Harmful(tmp_path / "harm")}, folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="could run code, so it is refused"):
+        oncelm.load(folder)
+    assert not (tmp_path / "harm").exists()
+
+
+def test_no_folder(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"no model folder at runs/book/model\.$"):
+        oncelm.load("runs/book/model")
+    with pytest.raises(FileNotFoundError, match=r"yoco-3b\. That is a preset"):
+        oncelm.load("yoco-3b")
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ValueError, match="found: a file"):
+        oncelm.load("file")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="found: nothing"):
+        oncelm.load("empty")
+
+
+def test_a_hub_id_that_cannot_be_read(monkeypatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(
+        ValueError, match=r"no-one/nothing \(no such folder, so taken for a Hugging Face hub id"
+    ) as refused:
+        oncelm.load("no-one/nothing")
+    assert "\n" not in str(refused.value)
+
+
+def test_another_kind_of_model(tmp_path) -> None:
+    T5Config().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="Unrecognized configuration class") as refused:
+        oncelm.load(tmp_path)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": "bfloat61"}, "unknown dtype 'bfloat61'; did you mean 'bfloat16'"),
+        ({"device": "cdua"}, "unknown device 'cdua'; did you mean 'cuda'"),
+    ],
+)
+def test_bad_options(saved, options, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        oncelm.load(saved, **options)
+
+
+def test_read_config_needs_no_weights(folder) -> None:
+    (folder / "model.safetensors").unlink()
+    assert read_config(folder).num_self_decoder_layers == 2
+
+
+def test_build_model() -> None:
+    first, again, other = (oncelm.build_model("yoco-tiny", vocab_size=300, seed=seed) for seed in (1, 1, 2))
+    assert first.fingerprint() == again.fingerprint() != other.fingerprint()
+    with pytest.raises(ValueError, match="unknown preset 'yoco-tyni'; did you mean 'yoco-tiny'"):
+        oncelm.build_model("yoco-tyni")
+    with pytest.raises(ValueError, match="unknown YocoConfig key 'hiden_size'; did you mean 'hidden_size'"):
+        oncelm.build_model("yoco-tiny", hiden_size=3)

@@ -1,0 +1,68 @@
+"""Atomic writes: the old file or the new one, never half of either, whatever happens."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+import pytest
+
+from oncelm.utils.errors import check_positive, unknown
+from oncelm.utils.files import atomic_file, atomic_folder
+
+
+def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
+    target = tmp_path / "deep" / "file.txt"
+    for text in ("one", "two"):
+        with atomic_file(target) as temporary:
+            temporary.write_text(text)
+        assert target.read_text() == text
+    assert list(target.parent.iterdir()) == [target]
+
+
+def test_a_failure_keeps_the_old_file(tmp_path: Path) -> None:
+    target = tmp_path / "file.txt"
+    target.write_text("old")
+
+    def write() -> None:
+        with atomic_file(target) as temporary:
+            temporary.write_text("half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        write()
+    assert target.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_folder_is_replaced_whole(tmp_path: Path) -> None:
+    target = tmp_path / "model"
+    for name in ("a", "b"):
+        with atomic_folder(target) as temporary:
+            (temporary / name).write_text(name)
+        assert [file.name for file in target.iterdir()] == [name]
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_failure_keeps_the_old_folder(tmp_path: Path) -> None:
+    target = tmp_path / "model"
+    with atomic_folder(target) as temporary:
+        (temporary / "a").write_text("a")
+
+    def write() -> None:
+        with atomic_folder(target) as temporary:
+            (temporary / "b").write_text("b")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write()
+    assert [file.name for file in target.iterdir()] == ["a"]
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_errors_name_the_nearest_choice() -> None:
+    assert str(unknown("size", "smal", ["small", "large"])) == (
+        "unknown size 'smal'; did you mean 'small'? Allowed: small, large."
+    )
+    with pytest.raises(ValueError, match="width must be a number above 0, got -1"):
+        check_positive(height=1, width=-1)
