@@ -10,7 +10,6 @@ from transformers import PreTrainedModel
 from oncelm.bench.work import WorkCounts, YocoWork
 from oncelm.cache import ModelCache
 from oncelm.models import YocoConfig, YocoForCausalLM
-from oncelm.models.yoco.modeling import PREFILL_CHUNK_SIZE
 
 
 class Subject(Protocol):
@@ -77,11 +76,11 @@ class Yoco:
 
     name = "YOCO"
 
-    def __init__(self, model: YocoForCausalLM, prefill_chunk_size: int = PREFILL_CHUNK_SIZE) -> None:
+    def __init__(self, model: YocoForCausalLM, prefill_chunk_size: int | None = None) -> None:
         self.model = model
         self.work = YocoWork(model.config, model.dtype.itemsize)
-        self.prefill_chunk_size = prefill_chunk_size
-        self.settings = {"cache": "ModelCache, preallocated", "prefill_chunk_size": prefill_chunk_size}
+        self.prefill_chunk_size = prefill_chunk_size or model.prefill_chunk_size
+        self.settings = {"cache": "ModelCache, preallocated", "prefill_chunk_size": self.prefill_chunk_size}
 
     def shape(self) -> dict[str, Any]:
         return {key: getattr(self.model.config, key) for key in YocoConfig.own_keys()}

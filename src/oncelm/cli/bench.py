@@ -62,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--dtype", help="float32 (default on a CPU), bfloat16 (on a GPU) or float16")
     run.add_argument("--device", help="cpu, cuda, ... (a GPU if there is one)")
     run.add_argument("--repeats", type=int, default=3, metavar="N", help="timed calls; their median counts (3)")
-    run.add_argument("--prefill-chunk-size", type=int, metavar="N", help="tokens YOCO's prefill reads at a time (8192)")
+    run.add_argument("--prefill-chunk-size", type=int, metavar="N", help="tokens YOCO's prefill reads at a time")
     run.add_argument("--no-peer", action="store_true", help="leave out Llama")
     run.add_argument("--peer-max-length", type=int, default=32768, metavar="N", help="no Llama beyond this (32768)")
     run.add_argument("--out", metavar="FILE", help="append every measurement to this file, as a line of JSON")

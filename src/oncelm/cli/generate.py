@@ -57,7 +57,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-k", type=int, metavar="K", help="draw among the K likeliest tokens")
     parser.add_argument("--seed", type=int, help="repeat the same random draws")
     parser.add_argument(
-        "--prefill-chunk-size", type=int, metavar="N", help="tokens of the prompt read at a time (8192)"
+        "--prefill-chunk-size",
+        type=int,
+        metavar="N",
+        help="tokens of the prompt read at a time (2048 on a CPU, 32768 on a GPU)",
     )
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (a GPU if there is one)")
     parser.add_argument("--dtype", help="float32, bfloat16 or float16 (as the weights are stored)")

@@ -32,7 +32,9 @@ from oncelm.models.yoco.model import CrossDecoder, DecoderLayer, RMSNorm, SelfDe
 from oncelm.ops import linear_cross_entropy
 from oncelm.utils.errors import unknown
 
-PREFILL_CHUNK_SIZE = 8192  # tokens; activations of one chunk fit a CPU's caches and a GPU's spare memory
+# Tokens that prefill reads at a time, by device. A CPU is fastest while activations stay near its caches (8192 tokens
+# of d 512 in bf16: 1.1 s in chunks of 2048, 1.9 s in one), a GPU while its matrix products are large.
+PREFILL_CHUNK_SIZES = {"cpu": 2048, "cuda": 32768}
 
 
 class YocoForCausalLM(PreTrainedModel, GenerationMixin):
@@ -291,6 +293,11 @@ class YocoForCausalLM(PreTrainedModel, GenerationMixin):
 
     # -- reading long input ---------------------------------------------------------------------------------------
 
+    @property
+    def prefill_chunk_size(self) -> int:
+        """Tokens that `prefill` reads at a time on the model's device, unless told otherwise."""
+        return PREFILL_CHUNK_SIZES.get(self.device.type, 8192)
+
     @torch.no_grad()
     def prefill(
         self,
@@ -307,14 +314,14 @@ class YocoForCausalLM(PreTrainedModel, GenerationMixin):
         Args:
             input_ids: [B, T].
             cache: from `new_cache`.
-            chunk_size: tokens a chunk; None means PREFILL_CHUNK_SIZE. Memory for activations is proportional to it.
+            chunk_size: tokens a chunk; None means `prefill_chunk_size`. Memory for activations is proportional to it.
             attention_mask: [B, T], 0 at padding.
             progress: called after each chunk with the number of columns read so far.
 
         Returns:
             Logits [B, V] of each sequence's last token.
         """
-        size = PREFILL_CHUNK_SIZE if chunk_size is None else chunk_size
+        size = self.prefill_chunk_size if chunk_size is None else chunk_size
         if size < 1:
             raise ValueError(f"chunk_size must be at least 1, got {size}.")
         self._check_tokens(input_ids, None)
@@ -404,7 +411,9 @@ class YocoForCausalLM(PreTrainedModel, GenerationMixin):
         rows = max(generation_config.num_beams, generation_config.num_return_sequences) * batch_size
         drafts = generation_mode == GenerationMode.ASSISTED_GENERATION  # they may run past the end before they are cut
         cache = self.new_cache(rows, None if drafts else max_cache_length)
-        cache.record(bool(generation_config.is_assistant))  # a draft model's tokens are taken back when they are rejected
+        cache.record(
+            bool(generation_config.is_assistant)
+        )  # a draft model's tokens are taken back when they are rejected
         model_kwargs["past_key_values"] = cache
 
     @classmethod

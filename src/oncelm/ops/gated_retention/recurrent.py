@@ -20,6 +20,6 @@ def recurrent(
     state = q.new_zeros(B, H, K, v.shape[-1]) if initial_state is None else initial_state.to(dtype)
     outputs = []
     for t in range(T):
-        state = state * decay[:, t, :, None, None] + k[:, t, :, :, None] * v[:, t, :, None, :]
+        state = torch.addcmul(state * decay[:, t, :, None, None], k[:, t, :, :, None], v[:, t, :, None, :])
         outputs.append((q[:, t, :, None, :] @ state).squeeze(-2))  # [B, H, V]
     return torch.stack(outputs, dim=1) if outputs else torch.zeros_like(v), state
