@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint types imports unit test-slow test-gpu bench clean
+.PHONY: demo test lint types imports unit test-slow test-kernels test-gpu bench clean
 
 demo: $(STAMP)  ## train a small YOCO and a Transformer, read a book, compare: about 5 minutes
 	$(BIN)/oncelm demo
@@ -35,6 +35,10 @@ unit: $(STAMP)
 
 test-slow: $(STAMP)  ## tests of more than a few seconds
 	$(BIN)/python -m pytest -m slow
+
+test-kernels: $(STAMP)  ## the Triton kernels in Triton's interpreter, on the CPU
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "triton==3.7.1"
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/ops/test_gated_retention_triton.py
 
 test-gpu: $(STAMP)  ## tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu

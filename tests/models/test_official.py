@@ -240,7 +240,7 @@ def small_files() -> Iterator[None]:
 def test_a_full_disk_leaves_the_old_folder(failure, folder, tmp_path) -> None:
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
     model = official_model(rope_theta=3.0)
-    with failure(), pytest.raises(OSError, match="cannot write .*official"):
+    with failure(), pytest.raises(OSError, match=r"cannot write .*official"):
         write_official(model, folder)
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["official"]

@@ -73,7 +73,9 @@ def installation() -> list[Table]:
     )
     for op, rows in TABLE.items():
         for row in rows:
-            uses = [next(other for other in rows if device in other.devices) is row for device in ANY]
+            uses = [
+                next(other for other in rows if device in other.devices and other.available) is row for device in ANY
+            ]
             runs = [
                 "used" if use else "runs" if device in row.devices else ""
                 for device, use in zip(ANY, uses, strict=True)

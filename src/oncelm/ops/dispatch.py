@@ -1,12 +1,15 @@
 """Which implementation of an op serves which device: one table, printed by `oncelm info`.
 
 An op's public function calls `implementation(op, backend, device)`; `backend="auto"` takes the first row that
-supports the device. A faster implementation is added as a row above the portable one, and nothing else changes.
+supports the device and has what it needs. A faster implementation is added as a row above the portable one, and nothing
+else changes.
 """
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -24,12 +27,29 @@ class Implementation:
     location: str  # "module:function"
     devices: tuple[str, ...]
     note: str
+    needs: str | None = None  # a package that must be installed
+    packed: bool = False  # takes cu_seqlens itself
+
+    @property
+    def available(self) -> bool:
+        return self.needs is None or _installed(self.needs)
+
+    def load(self) -> Callable:
+        return _load(self.location)
 
 
 ANY = ("cpu", "cuda", "mps")
 
 TABLE: dict[str, tuple[Implementation, ...]] = {
     "gated_retention": (
+        Implementation(
+            "triton",
+            "oncelm.ops.gated_retention.triton:chunk",
+            ("cuda",),
+            "kernels, linear in T",
+            "triton",
+            packed=True,
+        ),
         Implementation("chunk", "oncelm.ops.gated_retention.chunk:chunk", ANY, "PyTorch, linear in T"),
         Implementation("recurrent", "oncelm.ops.gated_retention.recurrent:recurrent", ANY, "one step a token"),
         Implementation("naive", "oncelm.ops.gated_retention.naive:parallel", ANY, "reference, quadratic in T"),
@@ -45,20 +65,41 @@ TABLE: dict[str, tuple[Implementation, ...]] = {
 }
 
 
-@cache
+_find_spec = cache(importlib.util.find_spec)
+
+
+# torch.compile can trace neither imports nor caches: the next two it runs, and takes what they return as constants
+@torch.compiler.assume_constant_result
+def _installed(package: str) -> bool:
+    return _find_spec(package) is not None
+
+
+@torch.compiler.assume_constant_result
+def _import(module: str) -> None:
+    importlib.import_module(module)
+
+
 def _load(location: str) -> Callable:
     module, _, function = location.partition(":")
-    return getattr(importlib.import_module(module), function)
+    _import(module)
+    return getattr(sys.modules[module], function)
 
 
-def implementation(op: str, backend: str, device: torch.device) -> Callable:
-    """The function that computes `op` on `device`; ValueError for an unknown or unsuited backend."""
+def choose(op: str, backend: str, device: torch.device) -> Implementation:
+    """The row that computes `op` on `device`; ValueError for an unknown, unsuited or missing backend."""
     rows = TABLE[op]
     if backend == "auto":
-        return _load(next(row for row in rows if device.type in row.devices).location)
+        return next(row for row in rows if device.type in row.devices and row.available)
     for row in rows:
         if row.backend == backend:
             if device.type not in row.devices:
                 raise ValueError(f"backend {backend!r} of {op} runs on {', '.join(row.devices)}, not on {device.type}.")
-            return _load(row.location)
+            if not row.available:
+                raise ValueError(f"backend {backend!r} of {op} needs {row.needs}: `pip install {row.needs}`.")
+            return row
     raise unknown(f"backend of {op}", backend, ["auto", *(row.backend for row in rows)])
+
+
+def implementation(op: str, backend: str, device: torch.device) -> Callable:
+    """The function of that row."""
+    return choose(op, backend, device).load()

@@ -10,11 +10,12 @@ README.md beside this file derives the three forms; they agree to rounding.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 
 import torch
 
-from oncelm.ops.dispatch import implementation
+from oncelm.ops.dispatch import choose
 
 __all__ = ["gated_retention"]
 
@@ -42,8 +43,8 @@ def gated_retention(
             packed sequences.
         output_final_state: also return the state after the last token of each sequence.
         cu_seqlens: [N + 1] int, cumulative lengths of N sequences packed along T (then B must be 1); empty
-            sequences are allowed.
-        backend: "auto", "chunk", "recurrent" or "naive" (see `oncelm info`).
+            sequences are allowed. On a GPU only its shape is checked: reading the values would wait for the device.
+        backend: "auto", "triton", "chunk", "recurrent" or "naive" (see `oncelm info`).
 
     Returns:
         o [B, T, H, V] in v's dtype, and the final state [N, H, K, V] (float32; float64 for float64 inputs) or None.
@@ -54,18 +55,31 @@ def gated_retention(
     _check(q, k, v, g, initial_state, cu_seqlens)
     if backend == "auto" and q.shape[1] == 1 and cu_seqlens is None:
         backend = "recurrent"
-    compute = implementation("gated_retention", backend, q.device)
+    chosen = choose("gated_retention", backend, q.device)
+    compute = chosen.load()
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if cu_seqlens is None:
         o, final_state = compute(q, k, v, g, scale, initial_state)
+    elif chosen.packed:
+        o, final_state = compute(q, k, v, g, scale, initial_state, cu_seqlens)
     else:
-        o, final_state = _packed(compute, q, k, v, g, scale, initial_state, cu_seqlens)
+        o, final_state = by_sequence(compute, q, k, v, g, scale, initial_state, cu_seqlens)
     return o.to(v.dtype), (final_state if output_final_state else None)
 
 
-def _packed(compute, q, k, v, g, scale, initial_state, cu_seqlens):
+def by_sequence(
+    compute: Callable[..., tuple[torch.Tensor, torch.Tensor]],
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor,
+    scale: float,
+    initial_state: torch.Tensor | None,
+    cu_seqlens: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Each packed sequence on its own; sequences of one length in one batch."""
     bounds = cu_seqlens.tolist()
+    _check_borders("cu_seqlens", bounds, q.shape[1])
     lengths = [end - start for start, end in pairwise(bounds)]
     if lengths and lengths[0] > 0 and len(set(lengths)) == 1:
         batched = (x.unflatten(1, (len(lengths), lengths[0])).squeeze(0) for x in (q, k, v, g))
@@ -106,9 +120,13 @@ def _check(
 
 
 def check_cu_seqlens(name: str, cu_seqlens: torch.Tensor, total: int) -> None:
-    """Raise ValueError unless `cu_seqlens` is a rising [N + 1] vector of integers from 0 to `total`."""
+    """Raise ValueError unless `cu_seqlens` is a vector of integers that, on a CPU, rises from 0 to `total`."""
     if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2 or cu_seqlens.is_floating_point():
         raise ValueError(f"{name} must be a vector of at least 2 integers, got shape {tuple(cu_seqlens.shape)}.")
-    bounds = cu_seqlens.tolist()
+    if not cu_seqlens.is_cuda:  # where reading the values does not wait for the device
+        _check_borders(name, cu_seqlens.tolist(), total)
+
+
+def _check_borders(name: str, bounds: list[int], total: int) -> None:
     if bounds[0] != 0 or bounds[-1] != total or any(a > b for a, b in pairwise(bounds)):
         raise ValueError(f"{name} must rise from 0 to the number of tokens {total}, got {bounds[:8]}.")
