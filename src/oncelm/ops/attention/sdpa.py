@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 QUERY_BLOCK = 256
+
+# cuDNN's attention makes a plan for every length it has not seen, 5 ms each on an H100: a decode step would always wait
+ONE_QUERY_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 def _sdpa(q, k, v, scale, mask=None, is_causal=False):
@@ -30,7 +34,8 @@ def _one_query(q, k, v, scale, mask=None):
     """q [B, 1, H, D]. The heads that share a K/V head become its rows: K and V are read once, not once a head."""
     B, _, H, D = q.shape
     rows = q.reshape(B, k.shape[2], H // k.shape[2], D)  # heads of one group are neighbours
-    out = F.scaled_dot_product_attention(rows, k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, scale=scale)
+    with sdpa_kernel(ONE_QUERY_BACKENDS):
+        out = F.scaled_dot_product_attention(rows, k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, scale=scale)
     return out.reshape(B, 1, H, D)
 
 
