@@ -1,0 +1,50 @@
+"""What the documentation says can be run, runs; what it links to is there."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def code_blocks(language: str) -> list[str]:
+    text = (ROOT / "README.md").read_text()
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
+
+
+def test_links_lead_somewhere() -> None:
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+            if "://" not in target:
+                assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+@pytest.mark.slow
+def test_readme_commands_and_python(tmp_path: Path) -> None:
+    """Every `oncelm` line and every Python block of the README, in order, in an empty folder."""
+    (tmp_path / "books").mkdir()
+    (tmp_path / "books" / "a.txt").write_text("It was the best of times, it was the worst of times.\n" * 200)
+    (tmp_path / "book.txt").write_text("Call me Ishmael. Some years ago, never mind how long precisely. " * 50)
+    bin_folder = Path(sys.executable).parent
+    ran = 0
+    for line in "\n".join(code_blocks("sh")).splitlines():
+        command = line.split("#")[0].strip()
+        if not command.startswith("oncelm ") or command == "oncelm demo":
+            continue
+        done = subprocess.run(
+            [str(bin_folder / "oncelm"), *shlex.split(command)[1:]], cwd=tmp_path, capture_output=True, text=True
+        )
+        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+        ran += 1
+    for block in code_blocks("python"):
+        done = subprocess.run([sys.executable, "-c", block], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, f"{block}\n{done.stderr}"
+        ran += 1
+    assert ran >= 5
