@@ -47,9 +47,12 @@ def plot_by_length(
         for model in models:
             points = [(row["length"], row[panel.key] * panel.factor) for row in rows if row["model"] == model]
             axes.plot(*zip(*points, strict=True), marker="o", label=model)
+            for point in points:  # figures as numbers: on a logarithmic axis they are hard to read off
+                axes.annotate(f"{point[1]:.3g}", point, xytext=(0, 6), textcoords="offset points", ha="center")
         axes.set(title=panel.title, xlabel="tokens in the context", xscale="log", yscale="log")
         axes.set_xticks(lengths, [f"{length / 1024:g}K" for length in lengths], minor=False)
         axes.minorticks_off()
+        axes.margins(0.12)
         axes.grid(alpha=0.3)
         axes.legend()
     with atomic_file(path) as temporary:

@@ -6,6 +6,8 @@ ever larger than [QUERY_BLOCK, S], and no work is done on keys that a whole bloc
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -34,7 +36,7 @@ def _one_query(q, k, v, scale, mask=None):
     """q [B, 1, H, D]. The heads that share a K/V head become its rows: K and V are read once, not once a head."""
     B, _, H, D = q.shape
     rows = q.reshape(B, k.shape[2], H // k.shape[2], D)  # heads of one group are neighbours
-    with sdpa_kernel(ONE_QUERY_BACKENDS):
+    with sdpa_kernel(ONE_QUERY_BACKENDS) if q.is_cuda else nullcontext():
         out = F.scaled_dot_product_attention(rows, k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, scale=scale)
     return out.reshape(B, 1, H, D)
 
