@@ -193,15 +193,11 @@ class ModelCache(Cache):
             raise ValueError(f"rows must be in 0..{self.batch_size - 1} and at least one, got {chosen}.")
         if chosen == list(range(self.batch_size)):
             return
-        for layer in [*self.layers, *([self.shared] if self.shared is not None else [])]:
+        for layer in self.layers:
             for part in layer.tensor_names:
-                old = getattr(layer, part)
-                if len(chosen) != old.shape[0]:
-                    setattr(layer, part, old[index])
-                elif isinstance(layer, SharedKV):  # in place, and only the part in use
-                    old[:, : self.num_tokens] = old[index, : self.num_tokens]
-                else:
-                    old.copy_(old[index])
+                setattr(layer, part, getattr(layer, part)[index])
+        if self.shared is not None:
+            self.shared.select(index, self.num_tokens)
         self.lengths = tuple(self.lengths[row] for row in chosen)
         self._rewind_points = {}
         self._forget_history()

@@ -30,9 +30,17 @@ class SharedKV:
         device: torch.device,
     ) -> None:
         shape = (batch_size, self.first_capacity if max_tokens is None else max_tokens, num_kv_heads, head_dim)
+        self.k, self.v = (self._allocate(shape, dtype, device) for _ in self.tensor_names)
+
+    @staticmethod
+    def _allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """A tensor [N, S, H_kv, D] that lies in memory head by head.
+
+        Decoding reads one head's rows after the other; on a CPU it is up to twice as fast when they are neighbours.
+        """
+        N, S, H_kv, D = shape
         # zeros, not empty: a masked key has weight 0, and 0 times a NaN of uninitialised memory is NaN
-        self.k = torch.zeros(shape, dtype=dtype, device=device)
-        self.v = torch.zeros(shape, dtype=dtype, device=device)
+        return torch.zeros(N, H_kv, S, D, dtype=dtype, device=device).transpose(1, 2)
 
     @property
     def capacity(self) -> int:
@@ -46,8 +54,17 @@ class SharedKV:
         capacity = self.capacity
         for name in self.tensor_names:
             old = getattr(self, name)
-            new = old.new_zeros(old.shape[0], max(num_tokens, 2 * capacity), *old.shape[2:])
+            shape = (old.shape[0], max(num_tokens, 2 * capacity), *old.shape[2:])
+            new = self._allocate(shape, old.dtype, old.device)
             new[:, :capacity] = old
+            setattr(self, name, new)
+
+    def select(self, index: torch.Tensor, num_tokens: int) -> None:
+        """Keep sequences `index` [M], of which `num_tokens` rows are in use; in place where M is N."""
+        for name in self.tensor_names:
+            old = getattr(self, name)
+            new = old if len(index) == len(old) else self._allocate((len(index), *old.shape[1:]), old.dtype, old.device)
+            new[:, :num_tokens] = old[index, :num_tokens]
             setattr(self, name, new)
 
     def append(self, k: torch.Tensor, v: torch.Tensor, batch: Batch) -> None:
