@@ -56,6 +56,8 @@ def test_a_prompt_longer_than_the_cache_changes_nothing(model) -> None:
         model.prefill(IDS, cache, chunk_size=1)
     with pytest.raises(ValueError, match="do not fit"):
         model(IDS, past_key_values=cache)
+    with pytest.raises(ValueError, match=f"labels has {VOCAB}"):
+        model(IDS[:, :2], labels=torch.full((1, 2), VOCAB), past_key_values=cache)
     with pytest.raises(ValueError, match="for a batch of 1, the input is a batch of 2"):
         model(IDS[:, :1].expand(2, 1), past_key_values=cache)
     after = cache.snapshot()

@@ -127,10 +127,14 @@ def check_mask(mask: torch.Tensor, inputs: Inputs, shape: torch.Size) -> torch.T
     return mask
 
 
-def target_mask(labels: torch.Tensor, inputs: Inputs, shape: torch.Size) -> torch.Tensor:
+def target_mask(labels: torch.Tensor, inputs: Inputs, shape: torch.Size, vocab_size: int) -> torch.Tensor:
     """[B, T] booleans: positions whose next token is a target (labels are not shifted; -100 is ignored)."""
     if labels.shape != shape[:2]:
         raise ValueError(f"labels must be [B, T] = {list(shape[:2])} as input_ids, got {list(labels.shape)}.")
+    if labels.device.type == "cpu":  # on a GPU the answer would have to be waited for in every training step
+        outside = (labels != IGNORE_INDEX) & ((labels < 0) | (labels >= vocab_size))
+        if bool(outside.any()):
+            raise ValueError(f"labels has {labels[outside][0]}; allowed: 0..{vocab_size - 1}, or -100 to ignore.")
     mask = torch.zeros(shape[:2], dtype=torch.bool, device=labels.device)
     mask[:, :-1] = labels[:, 1:] != IGNORE_INDEX
     if inputs.real is not None:
