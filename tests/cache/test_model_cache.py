@@ -44,6 +44,24 @@ def test_memory_is_allocated_once(kind: str) -> None:
     assert cache.num_tokens == 50
 
 
+@kinds
+def test_a_cache_narrower_than_the_model(kind: str) -> None:
+    """bf16 keys and values under a float32 model: logits of its dtype, near the full ones, padded rows too."""
+    model, tokens = MODELS[kind], ids(2, 30)
+    mask = torch.ones_like(tokens)
+    mask[1, :7] = 0
+    results = []
+    for dtype in (torch.bfloat16, torch.float32):
+        cache = model.new_cache(2, 40, dtype=dtype)
+        model.prefill(tokens[:, :20], cache, chunk_size=9, attention_mask=mask[:, :20])
+        pieces = [model(tokens[:, t : t + 1], past_key_values=cache).logits for t in range(20, 25)]
+        pieces.append(model(tokens[:, 25:], past_key_values=cache).logits)
+        results.append(torch.cat(pieces, dim=1))
+    narrow, exact = results
+    assert narrow.dtype == torch.float32
+    assert (narrow - exact).norm() < 0.1 * exact.norm()
+
+
 def test_a_growing_cache_doubles() -> None:
     model = MODELS["retention"]
     cache = model.new_cache(1)

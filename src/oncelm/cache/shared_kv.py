@@ -77,10 +77,13 @@ class SharedKV:
 
     def attend(self, q: torch.Tensor, batch: Batch) -> torch.Tensor:
         """Outputs [B, P, H, D] of queries at the batch's positions; their own keys must have been appended."""
+        queries = q.to(self.k.dtype)  # a cache may be of a narrower dtype than the model
         if batch.cu_seqlens is None and batch.lengths[0] == 1 and not batch.is_uniform:
             seen = max(batch.ends)  # one new token a sequence, sequences of different lengths
-            return global_attention(q, self.k[:, :seen], self.v[:, :seen], positions=batch.positions)
-        return attend_by_group(q, batch, lambda group: (self.k[group.rows], self.v[group.rows]))
+            out = global_attention(queries, self.k[:, :seen], self.v[:, :seen], positions=batch.positions)
+        else:
+            out = attend_by_group(queries, batch, lambda group: (self.k[group.rows], self.v[group.rows]))
+        return out.to(q.dtype)
 
 
 class FreshSharedKV:

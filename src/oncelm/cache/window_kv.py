@@ -36,10 +36,12 @@ class WindowKV:
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: Batch) -> torch.Tensor:
         """Outputs [B, T, H, D] of the batch's tokens, whose keys and values take the oldest ones' places."""
+        dtype = q.dtype
+        q, k, v = (x.to(self.k.dtype) for x in (q, k, v))  # a cache may be of a narrower dtype than the model
         if self.recording:
             self.history.append((self.k.clone(), self.v.clone(), k, v, batch))
         if batch.cu_seqlens is None and batch.lengths[0] == 1:
-            return self._attend_one(q, k, v, batch)
+            return self._attend_one(q, k, v, batch).to(dtype)
         outputs = []
         for group in batch.groups():
             queries, keys, values = (x[group.where] for x in (q, k, v))
@@ -50,13 +52,13 @@ class WindowKV:
             all_v = torch.cat((self.v[group.rows, slots], values), dim=1)
             outputs.append(window_attention(queries, all_k, all_v, window_size=self.window_size))
             self._write(keys, values, group)
-        return batch.join(outputs)
+        return batch.join(outputs).to(dtype)
 
     def _attend_one(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: Batch) -> torch.Tensor:
         """One new token a sequence: the ring then holds just what the token sees, and softmax asks for no order."""
         rows = torch.arange(batch.num_sequences, device=k.device)
         slots = (batch.positions % self.window_size).flatten().expand(batch.num_sequences)
-        self.k[rows, slots], self.v[rows, slots] = k[:, 0].to(self.k.dtype), v[:, 0].to(self.v.dtype)
+        self.k[rows, slots], self.v[rows, slots] = k[:, 0], v[:, 0]
         if batch.is_uniform:
             held = min(batch.starts[0] + 1, self.window_size)
             return global_attention(q, self.k[:, :held], self.v[:, :held])
@@ -67,8 +69,8 @@ class WindowKV:
         count = min(group.length, self.window_size)
         end = group.start + group.length
         slots = torch.arange(end - count, end, device=k.device) % self.window_size
-        self.k[group.rows, slots] = k[:, k.shape[1] - count :].to(self.k.dtype)
-        self.v[group.rows, slots] = v[:, v.shape[1] - count :].to(self.v.dtype)
+        self.k[group.rows, slots] = k[:, k.shape[1] - count :]
+        self.v[group.rows, slots] = v[:, v.shape[1] - count :]
 
     def rewind(self, kept: Batch) -> None:
         """Forget the last recorded forward pass but the first `kept.lengths` tokens of each sequence."""
