@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import resource
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -17,6 +13,7 @@ import transformers
 import oncelm
 from oncelm.cli import main
 from oncelm.models.yoco.official import write_official
+from tests.full_disk import no_space, small_files
 from tests.models.small import make_model
 
 
@@ -183,30 +180,6 @@ def test_mistakes_are_one_line_and_change_nothing(case, folders, capsys) -> None
     assert captured.err.count("\n") == 1
     assert captured.out == ""
     assert contents(folders) == before
-
-
-@contextlib.contextmanager
-def no_space() -> Iterator[None]:
-    """Writing weights fails by an error of Python's."""
-
-    def save(*args: Any, **options: Any) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch, "save", save)
-        patch.setattr("transformers.modeling_utils.safe_save_file", save)
-        yield
-
-
-@contextlib.contextmanager
-def small_files() -> Iterator[None]:
-    """Writing weights fails in the writers of torch and safetensors, by a limit on the size of a file."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize("failure", [no_space, small_files])

@@ -13,7 +13,6 @@ from oncelm.data import tokenizers
 from oncelm.data.corpora import load_corpus
 from oncelm.data.tokenizers import CL100K_SPECIAL_TOKENS, SPECIAL_TOKENS, load_tokenizer, train_bpe
 
-GOLDEN = Path(__file__).resolve().parents[3] / "shared" / "golden" / "yoco" / "tokenizer_cl100k.json"
 TRICKY = "<s> </s><pad><unk> a\n  naïve 日本語 👩‍👧 \x00\x07 <|endoftext|><reponame>\r\n\t 12345 '\u017fx'LL  "
 PIECES = [" ", "   ", "\n", "\r", "'LL", "'\u017f", "12345", "don't", "<", "|"]
 PIECES += [*SPECIAL_TOKENS, *CL100K_SPECIAL_TOKENS]
@@ -43,12 +42,10 @@ def built(request: pytest.FixtureRequest) -> PreTrainedTokenizerBase:
     return load_tokenizer("bytes") if request.param == "bytes" else request.getfixturevalue(request.param)
 
 
-def test_cl100k_matches_the_official_tokenizer(cl100k: PreTrainedTokenizerBase):
-    if not GOLDEN.exists():
-        pytest.skip("the golden data is not here: ../shared/golden/yoco/tokenizer_cl100k.json")
-    golden = json.loads(GOLDEN.read_text(encoding="utf-8"))
-    assert len(cl100k) == golden["n_words"]
-    for row in golden["rows"]:
+def test_cl100k_matches_the_official_tokenizer(cl100k: PreTrainedTokenizerBase, golden: Path):
+    expected = json.loads((golden / "yoco" / "tokenizer_cl100k.json").read_text(encoding="utf-8"))
+    assert len(cl100k) == expected["n_words"]
+    for row in expected["rows"]:
         assert cl100k(row["text"]).input_ids == row["ids"]
         cl100k.add_bos_token = cl100k.add_eos_token = True
         assert cl100k(row["text"]).input_ids == row["ids_bos_eos"]

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import json
 import os
 import pickle
-import resource
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +16,7 @@ from safetensors.torch import load_file
 
 import oncelm
 from oncelm.models.yoco.official import PARAMS, WEIGHTS, is_official_folder, read_official, read_params, write_official
+from tests.full_disk import no_space, small_files
 from tests.models.small import make_model
 from tests.models.test_load import Harmful
 
@@ -211,29 +209,6 @@ def test_read_params_needs_no_weights(folder) -> None:
 
 
 # -- a full disk ------------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def no_space() -> Iterator[None]:
-    """Saving weights fails by an error of Python's."""
-
-    def save(*args: Any) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch, "save", save)
-        yield
-
-
-@contextlib.contextmanager
-def small_files() -> Iterator[None]:
-    """Saving weights fails in torch's own writer, by a limit on the size of a file."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize("failure", [no_space, small_files])

@@ -40,7 +40,6 @@ class FreshWindow:
 class FreshCache:
     """What a model cache offers to a forward pass, without the memory."""
 
-    def __init__(self, layers: list[FreshRetention | FreshWindow], batch_size: int) -> None:
+    def __init__(self, layers: list[FreshRetention | FreshWindow]) -> None:
         self.layers = layers
         self.shared = FreshSharedKV()
-        self.lengths = (0,) * batch_size

@@ -106,7 +106,9 @@ def parse_lengths(text: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",")]
     except ValueError as error:
-        raise ValueError(f"lengths must be whole numbers with commas, as in 4096,16384; got {text!r}.") from error
+        raise ValueError(
+            f"--lengths takes whole numbers with commas between, as in 4096,16384; got {text!r}."
+        ) from error
 
 
 def make_subjects(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> list[Subject]:

@@ -117,7 +117,7 @@ def write_hugging_face(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
 
 def report(model: PreTrainedModel, target: Path, to: str) -> None:
     """Say what was written."""
-    from oncelm.cli.generate import size
+    from oncelm.utils.units import size
 
     dtype = str(model.dtype).removeprefix("torch.")
     print(f"{target}: {FORMATS[to]} format, {model.num_parameters():,} parameters in {dtype}")

@@ -80,10 +80,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _lengths(text: str) -> list[int]:
-    try:
-        lengths = sorted({int(part) for part in text.split(",")})
-    except ValueError:
-        raise ValueError(f"--lengths takes whole numbers with commas between, got {text!r}.") from None
+    from oncelm.cli.bench import parse_lengths
+
+    lengths = sorted(set(parse_lengths(text)))
     if lengths[0] < 2:
         raise ValueError(f"--lengths must be at least 2 tokens, got {lengths[0]}.")
     return lengths

@@ -209,6 +209,7 @@ def prefill(model: PreTrainedModel, ids: torch.Tensor, cache: ModelCache, chunk_
 def save_document(model: PreTrainedModel, last: torch.Tensor, cache: ModelCache, file: str) -> None:
     """Write the cache with the prompt's last token [1, 1] in it to `file`, and leave `cache` without that token."""
     from oncelm.cache import save_snapshot
+    from oncelm.utils.units import size
 
     before = cache.snapshot(shared=False)
     model.prefill(last, cache)
@@ -294,6 +295,8 @@ class Printer:
 
 def summarize(tokens: int, earlier: int, prefill_seconds: float, printer: Printer, cache_bytes: int | None) -> None:
     """Print what was measured."""
+    from oncelm.utils.units import size
+
     rows = {"prompt": f"{tokens:,} tokens"}
     if earlier:
         rows["prompt"] += f", after {earlier:,} from the cache file"
@@ -309,11 +312,3 @@ def summarize(tokens: int, earlier: int, prefill_seconds: float, printer: Printe
         rows["cache"] = size(cache_bytes)
     for name, value in rows.items():
         print(f"{name:<12} {value}", file=sys.stderr)
-
-
-def size(num_bytes: int) -> str:
-    """Bytes as KiB, MiB or GiB."""
-    for unit, factor in (("GiB", 2**30), ("MiB", 2**20)):
-        if num_bytes >= factor:
-            return f"{num_bytes / factor:,.1f} {unit}"
-    return f"{num_bytes / 2**10:,.1f} KiB"

@@ -93,7 +93,7 @@ def installation() -> list[Table]:
 
 def readable(name: str, value: Any) -> str:
     """A value of the environment report as text."""
-    from oncelm.cli.generate import size
+    from oncelm.utils.units import size
 
     if name.endswith("_bytes"):
         return size(value)
@@ -109,8 +109,8 @@ def readable(name: str, value: Any) -> str:
 
 def describe(name: str) -> list[Table]:
     """What a model folder, hub id or preset is."""
-    from oncelm.cli.generate import size
     from oncelm.models.load import errors_in_one_line
+    from oncelm.utils.units import size
 
     config = find_config(name)
     with errors_in_one_line(name):  # a model of another kind than causal language models
@@ -195,7 +195,7 @@ def cache_tables(model: PreTrainedModel, config: PreTrainedConfig, stored: torch
     """The cache of one sequence at several lengths; none for a model whose cache follows other rules."""
     import torch
 
-    from oncelm.cli.generate import size
+    from oncelm.utils.units import size
 
     dtype = stored or torch.bfloat16
     title = f"Cache of one sequence, in {dtype_name(dtype)}"

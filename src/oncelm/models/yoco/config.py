@@ -57,7 +57,6 @@ class YocoConfig(PreTrainedConfig):
 
     model_type = "oncelm_yoco"
     keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
-    attribute_map = {"intermediate_dim": "intermediate_size"}  # noqa: RUF012
 
     vocab_size: int = 100288
     hidden_size: int = 768

@@ -28,7 +28,7 @@ from oncelm.cache import (
 )
 from oncelm.models.yoco import inputs as reading
 from oncelm.models.yoco.config import YocoConfig
-from oncelm.models.yoco.model import CrossDecoder, DecoderLayer, RMSNorm, SelfDecoder, XavierLinear, run_layers
+from oncelm.models.yoco.model import CrossDecoder, RMSNorm, SelfDecoder, XavierLinear, run_layers
 from oncelm.ops import linear_cross_entropy
 from oncelm.utils.errors import unknown
 
@@ -121,13 +121,13 @@ class YocoForCausalLM(PreTrainedModel, GenerationMixin):
             shared = SharedKV(batch_size, max_tokens, config.shared_kv_heads, config.head_dim, dtype, device)
         return ModelCache(layers, shared, batch_size, max_tokens)
 
-    def _fresh_cache(self, num_sequences: int) -> FreshCache:
+    def _fresh_cache(self) -> FreshCache:
         retention = self.config.self_decoder == "gated_retention"
         layers = [
             FreshRetention() if retention else FreshWindow(self.config.window_size)
             for _ in range(self.config.num_self_decoder_layers)
         ]
-        return FreshCache(layers, num_sequences)
+        return FreshCache(layers)
 
     def fingerprint(self) -> str:
         """A short hash of the configuration and of a sample of every parameter: whose cache a file is."""
@@ -276,7 +276,7 @@ class YocoForCausalLM(PreTrainedModel, GenerationMixin):
         embeddings = tokens if tokens.is_floating_point() else self.embed_tokens(tokens)
         if self.config.scale_embeddings:
             embeddings = embeddings * math.sqrt(self.config.hidden_size)
-        memory = self._fresh_cache(inputs.batch.num_sequences) if cache is None else cache
+        memory = self._fresh_cache() if cache is None else cache
         x = run_layers(self.config, self.self_decoder, self.cross_decoder, embeddings, inputs.batch, memory, wanted)
         if cache is not None:
             cache.commit(inputs.batch, inputs.columns)
@@ -430,6 +430,3 @@ class YocoForCausalLM(PreTrainedModel, GenerationMixin):
                     f"{', '.join(names[:4])}{', ...' if len(names) > 4 else ''}."
                 )
         return (model, info) if wants_info else model
-
-
-assert DecoderLayer.__name__ in YocoForCausalLM._no_split_modules
