@@ -33,7 +33,7 @@ from oncelm.ops import linear_cross_entropy
 from oncelm.utils.errors import unknown
 
 # Tokens that prefill reads at a time, by device. A CPU is fastest while activations stay near its caches (8192 tokens
-# of d 512 in bf16: 1.1 s in chunks of 2048, 1.9 s in one), a GPU while its matrix products are large.
+# of d 512 in bf16: 1.2 s in chunks of 2048, 1.45 s in one), a GPU while its matrix products are large.
 PREFILL_CHUNK_SIZES = {"cpu": 2048, "cuda": 32768}
 
 
