@@ -105,7 +105,7 @@ def test_a_failed_forward_leaves_the_cache_unusable_not_wrong(model, monkeypatch
     expected = model(IDS, past_key_values=cache).logits
     cache.restore(saved)
     with monkeypatch.context() as patch:
-        patch.setattr(model.cross_decoder, "keys_and_values", lambda *_: 1 / 0)
+        patch.setattr(model.cross_decoder.kv_layer_norm, "forward", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             model(IDS, past_key_values=cache)
     with pytest.raises(ValueError, match="failed midway"):

@@ -39,7 +39,7 @@ def test_scores_depend_on_distance_only() -> None:
 def test_dtype_is_kept_and_angles_are_float32() -> None:
     x = torch.randn(1, 3, 2, 8, dtype=torch.bfloat16)
     rotation = rope_rotation(torch.arange(3)[None], rope_frequencies(8, 10000.0, "standard"))
-    assert rotation.dtype == torch.complex64
+    assert rotation.dtype == torch.float32
     assert apply_rope(x, rotation, "half").dtype == torch.bfloat16
 
 

@@ -32,18 +32,22 @@ def rope_frequencies(
 
 
 def rope_rotation(positions: torch.Tensor, frequencies: torch.Tensor) -> torch.Tensor:
-    """exp(i * position * frequency): complex64 [..., T, D/2] for positions [..., T]; made once for all layers."""
+    """cos, sin of position * frequency: float32 [..., T, D/2, 2] for positions [..., T]; made once for all layers."""
     angles = positions.to(torch.float32)[..., None] * frequencies
-    return torch.polar(torch.ones_like(angles), angles)
+    return torch.stack((angles.cos(), angles.sin()), dim=-1)
 
 
 def apply_rope(x: torch.Tensor, rotation: torch.Tensor, pairing: str) -> torch.Tensor:
-    """Rotate x [B, T, H, D] by rotation [B or 1, T, D/2]; computed in float32 or wider, returned in x's dtype."""
-    rotation = rotation[..., None, :]
+    """Rotate x [B, T, H, D] by rotation [B or 1, T, D/2, 2]; computed in float32 or wider, returned in x's dtype."""
+    rotation = rotation[..., None, :, :]  # the same for all heads
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    if pairing == "interleaved":  # a pair of neighbours is a complex number as it stands in memory
+    if pairing == "interleaved" and not torch.compiler.is_compiling():
+        # a pair of neighbours is a complex number as it stands in memory: one pass, but none that a compiler can fuse
         pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)))
-        return torch.view_as_real(pairs * rotation).flatten(-2).to(x.dtype)
+        return torch.view_as_real(pairs * torch.view_as_complex(rotation)).flatten(-2).to(x.dtype)
+    cos, sin = rotation.unbind(-1)
+    if pairing == "interleaved":
+        real, imaginary = wide.unflatten(-1, (-1, 2)).unbind(-1)
+        return torch.stack((real * cos - imaginary * sin, imaginary * cos + real * sin), dim=-1).flatten(-2).to(x.dtype)
     real, imaginary = wide.chunk(2, dim=-1)
-    cos, sin = rotation.real, rotation.imag
     return torch.cat((real * cos - imaginary * sin, imaginary * cos + real * sin), dim=-1).to(x.dtype)

@@ -1,14 +1,19 @@
 """YOCO's layers (arXiv 2405.05254, sections 2 and 3), written once for training, generation, serving and scoring.
 
-Everything here works on single tokens but for three calls: `retain` (gated retention), `attend` (sliding window, shared
-K/V) and `append` (shared K/V). Those are methods of the layer caches of `oncelm.cache`, which know what a batch is
-(dense or packed) and what came before it. Another memory (paged, sharded over GPUs) is another set of objects with
-these methods.
+A layer is three parts. `before` and `after` work on single tokens: norms, projections, feed-forward. Between them `mix`
+lets tokens meet, by one call of a memory: `retain` (gated retention) or `attend` (sliding window, shared K/V). Memories
+are the layer caches of `oncelm.cache`, which know what a batch is (dense or packed) and what came before it. Another
+memory (paged, sharded over GPUs) is another set of objects with these methods.
+
+The token-wise parts can be exchanged for others that compute the same (`TokenParts`): compiled ones, fused kernels.
 
 Shapes: B rows, T tokens (packed: B = 1), d hidden size, H heads, D head dimension, P positions whose logits are wanted.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +23,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from oncelm.cache import Batch, Memory, RetentionMemory, Selection, SharedMemory, WindowMemory
 from oncelm.models.yoco.config import YocoConfig
 from oncelm.ops import apply_rope, rms_norm, rope_frequencies, rope_rotation, swiglu
+
+Tensors = tuple[torch.Tensor, ...]
 
 
 class RMSNorm(nn.Module):
@@ -40,7 +47,24 @@ class XavierLinear(nn.Linear):
         self.gain = gain
 
 
-class GatedRetention(nn.Module):
+class Mixer(nn.Module):
+    """The part of a layer that lets tokens meet: what comes before, the one call of a memory, what comes after."""
+
+    def before(self, h: torch.Tensor, rotation: torch.Tensor) -> tuple[Tensors, torch.Tensor | None]:
+        """h [B, T, d] -> what the memory is given (q, k, v [B, T, H, D], g [B, T, H]: some of them), and the output's
+        gate [B, T, d], if there is one. rotation: [B or 1, T, D/2, 2]."""
+        raise NotImplementedError
+
+    def mix(self, inputs: Tensors, memory: Any, batch: Batch) -> torch.Tensor:
+        """o [B, T, H, D]."""
+        raise NotImplementedError
+
+    def after(self, o: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:
+        """[B, T, d], to be added to the residual stream."""
+        raise NotImplementedError
+
+
+class GatedRetention(Mixer):
     """Multi-head gated retention: rotate, retain, normalise each head, gate, project (section 3.1)."""
 
     def __init__(self, config: YocoConfig) -> None:
@@ -55,16 +79,23 @@ class GatedRetention(nn.Module):
         self.gt_proj = XavierLinear(d, config.num_self_heads, gain=2**-2.5)
         self.out_proj = XavierLinear(d, d, gain=2**-1)
 
-    def forward(self, x: torch.Tensor, rotation: torch.Tensor, memory: RetentionMemory, batch: Batch) -> torch.Tensor:
-        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+    def before(self, h: torch.Tensor, rotation: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
+        q, k, v = (proj(h).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         q, k = apply_rope(q, rotation, self.pairing), apply_rope(k, rotation, self.pairing)
         # the log decay stays float32: it is summed over the whole sequence
-        g = F.logsigmoid(self.gt_proj(x).float()) / self.gate_logit_normalizer
-        o = rms_norm(memory.retain(q, k, v, g, batch), None, self.eps)
-        return self.out_proj(swiglu(self.g_proj(x), o.flatten(2)))
+        g = F.logsigmoid(self.gt_proj(h).float()) / self.gate_logit_normalizer
+        return (q, k, v, g), self.g_proj(h)
+
+    def mix(self, inputs: Tensors, memory: RetentionMemory, batch: Batch) -> torch.Tensor:
+        q, k, v, g = inputs
+        return memory.retain(q, k, v, g, batch)
+
+    def after(self, o: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:
+        assert gate is not None
+        return self.out_proj(swiglu(gate, rms_norm(o, None, self.eps).flatten(2)))
 
 
-class SlidingWindowAttention(nn.Module):
+class SlidingWindowAttention(Mixer):
     """Causal attention over the last `window_size` tokens (section 3.2)."""
 
     def __init__(self, config: YocoConfig) -> None:
@@ -77,13 +108,19 @@ class SlidingWindowAttention(nn.Module):
         self.v_proj = nn.Linear(d, kv_dim, bias=False)
         self.out_proj = nn.Linear(d, d, bias=False)
 
-    def forward(self, x: torch.Tensor, rotation: torch.Tensor, memory: WindowMemory, batch: Batch) -> torch.Tensor:
-        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = apply_rope(q, rotation, self.pairing), apply_rope(k, rotation, self.pairing)
-        return self.out_proj(memory.attend(q, k, v, batch).flatten(2))
+    def before(self, h: torch.Tensor, rotation: torch.Tensor) -> tuple[Tensors, None]:
+        q, k, v = (proj(h).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        return (apply_rope(q, rotation, self.pairing), apply_rope(k, rotation, self.pairing), v), None
+
+    def mix(self, inputs: Tensors, memory: WindowMemory, batch: Batch) -> torch.Tensor:
+        q, k, v = inputs
+        return memory.attend(q, k, v, batch)
+
+    def after(self, o: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:
+        return self.out_proj(o.flatten(2))
 
 
-class CrossAttention(nn.Module):
+class CrossAttention(Mixer):
     """Causal attention over the shared keys and values; only the queries are this layer's own (section 2.2)."""
 
     def __init__(self, config: YocoConfig) -> None:
@@ -93,9 +130,15 @@ class CrossAttention(nn.Module):
         self.q_proj = nn.Linear(d, d, bias=False)
         self.out_proj = nn.Linear(d, d, bias=False)
 
-    def forward(self, x: torch.Tensor, rotation: torch.Tensor, memory: SharedMemory, batch: Batch) -> torch.Tensor:
-        q = apply_rope(self.q_proj(x).unflatten(-1, (-1, self.head_dim)), rotation, self.pairing)
-        return self.out_proj(memory.attend(q, batch).flatten(2))
+    def before(self, h: torch.Tensor, rotation: torch.Tensor) -> tuple[Tensors, None]:
+        return (apply_rope(self.q_proj(h).unflatten(-1, (-1, self.head_dim)), rotation, self.pairing),), None
+
+    def mix(self, inputs: Tensors, memory: SharedMemory, batch: Batch) -> torch.Tensor:
+        (q,) = inputs
+        return memory.attend(q, batch)
+
+    def after(self, o: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:
+        return self.out_proj(o.flatten(2))
 
 
 class FeedForward(nn.Module):
@@ -112,14 +155,23 @@ class FeedForward(nn.Module):
 
 
 class DecoderLayer(GradientCheckpointingLayer):
-    """x += mixer(norm(x)); x += ffn(norm(x))."""
+    """x += mixer(norm(x)); x += ffn(norm(x)), in three parts around the place where tokens meet."""
 
-    def __init__(self, config: YocoConfig, mixer: nn.Module) -> None:
+    def __init__(self, config: YocoConfig, mixer: Mixer) -> None:
         super().__init__()
         self.mixer = mixer
         self.mixer_layer_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.ffn = FeedForward(config)
         self.final_layer_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def before(self, x: torch.Tensor, rotation: torch.Tensor) -> tuple[Tensors, torch.Tensor | None]:
+        """From the layer's input x [B, T, d] to what `mixer.mix` needs, and the gate."""
+        return self.mixer.before(self.mixer_layer_norm(x), rotation)
+
+    def after(self, x: torch.Tensor, o: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:
+        """From x, what `mixer.mix` gave, o [B, T, H, D], and the gate to the layer's output [B, T, d]."""
+        x = x + self.mixer.after(o, gate)
+        return x + self.ffn(self.final_layer_norm(x))
 
     def forward(
         self,
@@ -127,9 +179,12 @@ class DecoderLayer(GradientCheckpointingLayer):
         rotation: torch.Tensor,
         memory: RetentionMemory | WindowMemory | SharedMemory,
         batch: Batch,
+        parts: TokenParts,
     ) -> torch.Tensor:
-        x = x + self.mixer(self.mixer_layer_norm(x), rotation, memory, batch)
-        return x + self.ffn(self.final_layer_norm(x))
+        inputs, gate = parts.before(self, x, rotation)
+        o = self.mixer.mix(inputs, memory, batch)
+        del inputs  # in a chunk of a long prompt, half of the memory that the feed-forward layer needs
+        return parts.after(self, x, o, gate)
 
 
 class SelfDecoder(nn.Module):
@@ -162,6 +217,22 @@ class CrossDecoder(nn.Module):
         return apply_rope(k, rotation, self.pairing), v
 
 
+class TokenParts(NamedTuple):
+    """One way to compute all that is computed token by token. PLAIN defines it; any other gives the same, to rounding.
+
+    Attributes:
+        before, after: as in DecoderLayer, with the layer as first argument.
+        keys_and_values: as in CrossDecoder, with the cross-decoder as first argument.
+    """
+
+    before: Callable[[DecoderLayer, torch.Tensor, torch.Tensor], tuple[Tensors, torch.Tensor | None]]
+    after: Callable[[DecoderLayer, torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
+    keys_and_values: Callable[[CrossDecoder, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+
+
+PLAIN = TokenParts(DecoderLayer.before, DecoderLayer.after, CrossDecoder.keys_and_values)
+
+
 def run_layers(
     config: YocoConfig,
     self_decoder: SelfDecoder,
@@ -170,6 +241,7 @@ def run_layers(
     batch: Batch,
     memory: Memory,
     wanted: Selection | None,
+    parts: Callable[[torch.Tensor], TokenParts] = lambda x: PLAIN,
 ) -> torch.Tensor | None:
     """Run all layers on a batch, each only on the positions that need it.
 
@@ -180,6 +252,7 @@ def run_layers(
         embeddings: [B, T, d].
         memory: what came before, read and extended: a ModelCache, or a FreshCache for a pass on its own.
         wanted: positions whose hidden states are asked for; None for none, as in all chunks of a prefill but the last.
+        parts: how to compute a layer's token-wise parts on x [B, T or P, d].
 
     Returns:
         Hidden states [B, P, d] before the final norm, or None.
@@ -196,11 +269,11 @@ def run_layers(
     cross_rotation = rotation(config.head_dim, batch)
     for place, (kind, i) in enumerate(order):
         if kind == "self":
-            x = self_decoder.layers[i](x, self_rotation, memory.layers[i], batch)
+            x = self_decoder.layers[i](x, self_rotation, memory.layers[i], batch, parts(x))
             continue
         assert cross_decoder is not None
         if i == 0:
-            shared_k, shared_v = cross_decoder.keys_and_values(x, cross_rotation)
+            shared_k, shared_v = parts(x).keys_and_values(cross_decoder, x, cross_rotation)
             memory.shared.append(shared_k, shared_v, batch)
             if config.layout == "unstacked":
                 x = embeddings
@@ -209,7 +282,7 @@ def run_layers(
                 return None
             x, at = wanted.take(x), wanted.batch
             cross_rotation = rotation(config.head_dim, at)
-        x = cross_decoder.layers[i](x, cross_rotation, memory.shared, at)
+        x = cross_decoder.layers[i](x, cross_rotation, memory.shared, at, parts(x))
     if at is batch and wanted is not None:  # the last layer was a self layer
         x = wanted.take(x)
     return None if wanted is None else x
