@@ -1,17 +1,21 @@
 """Tensors in, tensors out: the numerical core, without modules or configuration."""
 
-from oncelm.ops.attention import global_attention, window_attention
+from oncelm.ops.attention import decode_attention, global_attention, window_attention
 from oncelm.ops.gated_retention import gated_retention
 from oncelm.ops.linear_cross_entropy import linear_cross_entropy
 from oncelm.ops.norm import rms_norm
+from oncelm.ops.quantize import dequantize_kv, quantize_kv
 from oncelm.ops.rope import apply_rope, rope_frequencies, rope_rotation
 from oncelm.ops.swiglu import swiglu
 
 __all__ = [
     "apply_rope",
+    "decode_attention",
+    "dequantize_kv",
     "gated_retention",
     "global_attention",
     "linear_cross_entropy",
+    "quantize_kv",
     "rms_norm",
     "rope_frequencies",
     "rope_rotation",

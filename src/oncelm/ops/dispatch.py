@@ -62,6 +62,17 @@ TABLE: dict[str, tuple[Implementation, ...]] = {
         Implementation("sdpa", "oncelm.ops.attention.sdpa:causal", ANY, "SDPA; blocks of queries where masked"),
         Implementation("naive", "oncelm.ops.attention.naive:causal", ANY, "reference, full score matrix"),
     ),
+    "decode_attention": (
+        Implementation(
+            "triton",
+            "oncelm.ops.attention.decode_triton:attend",
+            ("cuda",),
+            "kernels, each key and value read once",
+            "triton",
+        ),
+        Implementation("sdpa", "oncelm.ops.attention.decode:sdpa", ANY, "SDPA, a key/value head at a time"),
+        Implementation("naive", "oncelm.ops.attention.decode:naive", ANY, "reference, full score matrix"),
+    ),
 }
 
 

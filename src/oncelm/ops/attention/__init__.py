@@ -1,12 +1,19 @@
-"""Softmax attention over positions: a sliding window for the self-decoder, global for the cross-decoder."""
+"""Softmax attention over positions: a sliding window for the self-decoder, global for the cross-decoder.
+
+Global attention has two forms: any queries over keys whose number the host knows, and the last few tokens of sequences
+whose lengths only the device knows (decoding, in a CUDA graph too).
+"""
 
 from __future__ import annotations
 
 import torch
 
 from oncelm.ops.dispatch import implementation
+from oncelm.ops.quantize import LARGEST
 
-__all__ = ["global_attention", "window_attention"]
+__all__ = ["decode_attention", "global_attention", "window_attention"]
+
+MOST_DECODED = 8  # tokens of a sequence in one decode step
 
 
 def window_attention(
@@ -74,6 +81,86 @@ def global_attention(
                 f"queries at {start}..{start + q.shape[1] - 1} lie outside the {k.shape[1]} keys of global_attention."
             )
     return implementation("global_attention", backend, q.device)(q, k, v, start, positions, scale)
+
+
+def decode_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    lengths: torch.Tensor,
+    block_tables: torch.Tensor | None = None,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Causal attention of the last T tokens of each sequence over its cache; no gradients.
+
+    Nothing depends on the values of `lengths` before the device reads them: no wait, and a CUDA graph can hold it. What
+    lies behind a sequence's length is not read.
+
+    Args:
+        q: [N, T, H, D], T = 1..8 (several: speculative drafts), rotated. Query t sees keys 0 .. length - T + t; one
+            that sees none (a length of 0: an idle slot) gets zeros.
+        k, v: [N, S, H_kv, D], H a multiple of H_kv; or with block_tables [num_blocks, block_size, H_kv, D], block_size
+            a power of two of 16..256. Of q's dtype, or float8_e4m3fn or int8 with scales (`quantize_kv`).
+        lengths: [N] int32 or int64, tokens that each sequence has in the cache, the T new ones included.
+        block_tables: [N, max_blocks] int32 or int64: which blocks hold a sequence's tokens, in order.
+        k_scale, v_scale: float32 of the shape of k without D.
+        scale: factor on q.k; None means D ** -0.5.
+        backend: "auto", "triton", "sdpa" or "naive".
+
+    Returns:
+        [N, T, H, D] in q's dtype.
+
+    Source: the split over keys is that of Flash-Decoding (Dao, Haziza, Massa, Sizov, 2023), cut on the device.
+    """
+    _check_decode(q, k, v, lengths, block_tables, k_scale, v_scale)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    attend = implementation("decode_attention", backend, q.device)
+    return attend(q, k, v, lengths, block_tables, k_scale, v_scale, scale)
+
+
+def _check_decode(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    lengths: torch.Tensor,
+    block_tables: torch.Tensor | None,
+    k_scale: torch.Tensor | None,
+    v_scale: torch.Tensor | None,
+) -> None:
+    if block_tables is None:
+        _check(q, k, v)
+    else:
+        _check(q, k[:1].expand(q.shape[0], -1, -1, -1), v[:1].expand(q.shape[0], -1, -1, -1))
+        if k.shape[0] != v.shape[0]:
+            raise ValueError(f"k and v of decode_attention have {k.shape[0]} and {v.shape[0]} blocks.")
+        if k.shape[1] not in (16, 32, 64, 128, 256):
+            raise ValueError(f"block_size of decode_attention must be 16, 32, 64, 128 or 256, got {k.shape[1]}.")
+        if block_tables.dim() != 2 or block_tables.shape[0] != q.shape[0] or block_tables.is_floating_point():
+            raise ValueError(
+                f"block_tables must be [{q.shape[0]}, max_blocks] integers, got {block_tables.dtype} "
+                f"{list(block_tables.shape)}."
+            )
+    if not 1 <= q.shape[1] <= MOST_DECODED:
+        raise ValueError(
+            f"decode_attention takes the last 1..{MOST_DECODED} tokens of a sequence, got {q.shape[1]}; "
+            "global_attention takes any number."
+        )
+    if lengths.shape != q.shape[:1] or lengths.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"lengths must be [{q.shape[0]}] int32 or int64, got {lengths.dtype} {list(lengths.shape)}.")
+    if k.dtype != v.dtype or (k.dtype not in LARGEST and k.dtype != q.dtype):
+        raise ValueError(
+            f"k and v must both be of q's dtype {q.dtype}, or of {' or '.join(map(str, LARGEST))}; "
+            f"got {k.dtype} and {v.dtype}."
+        )
+    for name, x, scales in (("k_scale", k, k_scale), ("v_scale", v, v_scale)):
+        if (scales is not None) != (k.dtype in LARGEST):
+            raise ValueError(f"{name} goes with quantised keys and values, and these are {k.dtype}.")
+        if scales is not None and (scales.shape != x.shape[:3] or scales.dtype != torch.float32):
+            raise ValueError(f"{name} must be float32 {list(x.shape[:3])}, got {scales.dtype} {list(scales.shape)}.")
 
 
 def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
