@@ -2,13 +2,13 @@
 
     PYTHONPATH=src python3 benchmarks/gpu_decode_attention.py --out results
 
-Parts, each in a process of its own, so that a crash or a hang costs one part only:
+Parts, each in a forked process of its own, so that a crash or a hang costs one part only:
 
     compile  the kernels of the parts below, in parallel, into Triton's cache
     gates    error against float64, at most twice that of torch's SDPA in the same dtype; paged equal to contiguous, bit
              for bit; one CUDA graph for all lengths; offsets beyond 32 bits; torch.compile. The parts below run only
              if all pass
-    sweep    with --sweep: forms of split_kernel around those in decode_triton.CONFIGS
+    sweep    with --sweep: other forms of split_kernel than those in decode_triton.CONFIGS
     table    every case beside its floor: the time to read keys, values and scales once at READ_BANDWIDTH
     peer     torch's flash and memory-efficient SDPA on the same tensors
 
@@ -22,7 +22,6 @@ import argparse
 import itertools
 import multiprocessing
 import os
-import subprocess
 import sys
 import time
 import traceback
@@ -127,11 +126,20 @@ def describe(case: Case) -> dict:
 
 GATES = (  # tokens of each sequence, T, (H, H_kv), D
     ((5000,), 1, (24, 8), 128),
-    ((5000,), 1, (64, 8), 128),
     ((3000, 0, 1, 777), 4, (16, 2), 64),
     ((1500, 64, 3), 8, (16, 1), 256),
     ((900, 17), 2, (4, 4), 32),
     ((40000, 300), 8, (16, 2), 128),
+)
+FP8, INT8 = torch.float8_e4m3fn, torch.int8
+STORED = (  # dtype of q, and of k and v (None: the same)
+    (torch.bfloat16, None),
+    (torch.bfloat16, FP8),
+    (torch.bfloat16, INT8),
+    (torch.float16, None),
+    (torch.float16, FP8),
+    (torch.float32, None),
+    (torch.float32, INT8),
 )
 FLOOR = 5e-7
 PAGE = 64
@@ -164,6 +172,21 @@ def in_pages(x: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
     return paged.view(x.dtype)
 
 
+def paged(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same cache in blocks of PAGE tokens, in random order."""
+    N, S = tensors["k"].shape[:2]
+    order = torch.randperm(N * S // PAGE, device="cuda")
+
+    def blocks(x: torch.Tensor) -> torch.Tensor:
+        raw = x.contiguous().view(torch.uint8).view(len(order), PAGE, *x.shape[2:-1], -1)
+        moved = torch.empty_like(raw)
+        moved[order] = raw
+        return moved.view(x.dtype)
+
+    made = {name: blocks(x) if name[0] in "kv" else x for name, x in tensors.items()}
+    return made | {"block_tables": order.view(N, -1).int()}
+
+
 def check_gate(gate, dtype: torch.dtype, kept: torch.dtype | None) -> dict:
     tensors = gate_inputs(gate, dtype, kept)
     exact_kv = []
@@ -173,20 +196,11 @@ def check_gate(gate, dtype: torch.dtype, kept: torch.dtype | None) -> dict:
     q, lengths, scale = tensors["q"], tensors["lengths"], gate[-1] ** -0.5
     expected = decode.naive(q.double(), *exact_kv, lengths, None, None, None, scale)
     plain = decode.sdpa(q, *(x.to(dtype) for x in exact_kv), lengths, None, None, None, scale)
-    runs = [decode_attention(**tensors, backend="triton") for _ in range(3)]
-    count = tensors["k"].shape[0] * tensors["k"].shape[1] // PAGE
-    order = torch.randperm(count, device="cuda")
-    pages = {name: in_pages(x.contiguous(), order) if name[0] in "kv" else x for name, x in tensors.items()}
-    tables = order.view(len(lengths), -1)
-    paged = decode_attention(**pages, block_tables=tables.int(), backend="triton")
+    runs = [ours(tensors) for _ in range(3)] + [ours(paged(tensors))]
+    same = all(torch.equal(run, runs[0]) for run in runs)
     errors = [error(runs[0], expected), error(plain, expected)]
-    passed = (
-        errors[0] <= max(2 * errors[1], FLOOR)
-        and all(torch.equal(run, runs[0]) for run in runs)
-        and torch.equal(paged, runs[0])
-    )
-    same = torch.equal(paged, runs[0])
-    return {"passed": bool(passed), "error": errors[0], "plain_error": errors[1], "paged_equal": same}
+    passed = same and errors[0] <= max(2 * errors[1], FLOOR)
+    return {"passed": passed, "error": errors[0], "plain_error": errors[1], "equal_bits": same}
 
 
 def graph_follows_lengths() -> float:
@@ -231,9 +245,7 @@ def compiled_graph() -> float:
 def gates(out: Path, _: float) -> None:
     torch.manual_seed(0)
     green = True
-    for gate, dtype, kept in itertools.product(
-        GATES, (torch.bfloat16, torch.float16, torch.float32), (None, torch.float8_e4m3fn, torch.int8)
-    ):
+    for gate, (dtype, kept) in itertools.product(GATES, STORED):
         verdict = check_gate(gate, dtype, kept)
         green &= verdict["passed"]
         record(out, "gate", gate=gate, dtype=str(dtype)[6:], kept=str(kept or dtype)[6:], **verdict)
@@ -247,7 +259,7 @@ def gates(out: Path, _: float) -> None:
 # ---------------------------------------------------------------------------------------------------------------- times
 
 
-def call_ms(function: Callable[[dict], torch.Tensor], caches: list[dict], calls: int = 12, replays: int = 15) -> float:
+def call_ms(function: Callable[[dict], torch.Tensor], caches: list[dict], calls: int = 12, replays: int = 9) -> float:
     """Milliseconds of a call in a CUDA graph of `calls` or more, median of `replays`."""
     calls = max(calls, len(caches))
 
@@ -340,26 +352,31 @@ SWEPT = (
 )
 
 
+def key(case: Case) -> tuple[int, int]:
+    """Its place in CONFIGS."""
+    return KEPT[case.kept].itemsize, max(64, case.D)
+
+
 def forms(case: Case) -> Iterator[tuple[int, int, int, int]]:
-    """(block, warps, stages, programs a multiprocessor) with enough tiles on their way, but not more than fit."""
-    a_key = 2 * case.D * KEPT[case.kept].itemsize
-    for block, warps, programs in itertools.product((32, 64, 128), (4, 8), (1, 2, 3, 4, 8)):
-        tile = block * a_key
-        for depth in (1, 2, 3, 4):  # tiles on their way
-            room = min(programs, 4) * depth * tile
-            if 48 * K <= room <= 208 * K and (warps == 4 or tile >= 32 * K):
-                yield block, warps, depth + 1, programs
+    """(block, warps, stages, programs a multiprocessor), all of whose tiles fit the shared memory."""
+    own = kernels().CONFIGS[key(case)]
+    for block, warps, stages, programs in itertools.product(
+        (own.block // 2, own.block, 2 * own.block), (4, 8), (3, 4), (2, 3)
+    ):
+        a_tile = 2 * block * case.D * KEPT[case.kept].itemsize
+        if 64 * K <= programs * (stages - 1) * a_tile <= 208 * K:
+            yield block, warps, stages, programs
 
 
 def with_form(case: Case, form: tuple[int, int, int, int], function: Callable):
     """function() with the form for `case` replaced."""
-    configs, key = kernels().CONFIGS, (KEPT[case.kept].itemsize, max(64, case.D))
-    own = configs[key]
-    configs[key] = kernels().Config(*form)
+    configs = kernels().CONFIGS
+    own = configs[key(case)]
+    configs[key(case)] = kernels().Config(*form)
     try:
         return function()
     finally:
-        configs[key] = own
+        configs[key(case)] = own
 
 
 def sweep(out: Path, seconds: float) -> None:
@@ -402,6 +419,7 @@ def compile_one(task) -> str | None:
         if task[0] == "gate":
             tensors = gate_inputs(*task[1:])
             ours(tensors)
+            ours(paged(tensors))
         else:
             case, form = task
             tensors = case.tensors()
@@ -412,16 +430,12 @@ def compile_one(task) -> str | None:
 
 
 def compile_all(out: Path, seconds: float, sweeping: bool = False) -> None:
-    dtypes = (torch.bfloat16, torch.float16, torch.float32)
-    tasks: list[tuple] = [
-        ("gate", *parts) for parts in itertools.product(GATES, dtypes, (None, torch.float8_e4m3fn, torch.int8))
-    ]
+    tasks: list[tuple] = [("gate", gate, *stored) for gate, stored in itertools.product(GATES, STORED)]
+    tasks += [(case, None) for case in dict.fromkeys(replace(case, tokens=K, capacity=0) for case in CASES)]
     if sweeping:
         tasks += [(replace(case, tokens=K), form) for case in SWEPT for form in forms(case)]
-    else:
-        tasks += [(case, None) for case in dict.fromkeys(replace(case, tokens=K, capacity=0) for case in CASES)]
     workers = max(1, min(15, (os.cpu_count() or 2) - 1))
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("fork")) as pool:
         futures = {pool.submit(compile_one, task): task for task in tasks}
         for future in as_completed(futures, timeout=seconds):
             if future.result():
@@ -452,58 +466,60 @@ def environment(out: Path, _: float) -> None:
     record(out, "environment", **row, python=sys.version.split()[0], cpus=os.cpu_count())
 
 
-PARTS = {"environment": environment, "gates": gates, "sweep": sweep, "table": table, "peer": peer}
+PARTS = {
+    "environment": environment,
+    "compile": compile_all,
+    "gates": gates,
+    "sweep": sweep,
+    "table": table,
+    "peer": peer,
+}
 
 
-def run_part(name: str, out: Path, limit: float) -> bool:
-    """One part in a process of its own, killed after `limit` seconds; whether it ended well."""
-    command = [sys.executable, __file__, "--out", str(out), "--part", name, "--seconds", str(0.9 * limit)]
-    process = subprocess.Popen(command, start_new_session=True)
-    started = time.time()
+def part(name: str, out: Path, seconds: float, *more) -> None:
     try:
-        code = process.wait(timeout=limit)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, 9)
-        code = process.wait()
-    record(out, "process", name=name, code=code, s=round(time.time() - started, 1))
-    return code == 0
+        PARTS[name](out, seconds, *more)
+    except Exception:
+        record(out, "failure", name=name, failure=traceback.format_exc()[-1500:])
+        raise
+
+
+def run_part(name: str, out: Path, limit: float, *more) -> bool:
+    """One part in a process of its own, killed after `limit` seconds; whether it ended well."""
+    process = multiprocessing.get_context("fork").Process(target=part, args=(name, out, 0.9 * limit, *more))
+    started = time.time()
+    process.start()
+    process.join(limit)
+    if process.is_alive():
+        process.kill()
+        process.join()
+    record(out, "process", name=name, code=process.exitcode, s=round(time.time() - started, 1))
+    return process.exitcode == 0
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for results.jsonl")
-    parser.add_argument("--part", choices=[*PARTS, "compile", "compile-sweep"], help="one part only, in this process")
-    parser.add_argument("--sweep", action="store_true", help="time the forms of the kernel instead of all cases")
-    parser.add_argument("--seconds", type=float, default=300, help="budget of the whole run, or of the part")
+    parser.add_argument("--sweep", action="store_true", help="also time other forms of the kernel")
+    parser.add_argument("--seconds", type=float, default=300, help="budget of the whole run")
     options = parser.parse_args()
     out = options.out
     out.mkdir(parents=True, exist_ok=True)
-    if options.part:
-        try:
-            if options.part.startswith("compile"):
-                compile_all(out, options.seconds, options.part == "compile-sweep")
-            else:
-                PARTS[options.part](out, options.seconds)
-        except Exception:
-            record(out, "failure", name=options.part, failure=traceback.format_exc()[-1500:])
-            raise
-        return
     (out / "results.jsonl").unlink(missing_ok=True)
     deadline = time.time() + options.seconds
+    kernels()  # imported once, before the parts are forked
 
-    def run(name: str, share: float) -> bool:
-        return run_part(name, out, share * (deadline - time.time()))
+    def run(name: str, share: float, *more) -> bool:
+        return run_part(name, out, share * (deadline - time.time()), *more)
 
     run("environment", 0.5)
-    run("compile-sweep" if options.sweep else "compile", 0.6)
-    if not run("gates", 0.6) or not recorded(out, "gates")[-1]["green"]:
-        summary(out)
+    run("compile", 0.5, options.sweep)
+    if not run("gates", 0.5) or not recorded(out, "gates")[-1]["green"]:
         sys.exit("a gate is red (see above): no timings")
     if options.sweep:
-        run("sweep", 0.95)
-    else:
-        run("table", 0.7)
-        run("peer", 0.95)
+        run("sweep", 0.4)
+    run("table", 0.7)
+    run("peer", 0.95)
     summary(out)
 
 

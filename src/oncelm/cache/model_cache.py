@@ -17,6 +17,7 @@ from oncelm.cache.batch import HISTORY, Batch
 from oncelm.cache.retention_state import RetentionState
 from oncelm.cache.shared_kv import SharedKV
 from oncelm.cache.window_kv import WindowKV
+from oncelm.ops.quantize import LARGEST
 
 LayerCache = RetentionState | WindowKV
 
@@ -152,6 +153,12 @@ class ModelCache(Cache):
         if self.shared is not None:
             self.shared.reserve(longest)
         mine = self._tensors()
+        held, kept = snapshot.tensors.get("shared.k"), mine.get("shared.k")
+        if held is not None and kept is not None and held.dtype != kept.dtype and {held.dtype, kept.dtype} & {*LARGEST}:
+            raise ValueError(
+                f"the snapshot's keys and values are {held.dtype}, the cache's {kept.dtype}: "
+                f"make the cache with model.new_cache(..., dtype={held.dtype})."
+            )
         whole = {name for name in mine if snapshot.rewind_point is None or not name.startswith("shared.")}
         if whole != set(snapshot.tensors):
             raise ValueError("the snapshot is of a cache with other layers than this one.")

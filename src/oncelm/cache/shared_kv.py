@@ -7,7 +7,13 @@ from collections.abc import Callable
 import torch
 
 from oncelm.cache.batch import Batch, Group
-from oncelm.ops import global_attention
+from oncelm.ops import decode_attention, dequantize_kv, global_attention, quantize_kv
+from oncelm.ops.attention import MOST_DECODED
+from oncelm.ops.dispatch import choose
+from oncelm.ops.quantize import LARGEST, as_bytes
+
+# what a cache can store keys and values in: floats, or 8 bits with a scale a vector
+STORED_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, *LARGEST)
 
 
 class SharedKV:
@@ -15,9 +21,10 @@ class SharedKV:
 
     Rows are written where `batch.positions` says and never moved. With `max_tokens=None` the capacity S doubles when it
     is exceeded; otherwise it is fixed, and the model cache refuses longer input.
+
+    k and v of float8_e4m3fn or int8 are quantised as they come, with k_scale, v_scale [N, S, H_kv] in float32.
     """
 
-    tensor_names = ("k", "v")
     first_capacity = 256
 
     def __init__(
@@ -30,22 +37,33 @@ class SharedKV:
         device: torch.device,
     ) -> None:
         shape = (batch_size, self.first_capacity if max_tokens is None else max_tokens, num_kv_heads, head_dim)
-        self.k, self.v = (self._allocate(shape, dtype, device) for _ in self.tensor_names)
+        self.k, self.v = (self._allocate(shape, dtype, device) for _ in range(2))
+        self.k_scale: torch.Tensor | None = None
+        self.v_scale: torch.Tensor | None = None
+        self.tensor_names: tuple[str, ...] = ("k", "v")
+        if self.is_quantised:
+            self.k_scale, self.v_scale = (self._allocate(shape[:3], torch.float32, device) for _ in range(2))
+            self.tensor_names = ("k", "v", "k_scale", "v_scale")
 
     @staticmethod
     def _allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        """A tensor [N, S, H_kv, D] that lies in memory head by head.
+        """A tensor [N, S, H_kv, ...] that lies in memory head by head.
 
         Decoding reads one head's rows after the other; on a CPU it is up to twice as fast when they are neighbours.
         """
-        N, S, H_kv, D = shape
+        N, S, H_kv, *rest = shape
         # zeros, not empty: a masked key has weight 0, and 0 times a NaN of uninitialised memory is NaN
-        return torch.zeros(N, H_kv, S, D, dtype=dtype, device=device).transpose(1, 2)
+        return torch.zeros(N, H_kv, S, *rest, dtype=dtype, device=device).transpose(1, 2)
 
     @property
     def capacity(self) -> int:
         """Tokens that fit in each sequence."""
         return self.k.shape[1]
+
+    @property
+    def is_quantised(self) -> bool:
+        """Whether keys and values are stored in 8 bits."""
+        return self.k.dtype in LARGEST
 
     def reserve(self, num_tokens: int) -> None:
         """Make room for `num_tokens` a sequence; each growth at least doubles, so copies stay linear in all."""
@@ -64,19 +82,44 @@ class SharedKV:
         for name in self.tensor_names:
             old = getattr(self, name)
             new = old if len(index) == len(old) else self._allocate((len(index), *old.shape[1:]), old.dtype, old.device)
-            new[:, :num_tokens] = old[index, :num_tokens]
+            as_bytes(new)[:, :num_tokens] = as_bytes(old)[index, :num_tokens]
             setattr(self, name, new)
+
+    # -- writing ---------------------------------------------------------------------------------------------------
 
     def append(self, k: torch.Tensor, v: torch.Tensor, batch: Batch) -> None:
         """Store the keys and values [B, T, H_kv, D] of the batch's tokens at their positions."""
         self.reserve(max(batch.ends))
         for group in batch.groups():
             span = slice(group.start, group.start + group.length)
-            self.k[group.rows, span] = k[group.where].to(self.k.dtype)
-            self.v[group.rows, span] = v[group.where].to(self.v.dtype)
+            self._store((group.rows, span), k[group.where], v[group.where])
+
+    def store_at(self, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor) -> None:
+        """The same for T tokens of each of the N sequences at positions [N, T], which only the device knows.
+
+        The host does not wait, and a CUDA graph can hold it. Room must have been reserved.
+        """
+        rows = torch.arange(positions.shape[0], device=positions.device)[:, None]
+        self._store((rows, positions), k, v)
+
+    def _store(self, where: tuple, k: torch.Tensor, v: torch.Tensor) -> None:
+        for x, stored, stored_scale in ((k, self.k, self.k_scale), (v, self.v, self.v_scale)):
+            if stored_scale is None:
+                stored[where] = x.to(stored.dtype)
+            else:
+                values, scales = quantize_kv(x, stored.dtype)
+                as_bytes(stored)[where] = as_bytes(values)
+                stored_scale[where] = scales
+
+    # -- reading ---------------------------------------------------------------------------------------------------
 
     def attend(self, q: torch.Tensor, batch: Batch) -> torch.Tensor:
         """Outputs [B, P, H, D] of queries at the batch's positions; their own keys must have been appended."""
+        few = batch.cu_seqlens is None and batch.contiguous and 1 <= batch.lengths[0] <= MOST_DECODED
+        if few and (self.is_quantised or choose("decode_attention", "auto", q.device).backend == "triton"):
+            return self.attend_at(q, batch.positions)
+        if self.is_quantised:
+            return self._attend_by_head(q, batch)
         queries = q.to(self.k.dtype)  # a cache may be of a narrower dtype than the model
         if batch.cu_seqlens is None and batch.lengths[0] == 1 and not batch.is_uniform:
             seen = max(batch.ends)  # one new token a sequence, sequences of different lengths
@@ -84,6 +127,32 @@ class SharedKV:
         else:
             out = attend_by_group(queries, batch, lambda group: (self.k[group.rows], self.v[group.rows]))
         return out.to(q.dtype)
+
+    def attend_at(self, q: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Outputs [N, T, H, D] of T = 1..8 neighbouring tokens a sequence at positions [N or 1, T] on the device.
+
+        They see all keys up to their own. The host does not wait, and a CUDA graph can hold it.
+        """
+        lengths = (positions[:, -1] + 1).expand(q.shape[0])
+        queries = q if self.is_quantised else q.to(self.k.dtype)
+        out = decode_attention(queries, self.k, self.v, lengths=lengths, k_scale=self.k_scale, v_scale=self.v_scale)
+        return out.to(q.dtype)
+
+    def _attend_by_head(self, q: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """Many queries over quantised keys: one head at a time, so that only one is ever held in full width."""
+        group_size = q.shape[2] // self.k.shape[2]
+        stored = [getattr(self, name) for name in ("k", "k_scale", "v", "v_scale")]
+        outputs = []
+        for head in range(self.k.shape[2]):
+            held = [x[:, :, head : head + 1] for x in stored]
+
+            def keys_and_values(group: Group, held: list[torch.Tensor] = held) -> tuple[torch.Tensor, torch.Tensor]:
+                k, k_scale, v, v_scale = (x[group.rows, : group.end] for x in held)
+                return dequantize_kv(k, k_scale, q.dtype), dequantize_kv(v, v_scale, q.dtype)
+
+            queries = q[:, :, head * group_size : (head + 1) * group_size]
+            outputs.append(attend_by_group(queries, batch, keys_and_values))
+        return torch.cat(outputs, dim=2)
 
 
 class FreshSharedKV:

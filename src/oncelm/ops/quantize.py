@@ -9,6 +9,11 @@ LARGEST = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
 SMALLEST_SCALE = torch.finfo(torch.float32).tiny
 
 
+def as_bytes(x: torch.Tensor) -> torch.Tensor:
+    """x, or its bytes where its elements are bytes: what has to be indexed on any device, which float8 cannot."""
+    return x.view(torch.uint8) if x.element_size() == 1 else x
+
+
 def quantize_kv(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """Vectors in 8 bits: x is about values * scales[..., None].
 

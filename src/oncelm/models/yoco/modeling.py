@@ -26,11 +26,13 @@ from oncelm.cache import (
     SharedKV,
     WindowKV,
 )
+from oncelm.cache.shared_kv import STORED_DTYPES
 from oncelm.models.yoco import inputs as reading
 from oncelm.models.yoco.config import YocoConfig
 from oncelm.models.yoco.model import CrossDecoder, RMSNorm, SelfDecoder, XavierLinear, run_layers
 from oncelm.ops import linear_cross_entropy
-from oncelm.utils.errors import unknown
+from oncelm.ops.quantize import LARGEST
+from oncelm.utils.errors import check_choice, unknown
 
 # Tokens that prefill reads at a time, by device. A CPU is fastest while activations stay near its caches (8192 tokens
 # of d 512 in bf16: 1.2 s in chunks of 2048, 1.45 s in one), a GPU while its matrix products are large.
@@ -101,13 +103,17 @@ class YocoForCausalLM(PreTrainedModel, GenerationMixin):
         Args:
             batch_size: sequences.
             max_tokens: capacity of each sequence; None starts small and doubles as needed.
-            dtype: of keys and values; None means the model's. Retention states are always float32.
+            dtype: of keys and values; None means the model's. torch.float8_e4m3fn and torch.int8 store the shared ones
+                in 8 bits, with a float32 scale a token and head; windows then keep the model's dtype. Retention states
+                are always float32.
         """
         for name, value in (("batch_size", batch_size), ("max_tokens", max_tokens)):
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}.")
         config, device = self.config, self.device
         dtype = dtype or self.dtype
+        check_choice("dtype of a cache", dtype, STORED_DTYPES)
+        window_dtype = dtype if dtype not in LARGEST else self.dtype
         layers: list[RetentionState | WindowKV] = []
         for _ in range(config.num_self_decoder_layers):
             if config.self_decoder == "gated_retention":
@@ -115,7 +121,7 @@ class YocoForCausalLM(PreTrainedModel, GenerationMixin):
                 layers.append(RetentionState(batch_size, config.num_self_heads, head_dim, head_dim, device))
             else:
                 kv_heads, head_dim = config.self_kv_heads, config.self_head_dim
-                layers.append(WindowKV(batch_size, config.window_size, kv_heads, head_dim, dtype, device))
+                layers.append(WindowKV(batch_size, config.window_size, kv_heads, head_dim, window_dtype, device))
         shared = None
         if config.num_cross_decoder_layers:
             shared = SharedKV(batch_size, max_tokens, config.shared_kv_heads, config.head_dim, dtype, device)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from oncelm.ops.quantize import dequantize_kv
+from oncelm.ops.quantize import as_bytes, dequantize_kv
 
 Tensor = torch.Tensor
 
@@ -61,7 +61,9 @@ def _seen(lengths: Tensor, T: int, capacity: int) -> Tensor:
     return torch.arange(capacity, device=lengths.device) <= last[..., None]
 
 
-def _rows(x: Tensor, scales: Tensor | None, block_tables: Tensor | None, heads: slice, seen: Tensor, dtype) -> Tensor:
+def _rows(
+    x: Tensor, scales: Tensor | None, block_tables: Tensor | None, heads: slice, seen: Tensor, dtype: torch.dtype
+) -> Tensor:
     """Keys or values [N, capacity, heads, D] in `dtype`, zero where no query sees them."""
 
     def gathered(x: Tensor) -> Tensor:
@@ -69,13 +71,8 @@ def _rows(x: Tensor, scales: Tensor | None, block_tables: Tensor | None, heads: 
         if block_tables is None:
             return x[:, :capacity, heads]
         pages = block_tables[:, : -(-capacity // x.shape[1])].clamp(0, x.shape[0] - 1).long()
-        return x[:, :, heads].view(_bits(x))[pages].view(x.dtype).flatten(1, 2)[:, :capacity]
+        return as_bytes(x[:, :, heads])[pages].view(x.dtype).flatten(1, 2)[:, :capacity]
 
     rows = gathered(x)
     rows = rows.to(dtype) if scales is None else dequantize_kv(rows, gathered(scales), dtype)
     return rows.masked_fill(~seen.any(1)[..., None, None], 0.0)
-
-
-def _bits(x: Tensor) -> torch.dtype:
-    """A dtype of x's size that can be indexed on every device."""
-    return torch.uint8 if x.dtype.itemsize == 1 else x.dtype

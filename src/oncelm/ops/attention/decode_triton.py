@@ -11,6 +11,9 @@ Scores, softmax and sums are float32, exponentials of base 2. Quantised keys and
 they stand; their scales multiply scores and weights.
 """
 
+# mypy: allow-incomplete-defs
+# a kernel's arguments are pointers and numbers whose types Triton infers; only its constants are annotated
+
 from __future__ import annotations
 
 import contextlib
@@ -203,9 +206,9 @@ CONFIGS = {
     (2, 64): Config(128, 4, 3, 2),
     (2, 128): Config(64, 4, 3, 2),
     (2, 256): Config(32, 4, 3, 2),
-    (1, 64): Config(128, 4, 3, 2),
-    (1, 128): Config(64, 4, 3, 2),
-    (1, 256): Config(32, 4, 3, 2),
+    (1, 64): Config(128, 4, 4, 3),
+    (1, 128): Config(64, 4, 4, 3),
+    (1, 256): Config(32, 4, 4, 3),
 }
 FULL_PRECISION = Config(16, 8, 2, 2)  # float32 runs on the vector units, operands in registers: small tiles
 
@@ -247,7 +250,7 @@ def _decode(q, k, v, lengths, block_tables, k_scale, v_scale, scale, programs):
     early = q.is_cuda and _launches_early(q.device.index)
     shape = {"T": T, "H_KV": H_kv, "GROUP": group, "D": D}
 
-    def strides(x: Tensor | None) -> tuple[int, int, int]:
+    def strides(x: Tensor | None) -> tuple[int, ...]:
         return (0, 0, 0) if x is None else x.stride()[:3]
 
     with torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext():  # whichever is current
@@ -301,4 +304,7 @@ def attend(
     if q.dtype not in FLOATS or q.shape[-1] not in DIMS or rows > MOST_ROWS:
         return decode.sdpa(q, k, v, lengths, block_tables, k_scale, v_scale, scale)
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    lengths = lengths.contiguous()
+    if block_tables is not None:
+        block_tables = block_tables.contiguous()
     return decode_op(q, k, v, lengths, block_tables, k_scale, v_scale, scale, programs)
