@@ -2,6 +2,7 @@
 
 from oncelm.ops.attention import decode_attention, global_attention, window_attention
 from oncelm.ops.gated_retention import gated_retention
+from oncelm.ops.gated_retention.step import gated_retention_step
 from oncelm.ops.linear_cross_entropy import linear_cross_entropy
 from oncelm.ops.norm import rms_norm
 from oncelm.ops.quantize import dequantize_kv, quantize_kv
@@ -13,6 +14,7 @@ __all__ = [
     "decode_attention",
     "dequantize_kv",
     "gated_retention",
+    "gated_retention_step",
     "global_attention",
     "linear_cross_entropy",
     "quantize_kv",

@@ -54,6 +54,12 @@ TABLE: dict[str, tuple[Implementation, ...]] = {
         Implementation("recurrent", "oncelm.ops.gated_retention.recurrent:recurrent", ANY, "one step a token"),
         Implementation("naive", "oncelm.ops.gated_retention.naive:parallel", ANY, "reference, quadratic in T"),
     ),
+    "gated_retention_step": (
+        Implementation(
+            "triton", "oncelm.ops.gated_retention.step_triton:step", ("cuda",), "one kernel, in place", "triton"
+        ),
+        Implementation("naive", "oncelm.ops.gated_retention.recurrent:step", ANY, "PyTorch, in place"),
+    ),
     "window_attention": (
         Implementation("sdpa", "oncelm.ops.attention.sdpa:window", ANY, "blocks of queries through SDPA"),
         Implementation("naive", "oncelm.ops.attention.naive:window", ANY, "reference, full score matrix"),

@@ -23,3 +23,23 @@ def recurrent(
         state = torch.addcmul(state * decay[:, t, :, None, None], k[:, t, :, :, None], v[:, t, :, None, :])
         outputs.append((q[:, t, :, None, :] @ state).squeeze(-2))  # [B, H, V]
     return torch.stack(outputs, dim=1) if outputs else torch.zeros_like(v), state
+
+
+def step(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor,
+    state: torch.Tensor,
+    slots: torch.Tensor | None,
+    scale: float,
+) -> torch.Tensor:
+    """The same for states that stand in slots and are changed in place; negative slots are left alone."""
+    if slots is None:
+        o, final_state = recurrent(q, k, v, g, scale, state)
+        state.copy_(final_state)
+        return o.to(v.dtype)
+    o, final_state = recurrent(q, k, v, g, scale, state[slots.clamp(min=0)])
+    busy = slots >= 0
+    state[slots[busy]] = final_state[busy]
+    return o.to(v.dtype)

@@ -1,0 +1,57 @@
+"""Gated retention of a few new tokens a sequence, in place: the form of decoding.
+
+The states of all sequences stand in one tensor, and a sequence is told by its slot in it, so that an engine can start,
+stop and reorder sequences without moving states. Nothing depends on values that a GPU would have to be waited for: a
+CUDA graph may hold the call.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from oncelm.ops.dispatch import implementation
+
+__all__ = ["gated_retention_step"]
+
+
+def gated_retention_step(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor,
+    state: torch.Tensor,
+    *,
+    slots: torch.Tensor | None = None,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Append T tokens to each of N sequences; `state` is changed in place.
+
+    Args:
+        q, k: [N, T, H, K], rotated; v: [N, T, H, V]; g: [N, T, H] log decay, float32.
+        state: [S, H, K, V] float32, contiguous; the states of S slots.
+        slots: [N] integers on the state's device, the slot of each sequence, all different; negative ones are idle
+            (nothing is changed, the output is undefined). None: sequence n is slot n.
+        scale: factor on k^T v; None means K ** -0.5.
+        backend: "auto", "triton" or "naive".
+
+    Returns:
+        o [N, T, H, V] in v's dtype.
+
+    Raises:
+        ValueError: shapes that do not fit together.
+    """
+    N, _, H, K = q.shape
+    if k.shape != q.shape or v.shape[:3] != q.shape[:3] or g.shape != q.shape[:3]:
+        shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v, g))
+        raise ValueError(f"q, k [N, T, H, K], v [N, T, H, V] and g [N, T, H] do not fit together: {shapes}.")
+    if state.shape[1:] != (H, K, v.shape[3]) or state.dtype != torch.float32 or not state.is_contiguous():
+        raise ValueError(
+            f"state must be contiguous float32 [slots, {H}, {K}, {v.shape[3]}], got {state.dtype} {tuple(state.shape)}."
+        )
+    if slots is None and state.shape[0] != N:
+        raise ValueError(f"without slots, state must have one row a sequence: {state.shape[0]} rows, {N} sequences.")
+    if slots is not None and slots.shape != (N,):
+        raise ValueError(f"slots must be [N] = [{N}], got {tuple(slots.shape)}.")
+    scale = K**-0.5 if scale is None else scale
+    return implementation("gated_retention_step", backend, q.device)(q, k, v, g, state, slots, scale)
