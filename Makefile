@@ -5,6 +5,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
+# tests that run Triton kernels: on a GPU, or with TRITON_INTERPRET=1 in Triton's interpreter
+KERNEL_TESTS := $(addprefix tests/,ops/test_gated_retention_triton.py ops/test_gated_retention_step.py \
+	ops/test_decode_linear.py ops/test_decode_attention.py models/test_stepper.py)
+
 .PHONY: demo test lint types imports unit test-slow test-kernels test-gpu bench clean
 
 demo: $(STAMP)  ## train a small YOCO and a Transformer, read a book, compare: about 5 minutes
@@ -38,7 +42,7 @@ test-slow: $(STAMP)  ## tests of more than a few seconds
 
 test-kernels: $(STAMP)  ## the Triton kernels in Triton's interpreter, on the CPU
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "triton==3.7.1"
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/ops/test_gated_retention_triton.py
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(KERNEL_TESTS)
 
 test-gpu: $(STAMP)  ## tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu

@@ -36,11 +36,11 @@ def test_bytes_are_one_layer_of_keys_and_values_and_fixed_states() -> None:
 def test_memory_is_allocated_once(kind: str) -> None:
     model = MODELS[kind]
     cache = model.new_cache(2, 50)
-    addresses = {name: tensor.data_ptr() for name, tensor in cache._tensors().items()}
+    addresses = {name: tensor.data_ptr() for name, tensor in cache.tensors().items()}
     model.prefill(ids(2, 30), cache, chunk_size=7)
     for t in range(20):
         model(ids(2, 1, seed=t), past_key_values=cache)
-    assert {name: tensor.data_ptr() for name, tensor in cache._tensors().items()} == addresses
+    assert {name: tensor.data_ptr() for name, tensor in cache.tensors().items()} == addresses
     assert cache.num_tokens == 50
 
 

@@ -7,6 +7,7 @@ from oncelm.cache.memory import Memory, RetentionMemory, SharedMemory, WindowMem
 from oncelm.cache.model_cache import ModelCache, Snapshot
 from oncelm.cache.retention_state import RetentionState
 from oncelm.cache.shared_kv import SharedKV
+from oncelm.cache.step import StepMemory
 from oncelm.cache.window_kv import WindowKV
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "SharedKV",
     "SharedMemory",
     "Snapshot",
+    "StepMemory",
     "WindowKV",
     "WindowMemory",
     "load_snapshot",

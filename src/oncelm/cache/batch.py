@@ -65,6 +65,11 @@ class Batch:
         ends = tuple(start + length for start, length in zip(starts, lengths, strict=True))
         return cls(starts, lengths, ends, positions, _borders(lengths, device))
 
+    @classmethod
+    def step(cls, positions: torch.Tensor) -> Batch:
+        """One new token of each of N sequences at positions [N, 1]; how long they are is known on the device only."""
+        return cls((), (1,) * len(positions), (), positions)
+
     @property
     def num_sequences(self) -> int:
         return len(self.lengths)

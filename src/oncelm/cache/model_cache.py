@@ -72,9 +72,10 @@ class ModelCache(Cache):
 
     def nbytes(self) -> int:
         """Bytes allocated, used or not."""
-        return sum(tensor.nbytes for tensor in self._tensors().values())
+        return sum(tensor.nbytes for tensor in self.tensors().values())
 
-    def _tensors(self) -> dict[str, torch.Tensor]:
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All that it has allocated, by name: "layers.3.state", "shared.k"."""
         owners = {f"layers.{i}": layer for i, layer in enumerate(self.layers)}
         if self.shared is not None:
             owners["shared"] = self.shared
@@ -82,7 +83,7 @@ class ModelCache(Cache):
 
     @property
     def device(self) -> torch.device:
-        return next(iter(self._tensors().values())).device
+        return next(iter(self.tensors().values())).device
 
     def __repr__(self) -> str:
         capacity = "growing" if self.max_tokens is None else f"{self.max_tokens} tokens"
@@ -117,6 +118,11 @@ class ModelCache(Cache):
             self._history.append(batch)
         self._running = False
 
+    @property
+    def recording(self) -> bool:
+        """Whether forward passes can be undone (`record`)."""
+        return self._recording
+
     # -- copies and returns ---------------------------------------------------------------------------------------
 
     def snapshot(self, shared: bool = True) -> Snapshot:
@@ -128,7 +134,7 @@ class ModelCache(Cache):
         assert not self._running, "snapshot of a cache whose forward pass failed"
         held = {
             name: (tensor[:, : self.num_tokens] if name.startswith("shared.") else tensor).clone()
-            for name, tensor in self._tensors().items()
+            for name, tensor in self.tensors().items()
             if shared or not name.startswith("shared.")
         }
         point = None
@@ -152,7 +158,7 @@ class ModelCache(Cache):
             raise ValueError(f"the snapshot holds {longest} tokens, the cache at most {self.max_tokens}.")
         if self.shared is not None:
             self.shared.reserve(longest)
-        mine = self._tensors()
+        mine = self.tensors()
         held, kept = snapshot.tensors.get("shared.k"), mine.get("shared.k")
         if held is not None and kept is not None and held.dtype != kept.dtype and {held.dtype, kept.dtype} & {*LARGEST}:
             raise ValueError(
@@ -183,7 +189,7 @@ class ModelCache(Cache):
 
     def reset(self) -> None:
         """Forget everything; the memory stays allocated."""
-        for name, tensor in self._tensors().items():
+        for name, tensor in self.tensors().items():
             if not name.startswith("shared."):
                 tensor.zero_()
         self._set_lengths((0,) * self.batch_size, 0)

@@ -117,7 +117,7 @@ class SharedKV:
         """Outputs [B, P, H, D] of queries at the batch's positions; their own keys must have been appended."""
         few = batch.cu_seqlens is None and batch.contiguous and 1 <= batch.lengths[0] <= MOST_DECODED
         if few and (self.is_quantised or choose("decode_attention", "auto", q.device).backend == "triton"):
-            return self.attend_at(q, batch.positions)
+            return self.attend_at(q, (batch.positions[:, -1] + 1).expand(q.shape[0]))
         if self.is_quantised:
             return self._attend_by_head(q, batch)
         queries = q.to(self.k.dtype)  # a cache may be of a narrower dtype than the model
@@ -128,12 +128,11 @@ class SharedKV:
             out = attend_by_group(queries, batch, lambda group: (self.k[group.rows], self.v[group.rows]))
         return out.to(q.dtype)
 
-    def attend_at(self, q: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Outputs [N, T, H, D] of T = 1..8 neighbouring tokens a sequence at positions [N or 1, T] on the device.
+    def attend_at(self, q: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        """Outputs [N, T, H, D] of the last T = 1..8 of each sequence's `lengths` [N] tokens, which the device knows.
 
         They see all keys up to their own. The host does not wait, and a CUDA graph can hold it.
         """
-        lengths = (positions[:, -1] + 1).expand(q.shape[0])
         queries = q if self.is_quantised else q.to(self.k.dtype)
         out = decode_attention(queries, self.k, self.v, lengths=lengths, k_scale=self.k_scale, v_scale=self.v_scale)
         return out.to(q.dtype)

@@ -50,6 +50,10 @@ class XavierLinear(nn.Linear):
 class Mixer(nn.Module):
     """The part of a layer that lets tokens meet: what comes before, the one call of a memory, what comes after."""
 
+    head_dim: int
+    pairing: str
+    out_proj: nn.Linear
+
     def before(self, h: torch.Tensor, rotation: torch.Tensor) -> tuple[Tensors, torch.Tensor | None]:
         """h [B, T, d] -> what the memory is given (q, k, v [B, T, H, D], g [B, T, H]: some of them), and the output's
         gate [B, T, d], if there is one. rotation: [B or 1, T, D/2, 2]."""
@@ -266,7 +270,8 @@ def run_layers(
     last_mixing = max((place for place, (kind, _) in enumerate(order) if kind == "self"), default=-1)
     x, at = embeddings, batch
     self_rotation = rotation(config.self_head_dim, batch)
-    cross_rotation = rotation(config.head_dim, batch)
+    same = config.head_dim == config.self_head_dim
+    cross_rotation = self_rotation if same else rotation(config.head_dim, batch)
     for place, (kind, i) in enumerate(order):
         if kind == "self":
             x = self_decoder.layers[i](x, self_rotation, memory.layers[i], batch, parts(x))
@@ -281,7 +286,8 @@ def run_layers(
             if wanted is None:
                 return None
             x, at = wanted.take(x), wanted.batch
-            cross_rotation = rotation(config.head_dim, at)
+            if at is not batch:
+                cross_rotation = rotation(config.head_dim, at)
         x = cross_decoder.layers[i](x, cross_rotation, memory.shared, at, parts(x))
     if at is batch and wanted is not None:  # the last layer was a self layer
         x = wanted.take(x)

@@ -30,6 +30,7 @@ from oncelm.cache.shared_kv import STORED_DTYPES
 from oncelm.models.yoco import inputs as reading
 from oncelm.models.yoco.config import YocoConfig
 from oncelm.models.yoco.model import CrossDecoder, RMSNorm, SelfDecoder, XavierLinear, run_layers
+from oncelm.models.yoco.stepper import stepper
 from oncelm.ops import linear_cross_entropy
 from oncelm.ops.quantize import LARGEST
 from oncelm.utils.errors import check_choice, unknown
@@ -200,17 +201,22 @@ class YocoForCausalLM(PreTrainedModel, GenerationMixin):
             use_cache = self.config.use_cache and not self.training and labels is None
         if cache is None and use_cache:
             cache = self.new_cache(tokens.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1)
-        inputs = reading.read_inputs(
-            tokens.shape,
-            tokens.device,
-            attention_mask,
-            cu_seqlens,
-            None if cache is None else cache.lengths,
-            0 if cache is None else cache.columns,
-        )
-        # a cache holds values, not graphs: with gradients on, the earlier tokens' share would be missing silently
-        with torch.set_grad_enabled(torch.is_grad_enabled() and cache is None):
-            loss, logits = self._loss_and_logits(tokens, inputs, cache, labels, logits_to_keep, num_items_in_batch)
+        loss: torch.Tensor | None = None
+        logits: torch.Tensor | None = None
+        if cache is not None and self._is_step(input_ids, attention_mask, cache, labels, logits_to_keep, cu_seqlens):
+            logits = self.step(tokens, cache)[:, None]
+        else:
+            inputs = reading.read_inputs(
+                tokens.shape,
+                tokens.device,
+                attention_mask,
+                cu_seqlens,
+                None if cache is None else cache.lengths,
+                0 if cache is None else cache.columns,
+            )
+            # a cache holds values, not graphs: with gradients on, the earlier tokens' share would be missing silently
+            with torch.set_grad_enabled(torch.is_grad_enabled() and cache is None):
+                loss, logits = self._loss_and_logits(tokens, inputs, cache, labels, logits_to_keep, num_items_in_batch)
         output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
         wants_dict = self.config.return_dict if return_dict is None else return_dict
         return output if wants_dict else output.to_tuple()
@@ -278,20 +284,57 @@ class YocoForCausalLM(PreTrainedModel, GenerationMixin):
         if cache is not None:
             cache.check_room(max(inputs.batch.lengths))
             cache.begin()
-        tokens = inputs.gather(tokens)
-        embeddings = tokens if tokens.is_floating_point() else self.embed_tokens(tokens)
-        if self.config.scale_embeddings:
-            embeddings = embeddings * math.sqrt(self.config.hidden_size)
+        embeddings = self.embed(inputs.gather(tokens))
         memory = self._fresh_cache() if cache is None else cache
         x = run_layers(self.config, self.self_decoder, self.cross_decoder, embeddings, inputs.batch, memory, wanted)
         if cache is not None:
             cache.commit(inputs.batch, inputs.columns)
         return embeddings.new_empty(1, 0, self.config.hidden_size) if x is None else self.layer_norm(x)
 
+    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Input of the first layer [B, T, d], of ids [B, T] or of embeddings [B, T, d] before scaling."""
+        embeddings = tokens if tokens.is_floating_point() else self.embed_tokens(tokens)
+        return embeddings * math.sqrt(self.config.hidden_size) if self.config.scale_embeddings else embeddings
+
     def _loss(self, hidden: torch.Tensor, targets: torch.Tensor, num_items: int | torch.Tensor | None) -> torch.Tensor:
         """Mean cross-entropy of hidden [M, d] against targets [M]; 0 where there is no target at all."""
         total = linear_cross_entropy(hidden, self.output_projection.weight, targets)
         return total / (max(len(targets), 1) if num_items is None else num_items)
+
+    # -- one token at a time ----------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, tokens: torch.Tensor, cache: ModelCache) -> torch.Tensor:
+        """Append tokens [N, 1], one a sequence, to a cache: logits [N, V]. On a GPU a CUDA graph (stepper.py).
+
+        `forward` does this by itself where it is given one token and a cache on a GPU.
+        """
+        cache.check_room(1)
+        if cache.shared is not None:
+            cache.shared.reserve(cache.num_tokens + 1)
+        return stepper(self, cache)(tokens, cache).clone()
+
+    def _is_step(
+        self,
+        input_ids: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        cache: ModelCache,
+        labels: torch.Tensor | None,
+        logits_to_keep: int | torch.Tensor | None,
+        cu_seqlens: torch.Tensor | None,
+    ) -> bool:
+        """Whether this forward pass is one new token of every sequence of a cache, on a GPU, and nothing else."""
+        return (
+            input_ids is not None
+            and input_ids.is_cuda
+            and input_ids.shape == (cache.batch_size, 1)
+            and labels is None
+            and cu_seqlens is None
+            and (logits_to_keep is None or (isinstance(logits_to_keep, int) and logits_to_keep in (0, 1)))
+            and not cache.recording
+            and (attention_mask is None or attention_mask.shape == (cache.batch_size, cache.columns + 1))
+            and (attention_mask is None or bool(attention_mask[:, -1].all()))
+        )
 
     # -- reading long input ---------------------------------------------------------------------------------------
 

@@ -1,0 +1,104 @@
+"""The token-wise parts of a layer for a few tokens on a GPU: one kernel before tokens meet, three after.
+
+`FUSED` computes what PLAIN computes (model.py), to rounding, with the kernels of `ops.decode_linear`. It reads the
+weights of plain linear layers; `fits` says whether a model has nothing else (adapters, quantised or hooked layers).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from oncelm.models.yoco.config import YocoConfig
+from oncelm.models.yoco.model import (
+    CrossDecoder,
+    DecoderLayer,
+    GatedRetention,
+    RMSNorm,
+    Tensors,
+    TokenParts,
+    XavierLinear,
+)
+from oncelm.ops.decode_linear import LARGEST_HEAD, MOST_ROWS, linear_add, norm_linears, norm_swiglu
+
+__all__ = ["FUSED", "MOST_ROWS", "fits", "head"]
+
+
+def fits(model: nn.Module, config: YocoConfig) -> bool:
+    """Whether FUSED can stand for PLAIN in this model."""
+    head = config.self_head_dim
+    if config.self_decoder == "gated_retention" and (head & (head - 1) or head > LARGEST_HEAD):
+        return False
+    known = (nn.Linear, XavierLinear, RMSNorm, nn.Embedding)
+    return all(
+        type(module) in known and not module._forward_hooks and not module._forward_pre_hooks
+        for module in model.modules()
+        if not list(module.children())
+    )
+
+
+def before(layer: DecoderLayer, x: torch.Tensor, rotation: torch.Tensor) -> tuple[Tensors, torch.Tensor | None]:
+    """As DecoderLayer.before."""
+    mixer = layer.mixer
+    names = [name for name in ("q_proj", "k_proj", "v_proj", "g_proj", "gt_proj") if hasattr(mixer, name)]
+    kinds = {"q_proj": "rope", "k_proj": "rope", "gt_proj": "decay"}
+    outputs = norm_linears(
+        x.flatten(0, 1),
+        layer.mixer_layer_norm.weight,
+        layer.mixer_layer_norm.eps,
+        [getattr(mixer, name).weight for name in names],
+        [kinds.get(name, "plain") for name in names],
+        rotation=_rows(rotation, x),
+        pairing=mixer.pairing,
+        decay_scale=1 / mixer.gate_logit_normalizer if isinstance(mixer, GatedRetention) else 1.0,
+    )
+    found = {name: y.unflatten(0, x.shape[:2]) for name, y in zip(names, outputs, strict=True)}
+    heads = [
+        found[name].unflatten(-1, (-1, mixer.head_dim)) for name in ("q_proj", "k_proj", "v_proj") if name in found
+    ]
+    if isinstance(mixer, GatedRetention):
+        return (*heads, found["gt_proj"]), found["g_proj"]
+    return tuple(heads), None
+
+
+def after(layer: DecoderLayer, x: torch.Tensor, o: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:
+    """As DecoderLayer.after."""
+    mixer, ffn, norm = layer.mixer, layer.ffn, layer.final_layer_norm
+    rows, mixed = x.flatten(0, 1), o.flatten(2).flatten(0, 1)
+    if isinstance(mixer, GatedRetention):
+        assert gate is not None
+        gates = gate.flatten(0, 1)
+        y = linear_add(mixed, mixer.out_proj.weight, rows, gate=gates, head_dim=mixer.head_dim, eps=mixer.eps)
+    else:
+        y = linear_add(mixed, mixer.out_proj.weight, rows)
+    h = norm_swiglu(y, norm.weight, norm.eps, ffn.fc1.weight, ffn.gate.weight)
+    return linear_add(h, ffn.fc2.weight, y).view_as(x)
+
+
+def keys_and_values(cross: CrossDecoder, y: torch.Tensor, rotation: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """As CrossDecoder.keys_and_values."""
+    k, v = norm_linears(
+        y.flatten(0, 1),
+        cross.kv_layer_norm.weight,
+        cross.kv_layer_norm.eps,
+        [cross.k_proj.weight, cross.v_proj.weight],
+        ["rope", "plain"],
+        rotation=_rows(rotation, y),
+        pairing=cross.pairing,
+    )
+    shape = (*y.shape[:2], -1, cross.head_dim)
+    return k.view(shape), v.view(shape)
+
+
+def head(x: torch.Tensor, norm: RMSNorm, projection: nn.Linear) -> torch.Tensor:
+    """Logits [B, T, V] of x [B, T, d]: the final norm and the output projection."""
+    (logits,) = norm_linears(x.flatten(0, 1), norm.weight, norm.eps, [projection.weight], ["plain"])
+    return logits.unflatten(0, x.shape[:2])
+
+
+def _rows(rotation: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """rotation [B or 1, T, D/2, 2] for each row of x [B, T, d]: [B T, D/2, 2]."""
+    return rotation.expand(x.shape[0], -1, -1, -1).flatten(0, 1).contiguous()
+
+
+FUSED = TokenParts(before, after, keys_and_values)

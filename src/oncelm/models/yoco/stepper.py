@@ -1,0 +1,105 @@
+"""One new token a sequence on a GPU, as a CUDA graph: a decode step costs what its kernels cost, not what Python costs.
+
+The graph is recorded at the second step in a row on the same memory (a cache whose rows are reordered at every step, as
+in beam search, is not worth a recording) and replayed from then on, at whatever positions the cache has reached.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from types import ModuleType
+from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
+
+import torch
+
+from oncelm.cache import Batch, ModelCache, Selection, StepMemory
+from oncelm.models.yoco.model import PLAIN, run_layers
+
+if TYPE_CHECKING:
+    from oncelm.models.yoco.modeling import YocoForCausalLM
+
+WARM_UP_STEPS = 1  # steps without a graph: they compile the kernels and allocate what libraries want
+
+
+class Stepper:
+    """Decode steps of one model with one cache.
+
+    Attributes:
+        tokens, positions: [N, 1] what a step reads; `positions` moves on by itself.
+        logits: [N, V] what a step leaves.
+    """
+
+    def __init__(self, model: YocoForCausalLM, cache: ModelCache) -> None:
+        self.model, self.memory = model, StepMemory(cache)
+        self.key = _addresses(model, cache)
+        self.tokens = torch.zeros(cache.batch_size, 1, dtype=torch.long, device=model.device)
+        self.positions = torch.zeros_like(self.tokens)
+        self.reached: tuple[int, ...] | None = None  # where `positions` stands
+        self.steps = 0
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.fused = _fused(model, cache.batch_size)
+
+    def __call__(self, tokens: torch.Tensor, cache: ModelCache) -> torch.Tensor:
+        """Append tokens [N, 1]: logits [N, V], valid until the next step."""
+        self.tokens.copy_(tokens)
+        if self.reached != cache.lengths:
+            self.positions.copy_(torch.tensor(cache.lengths)[:, None])
+        batch = Batch((*cache.lengths,), (1,) * len(tokens), tuple(n + 1 for n in cache.lengths), self.positions)
+        cache.begin()
+        if self.graph is None and self.steps >= WARM_UP_STEPS and tokens.is_cuda:
+            self._record()
+        if self.graph is not None:
+            self.graph.replay()
+        else:
+            self._run()
+        cache.commit(batch, 1)
+        self.steps, self.reached = self.steps + 1, batch.ends
+        return self.logits
+
+    def _record(self) -> None:
+        """Recording runs nothing: the cache and the positions are as before."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._run()
+        self.graph = graph
+
+    def _run(self) -> None:
+        model = self.model
+        batch, parts = Batch.step(self.positions), PLAIN if self.fused is None else self.fused.FUSED
+        x = run_layers(
+            model.config, model.self_decoder, model.cross_decoder, model.embed(self.tokens), batch, self.memory,
+            Selection(batch, columns=slice(None)), lambda x: parts,
+        )  # fmt: skip
+        assert x is not None
+        if self.fused is not None:
+            self.logits = self.fused.head(x, model.layer_norm, model.output_projection)[:, -1]
+        else:
+            self.logits = model.output_projection(model.layer_norm(x))[:, -1]
+        self.positions += 1
+
+
+_STEPPERS: WeakKeyDictionary[ModelCache, Stepper] = WeakKeyDictionary()
+
+
+def stepper(model: YocoForCausalLM, cache: ModelCache) -> Stepper:
+    """The Stepper of this cache, a new one where either has moved in memory."""
+    found = _STEPPERS.get(cache)
+    if found is None or found.model is not model or found.key != _addresses(model, cache):
+        found = _STEPPERS[cache] = Stepper(model, cache)
+    return found
+
+
+def _addresses(model: YocoForCausalLM, cache: ModelCache) -> tuple[int, ...]:
+    """Where a graph would read and write: it is recorded anew when one of them has changed."""
+    weights = (model.embed_tokens.weight, model.output_projection.weight, model.layer_norm.weight)
+    return tuple(tensor.data_ptr() for tensor in (*weights, *cache.tensors().values()))
+
+
+def _fused(model: YocoForCausalLM, rows: int) -> ModuleType | None:
+    """The module of fused kernels, if they can run this model on this device."""
+    if model.device.type != "cuda" or model.dtype == torch.float64 or importlib.util.find_spec("triton") is None:
+        return None
+    from oncelm.models.yoco import fused
+
+    return fused if rows <= fused.MOST_ROWS and fused.fits(model, model.config) else None

@@ -1,0 +1,124 @@
+"""One token a sequence with positions on the device: the same logits and the same cache as the ordinary path.
+
+Without a GPU nothing is recorded, but the same memories run, and with Triton's interpreter the same fused kernels.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from oncelm.models.yoco import stepper
+from tests.models.small import KINDS, VOCAB, make_model
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
+close = {"rtol": 1e-4, "atol": 1e-4}
+
+fused = pytest.param(
+    "fused", marks=pytest.mark.skipif(not INTERPRETED and DEVICE == "cpu", reason="needs Triton's device")
+)
+
+
+@pytest.fixture(params=["plain", fused])
+def parts(request, monkeypatch):
+    """The token-wise parts that steps use."""
+    if request.param == "plain":
+        monkeypatch.setattr(stepper, "_fused", lambda model, rows: None)
+    else:
+        from oncelm.models.yoco import fused as module
+
+        monkeypatch.setattr(stepper, "_fused", lambda model, rows: module)
+    return request.param
+
+
+def draw_ids(*shape: int) -> torch.Tensor:
+    return torch.randint(VOCAB, shape, generator=torch.Generator().manual_seed(2)).to(DEVICE)
+
+
+def make(kind: str):
+    return make_model(kind, hidden_size=64, num_self_heads=4, num_attention_heads=4).to(DEVICE)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_steps_equal_a_full_forward(kind, parts):
+    model, ids = make(kind), draw_ids(2, 14)
+    expected = model(ids, use_cache=False).logits
+    cache = model.new_cache(2, 14)
+    model.prefill(ids[:, :9], cache)
+    for t in range(9, 14):
+        torch.testing.assert_close(model.step(ids[:, t : t + 1], cache), expected[:, t], **close)
+    assert cache.lengths == (14, 14)
+    assert cache.columns == 14
+
+
+@pytest.mark.parametrize("kind", ["retention", "window"])
+def test_sequences_of_different_lengths(kind, parts):
+    model, ids = make(kind), draw_ids(3, 12)
+    cache = model.new_cache(3, 16)
+    mask = torch.ones(3, 8, dtype=torch.long, device=DEVICE)
+    mask[1, :5], mask[2, 6:] = 0, 0
+    model.prefill(ids[:, :8], cache, attention_mask=mask)
+    for t in range(8, 12):
+        logits = model.step(ids[:, t : t + 1], cache)
+    for row in range(3):
+        alone = torch.cat((ids[row, :8][mask[row].bool()], ids[row, 8:]))[None]
+        torch.testing.assert_close(logits[row], model(alone, use_cache=False).logits[0, -1], **close)
+
+
+def test_steps_go_on_after_a_prefill_a_return_and_a_reset(parts):
+    model, ids = make("retention"), draw_ids(1, 20)
+    expected = model(ids, use_cache=False).logits
+    cache = model.new_cache(1, 20)
+    model.prefill(ids[:, :4], cache)
+    point = cache.snapshot(shared=False)
+    for t in range(4, 8):
+        model.step(ids[:, t : t + 1], cache)
+    cache.restore(point)
+    for t in range(4, 8):
+        logits = model.step(ids[:, t : t + 1], cache)
+    torch.testing.assert_close(logits, expected[:, 7], **close)
+    model.prefill(ids[:, 8:15], cache)
+    torch.testing.assert_close(model.step(ids[:, 15:16], cache), expected[:, 15], **close)
+    cache.reset()
+    for t in range(3):
+        logits = model.step(ids[:, t : t + 1], cache)
+    torch.testing.assert_close(logits, expected[:, 2], **close)
+
+
+def test_a_growing_cache_and_other_rows(parts):
+    model, ids = make("window"), draw_ids(2, 300)
+    expected = model(ids, use_cache=False).logits
+    cache = model.new_cache(2)
+    model.prefill(ids[:, :254], cache)
+    for t in range(254, 259):  # the first capacity is 256
+        torch.testing.assert_close(model.step(ids[:, t : t + 1], cache), expected[:, t], **close)
+    cache.select([1])
+    torch.testing.assert_close(model.step(ids[1:, 259:260], cache), expected[1:, 259], **close)
+
+
+def test_a_full_cache_is_refused_before_anything_changes(parts):
+    model, ids = make("retention"), draw_ids(1, 5)
+    cache = model.new_cache(1, 4)
+    model.prefill(ids[:, :4], cache)
+    state = cache.layers[0].state.clone()
+    with pytest.raises(ValueError, match="at most 4 tokens"):
+        model.step(ids[:, 4:], cache)
+    assert torch.equal(cache.layers[0].state, state)
+    assert cache.lengths == (4,)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("kind", KINDS)
+def test_forward_replays_a_graph(kind):
+    model, ids = make(kind), draw_ids(2, 40)
+    expected = model(ids, use_cache=False).logits
+    cache = model.new_cache(2, 40)
+    model.prefill(ids[:, :20], cache)
+    for t in range(20, 40):
+        logits = model(ids[:, t : t + 1], past_key_values=cache).logits
+        torch.testing.assert_close(logits[:, 0], expected[:, t], rtol=1e-3, atol=1e-3)
+    assert stepper.stepper(model, cache).graph is not None
