@@ -285,7 +285,8 @@ def run_layers(
         if place == last_mixing + 1:
             if wanted is None:
                 return None
-            x, at = wanted.take(x), wanted.batch
+            # without gaps, as the next layers get it: one compiled form serves all of them
+            x, at = wanted.take(x).contiguous(), wanted.batch
             if at is not batch:
                 cross_rotation = rotation(config.head_dim, at)
         x = cross_decoder.layers[i](x, cross_rotation, memory.shared, at, parts(x))

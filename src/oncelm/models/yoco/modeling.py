@@ -28,6 +28,7 @@ from oncelm.cache import (
 )
 from oncelm.cache.shared_kv import STORED_DTYPES
 from oncelm.models.yoco import inputs as reading
+from oncelm.models.yoco.compiled import CompiledLayers
 from oncelm.models.yoco.config import YocoConfig
 from oncelm.models.yoco.model import CrossDecoder, RMSNorm, SelfDecoder, XavierLinear, run_layers
 from oncelm.models.yoco.stepper import stepper
@@ -40,7 +41,7 @@ from oncelm.utils.errors import check_choice, unknown
 PREFILL_CHUNK_SIZES = {"cpu": 2048, "cuda": 32768}
 
 
-class YocoForCausalLM(PreTrainedModel, GenerationMixin):
+class YocoForCausalLM(CompiledLayers, PreTrainedModel, GenerationMixin):
     """A decoder-decoder language model (arXiv 2405.05254). Parameters carry the official checkpoint's names."""
 
     config_class = YocoConfig
@@ -286,7 +287,8 @@ class YocoForCausalLM(PreTrainedModel, GenerationMixin):
             cache.begin()
         embeddings = self.embed(inputs.gather(tokens))
         memory = self._fresh_cache() if cache is None else cache
-        x = run_layers(self.config, self.self_decoder, self.cross_decoder, embeddings, inputs.batch, memory, wanted)
+        decoders = self.self_decoder, self.cross_decoder
+        x = run_layers(self.config, *decoders, embeddings, inputs.batch, memory, wanted, self.token_parts)
         if cache is not None:
             cache.commit(inputs.batch, inputs.columns)
         return embeddings.new_empty(1, 0, self.config.hidden_size) if x is None else self.layer_norm(x)
