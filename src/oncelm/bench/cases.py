@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
+from oncelm.bench.gate import check_step
 from oncelm.bench.measure import PeakMemory, Timing, measure
 from oncelm.bench.roofline import Ceilings
-from oncelm.bench.subjects import Subject
+from oncelm.bench.subjects import Subject, Yoco
 from oncelm.bench.work import Work
 
 WARM_UP_TOKENS = 256
@@ -76,19 +77,30 @@ def train(subject: Subject, length: int, at: Conditions) -> dict[str, Any]:
     """Time of forward, backward and an AdamW step on sequences of `length` tokens; weights stay float32."""
     ids = _random_ids(subject, at.batch_size, length)
     model = subject.model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     mixed = at.dtype != torch.float32
 
-    def step() -> None:
-        optimizer.zero_grad()
+    def backward() -> torch.Tensor:
         with torch.autocast(model.device.type, at.dtype, enabled=mixed):
             loss = model(ids, labels=ids, use_cache=False).loss
         loss.backward()
+        return loss.detach()
+
+    def step() -> None:
+        optimizer.zero_grad()
+        backward()
         optimizer.step()
 
-    timing = measure(step, at.repeats, model.device)
-    optimizer.zero_grad()
-    return _timed(timing, 1, at.batch_size * length, subject.work.train(at.batch_size, length), at)
+    errors = {}
+    if subject.compiled and isinstance(subject, Yoco):  # a peer's plain form may not even fit
+        errors = check_step(subject, backward, at.dtype)
+    with PeakMemory(model.device) as peak:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+        if subject.compiled:
+            step()  # compiles
+        timing = measure(step, at.repeats, model.device)
+        optimizer.zero_grad()
+    figures = _timed(timing, 1, at.batch_size * length, subject.work.train(at.batch_size, length), at)
+    return {**figures, **errors, "peak_bytes_above_weights": peak.bytes, "peak_method": peak.method}
 
 
 CASES: dict[str, Callable[[Subject, int, Conditions], dict[str, Any]]] = {

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 
 from oncelm.bench.subjects import Subject
 
-PROMPT, CHUNK, STEPS = 45, 19, 4  # tokens of the prompt, of a chunk of it (the last one shorter), and decoded ones
+# tokens of the prompt, of a chunk of it (the last one shorter; enough for compiled layers), and decoded ones
+PROMPT, CHUNK, STEPS = 140, 75, 4
 
 # allowed norm of the difference, relative to the norm: some hundred roundings
 TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 6e-2}
+FLOAT8_TOLERANCE = 0.3
 
 
 class GateError(RuntimeError):
@@ -18,11 +22,14 @@ class GateError(RuntimeError):
 
 
 @torch.no_grad()
-def check(subject: Subject, dtype: torch.dtype) -> dict[str, float]:
+def check(subject: Subject, dtype: torch.dtype, training: bool = False) -> dict[str, float]:
     """Compare prefill in chunks, decoding and the loss with the full forward, on a short random text.
+
+    The full forward and the loss are plain PyTorch, whatever is compiled.
 
     Args:
         dtype: of the computation; sets the tolerance.
+        training: leave prefill and decoding plain too; `check_step` is the check of compiled training.
 
     Returns:
         The relative error of "prefill", "decode" and "loss".
@@ -33,22 +40,56 @@ def check(subject: Subject, dtype: torch.dtype) -> dict[str, float]:
     model = subject.model.eval()
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(model.config.vocab_size, (2, PROMPT + STEPS), generator=generator).to(model.device)
-    full = model(ids, use_cache=False).logits.float()
-    last, cache = subject.prefill(ids[:, :PROMPT], room=STEPS, chunk_size=CHUNK)
-    decoded = [subject.step(ids[:, i : i + 1], cache) for i in range(PROMPT, PROMPT + STEPS)]
-    loss = model(ids, labels=ids, use_cache=False).loss
+    with torch.compiler.set_stance("force_eager"):
+        full = subject.full(ids).float()
+        loss = model(ids, labels=ids, use_cache=False).loss
+    with torch.compiler.set_stance("force_eager" if training else "default"):
+        last, cache = subject.prefill(ids[:, :PROMPT], room=STEPS, chunk_size=CHUNK)
+        decoded = [subject.step(ids[:, i : i + 1], cache) for i in range(PROMPT, PROMPT + STEPS)]
     errors = {
         "prefill": _error(last, full[:, PROMPT - 1]),
         "decode": _error(torch.stack(decoded, dim=1), full[:, PROMPT:]),
         "loss": _error(loss, F.cross_entropy(full[:, :-1].flatten(0, 1), ids[:, 1:].flatten())),
     }
-    for what, error in errors.items():
-        if not error <= TOLERANCES[dtype]:
-            raise GateError(
-                f"{subject.name}'s {what} differs from its full forward by {error:.2g} (relative; allowed "
-                f"{TOLERANCES[dtype]:.0e} in {str(dtype).removeprefix('torch.')}): nothing is measured."
-            )
+    float8 = subject.settings.get("gemm") == "float8"
+    _refuse(subject, errors, FLOAT8_TOLERANCE if float8 else TOLERANCES[dtype], "float8" if float8 else dtype)
     return errors
+
+
+def check_step(subject: Subject, backward: Callable[[], torch.Tensor], dtype: torch.dtype) -> dict[str, float]:
+    """Compare the loss and all gradients of a compiled training step with those of plain PyTorch.
+
+    Args:
+        backward: computes the loss, which it returns, and the gradients of the subject's model.
+        dtype: of the computation; sets the tolerance.
+
+    Returns:
+        The relative error of "loss_error" and "gradient_error".
+
+    Raises:
+        GateError: an error above the tolerance, or NaN.
+    """
+    with torch.compiler.set_stance("force_eager"):
+        expected_loss = backward()
+    parameters = [parameter for parameter in subject.model.parameters() if parameter.grad is not None]
+    expected = [parameter.grad for parameter in parameters]
+    subject.model.zero_grad(set_to_none=True)
+    loss = backward()
+    difference = sum((p.grad - e).pow(2).sum() for p, e in zip(parameters, expected, strict=True))
+    whole = sum(e.pow(2).sum() for e in expected)
+    errors = {"loss_error": _error(loss, expected_loss), "gradient_error": (difference / whole).sqrt().item()}
+    subject.model.zero_grad(set_to_none=True)
+    _refuse(subject, errors, TOLERANCES[dtype], dtype)
+    return errors
+
+
+def _refuse(subject: Subject, errors: dict[str, float], allowed: float, precision: object) -> None:
+    for what, error in errors.items():
+        if not error <= allowed:
+            raise GateError(
+                f"{subject.name}'s {what.removesuffix('_error')} differs from plain PyTorch's by {error:.2g} "
+                f"(relative; allowed {allowed:.0e} in {str(precision).removeprefix('torch.')}): nothing is measured."
+            )
 
 
 def _error(got: torch.Tensor, expected: torch.Tensor) -> float:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from transformers import Cache, DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from oncelm.bench.work import LlamaWork
 from oncelm.models import YocoConfig
@@ -42,21 +43,35 @@ class Llama:
     Prefill is one pass into a DynamicCache with the logits of the last token only: chunks, or a StaticCache, bring an
     attention mask, which takes SDPA off its causal kernel. Decoding uses a StaticCache: a DynamicCache copies every
     layer's cache at every token.
+
+    Args:
+        compile: "model", for passes without a cache (training); "norms and feed-forward layers", for those with one,
+            whose growth and whose layers' numbers would compile the attention anew each time; or "".
     """
 
     name = "Llama"
 
-    def __init__(self, model: LlamaForCausalLM) -> None:
-        self.model = model
+    def __init__(self, model: LlamaForCausalLM, compile: str = "") -> None:
+        self.model, self.compiled = model, bool(compile)
+        if compile == "model":
+            model.compile()
+        elif compile:
+            for module in model.modules():
+                if isinstance(module, LlamaMLP | LlamaRMSNorm):
+                    module.compile(dynamic=True)
         self.work = LlamaWork(model.config, model.dtype.itemsize)
         self.settings = {
             "attention": "sdpa",
+            "compiled": compile,
             "prefill_cache": "DynamicCache",
             "decode_cache": "StaticCache of random keys and values",
         }
 
     def shape(self) -> dict[str, Any]:
         return {key: getattr(self.model.config, key) for key in SHAPE_KEYS}
+
+    def full(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.model(ids, use_cache=False).logits
 
     def prefill(self, ids: torch.Tensor, room: int = 0, chunk_size: int | None = None) -> tuple[torch.Tensor, Cache]:
         cache = DynamicCache(config=self.model.config)  # it grows, whatever the room

@@ -59,7 +59,7 @@ def run(
     device = subjects[0].model.device
     environment = environment_report()
     with tqdm(total=len(plan) + 2, desc="correctness gate", unit="case", dynamic_ncols=True) as bar:
-        errors = {subject.name: check(subject, dtype) for subject in subjects}
+        errors = {subject.name: check(subject, dtype, training=benchmark == "train") for subject in subjects}
         bar.update()
         bar.set_description("machine ceilings")
         ceilings = measure_ceilings(device, dtype)
@@ -82,7 +82,7 @@ def run(
                 "device": str(device),
                 "parameters": sum(parameter.numel() for parameter in subject.model.parameters()),
                 "shape": subject.shape(),
-                "settings": subject.settings,
+                "settings": dict(subject.settings),
                 "gate_errors": errors[subject.name],
                 "cores_busy_elsewhere": round(others.cores, 2),
                 "ceiling_flops_per_second": ceilings.flops_per_second,

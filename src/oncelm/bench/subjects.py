@@ -17,6 +17,7 @@ class Subject(Protocol):
 
     name: str
     settings: dict[str, Any]  # how it is run, for the record
+    compiled: bool  # by torch.compile, so that the first call of a kind takes much longer
 
     @property
     def model(self) -> PreTrainedModel: ...
@@ -26,6 +27,10 @@ class Subject(Protocol):
 
     def shape(self) -> dict[str, Any]:
         """The configuration keys that fix sizes, for the record."""
+        ...
+
+    def full(self, ids: torch.Tensor) -> torch.Tensor:
+        """Logits [B, T, V] of one pass over all of `ids`, in plain PyTorch: what faster ways are compared with."""
         ...
 
     def prefill(self, ids: torch.Tensor, room: int = 0, chunk_size: int | None = None) -> tuple[torch.Tensor, Any]:
@@ -72,24 +77,50 @@ def default_config(
 
 
 class Yoco:
-    """A YOCO, prefilled in chunks with early exit into a preallocated cache."""
+    """A YOCO, prefilled in chunks with early exit into a preallocated cache.
+
+    Args:
+        prefill_chunk_size: None leaves it to the model, which looks at the free memory.
+        compile: see `YocoForCausalLM.compile_layers`.
+        gemm: see `YocoForCausalLM.set_gemm`.
+    """
 
     name = "YOCO"
 
-    def __init__(self, model: YocoForCausalLM, prefill_chunk_size: int | None = None) -> None:
-        self.model = model
+    def __init__(
+        self,
+        model: YocoForCausalLM,
+        prefill_chunk_size: int | None = None,
+        compile: bool = False,
+        gemm: str | None = None,
+    ) -> None:
+        self.model = model.compile_layers(compile).set_gemm(gemm)
         self.work = YocoWork(model.config, model.dtype.itemsize)
-        self.prefill_chunk_size = prefill_chunk_size or model.prefill_chunk_size
-        self.settings = {"cache": "ModelCache, preallocated", "prefill_chunk_size": self.prefill_chunk_size}
+        self.prefill_chunk_size, self.compiled = prefill_chunk_size, compile
+        self.settings = {
+            "cache": "ModelCache, preallocated",
+            "prefill_chunk_size": prefill_chunk_size,  # the one in use, as soon as there is one
+            "compiled": "token-wise parts of layers" if compile else "",
+            "gemm": gemm or str(model.dtype).removeprefix("torch."),
+        }
 
     def shape(self) -> dict[str, Any]:
         return {key: getattr(self.model.config, key) for key in YocoConfig.own_keys()}
+
+    def full(self, ids: torch.Tensor) -> torch.Tensor:
+        gemm = self.model.gemm
+        self.model.compile_layers(False).set_gemm(None)
+        logits = self.model(ids, use_cache=False).logits
+        self.model.compile_layers(self.compiled).set_gemm(gemm)
+        return logits
 
     def prefill(
         self, ids: torch.Tensor, room: int = 0, chunk_size: int | None = None
     ) -> tuple[torch.Tensor, ModelCache]:
         cache = self.model.new_cache(ids.shape[0], ids.shape[1] + room)
-        return self.model.prefill(ids, cache, chunk_size or self.prefill_chunk_size), cache
+        size = chunk_size or self.prefill_chunk_size or self.model.prefill_chunk_size(ids.shape[0])
+        self.settings["prefill_chunk_size"] = size
+        return self.model.prefill(ids, cache, size), cache
 
     def context(self, batch_size: int, tokens: int, room: int) -> ModelCache:
         ids = torch.zeros(batch_size, tokens, dtype=torch.long, device=self.model.device)

@@ -63,6 +63,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--device", help="cpu, cuda, ... (a GPU if there is one)")
     run.add_argument("--repeats", type=int, default=3, metavar="N", help="timed calls; their median counts (3)")
     run.add_argument("--prefill-chunk-size", type=int, metavar="N", help="tokens YOCO's prefill reads at a time")
+    run.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        help="use torch.compile, for Llama too (on a GPU yes, but for decode; on a CPU no)",
+    )
+    run.add_argument("--gemm", metavar="NAME", help="float8: YOCO's prefill multiplies in float8 (H100 or later)")
     run.add_argument("--no-peer", action="store_true", help="leave out Llama")
     run.add_argument("--peer-max-length", type=int, default=32768, metavar="N", help="no Llama beyond this (32768)")
     run.add_argument("--out", metavar="FILE", help="append every measurement to this file, as a line of JSON")
@@ -136,9 +142,13 @@ def make_subjects(args: argparse.Namespace, device: torch.device, dtype: torch.d
             raise ValueError(f"model {args.model!r} is a {type(model).__name__}; bench measures YOCO models.")
     else:
         model = fresh(make_config(args))
-    subjects: list[Subject] = [bench.Yoco(model, **chunk)]
+    compiled = args.compile
+    if compiled is None:
+        compiled = device.type == "cuda" and args.benchmark != "decode"
+    subjects: list[Subject] = [bench.Yoco(model, **chunk, compile=compiled, gemm=args.gemm)]
     if not args.no_peer:
-        subjects.append(bench.Llama(fresh(bench.llama_config(model.config))))
+        form = "model" if args.benchmark == "train" else "norms and feed-forward layers"
+        subjects.append(bench.Llama(fresh(bench.llama_config(model.config)), compile=form if compiled else ""))
     return subjects
 
 

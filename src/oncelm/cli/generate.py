@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--prefill-chunk-size",
         type=int,
         metavar="N",
-        help="tokens of the prompt read at a time (2048 on a CPU, 32768 on a GPU)",
+        help="tokens of the prompt read at a time (2048 on a CPU; on a GPU what its free memory allows, up to 32768)",
     )
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (a GPU if there is one)")
     parser.add_argument("--dtype", help="float32, bfloat16 or float16 (as the weights are stored)")

@@ -24,7 +24,12 @@ logger = logging.getLogger(__name__)
 
 
 def load(
-    path: str | os.PathLike[str], device: str | torch.device | None = None, dtype: str | torch.dtype | None = None
+    path: str | os.PathLike[str],
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    *,
+    compile: bool = False,
+    gemm: str | None = None,
 ) -> PreTrainedModel:
     """Load a model in evaluation mode.
 
@@ -33,13 +38,23 @@ def load(
             or a hub id.
         device: "cpu", "cuda", ...; None means a GPU if there is one.
         dtype: "float32", "bfloat16", ... or a torch.dtype; None means the checkpoint's.
+        compile: compile a YOCO's layers on their first long input (`YocoForCausalLM.compile_layers`).
+        gemm: "float8" for a YOCO's prefill (`YocoForCausalLM.set_gemm`); None means the model's dtype.
 
     Raises:
         FileNotFoundError: no such folder.
         ValueError: not a model, damaged, unsafe, or with missing or wrong-size tensors (and unexpected ones, where the
-            model is OnceLM's own).
+            model is OnceLM's own); `compile` or `gemm` for a model that is no YOCO.
     """
-    target, precision = resolve_device(device), None if dtype is None else resolve_dtype(dtype)
+    model = _read_model(path, resolve_device(device), None if dtype is None else resolve_dtype(dtype))
+    if isinstance(model, YocoForCausalLM):
+        return model.compile_layers(compile).set_gemm(gemm)
+    if compile or gemm:
+        raise ValueError(f"compile and gemm are options of YOCO models; {path} is a {type(model).__name__}.")
+    return model
+
+
+def _read_model(path: str | os.PathLike[str], target: torch.device, precision: torch.dtype | None) -> PreTrainedModel:
     if is_official_folder(path):
         return read_official(path, precision).to(target)
     config = read_config(path)

@@ -49,6 +49,7 @@ class TrainConfig:
     seed: int = 0
     dtype: str = "float32"  # of the computation; weights and optimizer are always float32
     device: str = "auto"
+    compile: bool = False  # the layers, by torch.compile: a GPU's steps get much faster, the first one takes a minute
 
     log_every: int = 10  # steps between lines in metrics.jsonl
     eval_every: int | None = 200  # steps between evaluations; None: only at the end

@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 
 # Settings that say where a run is, how long it lasts and what it reports: free to change on resume.
 _FREE_TO_CHANGE = {
-    *("out", "steps", "max_seconds", "device", "resume"),
+    *("out", "steps", "max_seconds", "device", "compile", "resume"),
     *("log_every", "eval_every", "eval_batches", "save_every", "keep_checkpoints"),
 }
 
@@ -90,6 +90,8 @@ class Trainer:
     ) -> None:
         self.device = resolve_device(None if config.device == "auto" else config.device)
         self.model = model.float().to(self.device)
+        if config.compile:
+            getattr(model, "compile_layers", model.compile)()
         self.dataset, self.config, self.tokenizer = dataset, config, tokenizer
         self.optimizer = build_optimizer(model, config)
         self.out = Path(config.out)

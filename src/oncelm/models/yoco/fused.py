@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from oncelm.models.yoco.config import YocoConfig
+from oncelm.models.yoco.linear import Linear, XavierLinear
 from oncelm.models.yoco.model import (
     CrossDecoder,
     DecoderLayer,
@@ -17,7 +18,6 @@ from oncelm.models.yoco.model import (
     RMSNorm,
     Tensors,
     TokenParts,
-    XavierLinear,
 )
 from oncelm.ops.decode_linear import LARGEST_HEAD, MOST_ROWS, linear_add, norm_linears, norm_swiglu
 
@@ -29,7 +29,7 @@ def fits(model: nn.Module, config: YocoConfig) -> bool:
     head = config.self_head_dim
     if config.self_decoder == "gated_retention" and (head & (head - 1) or head > LARGEST_HEAD):
         return False
-    known = (nn.Linear, XavierLinear, RMSNorm, nn.Embedding)
+    known = (nn.Linear, Linear, XavierLinear, RMSNorm, nn.Embedding)
     return all(
         type(module) in known and not module._forward_hooks and not module._forward_pre_hooks
         for module in model.modules()

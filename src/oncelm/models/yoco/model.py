@@ -22,6 +22,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from oncelm.cache import Batch, Memory, RetentionMemory, Selection, SharedMemory, WindowMemory
 from oncelm.models.yoco.config import YocoConfig
+from oncelm.models.yoco.linear import Linear, XavierLinear, project
 from oncelm.ops import apply_rope, rms_norm, rope_frequencies, rope_rotation, swiglu
 
 Tensors = tuple[torch.Tensor, ...]
@@ -37,14 +38,6 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return rms_norm(x, self.weight, self.eps)
-
-
-class XavierLinear(nn.Linear):
-    """A linear layer without bias that the official code initialises by Xavier's rule with a gain of its own."""
-
-    def __init__(self, in_features: int, out_features: int, gain: float) -> None:
-        super().__init__(in_features, out_features, bias=False)
-        self.gain = gain
 
 
 class Mixer(nn.Module):
@@ -84,11 +77,11 @@ class GatedRetention(Mixer):
         self.out_proj = XavierLinear(d, d, gain=2**-1)
 
     def before(self, h: torch.Tensor, rotation: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
-        q, k, v = (proj(h).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = apply_rope(q, rotation, self.pairing), apply_rope(k, rotation, self.pairing)
+        *qkv, gate = project(h, self.q_proj, self.k_proj, self.v_proj, self.g_proj)
+        q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in qkv)
         # the log decay stays float32: it is summed over the whole sequence
         g = F.logsigmoid(self.gt_proj(h).float()) / self.gate_logit_normalizer
-        return (q, k, v, g), self.g_proj(h)
+        return (apply_rope(q, rotation, self.pairing), apply_rope(k, rotation, self.pairing), v, g), gate
 
     def mix(self, inputs: Tensors, memory: RetentionMemory, batch: Batch) -> torch.Tensor:
         q, k, v, g = inputs
@@ -107,13 +100,14 @@ class SlidingWindowAttention(Mixer):
         d, self.head_dim = config.hidden_size, config.self_head_dim
         self.pairing = config.rope_pairing
         kv_dim = config.self_kv_heads * self.head_dim
-        self.q_proj = nn.Linear(d, d, bias=False)
-        self.k_proj = nn.Linear(d, kv_dim, bias=False)
-        self.v_proj = nn.Linear(d, kv_dim, bias=False)
-        self.out_proj = nn.Linear(d, d, bias=False)
+        self.q_proj = Linear(d, d)
+        self.k_proj = Linear(d, kv_dim)
+        self.v_proj = Linear(d, kv_dim)
+        self.out_proj = Linear(d, d)
 
     def before(self, h: torch.Tensor, rotation: torch.Tensor) -> tuple[Tensors, None]:
-        q, k, v = (proj(h).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        projected = project(h, self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in projected)
         return (apply_rope(q, rotation, self.pairing), apply_rope(k, rotation, self.pairing), v), None
 
     def mix(self, inputs: Tensors, memory: WindowMemory, batch: Batch) -> torch.Tensor:
@@ -131,8 +125,8 @@ class CrossAttention(Mixer):
         super().__init__()
         d, self.head_dim = config.hidden_size, config.head_dim
         self.pairing = config.rope_pairing
-        self.q_proj = nn.Linear(d, d, bias=False)
-        self.out_proj = nn.Linear(d, d, bias=False)
+        self.q_proj = Linear(d, d)
+        self.out_proj = Linear(d, d)
 
     def before(self, h: torch.Tensor, rotation: torch.Tensor) -> tuple[Tensors, None]:
         return (apply_rope(self.q_proj(h).unflatten(-1, (-1, self.head_dim)), rotation, self.pairing),), None
@@ -150,12 +144,12 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: YocoConfig) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.gate = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.fc1 = Linear(config.hidden_size, config.intermediate_size)
+        self.gate = Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.fc2(swiglu(self.fc1(x), self.gate(x)))
+        return self.fc2(swiglu(*project(x, self.fc1, self.gate)))
 
 
 class DecoderLayer(GradientCheckpointingLayer):
@@ -207,8 +201,8 @@ class CrossDecoder(nn.Module):
         super().__init__()
         self.head_dim, self.pairing = config.head_dim, config.rope_pairing
         kv_dim = config.shared_kv_heads * config.head_dim
-        self.k_proj = nn.Linear(config.hidden_size, kv_dim, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, kv_dim, bias=False)
+        self.k_proj = Linear(config.hidden_size, kv_dim)
+        self.v_proj = Linear(config.hidden_size, kv_dim)
         self.kv_layer_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.layers = nn.ModuleList(
             DecoderLayer(config, CrossAttention(config)) for _ in range(config.num_cross_decoder_layers)
@@ -216,8 +210,8 @@ class CrossDecoder(nn.Module):
 
     def keys_and_values(self, y: torch.Tensor, rotation: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """shared_k, shared_v [B, T, H_kv, D] of the self-decoder's output y [B, T, d]."""
-        y = self.kv_layer_norm(y)
-        k, v = (proj(y).unflatten(-1, (-1, self.head_dim)) for proj in (self.k_proj, self.v_proj))
+        projected = project(self.kv_layer_norm(y), self.k_proj, self.v_proj)
+        k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in projected)
         return apply_rope(k, rotation, self.pairing), v
 
 

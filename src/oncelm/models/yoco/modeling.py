@@ -28,20 +28,17 @@ from oncelm.cache import (
 )
 from oncelm.cache.shared_kv import STORED_DTYPES
 from oncelm.models.yoco import inputs as reading
-from oncelm.models.yoco.compiled import CompiledLayers
 from oncelm.models.yoco.config import YocoConfig
-from oncelm.models.yoco.model import CrossDecoder, RMSNorm, SelfDecoder, XavierLinear, run_layers
+from oncelm.models.yoco.execution import Execution
+from oncelm.models.yoco.linear import XavierLinear
+from oncelm.models.yoco.model import CrossDecoder, RMSNorm, SelfDecoder, run_layers
 from oncelm.models.yoco.stepper import stepper
 from oncelm.ops import linear_cross_entropy
 from oncelm.ops.quantize import LARGEST
 from oncelm.utils.errors import check_choice, unknown
 
-# Tokens that prefill reads at a time, by device. A CPU is fastest while activations stay near its caches (8192 tokens
-# of d 512 in bf16: 1.2 s in chunks of 2048, 1.45 s in one), a GPU while its matrix products are large.
-PREFILL_CHUNK_SIZES = {"cpu": 2048, "cuda": 32768}
 
-
-class YocoForCausalLM(CompiledLayers, PreTrainedModel, GenerationMixin):
+class YocoForCausalLM(Execution, PreTrainedModel, GenerationMixin):
     """A decoder-decoder language model (arXiv 2405.05254). Parameters carry the official checkpoint's names."""
 
     config_class = YocoConfig
@@ -340,11 +337,6 @@ class YocoForCausalLM(CompiledLayers, PreTrainedModel, GenerationMixin):
 
     # -- reading long input ---------------------------------------------------------------------------------------
 
-    @property
-    def prefill_chunk_size(self) -> int:
-        """Tokens that `prefill` reads at a time on the model's device, unless told otherwise."""
-        return PREFILL_CHUNK_SIZES.get(self.device.type, 8192)
-
     @torch.no_grad()
     def prefill(
         self,
@@ -361,20 +353,21 @@ class YocoForCausalLM(CompiledLayers, PreTrainedModel, GenerationMixin):
         Args:
             input_ids: [B, T].
             cache: from `new_cache`.
-            chunk_size: tokens a chunk; None means `prefill_chunk_size`. Memory for activations is proportional to it.
+            chunk_size: tokens of each row in a chunk; None means `prefill_chunk_size(B)`, which follows from the free
+                memory. Memory for activations is proportional to it.
             attention_mask: [B, T], 0 at padding.
             progress: called after each chunk with the number of columns read so far.
 
         Returns:
             Logits [B, V] of each sequence's last token.
         """
-        size = self.prefill_chunk_size if chunk_size is None else chunk_size
-        if size < 1:
-            raise ValueError(f"chunk_size must be at least 1, got {size}.")
+        if chunk_size is not None and chunk_size < 1:
+            raise ValueError(f"chunk_size must be at least 1, got {chunk_size}.")
         self._check_tokens(input_ids, None)
         if self._check_cache(cache) is None:
             raise ValueError("prefill needs a cache: model.new_cache(batch_size, max_tokens=...).")
         B, T = input_ids.shape
+        size = chunk_size or self.prefill_chunk_size(B)
         device = input_ids.device
         inputs = reading.read_inputs(input_ids.shape, device, attention_mask, None, cache.lengths, cache.columns)
         cache.check_room(max(inputs.batch.lengths))

@@ -1,0 +1,151 @@
+"""How a model's layers are executed, whatever they compute: compiled or not, in which precision, how much at a time.
+
+Compiling fuses norms, rotations, gates and residual sums into few kernels. Each token-wise part is compiled once for
+all layers of a kind, not once a layer: dynamo takes a layer's weights as inputs. What mixes tokens stays as it is, so
+every memory works, and a chunk's place in the text never reaches a compiler.
+
+    part              kinds of layers            without gradients      with gradients
+    before, after     self, cross                one graph, any T       one graph a batch shape
+    keys_and_values   -                          one graph, any T       one graph a batch shape
+
+(B = 1 and B > 1 are two graphs; so are two dtypes.)
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Self
+
+import torch
+
+from oncelm.models.yoco.config import YocoConfig
+from oncelm.models.yoco.linear import Linear
+from oncelm.models.yoco.model import PLAIN, SelfDecoder, TokenParts
+from oncelm.ops.float8 import check_float8
+from oncelm.utils.errors import check_choice
+
+MIN_TOKENS = 64  # in all rows; for fewer, as in decoding, checking a compiled part's conditions costs what it saves
+MAX_GRAPHS = 64  # of one part, over all models of a process; torch's own limit, 8, is one model's training and prefill
+
+# Tokens of a prefill chunk, in all rows. A CPU is fastest while activations stay near its caches (8192 tokens of d 512
+# in bf16: 1.2 s in chunks of 2048, 1.45 s in one), a GPU while its matrix products are large.
+CPU_CHUNK_TOKENS = 2048
+GPU_CHUNK_TOKENS = (2048, 32768)  # fewest, most
+MIN_CHUNK_COLUMNS = 256  # of each row, however many rows: a sliding window is read anew for each chunk
+
+
+@functools.cache
+def compiled_parts(gradients: bool) -> TokenParts:
+    """The compiled parts, for all models; nothing is compiled before the first call of each.
+
+    Prompts come in any length, so graphs without gradients take any T from the start. Training batches are of one
+    shape, and a fixed shape makes better backward kernels.
+    """
+    torch._dynamo.config.recompile_limit = max(MAX_GRAPHS, torch._dynamo.config.recompile_limit)
+    compiled = functools.partial(torch.compile, fullgraph=True, dynamic=None if gradients else True)
+    return TokenParts(compiled(PLAIN.before), compiled(PLAIN.after), compiled(PLAIN.keys_and_values))
+
+
+def activation_bytes(config: YocoConfig, element_size: int) -> int:
+    """Bytes a token of a prefill chunk takes at the worst moment of a self-decoder layer.
+
+    Before tokens meet: the embeddings, x, norm(x), q, k, v, the gate and rotated q, k. In the feed-forward layer: the
+    embeddings, x twice, what retention gave, the gate, norm(x), and two activations of the inner width.
+    """
+    d, f = config.hidden_size, config.intermediate_size
+    return element_size * max(9 * d, 6 * d + 2 * f)
+
+
+def fitting_chunk(free_bytes: int, bytes_per_token: int) -> int:
+    """Tokens of a chunk whose activations take at most half of the free memory: a power of two in GPU_CHUNK_TOKENS.
+
+    The other half is for what the allocator cannot join, and for kernels' own buffers.
+    """
+    least, most = GPU_CHUNK_TOKENS
+    fitting = max(1, free_bytes // 2 // bytes_per_token)
+    return min(most, max(least, 1 << (fitting.bit_length() - 1)))
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes of a GPU that nobody uses: what the driver has left, and what torch's allocator holds in reserve."""
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused
+
+
+class Execution:
+    """The part of YocoForCausalLM that decides how its layers are executed."""
+
+    config: YocoConfig
+    device: torch.device
+    dtype: torch.dtype
+    self_decoder: SelfDecoder
+    compiles_layers = False
+    gemm: str | None = None
+
+    def compile_layers(self, enabled: bool = True) -> Self:
+        """Compute the token-wise parts of the layers with torch.compile, wherever at least MIN_TOKENS tokens are read:
+        in prefill, scoring and training.
+
+        The first pass of each kind compiles, which takes some ten seconds on a GPU. Results agree to rounding. Needs a
+        C++ compiler (CPU) or Triton (GPU).
+
+        Args:
+            enabled: False goes back to plain PyTorch.
+
+        Returns:
+            The model itself.
+        """
+        self.compiles_layers = enabled
+        return self
+
+    def set_gemm(self, gemm: str | None) -> Self:
+        """Choose how the self-decoder's matrices are multiplied where at least 64 tokens are read without gradients.
+
+        Args:
+            gemm: "float8" rounds both operands to float8 (e4m3) row by row: faster on an H100, a few percent of error in
+                the logits, a byte more of memory for each weight; the projections of retention's decay and of the
+                shared K/V stay exact. None multiplies in the model's dtype.
+
+        Returns:
+            The model itself. The rounded weights follow it to other devices, but not later changes of the weights: call
+            this again after those.
+
+        Raises:
+            ValueError: an unknown name; a device that cannot; sizes that are no multiples of 16.
+        """
+        layers = [
+            module
+            for name, module in self.self_decoder.named_modules()
+            if isinstance(module, Linear) and not name.endswith("gt_proj")
+        ]
+        if gemm is not None:
+            check_choice("gemm", gemm, ("float8",))
+            check_float8(self.device)
+            if odd := [size for layer in layers for size in layer.weight.shape if size % 16]:
+                raise ValueError(
+                    f"gemm='float8' needs layers whose sizes are multiples of 16; this model has {odd[0]}."
+                )
+        for layer in layers:
+            layer.set_float8(gemm is not None)
+        self.gemm = gemm
+        return self
+
+    def token_parts(self, x: torch.Tensor) -> TokenParts:
+        """How to compute a layer's token-wise parts on x [B, T, d]."""
+        if self.compiles_layers and x.shape[0] * x.shape[1] >= MIN_TOKENS:
+            return compiled_parts(torch.is_grad_enabled())
+        return PLAIN
+
+    def prefill_chunk_size(self, batch_size: int = 1) -> int:
+        """Tokens of each of `batch_size` rows that `prefill` reads at a time, unless told otherwise.
+
+        On a GPU the choice follows from the memory that is free now: as much as fits in half of it, but no more than
+        pays off. On a CPU it is what its caches like.
+        """
+        if self.device.type == "cpu":
+            tokens = CPU_CHUNK_TOKENS
+        elif self.device.type == "cuda":
+            tokens = fitting_chunk(free_memory(self.device), activation_bytes(self.config, self.dtype.itemsize))
+        else:
+            tokens = GPU_CHUNK_TOKENS[0]
+        return max(tokens // batch_size, MIN_CHUNK_COLUMNS)

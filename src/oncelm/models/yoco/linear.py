@@ -1,0 +1,64 @@
+"""Linear layers, which can also multiply in float8 where many tokens are read without gradients: prefill and scoring.
+
+Decoding is bound by reading weights and keeps the exact ones, so both forms are held: a byte more for each weight of
+such a layer (1.6 GB for the 3B preset). State dicts and saved models have the exact weights alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Self
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from oncelm.ops.float8 import Float8Rows, linear_float8, round_rows
+
+MIN_FLOAT8_TOKENS = 64  # in all rows; fewer are multiplied with the exact weights
+
+
+class Linear(nn.Linear):
+    """x W^T, weight [N, K], without bias; `rounded` is the weight in float8, or None where that is not wanted."""
+
+    rounded: Float8Rows | None = None
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features, bias=False)
+
+    @torch.no_grad()
+    def set_float8(self, enabled: bool) -> None:
+        """Keep the present weight in float8 too, or no longer. Call it again after changing the weight."""
+        self.rounded = round_rows(self.weight) if enabled else None
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> Self:
+        """Another device or dtype."""
+        super()._apply(fn, recurse)
+        self.set_float8(self.rounded is not None)
+        return self
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.rounded is not None and _is_for_float8(x):
+            return linear_float8(round_rows(x), self.rounded, x.dtype)
+        return F.linear(x, self.weight)
+
+
+class XavierLinear(Linear):
+    """A linear layer that the official code initialises by Xavier's rule with a gain of its own."""
+
+    def __init__(self, in_features: int, out_features: int, gain: float) -> None:
+        super().__init__(in_features, out_features)
+        self.gain = gain
+
+
+def project(x: torch.Tensor, *linears: nn.Module) -> list[torch.Tensor]:
+    """Several linear layers of one x [..., K]: [..., N] each. In float8, x is rounded once for all of them."""
+    rounded = [linear.rounded for linear in linears if isinstance(linear, Linear) and linear.rounded is not None]
+    if len(rounded) == len(linears) and _is_for_float8(x):
+        rows = round_rows(x)
+        return [linear_float8(rows, weight, x.dtype) for weight in rounded]
+    return [linear(x) for linear in linears]
+
+
+def _is_for_float8(x: torch.Tensor) -> bool:
+    return x.numel() >= MIN_FLOAT8_TOKENS * x.shape[-1] and not torch.is_grad_enabled()
