@@ -28,7 +28,7 @@ def round_rows(x: torch.Tensor) -> Float8Rows:
 
 
 def linear_float8(x: Float8Rows, weight: Float8Rows, dtype: torch.dtype) -> torch.Tensor:
-    """x W^T for x [..., K] and weight [N, K], K and N multiples of 16: [..., N] in `dtype`, bfloat16; sums in float32."""
+    """x W^T for x [..., K] and weight [N, K], K, N multiples of 16: [..., N] in `dtype`, bfloat16; sums in float32."""
     values, scales = x.values.flatten(0, -2), x.scales.flatten(0, -2)
     out = torch._scaled_mm(
         values,

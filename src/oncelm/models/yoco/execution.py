@@ -102,8 +102,8 @@ class Execution:
         """Choose how the self-decoder's matrices are multiplied where at least 64 tokens are read without gradients.
 
         Args:
-            gemm: "float8" rounds both operands to float8 (e4m3) row by row: faster on an H100, a few percent of error in
-                the logits, a byte more of memory for each weight; the projections of retention's decay and of the
+            gemm: "float8" rounds both operands to float8 (e4m3) row by row: faster on an H100, a few percent of error
+                in the logits, a byte more of memory for each weight; the projections of retention's decay and of the
                 shared K/V stay exact. None multiplies in the model's dtype.
 
         Returns:
