@@ -10,7 +10,9 @@ import os
 import pytest
 import torch
 
+from oncelm import YocoForCausalLM
 from oncelm.models.yoco import stepper
+from oncelm.models.yoco.model import PLAIN
 from tests.models.small import KINDS, VOCAB, make_model
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -26,11 +28,10 @@ fused = pytest.param(
 def parts(request, monkeypatch):
     """The token-wise parts that steps use."""
     if request.param == "plain":
-        monkeypatch.setattr(stepper, "_fused", lambda model, rows: None)
+        chosen = PLAIN
     else:
-        from oncelm.models.yoco import fused as module
-
-        monkeypatch.setattr(stepper, "_fused", lambda model, rows: module)
+        from oncelm.models.yoco.fused import FUSED as chosen
+    monkeypatch.setattr(YocoForCausalLM, "token_parts", lambda model, x: chosen if x.shape[1] == 1 else PLAIN)
     return request.param
 
 
@@ -122,3 +123,28 @@ def test_forward_replays_a_graph(kind):
         logits = model(ids[:, t : t + 1], past_key_values=cache).logits
         torch.testing.assert_close(logits[:, 0], expected[:, t], rtol=1e-3, atol=1e-3)
     assert stepper.stepper(model, cache).graph is not None
+
+
+@pytest.mark.skipif(not INTERPRETED and DEVICE == "cpu", reason="needs Triton's device")
+def test_a_layer_with_an_adapter_is_computed_as_it_is():
+    class Doubled(torch.nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    from oncelm.models.yoco.fused import FUSED
+
+    model, ids = make("retention"), draw_ids(1, 1)
+    layer = model.self_decoder.layers[0]
+    x = model.embed(ids)
+    rotation = torch.zeros(1, 1, layer.mixer.head_dim // 2, 2, device=DEVICE)
+    for name in ("q_proj", "out_proj"):
+        plain = getattr(layer.mixer, name)
+        own = Doubled(plain.in_features, plain.out_features, bias=False, device=DEVICE)
+        own.weight = plain.weight
+        setattr(layer.mixer, name, own)
+    with torch.no_grad():
+        inputs, gate = FUSED.before(layer, x, rotation)
+        expected, expected_gate = PLAIN.before(layer, x, rotation)
+        torch.testing.assert_close(inputs, expected)
+        o = torch.randn_like(inputs[2])
+        torch.testing.assert_close(FUSED.after(layer, x, o, gate), PLAIN.after(layer, x, o, expected_gate))

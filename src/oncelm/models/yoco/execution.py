@@ -14,6 +14,7 @@ every memory works, and a chunk's place in the text never reaches a compiler.
 from __future__ import annotations
 
 import functools
+import importlib.util
 from typing import Self
 
 import torch
@@ -25,6 +26,7 @@ from oncelm.ops.float8 import check_float8
 from oncelm.utils.errors import check_choice
 
 MIN_TOKENS = 64  # in all rows; for fewer, as in decoding, checking a compiled part's conditions costs what it saves
+MOST_FUSED = 16  # tokens in all rows that fused kernels compute: decoding, and the one wanted token of a prefill
 MAX_GRAPHS = 64  # of one part, over all models of a process; torch's own limit, 8, is one model's training and prefill
 
 # Tokens of a prefill chunk, in all rows. A CPU is fastest while activations stay near its caches (8192 tokens of d 512
@@ -43,7 +45,7 @@ def compiled_parts(gradients: bool) -> TokenParts:
     """
     torch._dynamo.config.recompile_limit = max(MAX_GRAPHS, torch._dynamo.config.recompile_limit)
     compiled = functools.partial(torch.compile, fullgraph=True, dynamic=None if gradients else True)
-    return TokenParts(compiled(PLAIN.before), compiled(PLAIN.after), compiled(PLAIN.keys_and_values))
+    return TokenParts(compiled(PLAIN.before), compiled(PLAIN.after), compiled(PLAIN.keys_and_values), PLAIN.head)
 
 
 def activation_bytes(config: YocoConfig, element_size: int) -> int:
@@ -70,6 +72,12 @@ def free_memory(device: torch.device) -> int:
     """Bytes of a GPU that nobody uses: what the driver has left, and what torch's allocator holds in reserve."""
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + unused
+
+
+@functools.cache
+def has_fused_kernels(dtype: torch.dtype) -> bool:
+    """Whether fused.py computes in this dtype here: it needs Triton."""
+    return dtype != torch.float64 and importlib.util.find_spec("triton") is not None
 
 
 class Execution:
@@ -132,8 +140,13 @@ class Execution:
 
     def token_parts(self, x: torch.Tensor) -> TokenParts:
         """How to compute a layer's token-wise parts on x [B, T, d]."""
-        if self.compiles_layers and x.shape[0] * x.shape[1] >= MIN_TOKENS:
+        tokens = x.shape[0] * x.shape[1]
+        if self.compiles_layers and tokens >= MIN_TOKENS:
             return compiled_parts(torch.is_grad_enabled())
+        if x.is_cuda and 0 < tokens <= MOST_FUSED and not torch.is_grad_enabled() and has_fused_kernels(x.dtype):
+            from oncelm.models.yoco.fused import FUSED
+
+            return FUSED
         return PLAIN
 
     def prefill_chunk_size(self, batch_size: int = 1) -> int:

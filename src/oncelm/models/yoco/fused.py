@@ -1,7 +1,7 @@
 """The token-wise parts of a layer for a few tokens on a GPU: one kernel before tokens meet, three after.
 
-`FUSED` computes what PLAIN computes (model.py), to rounding, with the kernels of `ops.decode_linear`. It reads the
-weights of plain linear layers; `fits` says whether a model has nothing else (adapters, quantised or hooked layers).
+`FUSED` computes what PLAIN computes (model.py), to rounding, with the kernels of `ops.decode_linear`. They read the
+weights of plain linear layers; a layer with anything else (adapters, hooks) is computed by PLAIN.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from oncelm.models.yoco.config import YocoConfig
 from oncelm.models.yoco.linear import Linear, XavierLinear
 from oncelm.models.yoco.model import (
+    PLAIN,
     CrossDecoder,
     DecoderLayer,
     GatedRetention,
@@ -19,21 +19,18 @@ from oncelm.models.yoco.model import (
     Tensors,
     TokenParts,
 )
-from oncelm.ops.decode_linear import LARGEST_HEAD, MOST_ROWS, linear_add, norm_linears, norm_swiglu
+from oncelm.ops.decode_linear import LARGEST_HEAD, linear_add, norm_linears, norm_swiglu
 
-__all__ = ["FUSED", "MOST_ROWS", "fits", "head"]
+__all__ = ["FUSED"]
+
+PLAIN_LINEARS = (nn.Linear, Linear, XavierLinear)
 
 
-def fits(model: nn.Module, config: YocoConfig) -> bool:
-    """Whether FUSED can stand for PLAIN in this model."""
-    head = config.self_head_dim
-    if config.self_decoder == "gated_retention" and (head & (head - 1) or head > LARGEST_HEAD):
-        return False
-    known = (nn.Linear, Linear, XavierLinear, RMSNorm, nn.Embedding)
+def is_plain(*linears: nn.Module) -> bool:
+    """Whether nothing but a product with the weight happens in these layers."""
     return all(
-        type(module) in known and not module._forward_hooks and not module._forward_pre_hooks
-        for module in model.modules()
-        if not list(module.children())
+        type(linear) in PLAIN_LINEARS and not linear._forward_hooks and not linear._forward_pre_hooks
+        for linear in linears
     )
 
 
@@ -41,6 +38,8 @@ def before(layer: DecoderLayer, x: torch.Tensor, rotation: torch.Tensor) -> tupl
     """As DecoderLayer.before."""
     mixer = layer.mixer
     names = [name for name in ("q_proj", "k_proj", "v_proj", "g_proj", "gt_proj") if hasattr(mixer, name)]
+    if not is_plain(*(getattr(mixer, name) for name in names)):
+        return PLAIN.before(layer, x, rotation)
     kinds = {"q_proj": "rope", "k_proj": "rope", "gt_proj": "decay"}
     outputs = norm_linears(
         x.flatten(0, 1),
@@ -64,6 +63,9 @@ def before(layer: DecoderLayer, x: torch.Tensor, rotation: torch.Tensor) -> tupl
 def after(layer: DecoderLayer, x: torch.Tensor, o: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:
     """As DecoderLayer.after."""
     mixer, ffn, norm = layer.mixer, layer.ffn, layer.final_layer_norm
+    head_fits = mixer.head_dim <= LARGEST_HEAD and mixer.head_dim & (mixer.head_dim - 1) == 0
+    if not (head_fits or gate is None) or not is_plain(mixer.out_proj, ffn.fc1, ffn.gate, ffn.fc2):
+        return PLAIN.after(layer, x, o, gate)
     rows, mixed = x.flatten(0, 1), o.flatten(2).flatten(0, 1)
     if isinstance(mixer, GatedRetention):
         assert gate is not None
@@ -77,6 +79,8 @@ def after(layer: DecoderLayer, x: torch.Tensor, o: torch.Tensor, gate: torch.Ten
 
 def keys_and_values(cross: CrossDecoder, y: torch.Tensor, rotation: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """As CrossDecoder.keys_and_values."""
+    if not is_plain(cross.k_proj, cross.v_proj):
+        return PLAIN.keys_and_values(cross, y, rotation)
     k, v = norm_linears(
         y.flatten(0, 1),
         cross.kv_layer_norm.weight,
@@ -91,7 +95,9 @@ def keys_and_values(cross: CrossDecoder, y: torch.Tensor, rotation: torch.Tensor
 
 
 def head(x: torch.Tensor, norm: RMSNorm, projection: nn.Linear) -> torch.Tensor:
-    """Logits [B, T, V] of x [B, T, d]: the final norm and the output projection."""
+    """As PLAIN.head."""
+    if not is_plain(projection):
+        return PLAIN.head(x, norm, projection)
     (logits,) = norm_linears(x.flatten(0, 1), norm.weight, norm.eps, [projection.weight], ["plain"])
     return logits.unflatten(0, x.shape[:2])
 
@@ -101,4 +107,4 @@ def _rows(rotation: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return rotation.expand(x.shape[0], -1, -1, -1).flatten(0, 1).contiguous()
 
 
-FUSED = TokenParts(before, after, keys_and_values)
+FUSED = TokenParts(before, after, keys_and_values, head)

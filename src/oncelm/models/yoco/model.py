@@ -221,14 +221,21 @@ class TokenParts(NamedTuple):
     Attributes:
         before, after: as in DecoderLayer, with the layer as first argument.
         keys_and_values: as in CrossDecoder, with the cross-decoder as first argument.
+        head: logits [B, T, V] of the last layer's output [B, T, d], by the final norm and the output projection.
     """
 
     before: Callable[[DecoderLayer, torch.Tensor, torch.Tensor], tuple[Tensors, torch.Tensor | None]]
     after: Callable[[DecoderLayer, torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
     keys_and_values: Callable[[CrossDecoder, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+    head: Callable[[torch.Tensor, RMSNorm, nn.Linear], torch.Tensor]
 
 
-PLAIN = TokenParts(DecoderLayer.before, DecoderLayer.after, CrossDecoder.keys_and_values)
+PLAIN = TokenParts(
+    DecoderLayer.before,
+    DecoderLayer.after,
+    CrossDecoder.keys_and_values,
+    lambda x, norm, projection: projection(norm(x)),
+)
 
 
 def run_layers(

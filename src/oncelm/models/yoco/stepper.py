@@ -6,15 +6,13 @@ in beam search, is not worth a recording) and replayed from then on, at whatever
 
 from __future__ import annotations
 
-import importlib.util
-from types import ModuleType
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 import torch
 
 from oncelm.cache import Batch, ModelCache, Selection, StepMemory
-from oncelm.models.yoco.model import PLAIN, run_layers
+from oncelm.models.yoco.model import run_layers
 
 if TYPE_CHECKING:
     from oncelm.models.yoco.modeling import YocoForCausalLM
@@ -38,7 +36,6 @@ class Stepper:
         self.reached: tuple[int, ...] | None = None  # where `positions` stands
         self.steps = 0
         self.graph: torch.cuda.CUDAGraph | None = None
-        self.fused = _fused(model, cache.batch_size)
 
     def __call__(self, tokens: torch.Tensor, cache: ModelCache) -> torch.Tensor:
         """Append tokens [N, 1]: logits [N, V], valid until the next step."""
@@ -66,16 +63,13 @@ class Stepper:
 
     def _run(self) -> None:
         model = self.model
-        batch, parts = Batch.step(self.positions), PLAIN if self.fused is None else self.fused.FUSED
+        batch = Batch.step(self.positions)
         x = run_layers(
             model.config, model.self_decoder, model.cross_decoder, model.embed(self.tokens), batch, self.memory,
-            Selection(batch, columns=slice(None)), lambda x: parts,
+            Selection(batch, columns=slice(None)), model.token_parts,
         )  # fmt: skip
         assert x is not None
-        if self.fused is not None:
-            self.logits = self.fused.head(x, model.layer_norm, model.output_projection)[:, -1]
-        else:
-            self.logits = model.output_projection(model.layer_norm(x))[:, -1]
+        self.logits = model.token_parts(x).head(x, model.layer_norm, model.output_projection)[:, -1]
         self.positions += 1
 
 
@@ -94,12 +88,3 @@ def _addresses(model: YocoForCausalLM, cache: ModelCache) -> tuple[int, ...]:
     """Where a graph would read and write: it is recorded anew when one of them has changed."""
     weights = (model.embed_tokens.weight, model.output_projection.weight, model.layer_norm.weight)
     return tuple(tensor.data_ptr() for tensor in (*weights, *cache.tensors().values()))
-
-
-def _fused(model: YocoForCausalLM, rows: int) -> ModuleType | None:
-    """The module of fused kernels, if they can run this model on this device."""
-    if model.device.type != "cuda" or model.dtype == torch.float64 or importlib.util.find_spec("triton") is None:
-        return None
-    from oncelm.models.yoco import fused
-
-    return fused if rows <= fused.MOST_ROWS and fused.fits(model, model.config) else None
