@@ -45,14 +45,16 @@ def make(kind: str):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_steps_equal_a_full_forward(kind, parts):
-    model, ids = make(kind), draw_ids(2, 14)
+    if INTERPRETED and parts == "fused" and kind not in ("retention", "window", "llama-like"):
+        pytest.skip("the interpreter is slow; other kinds have the same layers")
+    model, ids = make(kind), draw_ids(2, 12)
     expected = model(ids, use_cache=False).logits
-    cache = model.new_cache(2, 14)
+    cache = model.new_cache(2, 12)
     model.prefill(ids[:, :9], cache)
-    for t in range(9, 14):
+    for t in range(9, 12):
         torch.testing.assert_close(model.step(ids[:, t : t + 1], cache), expected[:, t], **close)
-    assert cache.lengths == (14, 14)
-    assert cache.columns == 14
+    assert cache.lengths == (12, 12)
+    assert cache.columns == 12
 
 
 @pytest.mark.parametrize("kind", ["retention", "window"])
@@ -75,18 +77,18 @@ def test_steps_go_on_after_a_prefill_a_return_and_a_reset(parts):
     cache = model.new_cache(1, 20)
     model.prefill(ids[:, :4], cache)
     point = cache.snapshot(shared=False)
-    for t in range(4, 8):
+    for t in range(4, 7):
         model.step(ids[:, t : t + 1], cache)
     cache.restore(point)
-    for t in range(4, 8):
+    for t in range(4, 7):
         logits = model.step(ids[:, t : t + 1], cache)
-    torch.testing.assert_close(logits, expected[:, 7], **close)
-    model.prefill(ids[:, 8:15], cache)
+    torch.testing.assert_close(logits, expected[:, 6], **close)
+    model.prefill(ids[:, 7:15], cache)
     torch.testing.assert_close(model.step(ids[:, 15:16], cache), expected[:, 15], **close)
     cache.reset()
-    for t in range(3):
+    for t in range(2):
         logits = model.step(ids[:, t : t + 1], cache)
-    torch.testing.assert_close(logits, expected[:, 2], **close)
+    torch.testing.assert_close(logits, expected[:, 1], **close)
 
 
 def test_a_growing_cache_and_other_rows(parts):
@@ -94,10 +96,10 @@ def test_a_growing_cache_and_other_rows(parts):
     expected = model(ids, use_cache=False).logits
     cache = model.new_cache(2)
     model.prefill(ids[:, :254], cache)
-    for t in range(254, 259):  # the first capacity is 256
+    for t in range(254, 258):  # the first capacity is 256
         torch.testing.assert_close(model.step(ids[:, t : t + 1], cache), expected[:, t], **close)
     cache.select([1])
-    torch.testing.assert_close(model.step(ids[1:, 259:260], cache), expected[1:, 259], **close)
+    torch.testing.assert_close(model.step(ids[1:, 258:259], cache), expected[1:, 258], **close)
 
 
 def test_a_full_cache_is_refused_before_anything_changes(parts):
