@@ -12,8 +12,15 @@ from oncelm.bench.subjects import Subject
 # tokens of the prompt, of a chunk of it (the last one shorter; enough for compiled layers), and decoded ones
 PROMPT, CHUNK, STEPS = 140, 75, 4
 
-# allowed norm of the difference, relative to the norm: some hundred roundings
-TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 6e-2}
+# allowed norm of the difference, relative to the norm: some hundred roundings; for 8 bits, those of keys and values
+TOLERANCES = {
+    torch.float64: 1e-8,
+    torch.float32: 1e-4,
+    torch.float16: 2e-2,
+    torch.bfloat16: 6e-2,
+    torch.float8_e4m3fn: 6e-2,
+    torch.int8: 6e-2,
+}
 FLOAT8_TOLERANCE = 0.3
 
 
@@ -28,7 +35,7 @@ def check(subject: Subject, dtype: torch.dtype, training: bool = False) -> dict[
     The full forward and the loss are plain PyTorch, whatever is compiled.
 
     Args:
-        dtype: of the computation; sets the tolerance.
+        dtype: of the computation; it and the dtype of the cache set the tolerance.
         training: leave prefill and decoding plain too; `check_step` is the check of compiled training.
 
     Returns:
@@ -52,7 +59,8 @@ def check(subject: Subject, dtype: torch.dtype, training: bool = False) -> dict[
         "loss": _error(loss, F.cross_entropy(full[:, :-1].flatten(0, 1), ids[:, 1:].flatten())),
     }
     float8 = subject.settings.get("gemm") == "float8"
-    _refuse(subject, errors, FLOAT8_TOLERANCE if float8 else TOLERANCES[dtype], "float8" if float8 else dtype)
+    allowed = max(FLOAT8_TOLERANCE if float8 else TOLERANCES[dtype], TOLERANCES[subject.kv_dtype])
+    _refuse(subject, errors, allowed, "float8" if float8 else dtype)
     return errors
 
 

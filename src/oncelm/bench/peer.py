@@ -52,7 +52,7 @@ class Llama:
     name = "Llama"
 
     def __init__(self, model: LlamaForCausalLM, compile: str = "") -> None:
-        self.model, self.compiled = model, bool(compile)
+        self.model, self.compiled, self.kv_dtype = model, bool(compile), model.dtype
         if compile == "model":
             model.compile()
         elif compile:

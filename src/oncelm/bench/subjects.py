@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from oncelm.bench.work import WorkCounts, YocoWork
 from oncelm.cache import ModelCache
 from oncelm.models import YocoConfig, YocoForCausalLM
+from oncelm.ops.quantize import LARGEST
 
 
 class Subject(Protocol):
@@ -18,6 +19,7 @@ class Subject(Protocol):
     name: str
     settings: dict[str, Any]  # how it is run, for the record
     compiled: bool  # by torch.compile, so that the first call of a kind takes much longer
+    kv_dtype: torch.dtype  # of the keys and values in its cache
 
     @property
     def model(self) -> PreTrainedModel: ...
@@ -93,12 +95,16 @@ class Yoco:
         prefill_chunk_size: int | None = None,
         compile: bool = False,
         gemm: str | None = None,
+        kv_dtype: torch.dtype | None = None,
     ) -> None:
         self.model = model.compile_layers(compile).set_gemm(gemm)
-        self.work = YocoWork(model.config, model.dtype.itemsize)
+        self.kv_dtype = kv_dtype or model.dtype
+        a_scale = 4 / model.config.head_dim if self.kv_dtype in LARGEST else 0
+        self.work = YocoWork(model.config, model.dtype.itemsize, self.kv_dtype.itemsize + a_scale)
         self.prefill_chunk_size, self.compiled = prefill_chunk_size, compile
         self.settings = {
             "cache": "ModelCache, preallocated",
+            "kv_dtype": str(self.kv_dtype).removeprefix("torch."),
             "prefill_chunk_size": prefill_chunk_size,  # the one in use, as soon as there is one
             "compiled": "token-wise parts of layers" if compile else "",
             "gemm": gemm or str(model.dtype).removeprefix("torch."),
@@ -117,7 +123,7 @@ class Yoco:
     def prefill(
         self, ids: torch.Tensor, room: int = 0, chunk_size: int | None = None
     ) -> tuple[torch.Tensor, ModelCache]:
-        cache = self.model.new_cache(ids.shape[0], ids.shape[1] + room)
+        cache = self.model.new_cache(ids.shape[0], ids.shape[1] + room, self.kv_dtype)
         size = chunk_size or self.prefill_chunk_size or self.model.prefill_chunk_size(ids.shape[0])
         self.settings["prefill_chunk_size"] = size
         return self.model.prefill(ids, cache, size), cache

@@ -116,10 +116,21 @@ class LlamaWork:
 
 @dataclass(frozen=True)
 class YocoWork:
-    """The costs of a YOCO; `element_size` is of weights and cache, in bytes (retention states are float32)."""
+    """The costs of a YOCO.
+
+    Attributes:
+        element_size: bytes of a number of the weights and windows (retention states are float32).
+        shared_element_size: bytes of a number of the shared cache, its share of a scale included; None: the same.
+    """
 
     config: YocoConfig
     element_size: int
+    shared_element_size: float | None = None
+
+    @property
+    def shared_bytes(self) -> float:
+        """That a token leaves in the shared cache."""
+        return self.cached * (self.shared_element_size or self.element_size)
 
     @property
     def cached(self) -> int:
@@ -182,8 +193,8 @@ class YocoWork:
     def prefill(self, B: int, T: int) -> Work:
         """Self-decoder and shared K/V on T tokens; the cross-decoder and the head on the last one (early exit)."""
         linear, mixing = self._forward(B, T, wanted=1, pairs=T)
-        moved = self.weights + B * T * self.cached * (1 + self.exiting)  # written; read for the last token
-        return Work(linear, mixing, moved * self.element_size)
+        shared = B * T * self.shared_bytes * (1 + self.exiting)  # written; read for the last token
+        return Work(linear, mixing, self.weights * self.element_size + shared)
 
     def decode(self, B: int, S: int) -> Work:
         """Each cross-decoder layer reads (S + 1) c numbers; a self-decoder layer its state or its window."""
@@ -194,11 +205,10 @@ class YocoWork:
         else:
             own, own_bytes = seen, seen * 2 * c.self_kv_heads * c.self_head_dim * self.element_size
         layers, cross = c.num_self_decoder_layers, c.num_cross_decoder_layers
-        shared_bytes = (S + 1) * self.cached * self.element_size
         return Work(
             linear=2 * B * self.weights,
             mixing=4 * d * B * (layers * own + cross * (S + 1)),
-            bytes=self.weights * self.element_size + B * (layers * own_bytes + cross * shared_bytes),
+            bytes=self.weights * self.element_size + B * (layers * own_bytes + cross * (S + 1) * self.shared_bytes),
         )
 
     def train(self, B: int, T: int) -> Work:

@@ -60,6 +60,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--lengths", metavar="N,N", help=f"tokens ({DEFAULT_LENGTHS}; train: {LENGTHS['train']})")
     run.add_argument("--batch-size", type=int, default=1, metavar="N", help="sequences side by side (1)")
     run.add_argument("--dtype", help="float32 (default on a CPU), bfloat16 (on a GPU) or float16")
+    run.add_argument(
+        "--kv-dtype",
+        default="auto",
+        metavar="DTYPE",
+        help="YOCO's global cache: auto (--dtype), bfloat16, float8, int8",
+    )
     run.add_argument("--device", help="cpu, cuda, ... (a GPU if there is one)")
     run.add_argument("--repeats", type=int, default=3, metavar="N", help="timed calls; their median counts (3)")
     run.add_argument("--prefill-chunk-size", type=int, metavar="N", help="tokens YOCO's prefill reads at a time")
@@ -124,11 +130,13 @@ def make_subjects(args: argparse.Namespace, device: torch.device, dtype: torch.d
 
     from oncelm import bench
     from oncelm.models import YocoForCausalLM, load
+    from oncelm.utils.device import resolve_kv_dtype
     from oncelm.utils.errors import check_positive
 
     kept = torch.float32 if args.benchmark == "train" else dtype  # training computes in dtype, on float32 weights
     chunk = {} if args.prefill_chunk_size is None else {"prefill_chunk_size": args.prefill_chunk_size}
     check_positive(**chunk)
+    kv_dtype = resolve_kv_dtype(args.kv_dtype)
 
     def fresh(config: Any) -> Any:
         with device:
@@ -145,7 +153,7 @@ def make_subjects(args: argparse.Namespace, device: torch.device, dtype: torch.d
     compiled = args.compile
     if compiled is None:
         compiled = device.type == "cuda" and args.benchmark != "decode"
-    subjects: list[Subject] = [bench.Yoco(model, **chunk, compile=compiled, gemm=args.gemm)]
+    subjects: list[Subject] = [bench.Yoco(model, **chunk, compile=compiled, gemm=args.gemm, kv_dtype=kv_dtype)]
     if not args.no_peer:
         form = "model" if args.benchmark == "train" else "norms and feed-forward layers"
         subjects.append(bench.Llama(fresh(bench.llama_config(model.config)), compile=form if compiled else ""))

@@ -64,6 +64,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (a GPU if there is one)")
     parser.add_argument("--dtype", help="float32, bfloat16 or float16 (as the weights are stored)")
+    parser.add_argument(
+        "--kv-dtype",
+        default="auto",
+        metavar="DTYPE",
+        help="what the global cache stores: auto (the model's), bfloat16, float8 or int8 (half of bfloat16's bytes)",
+    )
     parser.add_argument("--save-cache", metavar="FILE", help="keep what was read in this file")
     parser.add_argument("--load-cache", metavar="FILE", help="go on from what was kept in this file")
 
@@ -73,17 +79,19 @@ def run(args: argparse.Namespace) -> int:
     text = args.prompt if args.prompt is not None else read_text(args.prompt_file)
 
     from oncelm.models.load import load, quiet_transformers, read_config
+    from oncelm.utils.device import resolve_kv_dtype
 
+    kv_dtype = resolve_kv_dtype(args.kv_dtype)
     read_config(args.model)  # what is wrong with it shows before anything large is read
     tokenizer = find_tokenizer(args.model, args.tokenizer)
     model = load(args.model, args.device, args.dtype)
     ids = encode(text, tokenizer, model, add_special_tokens=args.load_cache is None)
     with quiet_transformers():
         if hasattr(model, "prefill"):
-            read_and_write(model, tokenizer, ids, args)
-        elif args.save_cache or args.load_cache:
+            read_and_write(model, tokenizer, ids, args, kv_dtype)
+        elif args.save_cache or args.load_cache or kv_dtype is not None:
             kind = type(model).__name__
-            raise ValueError(f"--save-cache and --load-cache need a YOCO model; {args.model} is a {kind}.")
+            raise ValueError(f"--save-cache, --load-cache and --kv-dtype need a YOCO model; {args.model} is a {kind}.")
         else:
             write_only(model, tokenizer, ids, args)
     return 0
@@ -164,7 +172,11 @@ def warn_if_long(model: PreTrainedModel, tokens: int) -> None:
 
 
 def read_and_write(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: torch.Tensor, args: argparse.Namespace
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    ids: torch.Tensor,
+    args: argparse.Namespace,
+    kv_dtype: torch.dtype | None,
 ) -> None:
     """Prefill a cache with all but the prompt's last token, then generate from there."""
     import torch
@@ -175,7 +187,7 @@ def read_and_write(
     earlier = kept.columns if kept is not None else 0
     total = earlier + ids.shape[1]
     warn_if_long(model, total)
-    cache = model.new_cache(1, total + args.max_new_tokens)
+    cache = model.new_cache(1, total + args.max_new_tokens, kv_dtype)
     if kept is not None:
         cache.restore(kept)
         del kept

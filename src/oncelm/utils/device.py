@@ -4,9 +4,17 @@ from __future__ import annotations
 
 import torch
 
-from oncelm.utils.errors import unknown
+from oncelm.utils.errors import check_choice, unknown
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+
+KV_DTYPES = {"auto": None, "bfloat16": torch.bfloat16, "float8": torch.float8_e4m3fn, "int8": torch.int8}
+
+
+def resolve_kv_dtype(name: str) -> torch.dtype | None:
+    """A cache's dtype from its name; "auto" is None, the model's."""
+    check_choice("kv-dtype", name, KV_DTYPES)
+    return KV_DTYPES[name]
 
 
 def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype:
