@@ -39,6 +39,18 @@ def test_every_benchmark_writes_records_and_a_table(benchmark, tmp_path, quick_c
     assert read_records(out)[:3] == records
 
 
+@pytest.mark.parametrize("kv_dtype", ["float8", "int8"])
+def test_a_cache_of_8_bits(kv_dtype, tmp_path, quick_ceilings):
+    for options in ([], ["--kv-dtype", kv_dtype]):
+        for benchmark in ("memory", "decode"):
+            out = tmp_path / benchmark
+            assert main(["bench", benchmark, *TINY, "--lengths", "200", "--no-peer", "--out", str(out), *options]) == 0
+    for benchmark, figure in (("memory", "cache_bytes"), ("decode", "bytes")):
+        full, narrow = read_records(tmp_path / benchmark)
+        assert narrow["settings"]["kv_dtype"] != full["settings"]["kv_dtype"] == "float32"
+        assert narrow[figure] < full[figure]
+
+
 def test_a_folder_is_measured(tmp_path, quick_ceilings, capsys):
     from tests.bench.conftest import tiny_yoco
 

@@ -93,6 +93,19 @@ def test_a_summary_on_standard_error(yoco, generate) -> None:
     assert re.fullmatch("\n".join(lines) + "\n", generate.summary)
 
 
+@pytest.mark.parametrize("kv_dtype", ["bfloat16", "float8", "int8"])
+def test_a_narrower_cache(kv_dtype, yoco, llama, generate, tmp_path, capsys) -> None:
+    file, narrow = str(tmp_path / "cache"), ("--kv-dtype", kv_dtype)
+    wanted = generate(yoco, "--prompt", TEXT + "?", "--max-new-tokens", "5", *narrow)
+    assert len(wanted) > 1
+    generate(yoco, "--prompt", TEXT, "--max-new-tokens", "0", "--save-cache", file, *narrow)
+    loaded = ("--load-cache", file, "--prompt", "?", "--max-new-tokens", "5")
+    assert generate(yoco, *loaded, *narrow) == wanted
+    if kv_dtype != "bfloat16":
+        assert_refused(capsys, ["--model", str(yoco), *loaded], "make the cache with model.new_cache")
+    assert_refused(capsys, ["--model", str(llama), "--prompt", "a", *narrow], "--kv-dtype need a YOCO model")
+
+
 def test_a_file_and_standard_input(yoco, generate, tmp_path, monkeypatch) -> None:
     wanted = generate(yoco, "--prompt", TEXT + "\r\n", "--max-new-tokens", "9")
     (tmp_path / "prompt.txt").write_bytes(f"{TEXT}\r\n".encode())
@@ -213,6 +226,7 @@ def assert_refused(capsys, options: list[str], message: str) -> None:
         (["--prompt", "a", "--top-p", "0.9"], "give a --temperature above 0"),
         (["--prompt", "a", "--prefill-chunk-size", "0"], "--prefill-chunk-size must be at least 1, got 0"),
         (["--prompt", "a", "--dtype", "floot32"], "unknown dtype 'floot32'; did you mean 'float32'?"),
+        (["--prompt", "a", "--kv-dtype", "int9"], "unknown kv-dtype 'int9'; did you mean 'int8'?"),
         (["--prompt", "a", "--device", "gpu"], "unknown device 'gpu'; did you mean 'cpu'?"),
         (["--prompt", "a", "--tokenizer", "byte"], "unknown tokenizer 'byte'; did you mean 'bytes'?"),
         (["--prompt", "a", "--save-cache", "."], "--save-cache . is a folder; name a file"),
