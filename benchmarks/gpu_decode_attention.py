@@ -10,6 +10,7 @@ Parts, each in a forked process of its own, so that a crash or a hang costs one 
              if all pass
     sweep    with --sweep: other forms of split_kernel than those in decode_triton.CONFIGS
     table    every case beside its floor: the time to read keys, values and scales once at READ_BANDWIDTH
+    join     split_kernel alone, and join_kernel launched early or not
     peer     torch's flash and memory-efficient SDPA on the same tensors
 
 A time is that of a call in a CUDA graph of several, over caches of at least ROTATED bytes in all, so that none is read
@@ -88,8 +89,9 @@ class Case:
         return made
 
     def caches(self) -> list[dict[str, torch.Tensor]]:
-        """Caches to rotate among."""
-        return [self.tensors() for _ in range(max(1, -(-ROTATED // self.moved)))]
+        """Caches to rotate among, as many as it takes and as fit."""
+        room = self.moved * max(self.capacity, self.tokens) // self.tokens
+        return [self.tensors() for _ in range(max(1, min(-(-ROTATED // self.moved), 2 * 10**10 // room)))]
 
 
 LENGTHS = (8 * K, 32 * K, 128 * K, 512 * K, 1024 * K)
@@ -300,21 +302,25 @@ def table(out: Path, seconds: float) -> None:
     for case in CASES:
         if time.time() < deadline:
             timed(out, "time", "oncelm", case, ours, case.caches())
-    case = Case(128 * K)
-    tensors = case.tensors()
-    record(out, "kernels", **describe(case), ms=kernel_times(lambda: ours(tensors)))
 
 
-def kernel_times(function: Callable) -> dict[str, float]:
-    """Milliseconds a call in each kernel, from the profiler."""
-    from torch.profiler import ProfilerActivity, profile
+def join(out: Path, _: float) -> None:
+    """What joining the parts costs, and launching its kernel early gains."""
+    module = kernels()
+    join_kernel = module.join_kernel
 
-    function()
-    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
-        for _ in range(10):
-            function()
-        torch.cuda.synchronize()
-    return {e.key[:40]: round(e.device_time_total / 1e4, 5) for e in profiled.key_averages() if e.device_time_total}
+    class Nothing:
+        def __getitem__(self, grid):
+            return lambda *args, **kwargs: None
+
+    for case in (Case(8 * K), Case(128 * K), Case(32 * K, N=16)):
+        caches = case.caches()
+        for early in (True, False, True, False):
+            module._launches_early = lambda index, early=early: early
+            record(out, "join", **describe(case), early=early, ms=round(call_ms(ours, caches, 24, 15), 5))
+        module.join_kernel = Nothing()
+        record(out, "join", **describe(case), early=None, ms=round(call_ms(ours, caches, 24, 15), 5))
+        module.join_kernel = join_kernel
 
 
 def peer(out: Path, seconds: float) -> None:
@@ -472,6 +478,7 @@ PARTS = {
     "gates": gates,
     "sweep": sweep,
     "table": table,
+    "join": join,
     "peer": peer,
 }
 
@@ -518,7 +525,8 @@ def main() -> None:
         sys.exit("a gate is red (see above): no timings")
     if options.sweep:
         run("sweep", 0.4)
-    run("table", 0.7)
+    run("table", 0.6)
+    run("join", 0.3)
     run("peer", 0.95)
     summary(out)
 

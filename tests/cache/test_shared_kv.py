@@ -165,12 +165,17 @@ def test_a_kernel_is_used_where_there_is_one(monkeypatch: pytest.MonkeyPatch) ->
     row = dispatch.Implementation("triton", "oncelm.ops.attention.decode:kernel", ("cpu",), "a stand-in")
     monkeypatch.setattr("oncelm.ops.attention.decode.kernel", attend, raising=False)
     monkeypatch.setitem(dispatch.TABLE, "decode_attention", (row, *table))
-    model, tokens = make_model("retention"), ids(2, 30)
+    model, tokens = make_model("retention", hidden_size=64), ids(2, 30)  # heads of 16
     expected = model(tokens, use_cache=False).logits
     cache = model.new_cache(2, 30)
     found = [model(part, past_key_values=cache).logits for part in tokens.split((10, 1, 8, 9, 2), dim=1)]
     torch.testing.assert_close(torch.cat(found, 1), expected, rtol=1e-4, atol=1e-4)
     assert calls == [1, 1, 8, 8, 2, 2]
+    model = make_model("retention")  # heads of 8: too small for the kernel
+    cache = model.new_cache(2, 30)
+    for part in tokens.split((10, 20), dim=1):
+        model.prefill(part, cache)
+    assert len(calls) == 6
 
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

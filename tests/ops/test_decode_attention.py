@@ -243,16 +243,11 @@ def test_compiled_graph_is_whole() -> None:
 
 # -- on a GPU ---------------------------------------------------------------------------------------------------------
 
-on_gpu = [pytest.mark.gpu, pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")]
+needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 
 
-def marked(function):
-    for mark in on_gpu:
-        function = mark(function)
-    return function
-
-
-@marked
+@pytest.mark.gpu
+@needs_gpu
 @pytest.mark.parametrize("kept", [None, FP8, INT8], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize(
@@ -280,7 +275,8 @@ def test_gpu_error_is_at_most_twice_that_of_plain_pytorch(lengths, T, heads, D, 
     assert torch.equal(ours(q, *pages, counts, paged(k, 64)[1], page_scales), found)
 
 
-@marked
+@pytest.mark.gpu
+@needs_gpu
 def test_gpu_graph_follows_the_lengths() -> None:
     q, k, v, lengths = make([4000, 100, 0], 2, (24, 8), 128, S=5000, dtype=torch.bfloat16)
     k, v = k.nan_to_num(1.0), v.nan_to_num(1.0)
@@ -295,7 +291,8 @@ def test_gpu_graph_follows_the_lengths() -> None:
         assert error(o, decode.naive(q, k, v, lengths, None, None, None, 128**-0.5)) < 1e-2
 
 
-@marked
+@pytest.mark.gpu
+@needs_gpu
 def test_gpu_offsets_beyond_32_bits() -> None:
     S, H_kv, D = 2**21, 9, 128
     assert S * H_kv * D > 2**31

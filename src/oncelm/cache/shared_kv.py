@@ -8,8 +8,7 @@ import torch
 
 from oncelm.cache.batch import Batch, Group
 from oncelm.ops import decode_attention, dequantize_kv, global_attention, quantize_kv
-from oncelm.ops.attention import MOST_DECODED
-from oncelm.ops.dispatch import choose
+from oncelm.ops.attention import MOST_DECODED, has_decode_kernel
 from oncelm.ops.quantize import LARGEST, as_bytes
 
 # what a cache can store keys and values in: floats, or 8 bits with a scale a vector
@@ -116,7 +115,7 @@ class SharedKV:
     def attend(self, q: torch.Tensor, batch: Batch) -> torch.Tensor:
         """Outputs [B, P, H, D] of queries at the batch's positions; their own keys must have been appended."""
         few = batch.cu_seqlens is None and batch.contiguous and 1 <= batch.lengths[0] <= MOST_DECODED
-        if few and (self.is_quantised or choose("decode_attention", "auto", q.device).backend == "triton"):
+        if few and (self.is_quantised or has_decode_kernel(q, self.k)):
             return self.attend_at(q, (batch.positions[:, -1] + 1).expand(q.shape[0]))
         if self.is_quantised:
             return self._attend_by_head(q, batch)

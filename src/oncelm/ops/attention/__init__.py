@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import torch
 
-from oncelm.ops.dispatch import implementation
+from oncelm.ops.attention import decode
+from oncelm.ops.dispatch import choose, implementation
 from oncelm.ops.quantize import LARGEST
 
 __all__ = ["decode_attention", "global_attention", "window_attention"]
@@ -120,6 +121,11 @@ def decode_attention(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     attend = implementation("decode_attention", backend, q.device)
     return attend(q, k, v, lengths, block_tables, k_scale, v_scale, scale)
+
+
+def has_decode_kernel(q: torch.Tensor, k: torch.Tensor) -> bool:
+    """Whether `decode_attention` runs a kernel on these, not a PyTorch form that passes over all the room in k."""
+    return choose("decode_attention", "auto", q.device).backend == "triton" and decode.fits_kernel(q, k)
 
 
 def _check_decode(

@@ -13,6 +13,17 @@ from oncelm.ops.quantize import as_bytes, dequantize_kv
 
 Tensor = torch.Tensor
 
+# what decode_triton.py has kernels for; the rest runs here
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+KERNEL_DIMS = (16, 32, 64, 128, 256)
+KERNEL_ROWS = 128  # queries of a sequence that share a head: more do not fit the registers
+
+
+def fits_kernel(q: Tensor, k: Tensor) -> bool:
+    """Whether a kernel takes q [N, T, H, D] over k [..., H_kv, D]."""
+    rows = q.shape[1] * q.shape[2] // k.shape[2]
+    return q.dtype in KERNEL_DTYPES and q.shape[3] in KERNEL_DIMS and rows <= KERNEL_ROWS
+
 
 def naive(q, k, v, lengths, block_tables, k_scale, v_scale, scale):
     """The whole score matrix in float32 or wider. The reference."""

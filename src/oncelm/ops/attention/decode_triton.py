@@ -30,9 +30,6 @@ from oncelm.ops.attention import decode
 Tensor = torch.Tensor
 
 UNIT = tl.constexpr(16)  # tokens; shares begin and end at multiples of it, so it divides every block size
-FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-DIMS = (16, 32, 64, 128, 256)
-MOST_ROWS = 128  # queries of a sequence that share a head: more do not fit the registers
 LOG2_E = 1.4426950408889634
 INTERPRETED_PROGRAMS = 7  # under TRITON_INTERPRET=1
 
@@ -201,13 +198,14 @@ class Config:
     programs: int
 
 
-# (bytes of a key's element, largest head dimension) -> Config for up to 16 rows of 16-bit queries
+# (bytes of a key's element, largest head dimension) -> Config for 16-bit queries, from the sweep of
+# benchmarks/gpu_decode_attention.py (H100); those for 8 bits and 64 or 256 dimensions are not swept
 CONFIGS = {
-    (2, 64): Config(128, 4, 3, 2),
+    (2, 64): Config(64, 4, 3, 2),
     (2, 128): Config(64, 4, 3, 2),
     (2, 256): Config(32, 4, 3, 2),
     (1, 64): Config(128, 4, 4, 3),
-    (1, 128): Config(64, 4, 4, 3),
+    (1, 128): Config(128, 4, 3, 3),
     (1, 256): Config(32, 4, 4, 3),
 }
 FULL_PRECISION = Config(16, 8, 2, 2)  # float32 runs on the vector units, operands in registers: small tiles
@@ -298,10 +296,9 @@ def attend(
 ) -> Tensor:
     """`decode_attention` by the kernels; `programs`: how many share the work, 0 chooses.
 
-    Other head dimensions, more than MOST_ROWS queries a head, and float64 run the PyTorch form.
+    What `decode.fits_kernel` refuses runs the PyTorch form.
     """
-    rows = q.shape[1] * q.shape[2] // k.shape[2]
-    if q.dtype not in FLOATS or q.shape[-1] not in DIMS or rows > MOST_ROWS:
+    if not decode.fits_kernel(q, k):
         return decode.sdpa(q, k, v, lengths, block_tables, k_scale, v_scale, scale)
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     lengths = lengths.contiguous()
