@@ -79,6 +79,16 @@ TABLE: dict[str, tuple[Implementation, ...]] = {
         Implementation("sdpa", "oncelm.ops.attention.decode:sdpa", ANY, "SDPA, a key/value head at a time"),
         Implementation("naive", "oncelm.ops.attention.decode:naive", ANY, "reference, full score matrix"),
     ),
+    "linear_cross_entropy": (
+        Implementation(
+            "triton",
+            "oncelm.ops.linear_cross_entropy.triton:to_gradient",
+            ("cuda",),
+            "softmax and gradient in one kernel",
+            "triton",
+        ),
+        Implementation("naive", "oncelm.ops.linear_cross_entropy.naive:to_gradient", ANY, "reference, PyTorch"),
+    ),
 }
 
 
