@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 
 from oncelm.ops import global_attention, window_attention
 from oncelm.ops.attention import sdpa
+from oncelm.ops.dispatch import TABLE
 
 
 def make_qkv(B: int, T: int, S: int, H: int, H_kv: int, D: int = 8, seed: int = 0):
@@ -59,6 +62,166 @@ def test_window_gradients() -> None:
         gradients.append([x.grad for x in (q, k, v)])
     for got, expected in zip(*gradients, strict=True):
         torch.testing.assert_close(got, expected)
+
+
+def borders(lengths: list[int]) -> torch.Tensor:
+    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+
+
+def gradients(function, *inputs):
+    """The output and the gradients of its sum of sines."""
+    leaves = [x.double().requires_grad_() for x in inputs]
+    out = function(*leaves)
+    return out.detach(), *torch.autograd.grad(out.sin().sum(), leaves)
+
+
+LENGTHS = st.lists(st.integers(0, 30), min_size=1, max_size=5).filter(any)
+
+
+@settings(max_examples=25, deadline=None)
+@given(lengths=LENGTHS, window=st.integers(1, 40), heads=HEADS, backend=st.sampled_from(["sdpa", "naive"]))
+def test_packed_windows_are_those_of_each_sequence(lengths, window: int, heads: tuple[int, int], backend: str) -> None:
+    inputs = list(make_qkv(1, sum(lengths), sum(lengths), *heads))
+
+    def packed(q, k, v):
+        return window_attention(q, k, v, window_size=window, cu_seqlens=borders(lengths), backend=backend)
+
+    def alone(q, k, v):
+        parts = zip(*(x.split(lengths, dim=1) for x in (q, k, v)), strict=True)
+        return torch.cat([window_attention(*part, window_size=window, backend="naive") for part in parts], dim=1)
+
+    for got, expected in zip(gradients(packed, *inputs), gradients(alone, *inputs), strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+@settings(max_examples=25, deadline=None)
+@given(lengths=LENGTHS, data=st.data(), heads=HEADS)
+def test_packed_queries_stand_at_the_end_of_their_keys(lengths, data: st.DataObject, heads: tuple[int, int]) -> None:
+    past = data.draw(st.lists(st.integers(0, 20), min_size=len(lengths), max_size=len(lengths)))
+    ends = [a + b for a, b in zip(lengths, past, strict=True)]
+    inputs = list(make_qkv(1, sum(lengths), sum(ends), *heads))
+
+    def packed(q, k, v):
+        return global_attention(q, k, v, cu_seqlens=borders(lengths), cu_seqlens_k=borders(ends))
+
+    def alone(q, k, v):
+        parts = zip(q.split(lengths, dim=1), *(x.split(ends, dim=1) for x in (k, v)), strict=True)
+        return torch.cat([global_attention(*part, backend="naive") for part in parts], dim=1)
+
+    for got, expected in zip(gradients(packed, *inputs), gradients(alone, *inputs), strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+def test_bad_borders() -> None:
+    q, k, v = make_qkv(1, 4, 6, 4, 2)
+    with pytest.raises(ValueError, match="4 packed queries have 6 keys: give cu_seqlens_k"):
+        global_attention(q, k, v, cu_seqlens=borders([4]))
+    with pytest.raises(ValueError, match="packs 2 sequences, cu_seqlens_k 1"):
+        global_attention(q, k, v, cu_seqlens=borders([1, 3]), cu_seqlens_k=borders([6]))
+    with pytest.raises(ValueError, match="fewer keys than"):
+        global_attention(q, k, v, cu_seqlens=borders([1, 3]), cu_seqlens_k=borders([5, 1]))
+    with pytest.raises(ValueError, match="cu_seqlens must rise from 0 to the number of tokens 4"):
+        global_attention(q, k, v, cu_seqlens=borders([5]), cu_seqlens_k=borders([6]))
+    with pytest.raises(ValueError, match="start or positions, or cu_seqlens"):
+        global_attention(q, k, v, start=0, cu_seqlens=borders([4]), cu_seqlens_k=borders([6]))
+    with pytest.raises(ValueError, match="need batch size 1, got 2"):
+        window_attention(*make_qkv(2, 4, 4, 2, 2), window_size=2, cu_seqlens=borders([4]))
+
+
+# ------------------------------------------------------------------------------------------------------------- on a GPU
+
+WINDOWS = [row for row in TABLE["window_attention"] if "cuda" in row.devices and row.backend != "naive"]
+
+
+def on_gpu(B: int, T: int, S: int, H: int, H_kv: int, D: int, dtype: torch.dtype):
+    """q, k, v and the gradient of the output."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    shapes = ((B, T, H, D), (B, S, H_kv, D), (B, S, H_kv, D), (B, T, H, D))
+    return [torch.randn(*shape, generator=generator, device="cuda", dtype=dtype) for shape in shapes]
+
+
+def outputs(function, q, k, v, d_out):
+    leaves = [x.detach().clone().requires_grad_() for x in (q, k, v)]
+    out = function(*leaves)
+    return out.detach(), *torch.autograd.grad(out, leaves, d_out.to(out.dtype))
+
+
+def assert_at_most_twice_the_error(function, plain, exact, inputs) -> None:
+    """Of `plain`, both against `exact` in float64."""
+    expected = outputs(exact, *(x.double() for x in inputs))
+    for found, other, true in zip(outputs(function, *inputs), outputs(plain, *inputs), expected, strict=True):
+        allowed = 2 * (other.double() - true).norm() + 1e-6 * true.norm() + 1e-5
+        assert (found.double() - true).norm() <= allowed
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", [row.backend for row in WINDOWS if row.backend != "sdpa"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(
+    ("B", "T", "S", "H", "H_kv", "D", "window"),
+    [
+        (2, 768, 768, 4, 2, 128, 200),
+        (1, 1024, 1024, 2, 2, 64, 256),
+        (1, 512, 900, 4, 1, 128, 300),
+        (3, 512, 512, 4, 2, 72, 127),
+        (1, 2048, 2048, 2, 1, 128, 1024),
+        (1, 333, 400, 2, 1, 256, 1),
+        (1, 1, 40, 2, 1, 64, 7),
+        (1, 256, 256, 2, 1, 64, 1000),
+    ],
+)
+def test_gpu_windows(B, T, S, H, H_kv, D, window, dtype, backend) -> None:
+    if not next(row for row in WINDOWS if row.backend == backend).available:
+        pytest.skip(f"{backend} is not installed")
+
+    def by(name: str):
+        return lambda q, k, v: window_attention(q, k, v, window_size=window, backend=name)
+
+    inputs = on_gpu(B, T, S, H, H_kv, D, dtype)
+    assert_at_most_twice_the_error(by(backend), by("sdpa"), by("naive"), inputs)
+    with torch.no_grad():  # cuDNN takes earlier keys only here
+        found, plain = (by(name)(*inputs[:3]).double() for name in (backend, "sdpa"))
+    assert (found - plain).norm() <= 1e-2 * plain.norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("window", [None, 100])
+def test_gpu_packed(window: int | None, dtype: torch.dtype) -> None:
+    lengths, past = [1, 500, 0, 300, 64, 777], [0, 3, 5, 0, 200, 1]
+    ends = lengths if window else [a + b for a, b in zip(lengths, past, strict=True)]
+    inputs = on_gpu(1, sum(lengths), sum(ends), 4, 2, 64, dtype)
+    options = {"cu_seqlens": borders(lengths).cuda(), "max_seqlen": max(ends)}
+    options |= {"window_size": window} if window else {"cu_seqlens_k": borders(ends).cuda()}
+    op = window_attention if window else global_attention
+
+    def by(name: str):
+        return lambda q, k, v: op(q, k, v, **options, backend=name)
+
+    assert_at_most_twice_the_error(by("auto"), by("sdpa"), by("naive"), inputs)
+
+
+@pytest.mark.gpu
+def test_gpu_training_of_the_cross_decoder_uses_a_flash_kernel() -> None:
+    q, k, v, d_out = on_gpu(2, 2047, 2048, 8, 2, 128, torch.bfloat16)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiled:
+        outputs(lambda q, k, v: global_attention(q, k, v, start=0), q, k, v, d_out)
+    kernels = " ".join(event.key for event in profiled.key_averages())
+    assert "flash" in kernels
+    assert "bprop" in kernels or "flash_bwd" in kernels
+
+
+@pytest.mark.gpu
+def test_gpu_compiled_window_is_one_graph() -> None:
+    q, k, v, d_out = on_gpu(1, 512, 512, 4, 2, 64, torch.bfloat16)
+
+    def function(q, k, v):
+        return window_attention(q * 2, k, v, window_size=100)
+
+    for found, expected in zip(
+        outputs(torch.compile(function, fullgraph=True), q, k, v, d_out), outputs(function, q, k, v, d_out), strict=True
+    ):
+        torch.testing.assert_close(found, expected)
 
 
 def test_bad_arguments() -> None:

@@ -7,7 +7,7 @@ before it is computed, so padding costs nothing and cannot leak.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -63,7 +63,7 @@ class Batch:
         parts = [torch.arange(start, start + length) for start, length in zip(starts, lengths, strict=True)]
         positions = torch.cat(parts).to(device)[None]
         ends = tuple(start + length for start, length in zip(starts, lengths, strict=True))
-        return cls(starts, lengths, ends, positions, _borders(lengths, device))
+        return cls(starts, lengths, ends, positions, borders(lengths, device))
 
     @classmethod
     def step(cls, positions: torch.Tensor) -> Batch:
@@ -112,7 +112,11 @@ class Batch:
         return Selection(batch, columns=index)
 
     def pick(self, mask: torch.Tensor) -> Selection:
-        """Any tokens: mask is boolean, [N, T] (dense) or [1, total] (packed); the result is packed."""
+        """Any tokens: mask is boolean, [N, T] (dense) or [1, total] (packed); the result is packed.
+
+        It is contiguous where the tokens picked of each sequence stand side by side, as all but the last do, or the
+        answer to a prompt.
+        """
         if self.cu_seqlens is None:
             counts = mask.sum(1).tolist()
         else:
@@ -121,9 +125,21 @@ class Batch:
         flat = mask.flatten().nonzero().squeeze(1)
         positions = self.positions.expand(mask.shape).flatten()[flat][None]
         lengths = tuple(counts)
-        borders = _borders(lengths, mask.device)
-        batch = Batch(self.starts, lengths, self.ends, positions, borders, contiguous=False)
-        return Selection(batch, flat=flat)
+        cu_seqlens = borders(lengths, mask.device)
+        starts, contiguous = self._runs(positions[0], lengths)
+        return Selection(Batch(starts, lengths, self.ends, positions, cu_seqlens, contiguous), flat=flat)
+
+    def _runs(self, positions: torch.Tensor, lengths: tuple[int, ...]) -> tuple[tuple[int, ...], bool]:
+        """Starts of sequences with these positions side by side, and whether they are what `positions` holds."""
+        some = [n for n, length in enumerate(lengths) if length]
+        bounds = [0, *accumulate(lengths)]
+        outer = torch.tensor([[bounds[n], bounds[n + 1] - 1] for n in some], dtype=torch.long).view(-1, 2)
+        starts = list(self.starts)
+        for n, (first, last) in zip(some, positions[outer.to(positions.device)].tolist(), strict=True):
+            if last - first + 1 != lengths[n]:
+                return self.starts, False
+            starts[n] = first
+        return tuple(starts), True
 
 
 @dataclass(frozen=True)
@@ -141,5 +157,6 @@ class Selection:
         return x[:, self.columns]
 
 
-def _borders(lengths: tuple[int, ...], device: torch.device) -> torch.Tensor:
+def borders(lengths: Sequence[int], device: torch.device) -> torch.Tensor:
+    """cu_seqlens [N + 1] of packed sequences."""
     return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)

@@ -29,12 +29,8 @@ class FreshWindow:
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: Batch) -> torch.Tensor:
         """Outputs [B, T, H, D]."""
-        return batch.join(
-            [
-                window_attention(*(x[group.where] for x in (q, k, v)), window_size=self.window_size)
-                for group in batch.groups()
-            ]
-        )
+        longest = max(batch.lengths, default=0)
+        return window_attention(q, k, v, window_size=self.window_size, cu_seqlens=batch.cu_seqlens, max_seqlen=longest)
 
 
 class FreshCache:

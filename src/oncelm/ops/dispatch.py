@@ -27,8 +27,9 @@ class Implementation:
     location: str  # "module:function"
     devices: tuple[str, ...]
     note: str
-    needs: str | None = None  # a package that must be installed
-    packed: bool = False  # takes cu_seqlens itself
+    needs: str | None = None  # a module that must be there
+    package: str | None = None  # what to install for it, if its name is another
+    packed: bool = False  # takes packed sequences itself
 
     @property
     def available(self) -> bool:
@@ -61,10 +62,33 @@ TABLE: dict[str, tuple[Implementation, ...]] = {
         Implementation("naive", "oncelm.ops.gated_retention.recurrent:step", ANY, "PyTorch, in place"),
     ),
     "window_attention": (
+        Implementation(
+            "cudnn",
+            "oncelm.ops.attention.cudnn:window",
+            ("cuda",),
+            "cuDNN, at recurring lengths",
+            "cudnn",
+            package="nvidia-cudnn-frontend",
+            packed=True,
+        ),
+        Implementation(
+            "varlen",
+            "oncelm.ops.attention.varlen:window",
+            ("cuda",),
+            "torch's FlashAttention, packed sequences too",
+            packed=True,
+        ),
         Implementation("sdpa", "oncelm.ops.attention.sdpa:window", ANY, "blocks of queries through SDPA"),
         Implementation("naive", "oncelm.ops.attention.naive:window", ANY, "reference, full score matrix"),
     ),
     "global_attention": (
+        Implementation(
+            "varlen",
+            "oncelm.ops.attention.varlen:causal",
+            ("cuda",),
+            "torch's FlashAttention, packed sequences too",
+            packed=True,
+        ),
         Implementation("sdpa", "oncelm.ops.attention.sdpa:causal", ANY, "SDPA; blocks of queries where masked"),
         Implementation("naive", "oncelm.ops.attention.naive:causal", ANY, "reference, full score matrix"),
     ),
@@ -122,7 +146,8 @@ def choose(op: str, backend: str, device: torch.device) -> Implementation:
             if device.type not in row.devices:
                 raise ValueError(f"backend {backend!r} of {op} runs on {', '.join(row.devices)}, not on {device.type}.")
             if not row.available:
-                raise ValueError(f"backend {backend!r} of {op} needs {row.needs}: `pip install {row.needs}`.")
+                install = row.package or row.needs
+                raise ValueError(f"backend {backend!r} of {op} needs {row.needs}: `pip install {install}`.")
             return row
     raise unknown(f"backend of {op}", backend, ["auto", *(row.backend for row in rows)])
 

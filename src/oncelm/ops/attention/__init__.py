@@ -6,9 +6,12 @@ whose lengths only the device knows (decoding, in a CUDA graph too).
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from oncelm.ops.attention import decode
+from oncelm.ops.attention.packed import Borders, by_sequence
 from oncelm.ops.dispatch import choose, implementation
 from oncelm.ops.quantize import LARGEST
 
@@ -24,6 +27,8 @@ def window_attention(
     *,
     window_size: int,
     scale: float | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    max_seqlen: int | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
     """Causal attention in which a query sees `window_size` keys, itself included.
@@ -33,7 +38,10 @@ def window_attention(
         k, v: [B, S, H_kv, D], S >= T; query i stands at key S - T + i, so the first S - T keys are earlier tokens.
         window_size: keys a query sees, itself included.
         scale: factor on q.k; None means D ** -0.5.
-        backend: "auto", "sdpa" or "naive".
+        cu_seqlens: [N + 1] int, borders of N sequences packed along T, each from its first token (then B is 1, S is T);
+            empty ones are allowed. On a GPU only its shape is checked: reading the values would wait for the device.
+        max_seqlen: tokens of the longest packed sequence, or more; None looks, which waits for the device.
+        backend: "auto", "cudnn", "varlen", "sdpa" or "naive".
 
     Returns:
         [B, T, H, D] in q's dtype.
@@ -43,7 +51,8 @@ def window_attention(
         raise ValueError(f"window_size must be at least 1 (the token itself), got {window_size}.")
     if k.shape[1] < q.shape[1]:
         raise ValueError(f"window_attention needs a key for every query: {k.shape[1]} keys, {q.shape[1]} queries.")
-    return implementation("window_attention", backend, q.device)(q, k, v, window_size, scale)
+    borders = None if cu_seqlens is None else Borders.packed(q, k, cu_seqlens, None, max_seqlen)
+    return _run("window_attention", backend, q, k, v, borders, lambda S, T: (window_size, scale))
 
 
 def global_attention(
@@ -54,6 +63,9 @@ def global_attention(
     start: int | None = None,
     positions: torch.Tensor | None = None,
     scale: float | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    cu_seqlens_k: torch.Tensor | None = None,
+    max_seqlen: int | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
     """Causal attention of any queries over one key/value cache: a query at position p sees keys 0..p.
@@ -64,12 +76,21 @@ def global_attention(
         start: queries stand at start, start + 1, ...; None means at the end, S - P.
         positions: [B or 1, P] integers, when queries do not stand side by side (then without `start`).
         scale: factor on q.k; None means D ** -0.5.
-        backend: "auto", "sdpa" or "naive".
+        cu_seqlens: [N + 1] int, borders of N sequences' queries packed along P (then B is 1, and neither start nor
+            positions is given); a sequence's queries stand at the end of its keys; empty ones are allowed.
+        cu_seqlens_k: [N + 1] int, borders of their keys, at least as many as queries; None means the same.
+        max_seqlen: keys of the longest packed sequence, or more; None looks, which waits for the device.
+        backend: "auto", "varlen", "sdpa" or "naive".
 
     Returns:
         [B, P, H, D] in q's dtype.
     """
     _check(q, k, v)
+    if cu_seqlens is not None:
+        if start is not None or positions is not None:
+            raise ValueError("give start or positions, or cu_seqlens, to global_attention, not both.")
+        borders = Borders.packed(q, k, cu_seqlens, cu_seqlens_k, max_seqlen)
+        return _run("global_attention", backend, q, k, v, borders, lambda S, P: (S - P, None, scale))
     if positions is not None:
         if start is not None:
             raise ValueError("give start or positions to global_attention, not both.")
@@ -81,7 +102,25 @@ def global_attention(
             raise ValueError(
                 f"queries at {start}..{start + q.shape[1] - 1} lie outside the {k.shape[1]} keys of global_attention."
             )
-    return implementation("global_attention", backend, q.device)(q, k, v, start, positions, scale)
+    return _run("global_attention", backend, q, k, v, None, lambda S, P: (start, positions, scale))
+
+
+def _run(
+    op: str,
+    backend: str,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    borders: Borders | None,
+    rest: Callable[[int, int], tuple],
+) -> torch.Tensor:
+    """The op with its `rest(S, T)` of arguments: all packed sequences in one call, where the implementation can."""
+    chosen = choose(op, backend, q.device)
+    compute = chosen.load()
+    if borders is None or chosen.packed:
+        packed = () if borders is None else (borders,)
+        return compute(q, k, v, *rest(k.shape[1], q.shape[1]), *packed)
+    return by_sequence(lambda q, k, v: compute(q, k, v, *rest(k.shape[1], q.shape[1])), q, k, v, borders)
 
 
 def decode_attention(

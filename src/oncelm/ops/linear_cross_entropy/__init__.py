@@ -7,8 +7,6 @@ repeated in the backward pass, which only scales what is there. Memory is one ch
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from oncelm.ops.dispatch import implementation
@@ -16,7 +14,7 @@ from oncelm.ops.dispatch import implementation
 __all__ = ["linear_cross_entropy"]
 
 # Logits alive at a time. A cache holds a CPU's; on a GPU each chunk also costs a pass over the weight's gradient.
-CHUNK_BYTES = {"cpu": 1 << 26, "cuda": 1 << 29}
+CHUNK_BYTES = {"cpu": 1 << 26, "cuda": 1 << 30}
 ROWS_MULTIPLE = 256  # of a chunk, where there are as many: the tiles of a GPU's matrix product then fit
 
 
@@ -116,7 +114,7 @@ def _shapes(hidden, weight, targets, dtype, needs_hidden, needs_weight, backend)
     return _outputs(hidden, weight, dtype, needs_hidden, needs_weight)
 
 
-def _save(ctx, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+def _save(ctx, inputs, output):
     _, weight, _, _, *needed, _ = inputs
     ctx.needed, ctx.weight_dtype = needed, weight.dtype
     ctx.save_for_backward(*output[1:])

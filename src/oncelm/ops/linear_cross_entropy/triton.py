@@ -1,4 +1,4 @@
-"""Logits into losses and gradients, in one kernel: a program reads a row twice, the second time from the L2 cache."""
+"""Logits into losses and gradients, in one kernel: a program reads a row twice, the second time in part from L2."""
 
 # mypy: allow-incomplete-defs
 # a kernel's arguments are pointers and numbers whose types Triton infers; only its constants are annotated
@@ -12,7 +12,7 @@ import triton.language as tl
 from oncelm.ops.linear_cross_entropy import naive
 
 LARGEST_BLOCK = 16384
-ELEMENTS_PER_THREAD = 32
+ELEMENTS_PER_THREAD = 16
 
 
 @triton.jit
@@ -30,7 +30,8 @@ def softmax_kernel(logits, targets, losses, V, GRADIENT: tl.constexpr, BLOCK: tl
     high = float("-inf")
     total = 0.0
     for start in range(0, V, BLOCK):
-        x = tl.load(logits + start + column, mask=start + column < V, other=float("-inf")).to(tl.float32)
+        v = start + column
+        x = tl.load(logits + v, mask=v < V, other=float("-inf"), eviction_policy="evict_last").to(tl.float32)
         higher = tl.maximum(high, tl.max(x, 0))
         total = total * tl.exp(high - higher) + tl.sum(tl.exp(x - higher), 0)
         high = higher
@@ -39,9 +40,9 @@ def softmax_kernel(logits, targets, losses, V, GRADIENT: tl.constexpr, BLOCK: tl
     if GRADIENT:
         for start in range(0, V, BLOCK):
             v = start + column
-            x = tl.load(logits + v, mask=v < V, other=float("-inf")).to(tl.float32)
+            x = tl.load(logits + v, mask=v < V, other=float("-inf"), eviction_policy="evict_first").to(tl.float32)
             gradient = tl.exp(x - log_sum) - tl.where(v == target, 1.0, 0.0)
-            tl.store(logits + v, gradient.to(logits.dtype.element_ty), mask=v < V)
+            tl.store(logits + v, gradient.to(logits.dtype.element_ty), mask=v < V, eviction_policy="evict_first")
 
 
 def to_gradient(logits: torch.Tensor, targets: torch.Tensor, losses: torch.Tensor, gradient: bool) -> None:
