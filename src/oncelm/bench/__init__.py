@@ -8,6 +8,8 @@ rich.print(table(records))
 from oncelm.bench.cases import CASES
 from oncelm.bench.gate import GateError, check
 from oncelm.bench.measure import PeakMemory, Timing, measure
+from oncelm.bench.ops import ops_table, run_ops
+from oncelm.bench.ops_cases import OPS
 from oncelm.bench.peer import Llama, llama_config
 from oncelm.bench.report import append_record, read_records, table
 from oncelm.bench.roofline import Ceilings, measure_ceilings
@@ -17,6 +19,7 @@ from oncelm.bench.work import LlamaWork, Work, YocoWork
 
 __all__ = [
     "CASES",
+    "OPS",
     "Ceilings",
     "GateError",
     "Llama",
@@ -32,7 +35,9 @@ __all__ = [
     "llama_config",
     "measure",
     "measure_ceilings",
+    "ops_table",
     "read_records",
     "run",
+    "run_ops",
     "table",
 ]

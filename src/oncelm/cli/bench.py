@@ -22,6 +22,7 @@ Measure a YOCO and, in the same run, transformers' Llama of the same width, dept
   decode    seconds of one token behind a context of each length
   memory    bytes of the cache, and the peak of a prefill above the weights
   train     seconds of forward, backward and an AdamW step
+  ops       each op by itself beside other implementations of it (no model; --op chooses)
 
 First both models must pass a correctness gate: prefill in chunks, decoding and the loss have to agree with the full
 forward. Each time is the median after a warm-up; a call longer than 20 s is measured once. It is shown beside the
@@ -40,6 +41,8 @@ examples:
       another shape, by itself
   oncelm bench memory --model yoco-3b --device cuda --lengths 131072,524288 --peer-max-length 131072
       a preset (`oncelm info` lists them), on a GPU
+  oncelm bench ops --op linear_cross_entropy --op window_attention
+      two ops; each must agree with its definition in float64 first
 """
 
 LENGTHS = {"train": "512,2048"}
@@ -47,7 +50,7 @@ DEFAULT_LENGTHS = "4096,16384,32768,65536"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("benchmark", metavar="WHAT", help="prefill, decode, memory or train")
+    parser.add_argument("benchmark", metavar="WHAT", help="prefill, decode, memory, train or ops")
     shape = parser.add_argument_group("the model")
     shape.add_argument("--model", metavar="NAME", help="a preset, or the folder of a YOCO (default: the shape below)")
     shape.add_argument("--hidden-size", type=int, metavar="D", help="width (512)")
@@ -77,7 +80,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--gemm", metavar="NAME", help="float8: YOCO's prefill multiplies in float8 (H100 or later)")
     run.add_argument("--no-peer", action="store_true", help="leave out Llama")
     run.add_argument("--peer-max-length", type=int, default=32768, metavar="N", help="no Llama beyond this (32768)")
-    run.add_argument("--out", metavar="FILE", help="append every measurement to this file, as a line of JSON")
+    run.add_argument("--op", action="append", metavar="NAME", help="for ops: measure this one; may be repeated (all)")
+    run.add_argument(
+        "--out", "--output", metavar="FILE", help="append every measurement to this file, as a line of JSON"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -87,30 +93,44 @@ def run(args: argparse.Namespace) -> int:
     from oncelm.utils.device import resolve_device, resolve_dtype
     from oncelm.utils.errors import check_choice
 
-    check_choice("benchmark", args.benchmark, bench.CASES)
+    check_choice("benchmark", args.benchmark, [*bench.CASES, "ops"])
+    check_options(args)
     lengths = parse_lengths(args.lengths or LENGTHS.get(args.benchmark, DEFAULT_LENGTHS))
     device = resolve_device(args.device)
     dtype = resolve_dtype(args.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
     if args.out:
         Path(args.out).open("a").close()  # a place that cannot be written fails now, not after minutes
+    run_options: dict[str, Any] = {"dtype": dtype, "repeats": args.repeats}
+    if args.out:
+        run_options["on_record"] = lambda record: bench.append_record(args.out, record)
     try:
-        records = bench.run(
-            args.benchmark,
-            make_subjects(args, device, dtype),
-            lengths,
-            dtype=dtype,
-            batch_size=args.batch_size,
-            repeats=args.repeats,
-            peer_max_length=args.peer_max_length,
-            on_record=(lambda record: bench.append_record(args.out, record)) if args.out else (lambda record: None),
-        )
+        if args.benchmark == "ops":
+            records = bench.run_ops(args.op, device=device, **run_options)
+        else:
+            records = bench.run(
+                args.benchmark,
+                make_subjects(args, device, dtype),
+                lengths,
+                batch_size=args.batch_size,
+                peer_max_length=args.peer_max_length,
+                **run_options,
+            )
     except bench.GateError as error:
         print(f"oncelm: correctness gate: {error}", file=sys.stderr)
         return 1
-    Console().print(bench.table(records))
+    Console().print(bench.ops_table(records) if args.benchmark == "ops" else bench.table(records))
     if args.out:
         print(f"Appended {len(records)} lines to {args.out}")
     return 0
+
+
+def check_options(args: argparse.Namespace) -> None:
+    """ValueError for an option that would be ignored."""
+    of_models = ("model", "hidden_size", "layers", "self_decoder", "set", "lengths", "prefill_chunk_size")
+    for name in of_models if args.benchmark == "ops" else ("op",):
+        if getattr(args, name):
+            what = "ops, which has no model" if args.benchmark == "ops" else args.benchmark
+            raise ValueError(f"--{name.replace('_', '-')} does not go with `oncelm bench {what}`.")
 
 
 def parse_lengths(text: str) -> list[int]:

@@ -66,7 +66,7 @@ TABLE: dict[str, tuple[Implementation, ...]] = {
             "cudnn",
             "oncelm.ops.attention.cudnn:window",
             ("cuda",),
-            "cuDNN, at recurring lengths",
+            "cuDNN's forward, FlashAttention's backward",
             "cudnn",
             package="nvidia-cudnn-frontend",
             packed=True,

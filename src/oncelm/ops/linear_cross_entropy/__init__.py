@@ -8,6 +8,7 @@ repeated in the backward pass, which only scales what is there. Memory is one ch
 from __future__ import annotations
 
 import torch
+from torch.utils.flop_counter import register_flop_formula
 
 from oncelm.ops.dispatch import implementation
 
@@ -131,3 +132,9 @@ def _scale(ctx, grad_loss, *_):
 
 
 linear_cross_entropy_op.register_autograd(_scale, setup_context=_save)
+
+
+@register_flop_formula(torch.ops.oncelm.linear_cross_entropy)
+def _flops(hidden, weight, targets, dtype, needs_hidden, needs_weight, *_, **__):
+    """For torch's FlopCounterMode, which does not look into an operator; hidden and weight are shapes."""
+    return 2 * hidden[0] * hidden[1] * weight[0] * (1 + needs_hidden + needs_weight)
