@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 
 # tests that run Triton kernels: on a GPU, or with TRITON_INTERPRET=1 in Triton's interpreter
 KERNEL_TESTS := $(addprefix tests/,ops/test_gated_retention_triton.py ops/test_gated_retention_step.py \
-	ops/test_decode_linear.py ops/test_decode_attention.py models/test_stepper.py)
+	ops/test_decode_linear.py ops/test_decode_attention.py ops/test_linear_cross_entropy.py models/test_stepper.py)
 
 .PHONY: demo test lint types imports unit test-slow test-kernels test-gpu bench clean
 
@@ -44,8 +44,9 @@ test-kernels: $(STAMP)  ## the Triton kernels in Triton's interpreter, on the CP
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "triton==3.7.1"
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(KERNEL_TESTS)
 
-test-gpu: $(STAMP)  ## tests that need a CUDA device
+test-gpu: $(STAMP)  ## tests that need a CUDA device, then each op's gate and times
 	$(BIN)/python -m pytest -m gpu
+	$(BIN)/oncelm bench ops --device cuda
 
 bench: $(STAMP)  ## the figures of README.md, on this machine
 	$(BIN)/oncelm bench prefill

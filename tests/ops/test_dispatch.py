@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -23,7 +25,13 @@ def test_auto_skips_what_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> No
     missing = Implementation("fast", "nowhere:f", ("cpu",), "not here", needs="a_package_that_is_not_there")
     monkeypatch.setitem(dispatch.TABLE, "gated_retention", (missing, *TABLE["gated_retention"]))
     assert choose("gated_retention", "auto", CPU).backend == "chunk"
-    with pytest.raises(ValueError, match="needs a_package_that_is_not_there"):
+    with pytest.raises(
+        ValueError, match="needs a_package_that_is_not_there: `pip install a_package_that_is_not_there`"
+    ):
+        choose("gated_retention", "fast", CPU)
+    named = replace(missing, package="oncelm[fast]")
+    monkeypatch.setitem(dispatch.TABLE, "gated_retention", (named, *TABLE["gated_retention"]))
+    with pytest.raises(ValueError, match=r"`pip install oncelm\[fast\]`"):
         choose("gated_retention", "fast", CPU)
 
 

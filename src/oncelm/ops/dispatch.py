@@ -68,7 +68,7 @@ TABLE: dict[str, tuple[Implementation, ...]] = {
             ("cuda",),
             "cuDNN's forward, FlashAttention's backward",
             "cudnn",
-            package="nvidia-cudnn-frontend",
+            package="oncelm[cudnn]",
             packed=True,
         ),
         Implementation(

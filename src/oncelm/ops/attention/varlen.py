@@ -52,8 +52,15 @@ def autocast(*tensors):
 
 
 def _fits(q, k):
-    dtypes_fit = q.dtype == k.dtype and q.dtype in (torch.float16, torch.bfloat16)
-    return dtypes_fit and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256 and q.shape[1] > 1
+    if q.dtype != k.dtype or q.dtype not in (torch.float16, torch.bfloat16) or q.shape[1] <= 1:
+        return False
+    return q.shape[-1] % 8 == 0 and q.shape[-1] <= 256 and _has_flash(q.device.index)
+
+
+@torch.compiler.assume_constant_result
+def _has_flash(index: int) -> bool:
+    """From Ampere on."""
+    return torch.cuda.get_device_capability(index) >= (8, 0)
 
 
 def _attend(q, k, v, left, scale, borders):
