@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from itertools import accumulate
+from dataclasses import replace
+from itertools import accumulate, pairwise
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from oncelm.ops import global_attention, window_attention
-from oncelm.ops.attention import sdpa
+from oncelm.ops.attention import sdpa, varlen
 from oncelm.ops.dispatch import TABLE
 
 
@@ -126,6 +127,59 @@ def test_bad_borders() -> None:
         global_attention(q, k, v, start=0, cu_seqlens=borders([4]), cu_seqlens_k=borders([6]))
     with pytest.raises(ValueError, match="need batch size 1, got 2"):
         window_attention(*make_qkv(2, 4, 4, 2, 2), window_size=2, cu_seqlens=borders([4]))
+
+
+def documented_varlen(q, k, v, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_gqa=False):
+    """What torch documents of varlen_attn: queries stand at the end of their keys, `left` keys before each are seen."""
+    left, right = window_size
+    assert right == 0
+    assert enable_gqa or q.shape[1] == k.shape[1]
+    assert max(cu_q.diff()) <= max_q
+    assert max(cu_k.diff()) <= max_k
+    outputs = []
+    for (a, b), (c, d) in zip(pairwise(cu_q.tolist()), pairwise(cu_k.tolist()), strict=True):
+        seen = d - c if left == -1 else left + 1
+        if b > a:
+            one = (x[None] for x in (q[a:b], k[c:d], v[c:d]))
+            outputs.append(window_attention(*one, window_size=seen, scale=scale, backend="naive")[0])
+    return torch.cat(outputs)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    data=st.data(),
+    lengths=LENGTHS,
+    past=st.integers(0, 20),
+    window=st.integers(1, 40),
+    heads=HEADS,
+    B=st.integers(1, 2),
+)
+def test_flash_attention_is_asked_the_right_question(data, lengths, past, window, heads, B) -> None:
+    def half(T, S, B=1):
+        return [x.bfloat16() for x in make_qkv(B, T, S, *heads)]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(varlen, "varlen_attn", documented_varlen)
+        patch.setattr(varlen, "ASKS_FOR_GQA", True)
+        patch.setattr(varlen, "_has_flash", lambda index: True)
+        for op in ("window_attention", "global_attention"):
+            rows = [replace(row, devices=("cpu",)) for row in TABLE[op] if row.backend in ("varlen", "naive")]
+            patch.setitem(TABLE, op, tuple(rows))
+        T, total = lengths[0], sum(lengths)
+        ends = [length + data.draw(st.integers(0, 9)) for length in lengths]
+        cases = [
+            (window_attention, half(T, T + past, B), {"window_size": window}),
+            (window_attention, half(total, total), {"window_size": window, "cu_seqlens": borders(lengths)}),
+            (global_attention, half(T, T + past + 3, B), {"start": past}),
+            (
+                global_attention,
+                half(total, sum(ends)),
+                {"cu_seqlens": borders(lengths), "cu_seqlens_k": borders(ends), "max_seqlen": max(ends)},
+            ),
+        ]
+        for op, inputs, options in cases:
+            got, expected = (op(*inputs, **options, backend=name) for name in ("varlen", "naive"))
+            torch.testing.assert_close(got, expected, rtol=2e-2, atol=2e-2)
 
 
 # ------------------------------------------------------------------------------------------------------------- on a GPU
