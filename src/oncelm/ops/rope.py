@@ -47,7 +47,8 @@ def apply_rope(x: torch.Tensor, rotation: torch.Tensor, pairing: str) -> torch.T
         return torch.view_as_real(pairs * torch.view_as_complex(rotation)).flatten(-2).to(x.dtype)
     cos, sin = rotation.unbind(-1)
     if pairing == "interleaved":
-        real, imaginary = wide.unflatten(-1, (-1, 2)).unbind(-1)
-        return torch.stack((real * cos - imaginary * sin, imaginary * cos + real * sin), dim=-1).flatten(-2).to(x.dtype)
+        pairs = wide.unflatten(-1, (-1, 2))
+        turned = torch.stack((-sin, sin), dim=-1)  # (a, b) -> (a cos - b sin, b cos + a sin)
+        return (pairs * cos[..., None] + pairs.flip(-1) * turned).flatten(-2).to(x.dtype)
     real, imaginary = wide.chunk(2, dim=-1)
     return torch.cat((real * cos - imaginary * sin, imaginary * cos + real * sin), dim=-1).to(x.dtype)

@@ -4,9 +4,9 @@ Compiling fuses norms, rotations, gates and residual sums into few kernels. Each
 all layers of a kind, not once a layer: dynamo takes a layer's weights as inputs. What mixes tokens stays as it is, so
 every memory works, and a chunk's place in the text never reaches a compiler.
 
-    part              kinds of layers            without gradients      with gradients
-    before, after     self, cross                one graph, any T       one graph a batch shape
-    keys_and_values   -                          one graph, any T       one graph a batch shape
+    part              kinds of layers     without gradients      with gradients
+    before, after     self, cross         one graph, any T       one graph for the first shape, one for all others
+    keys_and_values   -                   the same               the same
 
 (B = 1 and B > 1 are two graphs; so are two dtypes.)
 """
@@ -15,19 +15,25 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from typing import Self
+import types
+from collections.abc import Callable
+from typing import Any, Self
 
 import torch
+from torch import nn
 
 from oncelm.models.yoco.config import YocoConfig
 from oncelm.models.yoco.linear import Linear
-from oncelm.models.yoco.model import PLAIN, SelfDecoder, TokenParts
+from oncelm.models.yoco.model import PLAIN, DecoderLayer, SelfDecoder, TokenParts
 from oncelm.ops.float8 import check_float8
 from oncelm.utils.errors import check_choice
 
 MIN_TOKENS = 64  # in all rows; for fewer, as in decoding, checking a compiled part's conditions costs what it saves
 MOST_FUSED = 16  # tokens in all rows that fused kernels compute: decoding, and the one wanted token of a prefill
-MAX_GRAPHS = 64  # of one part, over all models of a process; torch's own limit, 8, is one model's training and prefill
+MAX_GRAPHS = 64  # of one part, over all models of a process
+OPTIONS: dict[str, Any] = {
+    "coordinate_descent_tuning": True
+}  # of inductor; ten seconds more of compiling, a fifth less in its kernels
 
 # Tokens of a prefill chunk, in all rows. A CPU is fastest while activations stay near its caches (8192 tokens of d 512
 # in bf16: 1.2 s in chunks of 2048, 1.45 s in one), a GPU while its matrix products are large.
@@ -37,15 +43,39 @@ MIN_CHUNK_COLUMNS = 256  # of each row, however many rows: a sliding window is r
 
 
 @functools.cache
-def compiled_parts(gradients: bool) -> TokenParts:
-    """The compiled parts, for all models; nothing is compiled before the first call of each.
+def compiled(part: Callable, kind: str, gradients: bool) -> Callable:
+    """One part of TokenParts, compiled for one kind of layers, for all models; compiling waits for the first call.
 
-    Prompts come in any length, so graphs without gradients take any T from the start. Training batches are of one
-    shape, and a fixed shape makes better backward kernels.
+    Prompts come in any length: without gradients, graphs take any T from the start. A training batch is of one shape,
+    and fixed shapes make better backward kernels; a second shape makes a graph for any.
     """
+    # dynamo keeps graphs, and what it knows of shapes, by code object: with one of its own, no kind disturbs another
+    code = part.__code__.replace(co_name=f"{part.__name__}_{kind}")
+    own = types.FunctionType(code, part.__globals__)
     torch._dynamo.config.recompile_limit = max(MAX_GRAPHS, torch._dynamo.config.recompile_limit)
-    compiled = functools.partial(torch.compile, fullgraph=True, dynamic=None if gradients else True)
-    return TokenParts(compiled(PLAIN.before), compiled(PLAIN.after), compiled(PLAIN.keys_and_values), PLAIN.head)
+    run = torch.compile(own, fullgraph=True, options=OPTIONS)
+    if gradients:
+        return run
+
+    def run_any_length(owner: nn.Module, *tensors: torch.Tensor | None) -> Any:
+        for tensor in tensors:
+            if tensor is not None:
+                torch._dynamo.maybe_mark_dynamic(tensor, 1)
+        return run(owner, *tensors)
+
+    return run_any_length
+
+
+def compiled_parts(gradients: bool) -> TokenParts:
+    """All parts, each in the compiled form of its kind of layers."""
+
+    def before(layer: DecoderLayer, *inputs: Any) -> Any:
+        return compiled(PLAIN.before, type(layer.mixer).__name__, gradients)(layer, *inputs)
+
+    def after(layer: DecoderLayer, *inputs: Any) -> Any:
+        return compiled(PLAIN.after, type(layer.mixer).__name__, gradients)(layer, *inputs)
+
+    return TokenParts(before, after, compiled(PLAIN.keys_and_values, "cross_decoder", gradients), PLAIN.head)
 
 
 def activation_bytes(config: YocoConfig, element_size: int) -> int:
