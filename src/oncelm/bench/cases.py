@@ -40,8 +40,10 @@ def prefill(subject: Subject, length: int, at: Conditions) -> dict[str, Any]:
     """Time from `length` tokens to the logits of the last one and a cache to go on with."""
     ids = _random_ids(subject, at.batch_size, length)
     subject.prefill(ids[:, :WARM_UP_TOKENS])
-    timing = measure(lambda: subject.prefill(ids), at.repeats, subject.model.device)
-    return _timed(timing, 1, at.batch_size * length, subject.work.prefill(at.batch_size, length), at)
+    with PeakMemory(subject.model.device) as peak:
+        timing = measure(lambda: subject.prefill(ids), at.repeats, subject.model.device)
+    figures = _timed(timing, 1, at.batch_size * length, subject.work.prefill(at.batch_size, length), at)
+    return {**figures, **peak.figures()}
 
 
 @torch.no_grad()
@@ -67,9 +69,8 @@ def memory(subject: Subject, length: int, at: Conditions) -> dict[str, Any]:
         cache = subject.prefill(ids)[1]
     return {
         "cache_bytes": subject.cache_bytes(cache),
-        "peak_bytes_above_weights": peak.bytes,
         "weight_bytes": sum(parameter.nbytes for parameter in subject.model.parameters()),
-        "peak_method": peak.method,
+        **peak.figures(),
     }
 
 
@@ -100,7 +101,7 @@ def train(subject: Subject, length: int, at: Conditions) -> dict[str, Any]:
         timing = measure(step, at.repeats, model.device)
         optimizer.zero_grad()
     figures = _timed(timing, 1, at.batch_size * length, subject.work.train(at.batch_size, length), at)
-    return {**figures, **errors, "peak_bytes_above_weights": peak.bytes, "peak_method": peak.method}
+    return {**figures, **errors, **peak.figures()}
 
 
 CASES: dict[str, Callable[[Subject, int, Conditions], dict[str, Any]]] = {

@@ -21,7 +21,7 @@ TOLERANCES = {
     torch.float8_e4m3fn: 6e-2,
     torch.int8: 6e-2,
 }
-FLOAT8_TOLERANCE = 0.3
+FLOAT8_TOLERANCE = 0.1  # of products in float8; seen with random weights: 0.034
 
 
 class GateError(RuntimeError):
@@ -29,13 +29,14 @@ class GateError(RuntimeError):
 
 
 @torch.no_grad()
-def check(subject: Subject, dtype: torch.dtype, training: bool = False) -> dict[str, float]:
+def check(subject: Subject, dtype: torch.dtype, batch_size: int = 2, training: bool = False) -> dict[str, float]:
     """Compare prefill in chunks, decoding and the loss with the full forward, on a short random text.
 
     The full forward and the loss are plain PyTorch, whatever is compiled.
 
     Args:
         dtype: of the computation; it and the dtype of the cache set the tolerance.
+        batch_size: of what will be measured: one compiled form serves one sequence, another one several.
         training: leave prefill and decoding plain too; `check_step` is the check of compiled training.
 
     Returns:
@@ -46,7 +47,7 @@ def check(subject: Subject, dtype: torch.dtype, training: bool = False) -> dict[
     """
     model = subject.model.eval()
     generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(model.config.vocab_size, (2, PROMPT + STEPS), generator=generator).to(model.device)
+    ids = torch.randint(model.config.vocab_size, (batch_size, PROMPT + STEPS), generator=generator).to(model.device)
     with torch.compiler.set_stance("force_eager"):
         full = subject.full(ids).float()
         loss = model(ids, labels=ids, use_cache=False).loss

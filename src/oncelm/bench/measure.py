@@ -106,6 +106,10 @@ class PeakMemory:
             return "torch.cuda.max_memory_allocated above the start"
         return "resident set above the start, sampled every 2 ms"
 
+    def figures(self) -> dict[str, int | str]:
+        """What was seen, for the record."""
+        return {"peak_bytes_above_weights": self.bytes, "peak_method": self.method}
+
     def __enter__(self) -> PeakMemory:
         gc.collect()
         if self.device.type == "cuda":

@@ -59,7 +59,9 @@ def run(
     device = subjects[0].model.device
     environment = environment_report()
     with tqdm(total=len(plan) + 2, desc="correctness gate", unit="case", dynamic_ncols=True) as bar:
-        errors = {subject.name: check(subject, dtype, training=benchmark == "train") for subject in subjects}
+        errors = {
+            subject.name: check(subject, dtype, batch_size, training=benchmark == "train") for subject in subjects
+        }
         bar.update()
         bar.set_description("machine ceilings")
         ceilings = measure_ceilings(device, dtype)

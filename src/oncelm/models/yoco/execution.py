@@ -31,9 +31,8 @@ from oncelm.utils.errors import check_choice
 MIN_TOKENS = 64  # in all rows; for fewer, as in decoding, checking a compiled part's conditions costs what it saves
 MOST_FUSED = 16  # tokens in all rows that fused kernels compute: decoding, and the one wanted token of a prefill
 MAX_GRAPHS = 64  # of one part, over all models of a process
-OPTIONS: dict[str, Any] = {
-    "coordinate_descent_tuning": True
-}  # of inductor; ten seconds more of compiling, a fifth less in its kernels
+# of inductor, without gradients: ten seconds more of compiling, a fifth less in its kernels (with gradients, a minute)
+OPTIONS: dict[str, Any] = {"coordinate_descent_tuning": True}
 
 # Tokens of a prefill chunk, in all rows. A CPU is fastest while activations stay near its caches (8192 tokens of d 512
 # in bf16: 1.2 s in chunks of 2048, 1.45 s in one), a GPU while its matrix products are large.
@@ -53,9 +52,9 @@ def compiled(part: Callable, kind: str, gradients: bool) -> Callable:
     code = part.__code__.replace(co_name=f"{part.__name__}_{kind}")
     own = types.FunctionType(code, part.__globals__)
     torch._dynamo.config.recompile_limit = max(MAX_GRAPHS, torch._dynamo.config.recompile_limit)
-    run = torch.compile(own, fullgraph=True, options=OPTIONS)
     if gradients:
-        return run
+        return torch.compile(own, fullgraph=True)
+    run = torch.compile(own, fullgraph=True, options=OPTIONS)
 
     def run_any_length(owner: nn.Module, *tensors: torch.Tensor | None) -> Any:
         for tensor in tensors:
@@ -66,6 +65,7 @@ def compiled(part: Callable, kind: str, gradients: bool) -> Callable:
     return run_any_length
 
 
+@functools.cache
 def compiled_parts(gradients: bool) -> TokenParts:
     """All parts, each in the compiled form of its kind of layers."""
 
