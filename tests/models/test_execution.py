@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from torch._dynamo.utils import counters
 
 from oncelm.models.yoco import execution
+from oncelm.models.yoco.model import PLAIN
 from tests.models.small import VOCAB, make_model
 
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 
 
 @pytest.fixture(autouse=True)
@@ -40,6 +41,8 @@ def losses_and_gradients(model, ids):
     return loss.detach(), {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
 
+@needs_compiler
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["retention", "window"])
 def test_prefill_compiles_once_whatever_the_depth_and_the_chunks(kind: str) -> None:
     ids = draw_ids(1, 300)
@@ -58,6 +61,8 @@ def test_prefill_compiles_once_whatever_the_depth_and_the_chunks(kind: str) -> N
     assert counts[0] == counts[1] == 3  # before, after, keys_and_values
 
 
+@needs_compiler
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["retention", "window"])
 def test_training_gives_the_same_gradients(kind: str) -> None:
     ids = draw_ids(2, 40)
@@ -127,6 +132,14 @@ def test_chunks_are_powers_of_two_that_fit(free: int, bytes_per_token: int) -> N
     assert chunk & (chunk - 1) == 0
     assert chunk == least or chunk * bytes_per_token <= free / 2
     assert chunk == most or 2 * chunk * bytes_per_token > free / 2
+
+
+def test_few_tokens_stay_plain() -> None:
+    """Decoding: checking the conditions of compiled code takes longer than it saves."""
+    model = make_model("retention").compile_layers()
+    assert model.token_parts(torch.zeros(1, execution.MIN_TOKENS - 1, 32)) is PLAIN
+    assert model.token_parts(torch.zeros(2, execution.MIN_TOKENS // 2, 32)) is not PLAIN
+    assert model.compile_layers(False).token_parts(torch.zeros(1, 999, 32)) is PLAIN
 
 
 def test_chunks_on_a_cpu_shrink_with_the_batch() -> None:

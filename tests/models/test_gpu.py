@@ -68,3 +68,25 @@ def test_bf16_stays_near_float32(kind: str) -> None:
     exact = model(ids, use_cache=False).logits
     rounded = model.bfloat16()(ids, use_cache=False).logits.float()
     assert (rounded - exact).norm() < 0.1 * exact.norm()
+
+
+def test_compiled_and_float8_prefill(kind: str) -> None:
+    _, model = make_pair(kind)
+    model.bfloat16()
+    ids = draw_ids(1, 500).cuda()
+    expected = model.prefill(ids, model.new_cache(1, 500), chunk_size=200).float()
+    for gemm, allowed in ((None, 0.06), ("float8", 0.3)):
+        model.compile_layers().set_gemm(gemm)
+        got = model.prefill(ids, model.new_cache(1, 500), chunk_size=200).float()
+        assert (got - expected).norm() < allowed * expected.norm()
+
+
+def test_compiled_gradients(kind: str) -> None:
+    _, model = make_pair(kind)
+    ids = draw_ids(2, 200).cuda()
+    gradients = []
+    for compiled in (False, True):
+        model.zero_grad()
+        model.compile_layers(compiled)(ids, labels=ids).loss.backward()
+        gradients.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]))
+    assert (gradients[1] - gradients[0]).norm() < 1e-3 * gradients[0].norm()

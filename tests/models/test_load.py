@@ -201,11 +201,21 @@ def test_another_kind_of_model(tmp_path) -> None:
     [
         ({"dtype": "bfloat61"}, "unknown dtype 'bfloat61'; did you mean 'bfloat16'"),
         ({"device": "cdua"}, "unknown device 'cdua'; did you mean 'cuda'"),
+        ({"device": "cpu", "gemm": "float9"}, "did you mean 'float8'"),
+        ({"device": "cpu", "gemm": "float8"}, "need an NVIDIA GPU"),
     ],
 )
 def test_bad_options(saved, options, message) -> None:
     with pytest.raises(ValueError, match=message):
         oncelm.load(saved, **options)
+
+
+def test_options_of_execution_are_for_yoco_models(saved, tmp_path) -> None:
+    assert oncelm.load(saved, "cpu", compile=True).compiles_layers
+    llama = LlamaConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1, vocab_size=9)
+    LlamaForCausalLM(llama).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="options of YOCO models"):
+        oncelm.load(tmp_path, "cpu", compile=True)
 
 
 def test_read_config_needs_no_weights(folder) -> None:

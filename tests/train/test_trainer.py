@@ -14,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from oncelm.data.tokenizers import load_tokenizer
+from oncelm.models.load import build_model
 from oncelm.train.checkpoint import find_checkpoint
 from oncelm.train.optimizer import build_optimizer
 from oncelm.train.trainer import Trainer
@@ -241,3 +242,16 @@ def test_a_checkpoint_loads_as_a_model(make_model, dataset, make_config) -> None
     model = make_model()
     folder = Trainer(model, dataset, make_config(steps=1)).fit().model_path.parent / "checkpoints/step-000001"
     assert torch.equal(weights(AutoModelForCausalLM.from_pretrained(folder)), weights(model))
+
+
+def test_compile_is_for_any_model(make_model, dataset, make_config) -> None:
+    yoco = build_model("yoco-tiny", vocab_size=32)
+    llama = make_model()
+    for model in (yoco, llama):
+        Trainer(model, dataset, make_config())
+    assert not yoco.compiles_layers
+    assert not llama._compiled_call_impl
+    for model in (yoco, llama):
+        Trainer(model, dataset, make_config(compile=True))
+    assert yoco.compiles_layers
+    assert llama._compiled_call_impl

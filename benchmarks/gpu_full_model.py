@@ -1,0 +1,131 @@
+"""Prefill of a whole model on one GPU: plain, compiled and in float8, by chunk and by length.
+
+    python benchmarks/gpu_full_model.py --out results.jsonl --plot prefill.png
+
+The forms take turns on the same prompt, because a GPU that has been busy for a second runs its matrix products a tenth
+slower than a cool one (power). Each form passes `oncelm.bench`'s gate first. One line of JSON a measurement.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity
+from transformers import AutoModelForCausalLM
+
+from oncelm import bench
+from oncelm.bench.measure import PeakMemory, measure
+from oncelm.bench.plot import Panel, plot_by_length
+from oncelm.models import YocoForCausalLM
+from oncelm.models.yoco.presets import preset_config
+from oncelm.utils.environment import environment_report
+
+FORMS: dict[str, dict[str, Any]] = {"plain": {}, "compiled": {"compile": True}}
+FLOAT8: dict[str, Any] = {"compile": True, "gemm": "float8"}
+CHUNKS = (4096, 8192, 16384, 32768)
+TURNS = 3
+
+
+def make(build: Callable, config: Any) -> Any:
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        return build(config, dtype=torch.bfloat16).eval()
+
+
+def draw(model: Any, length: int) -> torch.Tensor:
+    generator = torch.Generator("cuda").manual_seed(0)
+    return torch.randint(model.config.vocab_size, (1, length), device="cuda", generator=generator)
+
+
+def in_turns(model: YocoForCausalLM, length: int, write: Callable) -> None:
+    """Seconds of a prefill in one chunk, each form after the other, several times."""
+    ids = draw(model, length)
+    runs: dict[str, list[float]] = {name: [] for name in FORMS}
+    for _ in range(TURNS):
+        for name, options in FORMS.items():
+            subject = bench.Yoco(model, length, **options)
+            runs[name] += measure(lambda: subject.prefill(ids), 3, model.device).runs  # noqa: B023
+    for name, found in runs.items():
+        write("prefill in turns", form=name, length=length, chunk=length, runs=found)
+
+
+def by_chunk(model: YocoForCausalLM, length: int, write: Callable) -> None:
+    """Seconds and memory of a longer prefill, compiled, in chunks of several sizes."""
+    ids = draw(model, length)
+    for chunk in CHUNKS:
+        subject = bench.Yoco(model, chunk, compile=True)
+        cache_bytes = subject.prefill(ids)[1].nbytes()
+        with PeakMemory(model.device) as peak:
+            timing = measure(lambda: subject.prefill(ids), 2, model.device)  # noqa: B023
+        extra = {"peak_bytes_above_weights_and_cache": peak.bytes - cache_bytes}
+        write("prefill by chunk", form="compiled", length=length, chunk=chunk, runs=list(timing.runs), **extra)
+
+
+def profile(model: YocoForCausalLM, name: str, options: dict[str, Any], length: int, write: Callable) -> None:
+    """Milliseconds of each kernel in one chunk."""
+    ids, subject = draw(model, length), bench.Yoco(model, length, **options)
+    subject.prefill(ids)
+    with torch.profiler.profile(activities=[ProfilerActivity.CUDA]) as seen:
+        subject.prefill(ids)
+        torch.cuda.synchronize()
+    events = [event for event in seen.key_averages() if event.self_device_time_total]
+    events.sort(key=lambda event: -event.self_device_time_total)
+    kernels = {event.key[:90]: [event.count, round(event.self_device_time_total / 1e3, 3)] for event in events[:20]}
+    total = sum(event.self_device_time_total for event in events) / 1e3
+    write("profile", form=name, length=length, chunk=length, kernel_milliseconds=total, kernels=kernels)
+
+
+def by_length(subject: bench.Subject, lengths: list[int], out: Path, benchmark: str = "prefill") -> list[dict]:
+    """`oncelm bench`'s own records."""
+
+    def keep(record: dict[str, Any]) -> None:
+        bench.append_record(out, record)
+
+    return bench.run(benchmark, [subject], lengths, dtype=torch.bfloat16, repeats=2, on_record=keep)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--plot", type=Path)
+    parser.add_argument("--model", default="yoco-3b")
+    parser.add_argument("--longest", type=int, default=1 << 20)
+    args = parser.parse_args()
+    config, environment = preset_config(args.model), environment_report()
+    model = make(AutoModelForCausalLM.from_config, config)
+
+    def write(benchmark: str, **figures: Any) -> None:
+        record = {"benchmark": benchmark, "model": args.model, "dtype": "bfloat16", **figures}
+        time = datetime.now(UTC).isoformat(timespec="seconds")
+        bench.append_record(args.out, {**record, "time": time, "environment": environment})
+        print(record, flush=True)
+
+    lengths = [length for length in (8192, 32768, 131072, 524288, 1048576) if length <= args.longest]
+    rows = by_length(bench.Yoco(model, compile=True), lengths, args.out)
+    by_length(bench.Yoco(model, 8192, compile=True), lengths[-1:], args.out, "memory")
+    in_turns(model, 32768, write)
+    by_chunk(model, 131072, write)
+    profile(model, "compiled", FORMS["compiled"], 32768, write)
+    by_length(bench.Yoco(model, **FLOAT8), [32768, 131072, 524288], args.out)
+    profile(model, "float8", FLOAT8, 32768, write)
+    del model
+    llama = make(AutoModelForCausalLM.from_config, bench.llama_config(config))
+    rows += by_length(
+        bench.Llama(llama, compile="norms and feed-forward layers"), [n for n in lengths if n <= 131072], args.out
+    )
+    if args.plot:
+        panels = (
+            Panel("seconds", "prefill, seconds"),
+            Panel("peak_bytes_above_weights", "peak memory above the weights, GiB", 2**-30),
+        )
+        named = [{**row, "model": row["subject"]} for row in rows if "error" not in row]
+        plot_by_length(named, args.plot, f"prefill of {args.model}, bfloat16", panels)
+
+
+if __name__ == "__main__":
+    main()
