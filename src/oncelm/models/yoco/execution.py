@@ -31,7 +31,7 @@ from oncelm.utils.errors import check_choice
 MIN_TOKENS = 64  # in all rows; for fewer, as in decoding, checking a compiled part's conditions costs what it saves
 MOST_FUSED = 16  # tokens in all rows that fused kernels compute: decoding, and the one wanted token of a prefill
 MAX_GRAPHS = 64  # of one part, over all models of a process
-# of inductor, without gradients: ten seconds more of compiling, a fifth less in its kernels (with gradients, a minute)
+# of inductor, without gradients: ten seconds more of compiling, a fifth less in its kernels (with them: over a minute)
 OPTIONS: dict[str, Any] = {"coordinate_descent_tuning": True}
 
 # Tokens of a prefill chunk, in all rows. A CPU is fastest while activations stay near its caches (8192 tokens of d 512
@@ -124,7 +124,7 @@ class Execution:
         """Compute the token-wise parts of the layers with torch.compile, wherever at least MIN_TOKENS tokens are read:
         in prefill, scoring and training.
 
-        The first pass of each kind compiles, which takes some ten seconds on a GPU. Results agree to rounding. Needs a
+        The first pass of each kind compiles, which takes half a minute on a GPU. Results agree to rounding. Needs a
         C++ compiler (CPU) or Triton (GPU).
 
         Args:
