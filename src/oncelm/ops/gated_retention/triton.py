@@ -19,6 +19,11 @@ import triton
 from oncelm.ops.gated_retention import by_sequence, triton_backward, triton_forward
 from oncelm.ops.gated_retention import chunk as portable
 
+try:
+    from oncelm.ops.gated_retention import hopper
+except ImportError:  # Triton without Gluon
+    hopper = None
+
 Tensor = torch.Tensor
 Sums = dict[int, torch.Tensor]  # chunk size -> [H, tokens] running sums of g inside chunks of that size
 
@@ -30,15 +35,20 @@ SMALL_PROGRAMS = 4096  # of the kernels that only read gates: enough to fill the
 
 @dataclass(frozen=True)
 class Config:
-    """How one kernel is compiled: tokens a chunk, columns of the state a program, warps, pipeline stages."""
+    """How one kernel is compiled: tokens a chunk, columns of the state a program, warps, pipeline stages.
+
+    No stages: the kernel is one of hopper.py, which has its own and where 16 columns make a warp.
+    """
 
     chunk: int
     block: int
     num_warps: int
-    num_stages: int
+    num_stages: int | None
 
     @property
     def launch(self) -> dict[str, int]:
+        if self.num_stages is None:
+            return {"BLOCK": self.block, "num_warps": self.num_warps}
         return {"BLOCK": self.block, "C": self.chunk, "num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
@@ -57,6 +67,18 @@ CONFIGS = {
     ("query", 128): Config(64, 64, 4, 2),
     ("query", 256): Config(64, 64, 8, 2),
 }
+# (kernel, largest of K and V) -> columns of the state a program, for the kernels of hopper.py
+HOPPER_BLOCKS = {
+    ("forward", 64): 64,
+    ("forward", 128): 64,
+    ("forward", 256): 128,
+    ("key_value", 64): 64,
+    ("key_value", 128): 64,
+    ("key_value", 256): 128,
+    ("query", 64): 64,
+    ("query", 128): 64,
+    ("query", 256): 128,
+}
 FULL_PRECISION = Config(16, 16, 8, 1)  # float32 runs on the vector units, operands in registers: small tiles
 
 # largest of K and V -> tokens between two stored gradients of the state (the marks), for 16-bit inputs. Rounding adds
@@ -66,9 +88,18 @@ GROUPS = {64: 128, 128: 256, 256: 128}
 FULL_PRECISION_GROUP = 64
 
 
+def on_hopper(q: Tensor, v: Tensor) -> bool:
+    """Whether the kernels of hopper.py take these inputs."""
+    wide = min(q.shape[-1], v.shape[-1]) >= 64
+    return hopper is not None and wide and q.dtype != torch.float32 and q.is_cuda and _capability(q.device.index)[0] == 9
+
+
 def config(kernel: str, q: Tensor, v: Tensor) -> Config:
     """The compiled form of `kernel` for these inputs; its block divides both K and V."""
     K, V = q.shape[-1], v.shape[-1]
+    if kernel != "states" and on_hopper(q, v):
+        block = min(HOPPER_BLOCKS[kernel, max(K, V)], K, V)
+        return Config(hopper.CHUNK, block, block // 16, None)
     found = FULL_PRECISION if q.dtype == torch.float32 else CONFIGS[kernel, max(64, K, V)]
     block, stages = min(found.block, K, V), found.num_stages
     if block < found.block:
@@ -79,6 +110,11 @@ def config(kernel: str, q: Tensor, v: Tensor) -> Config:
 def group_size(q: Tensor, v: Tensor) -> int:
     """Tokens between two marks."""
     return FULL_PRECISION_GROUP if q.dtype == torch.float32 else GROUPS[max(64, q.shape[-1], v.shape[-1])]
+
+
+@cache
+def _capability(index: int | None) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
 
 
 @cache
@@ -206,7 +242,8 @@ def launch_forward(
     """o and the final states, from the state before each segment."""
     H, K, V = q.shape[2], q.shape[3], v.shape[3]
     form = config("forward", q, v)
-    triton_forward.forward_kernel[(cut.segments * H * (V // form.block),)](
+    kernels = triton_forward if form.num_stages else hopper
+    kernels.forward_kernel[(cut.segments * H * (V // form.block),)](
         q, k, v, sums[form.chunk], o, start, final, **cut.arguments, tokens=q.shape[0] * q.shape[1],
         scale=scale, H=H, K=K, V=V, **form.launch,
     )  # fmt: skip
@@ -219,7 +256,8 @@ def launch_key_value(
     """dk, dv, the initial states' gradient, the marks and k . dk, from the state's gradient behind each segment."""
     H, K, V = q.shape[2], q.shape[3], v.shape[3]
     form = config("key_value", q, v)
-    triton_backward.key_value_kernel[(cut.segments * H * ((K + V) // form.block),)](
+    kernels = triton_backward if form.num_stages else hopper
+    kernels.key_value_kernel[(cut.segments * H * ((K + V) // form.block),)](
         q, k, v, sums[form.chunk], do, dk, dv, start, d_initial, marks, products, **cut.arguments,
         tokens=q.shape[0] * q.shape[1], scale=scale, H=H, K=K, V=V, GROUP=group_size(q, v), **form.launch,
     )  # fmt: skip
@@ -232,7 +270,8 @@ def launch_query(
     """dq, q . dq and <S, dS> at the marks, from the state before each segment."""
     H, K, V = q.shape[2], q.shape[3], v.shape[3]
     form = config("query", q, v)
-    triton_backward.query_kernel[(cut.segments * H * (K // form.block),)](
+    kernels = triton_backward if form.num_stages else hopper
+    kernels.query_kernel[(cut.segments * H * (K // form.block),)](
         q, k, v, sums[form.chunk], do, dq, start, marks, products, bounds, **cut.arguments,
         tokens=q.shape[0] * q.shape[1], scale=scale, H=H, K=K, V=V, GROUP=group_size(q, v), **form.launch,
     )  # fmt: skip

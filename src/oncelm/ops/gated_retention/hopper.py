@@ -1,0 +1,276 @@
+"""Gated retention on Hopper: the pass over a segment of triton_forward.retain, with its copies and products in order.
+
+Triton's own pipeline asks for a chunk after the products of the one before and waits for every product at once. Here
+(Gluon) a chunk is copied while the one before is computed, and independent products run together. All is transposed:
+the state S^T [BLOCK, A] stays in registers and is an operand from there, 64 of its columns at a time.
+"""
+
+# mypy: allow-incomplete-defs
+# a kernel's arguments are pointers and numbers whose types Triton infers; only its constants are annotated
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
+
+from oncelm.ops.gated_retention.triton_forward import COUNTS, locate
+
+CHUNK = 64  # tokens
+C = gl.constexpr(CHUNK)
+
+
+@gluon.jit
+def copy_chunk(
+    a, b, c, sums, a_panels, b_panels, c_tiles, G_rows, slot, t, left, h, j,
+    H: gl.constexpr, A: gl.constexpr, N: gl.constexpr, BLOCK: gl.constexpr,
+):  # fmt: skip
+    """Start copying the chunk of `left` tokens at token t: a, b by panels, c's block, G. Rows behind the end are 0."""
+    W: gl.constexpr = gl.num_warps()
+    PANEL: gl.constexpr = max(64, A // 2)
+    panels: gl.constexpr = A // PANEL
+    rows_of_8: gl.constexpr = gl.BlockedLayout([1, 8], [256 // PANEL, PANEL // 8], [W, 1], [1, 0])
+    wide: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK, BLOCK // 8], [W, 1], [1, 0])
+    row = gl.arange(0, C, gl.SliceLayout(1, rows_of_8))
+    offset = row[:, None] * (H * A) + gl.arange(0, PANEL, gl.SliceLayout(0, rows_of_8))[None, :]
+    valid = (row < left)[:, None]
+    at = (t * H + h) * A
+    for s in gl.static_range(panels):
+        async_copy.async_copy_global_to_shared(a_panels[s].index(slot), a + (at + s * PANEL) + offset, valid)
+    for s in gl.static_range(panels):
+        async_copy.async_copy_global_to_shared(b_panels[s].index(slot), b + (at + s * PANEL) + offset, valid)
+    row = gl.arange(0, C, gl.SliceLayout(1, wide))
+    offset = row[:, None] * (H * N) + gl.arange(0, BLOCK, gl.SliceLayout(0, wide))[None, :]
+    at = (t * H + h) * N + j * BLOCK
+    async_copy.async_copy_global_to_shared(c_tiles.index(slot), c + at + offset, (row < left)[:, None])
+    time = gl.arange(0, C, gl.BlockedLayout([1], [32], [W], [0]))
+    async_copy.async_copy_global_to_shared(G_rows.index(slot), sums + t + gl.minimum(time, left - 1), time < left + C)
+    async_copy.commit_group()
+
+
+@gluon.jit
+def retain(
+    a, b, c, sums, y, x, products, start, stop, marks, bounds, begin, length, tokens, h, j, is_stop,
+    read_scale, write_scale, H: gl.constexpr, A: gl.constexpr, N: gl.constexpr, BLOCK: gl.constexpr,
+    GROUP: gl.constexpr, ROW: gl.constexpr, COL: gl.constexpr, REVERSE: gl.constexpr,
+):  # fmt: skip
+    """triton_forward.retain for A of at least 64, BLOCK / 16 warps and chunks of 64 tokens."""
+    W: gl.constexpr = gl.num_warps()
+    dtype: gl.constexpr = c.dtype.element_ty
+    PANEL: gl.constexpr = max(64, A // 2)
+    panels: gl.constexpr = A // PANEL
+    half: gl.constexpr = (panels + 1) // 2
+    # [BLOCK, 64] accumulators, and the same as a left operand in registers; scores [C, C] of all warps together
+    acc: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [W, 1], [16, 64, 16])
+    operand: gl.constexpr = gl.DotOperandLayout(0, acc, 2)
+    square: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, W // 4], [16, 256 // W, 16])
+    rows: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK, BLOCK // 8], [W, 1], [1, 0])
+    shared: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+
+    a_panels = ()  # an allocation each: the compiler separates reads from copies by allocation, with barriers
+    b_panels = ()
+    for s in gl.static_range(panels):
+        a_panels = a_panels + (gl.allocate_shared_memory(dtype, [2, C, PANEL], shared),)
+        b_panels = b_panels + (gl.allocate_shared_memory(dtype, [2, C, PANEL], shared),)
+    c_tiles = gl.allocate_shared_memory(dtype, [2, C, BLOCK], shared)
+    G_rows = gl.allocate_shared_memory(gl.float32, [2, C], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    weights = gl.allocate_shared_memory(dtype, [C, C], shared)
+    if x is None:
+        y_rows = gl.allocate_shared_memory(dtype, [C, BLOCK], shared)
+    else:
+        y_rows = gl.allocate_shared_memory(gl.float32, [C, BLOCK], gl.NVMMASharedLayout(128, 32, 2))
+
+    col = j * BLOCK + gl.arange(0, BLOCK, gl.SliceLayout(1, acc))
+    panel = gl.arange(0, PANEL, gl.SliceLayout(0, acc))
+    matrix = col[:, None] * COL + panel[None, :] * ROW
+    state = ()
+    for s in gl.static_range(panels):
+        if start is None:
+            state = state + (gl.zeros([BLOCK, PANEL], gl.float32, acc),)
+        else:
+            state = state + (gl.load(start + s * PANEL * ROW + matrix),)
+
+    u = gl.arange(0, C, gl.SliceLayout(1, square))
+    t_read = gl.arange(0, C, gl.SliceLayout(0, square))
+    if REVERSE:
+        seen = u[:, None] >= t_read[None, :]
+    else:
+        seen = u[:, None] <= t_read[None, :]
+    time = gl.arange(0, C, gl.SliceLayout(1, rows))
+    tile = time[:, None] * (H * N) + j * BLOCK + gl.arange(0, BLOCK, gl.SliceLayout(0, rows))[None, :]
+
+    sums += h.to(gl.int64) * tokens
+    chunks = gl.cdiv(length, C)
+    first = chunks - 1 if REVERSE else 0
+    left = length - first * C
+    t = begin + first * C
+    total = 0.0
+    if chunks > 0:
+        copy_chunk(a, b, c, sums, a_panels, b_panels, c_tiles, G_rows, 0, t, left, h, j, H, A, N, BLOCK)
+        total = gl.load(sums + t + gl.minimum(C, left) - 1)
+    for step in range(chunks):
+        i = chunks - 1 - step if REVERSE else step
+        slot = step % 2
+        left = length - i * C
+        t = begin + i * C
+        next_total = total
+        async_copy.wait_group(0)
+        if x is not None:
+            x_tile = gl.load(x + (t * H + h) * N + tile, (time < left)[:, None], other=0.0)
+        fence_async_shared()
+
+        left_hand = ()
+        for s in gl.static_range(half):
+            left_hand = left_hand + (gl.convert_layout(state[s].to(dtype), operand),)
+        out = gl.zeros([BLOCK, C], gl.float32, acc)
+        for s in gl.static_range(half):
+            a_tile = a_panels[s].index(slot).permute((1, 0))
+            out = warpgroup_mma(left_hand[s], a_tile, out, use_acc=s > 0, is_async=True)
+        scores = gl.zeros([C, C], gl.float32, square)
+        for s in gl.static_range(panels):
+            a_tile = a_panels[s].index(slot).permute((1, 0))
+            scores = warpgroup_mma(b_panels[s].index(slot), a_tile, scores, use_acc=s > 0, is_async=True)
+        if step + 1 < chunks:
+            k = i - 1 if REVERSE else i + 1
+            more = length - k * C
+            copy_chunk(a, b, c, sums, a_panels, b_panels, c_tiles, G_rows, 1 - slot, begin + k * C, more, h, j, H, A, N, BLOCK)
+            next_total = gl.load(sums + (begin + k * C) + gl.minimum(C, more) - 1)
+
+        G = G_rows.index(slot)
+        G_out = G.load(gl.SliceLayout(0, acc))
+        G_weight = G.load(gl.SliceLayout(0, operand))
+        G_from = G.load(gl.SliceLayout(1, square))
+        G_to = G.load(gl.SliceLayout(0, square))
+        if REVERSE:
+            decay = gl.exp2(G_from[:, None] - G_to[None, :])
+            read, write = gl.exp2(total - G_out), gl.exp2(G_weight)
+        else:
+            decay = gl.exp2(G_to[None, :] - G_from[:, None])
+            read, write = gl.exp2(G_out), gl.exp2(total - G_weight)
+        decay = gl.where(seen, decay, 0.0) * (read_scale * write_scale)
+
+        scores, out = warpgroup_mma_wait(0, [scores, out])
+        left_hand = ()
+        for s in gl.static_range(half, panels):
+            left_hand = left_hand + (gl.convert_layout(state[s].to(dtype), operand),)
+        for s in gl.static_range(half, panels):
+            a_tile = a_panels[s].index(slot).permute((1, 0))
+            out = warpgroup_mma(left_hand[s - half], a_tile, out, is_async=True)
+        weights.store((scores * decay).to(dtype))
+        c_tile = c_tiles.index(slot).permute((1, 0))
+        weighted = c_tile.load(operand)
+        weighted = (weighted.to(gl.float32) * (write * write_scale)[None, :]).to(dtype)
+        fence_async_shared()
+        gl.thread_barrier()
+        if panels > 1:
+            out = warpgroup_mma_wait(0, [out])
+        out = out * (read * read_scale)[None, :]
+
+        # a mark stands between chunk i and the next one: before the update when running backwards, after otherwise
+        mark = (begin // GROUP + i * C // GROUP).to(gl.int64) * H + h
+        at_mark = ((i + 1) * C % GROUP == 0) | (left <= C)
+        if marks is not None and REVERSE:
+            if at_mark:
+                for s in gl.static_range(panels):
+                    gl.store(marks + mark * (A * N) + s * PANEL * ROW + matrix, state[s].to(dtype))
+        keep = gl.exp2(total)
+        kept = ()
+        for s in gl.static_range(panels):
+            kept = kept + (state[s] * keep,)
+        out = warpgroup_mma(c_tile, weights, out, is_async=True)
+        updated = ()
+        for s in gl.static_range(panels):
+            updated = updated + (warpgroup_mma(weighted, b_panels[s].index(slot), kept[s], is_async=True),)
+
+        out = warpgroup_mma_wait(panels, [out])
+        y_rows.permute((1, 0)).store(out.to(y_rows.dtype))
+        y_tile = y_rows.load(rows)
+        if x is not None:
+            row_sums = gl.sum(x_tile.to(gl.float32) * y_tile, 1)
+            gl.store(products + ((j * tokens + t) * H + h) + time * H, row_sums, time < left)
+        gl.store(y + (t * H + h) * N + tile, y_tile.to(dtype), (time < left)[:, None])
+        if panels == 1:
+            state = (warpgroup_mma_wait(0, updated),)
+        else:
+            state = warpgroup_mma_wait(0, updated)
+        if marks is not None and not REVERSE:
+            if at_mark:
+                product = 0.0
+                for s in gl.static_range(panels):
+                    gradient = gl.load(marks + mark * (A * N) + s * PANEL * ROW + matrix).to(gl.float32)
+                    product += gl.sum(gl.sum(state[s] * gradient, 1), 0)
+                gl.store(bounds + mark * (N // BLOCK) + j, product)
+        total = next_total
+    if stop is not None:
+        if is_stop:
+            for s in gl.static_range(panels):
+                gl.store(stop + s * PANEL * ROW + matrix, state[s])
+
+
+@gluon.jit(do_not_specialize=COUNTS)
+def forward_kernel(
+    q, k, v, sums, o, start, final, owner, first, cu_seqlens, T, size, per_sequence, tokens, scale,
+    H: gl.constexpr, K: gl.constexpr, V: gl.constexpr, BLOCK: gl.constexpr, PACKED: gl.constexpr,
+):  # fmt: skip
+    """o = retain(q, k, v) by blocks of V, and the state after each sequence; start [segments, H, K, V]."""
+    pid = gl.program_id(0)
+    blocks: gl.constexpr = V // BLOCK
+    j = pid % blocks
+    h = pid // blocks % H
+    segment = (pid // (blocks * H)).to(gl.int64)
+    n, begin, length, _, is_last = locate(segment, owner, first, cu_seqlens, T, size, per_sequence, PACKED)
+    if start is not None:
+        start += (segment * H + h) * (K * V)
+    retain(
+        q, k, v, sums, o, None, None, start, final + (n * H + h) * (K * V), None, None, begin, length, tokens, h, j,
+        is_last, 1.0, scale, H, K, V, BLOCK, 1, V, 1, False,
+    )  # fmt: skip
+
+
+@gluon.jit(do_not_specialize=COUNTS)
+def key_value_kernel(
+    q, k, v, sums, do, dk, dv, start, d_initial, marks, products, owner, first, cu_seqlens, T, size, per_sequence,
+    tokens, scale, H: gl.constexpr, K: gl.constexpr, V: gl.constexpr, BLOCK: gl.constexpr,
+    GROUP: gl.constexpr, PACKED: gl.constexpr,
+):  # fmt: skip
+    """dk by blocks of K and dv by blocks of V; neighbouring programs read the same q, k, v, do. start is dS'."""
+    pid = gl.program_id(0)
+    blocks: gl.constexpr = (K + V) // BLOCK
+    j = pid % blocks
+    h = pid // blocks % H
+    segment = (pid // (blocks * H)).to(gl.int64)
+    n, begin, length, is_first, _ = locate(segment, owner, first, cu_seqlens, T, size, per_sequence, PACKED)
+    if start is not None:
+        start += (segment * H + h) * (K * V)
+    if j < K // BLOCK:
+        retain(
+            v, do, q, sums, dk, k, products, start, None, marks + segment * (H * K * V), None, begin, length, tokens, h,
+            j, False, scale, 1.0, H, V, K, BLOCK, GROUP, 1, V, True,
+        )  # fmt: skip
+    else:
+        retain(
+            k, q, do, sums, dv, None, None, start, d_initial + (n * H + h) * (K * V), None, None, begin, length, tokens,
+            h, j - K // BLOCK, is_first, scale, 1.0, H, K, V, BLOCK, GROUP, V, 1, True,
+        )  # fmt: skip
+
+
+@gluon.jit(do_not_specialize=COUNTS)
+def query_kernel(
+    q, k, v, sums, do, dq, start, marks, products, bounds, owner, first, cu_seqlens, T, size, per_sequence, tokens,
+    scale, H: gl.constexpr, K: gl.constexpr, V: gl.constexpr, BLOCK: gl.constexpr,
+    GROUP: gl.constexpr, PACKED: gl.constexpr,
+):  # fmt: skip
+    """dq by blocks of K, and the inner products <S, dS> at the marks; start is S."""
+    pid = gl.program_id(0)
+    blocks: gl.constexpr = K // BLOCK
+    j = pid % blocks
+    h = pid // blocks % H
+    segment = (pid // (blocks * H)).to(gl.int64)
+    _, begin, length, _, _ = locate(segment, owner, first, cu_seqlens, T, size, per_sequence, PACKED)
+    if start is not None:
+        start += (segment * H + h) * (K * V)
+    retain(
+        do, v, k, sums, dq, q, products, start, None, marks + segment * (H * K * V), bounds + segment * (H * blocks),
+        begin, length, tokens, h, j, False, 1.0, scale, H, V, K, BLOCK, GROUP, 1, V, False,
+    )  # fmt: skip
