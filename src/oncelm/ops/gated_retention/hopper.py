@@ -50,6 +50,16 @@ def copy_chunk(
 
 
 @gluon.jit
+def score(a_panels, b_panels, slot, panels: gl.constexpr, layout: gl.constexpr):
+    """b a^T [C, C] of the chunk in a slot, started."""
+    scores = gl.zeros([C, C], gl.float32, layout)
+    for s in gl.static_range(panels):
+        a_tile = a_panels[s].index(slot).permute((1, 0))
+        scores = warpgroup_mma(b_panels[s].index(slot), a_tile, scores, use_acc=s > 0, is_async=True)
+    return scores
+
+
+@gluon.jit
 def retain(
     a, b, c, sums, y, x, products, start, stop, marks, bounds, begin, length, tokens, h, j, is_stop,
     read_scale, write_scale, H: gl.constexpr, A: gl.constexpr, N: gl.constexpr, BLOCK: gl.constexpr,
@@ -60,7 +70,6 @@ def retain(
     dtype: gl.constexpr = c.dtype.element_ty
     PANEL: gl.constexpr = max(64, A // 2)
     panels: gl.constexpr = A // PANEL
-    half: gl.constexpr = (panels + 1) // 2
     # [BLOCK, 64] accumulators, and the same as a left operand in registers; scores [C, C] of all warps together
     acc: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [W, 1], [16, 64, 16])
     operand: gl.constexpr = gl.DotOperandLayout(0, acc, 2)
@@ -109,91 +118,87 @@ def retain(
     if chunks > 0:
         copy_chunk(a, b, c, sums, a_panels, b_panels, c_tiles, G_rows, 0, t, left, h, j, H, A, N, BLOCK)
         total = gl.load(sums + t + gl.minimum(C, left) - 1)
+    async_copy.wait_group(0)
+    fence_async_shared()
+    scores = warpgroup_mma_wait(0, [score(a_panels, b_panels, 0, panels, square)])
     for step in range(chunks):
         i = chunks - 1 - step if REVERSE else step
         slot = step % 2
         left = length - i * C
         t = begin + i * C
         next_total = total
-        async_copy.wait_group(0)
-        if x is not None:
-            x_tile = gl.load(x + (t * H + h) * N + tile, (time < left)[:, None], other=0.0)
-        fence_async_shared()
-
-        left_hand = ()
-        for s in gl.static_range(half):
-            left_hand = left_hand + (gl.convert_layout(state[s].to(dtype), operand),)
-        out = gl.zeros([BLOCK, C], gl.float32, acc)
-        for s in gl.static_range(half):
-            a_tile = a_panels[s].index(slot).permute((1, 0))
-            out = warpgroup_mma(left_hand[s], a_tile, out, use_acc=s > 0, is_async=True)
-        scores = gl.zeros([C, C], gl.float32, square)
-        for s in gl.static_range(panels):
-            a_tile = a_panels[s].index(slot).permute((1, 0))
-            scores = warpgroup_mma(b_panels[s].index(slot), a_tile, scores, use_acc=s > 0, is_async=True)
+        gl.thread_barrier()  # everyone is done with the chunk before
         if step + 1 < chunks:
             k = i - 1 if REVERSE else i + 1
             more = length - k * C
-            copy_chunk(a, b, c, sums, a_panels, b_panels, c_tiles, G_rows, 1 - slot, begin + k * C, more, h, j, H, A, N, BLOCK)
+            copy_chunk(
+                a, b, c, sums, a_panels, b_panels, c_tiles, G_rows, 1 - slot, begin + k * C, more, h, j, H, A, N, BLOCK
+            )
             next_total = gl.load(sums + (begin + k * C) + gl.minimum(C, more) - 1)
-
-        G = G_rows.index(slot)
-        G_out = G.load(gl.SliceLayout(0, acc))
-        G_weight = G.load(gl.SliceLayout(0, operand))
-        G_from = G.load(gl.SliceLayout(1, square))
-        G_to = G.load(gl.SliceLayout(0, square))
-        if REVERSE:
-            decay = gl.exp2(G_from[:, None] - G_to[None, :])
-            read, write = gl.exp2(total - G_out), gl.exp2(G_weight)
-        else:
-            decay = gl.exp2(G_to[None, :] - G_from[:, None])
-            read, write = gl.exp2(G_out), gl.exp2(total - G_weight)
-        decay = gl.where(seen, decay, 0.0) * (read_scale * write_scale)
-
-        scores, out = warpgroup_mma_wait(0, [scores, out])
-        left_hand = ()
-        for s in gl.static_range(half, panels):
-            left_hand = left_hand + (gl.convert_layout(state[s].to(dtype), operand),)
-        for s in gl.static_range(half, panels):
-            a_tile = a_panels[s].index(slot).permute((1, 0))
-            out = warpgroup_mma(left_hand[s - half], a_tile, out, is_async=True)
-        weights.store((scores * decay).to(dtype))
-        c_tile = c_tiles.index(slot).permute((1, 0))
-        weighted = c_tile.load(operand)
-        weighted = (weighted.to(gl.float32) * (write * write_scale)[None, :]).to(dtype)
-        fence_async_shared()
-        gl.thread_barrier()
-        if panels > 1:
-            out = warpgroup_mma_wait(0, [out])
-        out = out * (read * read_scale)[None, :]
 
         # a mark stands between chunk i and the next one: before the update when running backwards, after otherwise
         mark = (begin // GROUP + i * C // GROUP).to(gl.int64) * H + h
         at_mark = ((i + 1) * C % GROUP == 0) | (left <= C)
-        if marks is not None and REVERSE:
-            if at_mark:
-                for s in gl.static_range(panels):
-                    gl.store(marks + mark * (A * N) + s * PANEL * ROW + matrix, state[s].to(dtype))
+
+        # a S, in two halves so that the operands made of S need fewer registers
+        out = gl.zeros([BLOCK, C], gl.float32, acc)
+        for s in gl.static_range(panels):
+            rounded = state[s].to(dtype)
+            if marks is not None and REVERSE:
+                if at_mark:
+                    gl.store(marks + mark * (A * N) + s * PANEL * ROW + matrix, rounded)
+            a_tile = a_panels[s].index(slot).permute((1, 0))
+            out = warpgroup_mma(gl.convert_layout(rounded, operand), a_tile, out, use_acc=s > 0, is_async=True)
+            if s == 0:
+                G = G_rows.index(slot)
+                G_from = G.load(gl.SliceLayout(1, square))
+                G_to = G.load(gl.SliceLayout(0, square))
+                if REVERSE:
+                    decay = gl.exp2(G_from[:, None] - G_to[None, :])
+                else:
+                    decay = gl.exp2(G_to[None, :] - G_from[:, None])
+                decay = gl.where(seen, decay, 0.0) * (read_scale * write_scale)
+                weights.store((scores * decay).to(dtype))
+            if s + 1 < panels:
+                out = warpgroup_mma_wait(0, [out])
+        G_out = G.load(gl.SliceLayout(0, acc))
+        G_weight = G.load(gl.SliceLayout(0, operand))
+        if REVERSE:
+            read, write = gl.exp2(total - G_out), gl.exp2(G_weight)
+        else:
+            read, write = gl.exp2(G_out), gl.exp2(total - G_weight)
+        c_tile = c_tiles.index(slot).permute((1, 0))
+        weighted = c_tile.load(operand)
+        weighted = (weighted.to(gl.float32) * (write * write_scale)[None, :]).to(dtype)
+
         keep = gl.exp2(total)
         kept = ()
         for s in gl.static_range(panels):
             kept = kept + (state[s] * keep,)
+        fence_async_shared()
+        gl.thread_barrier()
+        out = warpgroup_mma_wait(0, [out]) * (read * read_scale)[None, :]
+        if x is not None:
+            x_tile = gl.load(x + (t * H + h) * N + tile, (time < left)[:, None], other=0.0)
+
         out = warpgroup_mma(c_tile, weights, out, is_async=True)
         updated = ()
         for s in gl.static_range(panels):
             updated = updated + (warpgroup_mma(weighted, b_panels[s].index(slot), kept[s], is_async=True),)
+        async_copy.wait_group(0)
+        fence_async_shared()
+        scores = score(a_panels, b_panels, 1 - slot, panels, square)  # the next chunk's; behind the last, of no use
 
-        out = warpgroup_mma_wait(panels, [out])
+        out = warpgroup_mma_wait(2 * panels, [out])
         y_rows.permute((1, 0)).store(out.to(y_rows.dtype))
         y_tile = y_rows.load(rows)
         if x is not None:
             row_sums = gl.sum(x_tile.to(gl.float32) * y_tile, 1)
             gl.store(products + ((j * tokens + t) * H + h) + time * H, row_sums, time < left)
         gl.store(y + (t * H + h) * N + tile, y_tile.to(dtype), (time < left)[:, None])
-        if panels == 1:
-            state = (warpgroup_mma_wait(0, updated),)
-        else:
-            state = warpgroup_mma_wait(0, updated)
+        done = warpgroup_mma_wait(0, updated + (scores,))
+        state = done[:panels]
+        scores = done[panels]
         if marks is not None and not REVERSE:
             if at_mark:
                 product = 0.0
