@@ -15,7 +15,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
 
-from oncelm.ops.gated_retention.triton_forward import COUNTS, locate
+from oncelm.ops.gated_retention.triton_forward import COUNTS, add_start, locate
 
 CHUNK = 64  # tokens
 C = gl.constexpr(CHUNK)
@@ -61,8 +61,8 @@ def score(a_panels, b_panels, slot, panels: gl.constexpr, layout: gl.constexpr):
 
 @gluon.jit
 def retain(
-    a, b, c, sums, y, x, products, start, stop, marks, bounds, begin, length, tokens, h, j, is_stop,
-    read_scale, write_scale, H: gl.constexpr, A: gl.constexpr, N: gl.constexpr, BLOCK: gl.constexpr,
+    a, b, c, sums, y, x, products, states, decays, initial, stop, marks, bounds, begin, length, tokens, segment, low, high,
+    h, j, is_stop, read_scale, write_scale, H: gl.constexpr, A: gl.constexpr, N: gl.constexpr, BLOCK: gl.constexpr,
     GROUP: gl.constexpr, ROW: gl.constexpr, COL: gl.constexpr, REVERSE: gl.constexpr,
 ):  # fmt: skip
     """triton_forward.retain for A of at least 64, BLOCK / 16 warps and chunks of 64 tokens."""
@@ -95,10 +95,11 @@ def retain(
     matrix = col[:, None] * COL + panel[None, :] * ROW
     state = ()
     for s in gl.static_range(panels):
-        if start is None:
-            state = state + (gl.zeros([BLOCK, PANEL], gl.float32, acc),)
-        else:
-            state = state + (gl.load(start + s * PANEL * ROW + matrix),)
+        zeros = gl.zeros([BLOCK, PANEL], gl.float32, acc)
+        offsets = s * PANEL * ROW + matrix
+        state = state + (
+            add_start(zeros, states, decays, initial, segment, low, high, h, offsets, H, A * N, REVERSE),
+        )
 
     u = gl.arange(0, C, gl.SliceLayout(1, square))
     t_read = gl.arange(0, C, gl.SliceLayout(0, square))
@@ -215,67 +216,67 @@ def retain(
 
 @gluon.jit(do_not_specialize=COUNTS)
 def forward_kernel(
-    q, k, v, sums, o, start, final, owner, first, cu_seqlens, T, size, per_sequence, tokens, scale,
+    q, k, v, sums, o, states, decays, initial, final, owner, first, cu_seqlens, T, size, per_sequence, tokens, scale,
     H: gl.constexpr, K: gl.constexpr, V: gl.constexpr, BLOCK: gl.constexpr, PACKED: gl.constexpr,
 ):  # fmt: skip
-    """o = retain(q, k, v) by blocks of V, and the state after each sequence; start [segments, H, K, V]."""
+    """o = retain(q, k, v) by blocks of V, and the state after each sequence; states as states_kernel left them."""
     pid = gl.program_id(0)
     blocks: gl.constexpr = V // BLOCK
     j = pid % blocks
     h = pid // blocks % H
     segment = (pid // (blocks * H)).to(gl.int64)
-    n, begin, length, _, is_last = locate(segment, owner, first, cu_seqlens, T, size, per_sequence, PACKED)
-    if start is not None:
-        start += (segment * H + h) * (K * V)
+    n, begin, length, low, high = locate(segment, owner, first, cu_seqlens, T, size, per_sequence, PACKED)
+    if initial is not None:
+        initial += (n * H + h) * (K * V)
     retain(
-        q, k, v, sums, o, None, None, start, final + (n * H + h) * (K * V), None, None, begin, length, tokens, h, j,
-        is_last, 1.0, scale, H, K, V, BLOCK, 1, V, 1, False,
+        q, k, v, sums, o, None, None, states, decays, initial, final + (n * H + h) * (K * V), None, None, begin, length,
+        tokens, segment, low, high, h, j, segment + 1 == high, 1.0, scale, H, K, V, BLOCK, 1, V, 1, False,
     )  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=COUNTS)
 def key_value_kernel(
-    q, k, v, sums, do, dk, dv, start, d_initial, marks, products, owner, first, cu_seqlens, T, size, per_sequence,
+    q, k, v, sums, do, dk, dv, states, decays, d_final, d_initial, marks, products, owner, first, cu_seqlens, T, size, per_sequence,
     tokens, scale, H: gl.constexpr, K: gl.constexpr, V: gl.constexpr, BLOCK: gl.constexpr,
     GROUP: gl.constexpr, PACKED: gl.constexpr,
 ):  # fmt: skip
-    """dk by blocks of K and dv by blocks of V; neighbouring programs read the same q, k, v, do. start is dS'."""
+    """dk by blocks of K and dv by blocks of V; neighbouring programs read the same q, k, v, do. states are the gradient's."""
     pid = gl.program_id(0)
     blocks: gl.constexpr = (K + V) // BLOCK
     j = pid % blocks
     h = pid // blocks % H
     segment = (pid // (blocks * H)).to(gl.int64)
-    n, begin, length, is_first, _ = locate(segment, owner, first, cu_seqlens, T, size, per_sequence, PACKED)
-    if start is not None:
-        start += (segment * H + h) * (K * V)
+    n, begin, length, low, high = locate(segment, owner, first, cu_seqlens, T, size, per_sequence, PACKED)
+    if d_final is not None:
+        d_final += (n * H + h) * (K * V)
     if j < K // BLOCK:
         retain(
-            v, do, q, sums, dk, k, products, start, None, marks + segment * (H * K * V), None, begin, length, tokens, h,
-            j, False, scale, 1.0, H, V, K, BLOCK, GROUP, 1, V, True,
+            v, do, q, sums, dk, k, products, states, decays, d_final, None, marks + segment * (H * K * V), None, begin,
+            length, tokens, segment, low, high, h, j, False, scale, 1.0, H, V, K, BLOCK, GROUP, 1, V, True,
         )  # fmt: skip
     else:
         retain(
-            k, q, do, sums, dv, None, None, start, d_initial + (n * H + h) * (K * V), None, None, begin, length, tokens,
-            h, j - K // BLOCK, is_first, scale, 1.0, H, K, V, BLOCK, GROUP, V, 1, True,
+            k, q, do, sums, dv, None, None, states, decays, d_final, d_initial + (n * H + h) * (K * V), None, None, begin,
+            length, tokens, segment, low, high, h, j - K // BLOCK, segment == low, scale, 1.0, H, K, V, BLOCK, GROUP, V, 1, True,
         )  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=COUNTS)
 def query_kernel(
-    q, k, v, sums, do, dq, start, marks, products, bounds, owner, first, cu_seqlens, T, size, per_sequence, tokens,
+    q, k, v, sums, do, dq, states, decays, initial, marks, products, bounds, owner, first, cu_seqlens, T, size, per_sequence, tokens,
     scale, H: gl.constexpr, K: gl.constexpr, V: gl.constexpr, BLOCK: gl.constexpr,
     GROUP: gl.constexpr, PACKED: gl.constexpr,
 ):  # fmt: skip
-    """dq by blocks of K, and the inner products <S, dS> at the marks; start is S."""
+    """dq by blocks of K, and the inner products <S, dS> at the marks."""
     pid = gl.program_id(0)
     blocks: gl.constexpr = K // BLOCK
     j = pid % blocks
     h = pid // blocks % H
     segment = (pid // (blocks * H)).to(gl.int64)
-    _, begin, length, _, _ = locate(segment, owner, first, cu_seqlens, T, size, per_sequence, PACKED)
-    if start is not None:
-        start += (segment * H + h) * (K * V)
+    n, begin, length, low, high = locate(segment, owner, first, cu_seqlens, T, size, per_sequence, PACKED)
+    if initial is not None:
+        initial += (n * H + h) * (K * V)
     retain(
-        do, v, k, sums, dq, q, products, start, None, marks + segment * (H * K * V), bounds + segment * (H * blocks),
-        begin, length, tokens, h, j, False, 1.0, scale, H, V, K, BLOCK, GROUP, 1, V, False,
+        do, v, k, sums, dq, q, products, states, decays, initial, None, marks + segment * (H * K * V),
+        bounds + segment * (H * blocks), begin, length, tokens, segment, low, high, h, j, False, 1.0, scale, H, V, K, BLOCK, GROUP, 1, V, False,
     )  # fmt: skip

@@ -216,9 +216,12 @@ def chunk_sums(g: Tensor, kernels: tuple[str, ...], q: Tensor, v: Tensor, cut: P
 
 
 def segment_states(
-    b: Tensor, c: Tensor, sums: Sums, scale: float, initial: Tensor | None, cut: Plan, reverse: bool
-) -> Tensor:
-    """[segments, H, K, V] float32: the state each segment starts from (reverse: the gradient it ends with)."""
+    b: Tensor, c: Tensor, sums: Sums, scale: float, cut: Plan, reverse: bool
+) -> tuple[Tensor, Tensor]:
+    """What each segment adds to the state [segments, H, K, V], and its decay [segments, H], float32.
+
+    reverse: to the state's gradient.
+    """
     _, _, H, K = b.shape
     V = c.shape[-1]
     states = b.new_empty(cut.segments, H, K, V, dtype=torch.float32)
@@ -228,51 +231,47 @@ def segment_states(
         b, c, sums[form.chunk], states, decays, **cut.arguments, tokens=b.shape[0] * b.shape[1], write_scale=scale,
         H=H, A=K, N=V, REVERSE=reverse, **form.launch,
     )  # fmt: skip
-    block = min(K * V, 1024)
-    triton_forward.scan_kernel[(cut.sequences * H * (K * V // block),)](
-        states, decays, initial, cut.arguments["first"], cut.per_sequence,
-        H=H, SIZE=K * V, BLOCK=block, REVERSE=reverse, PACKED=cut.arguments["PACKED"],
-    )  # fmt: skip
-    return states
+    return states, decays
 
 
 def launch_forward(
-    q: Tensor, k: Tensor, v: Tensor, sums: Sums, o: Tensor, start: Tensor | None, final: Tensor, scale: float, cut: Plan
-) -> None:
-    """o and the final states, from the state before each segment."""
+    q: Tensor, k: Tensor, v: Tensor, sums: Sums, o: Tensor, states: Tensor | None, decays: Tensor | None,
+    initial: Tensor | None, final: Tensor, scale: float, cut: Plan,
+) -> None:  # fmt: skip
+    """o and the final states."""
     H, K, V = q.shape[2], q.shape[3], v.shape[3]
     form = config("forward", q, v)
     kernels = triton_forward if form.num_stages else hopper
     kernels.forward_kernel[(cut.segments * H * (V // form.block),)](
-        q, k, v, sums[form.chunk], o, start, final, **cut.arguments, tokens=q.shape[0] * q.shape[1],
+        q, k, v, sums[form.chunk], o, states, decays, initial, final, **cut.arguments, tokens=q.shape[0] * q.shape[1],
         scale=scale, H=H, K=K, V=V, **form.launch,
     )  # fmt: skip
 
 
 def launch_key_value(
-    q: Tensor, k: Tensor, v: Tensor, sums: Sums, do: Tensor, dk: Tensor, dv: Tensor, start: Tensor | None,
-    d_initial: Tensor, marks: Tensor, products: Tensor, scale: float, cut: Plan,
+    q: Tensor, k: Tensor, v: Tensor, sums: Sums, do: Tensor, dk: Tensor, dv: Tensor, states: Tensor | None,
+    decays: Tensor | None, d_final: Tensor | None, d_initial: Tensor, marks: Tensor, products: Tensor, scale: float, cut: Plan,
 ) -> None:  # fmt: skip
-    """dk, dv, the initial states' gradient, the marks and k . dk, from the state's gradient behind each segment."""
+    """dk, dv, the initial states' gradient, the marks and k . dk; states and decays are the gradient's."""
     H, K, V = q.shape[2], q.shape[3], v.shape[3]
     form = config("key_value", q, v)
     kernels = triton_backward if form.num_stages else hopper
     kernels.key_value_kernel[(cut.segments * H * ((K + V) // form.block),)](
-        q, k, v, sums[form.chunk], do, dk, dv, start, d_initial, marks, products, **cut.arguments,
+        q, k, v, sums[form.chunk], do, dk, dv, states, decays, d_final, d_initial, marks, products, **cut.arguments,
         tokens=q.shape[0] * q.shape[1], scale=scale, H=H, K=K, V=V, GROUP=group_size(q, v), **form.launch,
     )  # fmt: skip
 
 
 def launch_query(
-    q: Tensor, k: Tensor, v: Tensor, sums: Sums, do: Tensor, dq: Tensor, start: Tensor | None, marks: Tensor,
-    products: Tensor, bounds: Tensor, scale: float, cut: Plan,
+    q: Tensor, k: Tensor, v: Tensor, sums: Sums, do: Tensor, dq: Tensor, states: Tensor | None,
+    decays: Tensor | None, initial: Tensor | None, marks: Tensor, products: Tensor, bounds: Tensor, scale: float, cut: Plan,
 ) -> None:  # fmt: skip
-    """dq, q . dq and <S, dS> at the marks, from the state before each segment."""
+    """dq, q . dq and <S, dS> at the marks."""
     H, K, V = q.shape[2], q.shape[3], v.shape[3]
     form = config("query", q, v)
     kernels = triton_backward if form.num_stages else hopper
     kernels.query_kernel[(cut.segments * H * (K // form.block),)](
-        q, k, v, sums[form.chunk], do, dq, start, marks, products, bounds, **cut.arguments,
+        q, k, v, sums[form.chunk], do, dq, states, decays, initial, marks, products, bounds, **cut.arguments,
         tokens=q.shape[0] * q.shape[1], scale=scale, H=H, K=K, V=V, GROUP=group_size(q, v), **form.launch,
     )  # fmt: skip
 
@@ -304,26 +303,24 @@ def _on(tensor: Tensor) -> contextlib.AbstractContextManager:
 FORWARD = "(Tensor q, Tensor k, Tensor v, Tensor g, float scale, Tensor? initial_state, Tensor? cu_seqlens, int size)"
 BACKWARD = (
     "(Tensor q, Tensor k, Tensor v, Tensor g, float scale, Tensor? initial_state, Tensor? cu_seqlens, int size, "
-    "Tensor states, Tensor d_o, Tensor? d_final)"
+    "Tensor states, Tensor decays, Tensor d_o, Tensor? d_final)"
 )
 
 
 def _forward(q, k, v, g, scale, initial_state, cu_seqlens, size):
-    """o, the final state of each sequence, and the state before each segment (empty if there is one a sequence)."""
+    """o, the final state of each sequence, and what `segment_states` gives (empty if a sequence is one segment)."""
     with _on(q):
         cut = plan(q, v, cu_seqlens, size)
         o = torch.empty_like(v)
         final = q.new_empty(cut.sequences, q.shape[2], q.shape[3], v.shape[3], dtype=torch.float32)
-        states = final.new_empty(0)
-        start = initial_state
         sums = chunk_sums(g, ("states", "forward") if cut.several else ("forward",), q, v, cut)
-        if cut.several:
-            start = states = segment_states(k, v, sums, scale, initial_state, cut, reverse=False)
-        launch_forward(q, k, v, sums, o, start, final, scale, cut)
-    return o, final, states
+        added = segment_states(k, v, sums, scale, cut, reverse=False) if cut.several else (None, None)
+        launch_forward(q, k, v, sums, o, *added, initial_state, final, scale, cut)
+    states, decays = (final.new_empty(0) if x is None else x for x in added)
+    return o, final, states, decays
 
 
-def _backward(q, k, v, g, scale, initial_state, cu_seqlens, size, states, d_o, d_final):
+def _backward(q, k, v, g, scale, initial_state, cu_seqlens, size, states, decays, d_o, d_final):
     """dq, dk, dv, dg and the initial states' gradient."""
     with _on(q):
         B, T, H, K = q.shape
@@ -338,12 +335,12 @@ def _backward(q, k, v, g, scale, initial_state, cu_seqlens, size, states, d_o, d
         query_products, key_products = g.new_empty(query_blocks, B, T, H), g.new_empty(key_blocks, B, T, H)
         bounds = g.new_empty(count, H, query_blocks)
         sums = chunk_sums(g, ("states", "key_value", "query"), q, v, cut)
-        start, d_end = initial_state, d_final
+        added, d_added = (None, None), (None, None)
         if cut.several:
-            start = states
-            d_end = segment_states(q, d_o, sums, 1.0, d_final, cut, reverse=True)
-        launch_key_value(q, k, v, sums, d_o, dk, dv, d_end, d_initial, marks, key_products, scale, cut)
-        launch_query(q, k, v, sums, d_o, dq, start, marks, query_products, bounds, scale, cut)
+            added = states, decays
+            d_added = segment_states(q, d_o, sums, 1.0, cut, reverse=True)
+        launch_key_value(q, k, v, sums, d_o, dk, dv, *d_added, d_final, d_initial, marks, key_products, scale, cut)
+        launch_query(q, k, v, sums, d_o, dq, *added, initial_state, marks, query_products, bounds, scale, cut)
         launch_decay(query_products, key_products, bounds, dg, group, cut)
     return dq, dk, dv, dg, d_initial
 
@@ -355,18 +352,19 @@ def _forward_shapes(q, k, v, g, scale, initial_state, cu_seqlens, size):
     sequences = B if packed is None else packed
     final = q.new_empty(sequences, H, K, V, dtype=torch.float32)
     segments = count_segments(B, T, packed, size or segment_size(q, v, sequences))
-    states = final.new_empty(segments, H, K, V) if segments > sequences else final.new_empty(0)
-    return torch.empty_like(v), final, states
+    if segments == sequences:
+        return torch.empty_like(v), final, final.new_empty(0), final.new_empty(0)
+    return torch.empty_like(v), final, final.new_empty(segments, H, K, V), final.new_empty(segments, H)
 
 
-def _backward_shapes(q, k, v, g, scale, initial_state, cu_seqlens, size, states, d_o, d_final):
+def _backward_shapes(q, k, v, g, scale, initial_state, cu_seqlens, size, states, decays, d_o, d_final):
     sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     d_initial = g.new_empty(sequences, q.shape[2], q.shape[3], v.shape[3])
     return (*(torch.empty_like(x) for x in (q, k, v, g)), d_initial)
 
 
 forward_op = torch.library.custom_op(
-    "oncelm::gated_retention", _forward, mutates_args=(), schema=f"{FORWARD} -> (Tensor, Tensor, Tensor)"
+    "oncelm::gated_retention", _forward, mutates_args=(), schema=f"{FORWARD} -> (Tensor, Tensor, Tensor, Tensor)"
 )
 backward_op = torch.library.custom_op(
     "oncelm::gated_retention_backward",
@@ -380,17 +378,17 @@ backward_op.register_fake(_backward_shapes)
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     q, k, v, g, scale, initial_state, cu_seqlens, size = inputs
-    ctx.save_for_backward(q, k, v, g, initial_state, cu_seqlens, output[2])
+    ctx.save_for_backward(q, k, v, g, initial_state, cu_seqlens, *output[2:])
     ctx.scale, ctx.size = scale, size
     ctx.set_materialize_grads(False)
 
 
-def _gradients(ctx, d_o, d_final, _):
-    q, k, v, g, initial_state, cu_seqlens, states = ctx.saved_tensors
+def _gradients(ctx, d_o, d_final, *_):
+    q, k, v, g, initial_state, cu_seqlens, states, decays = ctx.saved_tensors
     d_o = torch.zeros_like(v) if d_o is None else d_o.contiguous()
     d_final = None if d_final is None else d_final.contiguous()
     dq, dk, dv, dg, d_initial = backward_op(
-        q, k, v, g, ctx.scale, initial_state, cu_seqlens, ctx.size, states, d_o, d_final
+        q, k, v, g, ctx.scale, initial_state, cu_seqlens, ctx.size, states, decays, d_o, d_final
     )
     return dq, dk, dv, dg, None, None if initial_state is None else d_initial, None, None
 
@@ -431,5 +429,5 @@ def chunk(
         if (padded_k, padded_v) != (K, V):
             initial_state = F.pad(initial_state, (0, padded_v - V, 0, padded_k - K))
         initial_state = initial_state.contiguous()
-    o, final_state, _ = forward_op(q, k, v, g, scale, initial_state, cu_seqlens, segment)
+    o, final_state, *_ = forward_op(q, k, v, g, scale, initial_state, cu_seqlens, segment)
     return o[..., :V], final_state[..., :K, :V]

@@ -25,49 +25,49 @@ from oncelm.ops.gated_retention.triton_forward import COUNTS, locate, retain
 
 @triton.jit(do_not_specialize=COUNTS)
 def key_value_kernel(
-    q, k, v, sums, do, dk, dv, start, d_initial, marks, products, owner, first, cu_seqlens, T, size, per_sequence,
+    q, k, v, sums, do, dk, dv, states, decays, d_final, d_initial, marks, products, owner, first, cu_seqlens, T, size, per_sequence,
     tokens, scale, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr, C: tl.constexpr,
     GROUP: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """dk by blocks of K and dv by blocks of V; neighbouring programs read the same q, k, v, do. start is dS'."""
+    """dk by blocks of K and dv by blocks of V; neighbouring programs read the same q, k, v, do. states are the gradient's."""
     pid = tl.program_id(0)
     blocks: tl.constexpr = (K + V) // BLOCK
     j = pid % blocks
     h = pid // blocks % H
     segment = (pid // (blocks * H)).to(tl.int64)
-    n, begin, length, is_first, _ = locate(segment, owner, first, cu_seqlens, T, size, per_sequence, PACKED)
-    if start is not None:
-        start += (segment * H + h) * (K * V)
+    n, begin, length, low, high = locate(segment, owner, first, cu_seqlens, T, size, per_sequence, PACKED)
+    if d_final is not None:
+        d_final += (n * H + h) * (K * V)
     if j < K // BLOCK:
         retain(
-            v, do, q, sums, dk, k, products, start, None, marks + segment * (H * K * V), None, begin, length, tokens, h,
-            j, False, scale, 1.0, H, V, K, BLOCK, C, GROUP, 1, V, True,
+            v, do, q, sums, dk, k, products, states, decays, d_final, None, marks + segment * (H * K * V), None, begin,
+            length, tokens, segment, low, high, h, j, False, scale, 1.0, H, V, K, BLOCK, C, GROUP, 1, V, True,
         )  # fmt: skip
     else:
         retain(
-            k, q, do, sums, dv, None, None, start, d_initial + (n * H + h) * (K * V), None, None, begin, length, tokens,
-            h, j - K // BLOCK, is_first, scale, 1.0, H, K, V, BLOCK, C, GROUP, V, 1, True,
+            k, q, do, sums, dv, None, None, states, decays, d_final, d_initial + (n * H + h) * (K * V), None, None, begin,
+            length, tokens, segment, low, high, h, j - K // BLOCK, segment == low, scale, 1.0, H, K, V, BLOCK, C, GROUP, V, 1, True,
         )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def query_kernel(
-    q, k, v, sums, do, dq, start, marks, products, bounds, owner, first, cu_seqlens, T, size, per_sequence, tokens,
+    q, k, v, sums, do, dq, states, decays, initial, marks, products, bounds, owner, first, cu_seqlens, T, size, per_sequence, tokens,
     scale, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr, C: tl.constexpr,
     GROUP: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """dq by blocks of K, and the inner products <S, dS> at the marks; start is S."""
+    """dq by blocks of K, and the inner products <S, dS> at the marks."""
     pid = tl.program_id(0)
     blocks: tl.constexpr = K // BLOCK
     j = pid % blocks
     h = pid // blocks % H
     segment = (pid // (blocks * H)).to(tl.int64)
-    _, begin, length, _, _ = locate(segment, owner, first, cu_seqlens, T, size, per_sequence, PACKED)
-    if start is not None:
-        start += (segment * H + h) * (K * V)
+    n, begin, length, low, high = locate(segment, owner, first, cu_seqlens, T, size, per_sequence, PACKED)
+    if initial is not None:
+        initial += (n * H + h) * (K * V)
     retain(
-        do, v, k, sums, dq, q, products, start, None, marks + segment * (H * K * V), bounds + segment * (H * blocks),
-        begin, length, tokens, h, j, False, 1.0, scale, H, V, K, BLOCK, C, GROUP, 1, V, False,
+        do, v, k, sums, dq, q, products, states, decays, initial, None, marks + segment * (H * K * V),
+        bounds + segment * (H * blocks), begin, length, tokens, segment, low, high, h, j, False, 1.0, scale, H, V, K, BLOCK, C, GROUP, 1, V, False,
     )  # fmt: skip
 
 

@@ -2,8 +2,8 @@
 
 A sequence is cut into *segments* that run in parallel; inside one, a program walks over chunks of C tokens and keeps a
 block of columns of the state in registers. `sums_kernel` prepares the decays. Where a sequence has several segments,
-`states_kernel` sums what each adds to the state and `scan_kernel` turns the sums into the state before each segment;
-`forward_kernel` then reads q, k and v and writes o. Token offsets are 64-bit and every grid is one-dimensional, so
+`states_kernel` sums what each adds to the state, and the programs of `forward_kernel` start from these sums; they read
+q, k and v and write o. Token offsets are 64-bit and every grid is one-dimensional, so
 neither T nor T x H x D is bounded. A product has its operands in the inputs' dtype and its sum in float32.
 """
 
@@ -15,30 +15,52 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+UNDERFLOW = tl.constexpr(-150.0)  # 2^-150 is 0 in float32
 COUNTS = ["T", "size", "per_sequence", "tokens"]  # integers that never select another compiled kernel
 
 
 @triton.jit
 def locate(segment, owner, first, cu_seqlens, T, size, per_sequence, PACKED: tl.constexpr):
-    """Sequence n of a segment, its first token, its length, and whether it is the first, the last of its sequence.
+    """Sequence n of a segment, its first token, its length, and the sequence's segments: low until before high.
 
-    Spare segments of a packed batch (their number is a bound, known without reading cu_seqlens) have length 0 and are
-    neither first nor last, so they write nothing; an empty sequence has one segment of length 0 that is both.
+    Spare segments of a packed batch (their number is a bound, known without reading cu_seqlens) have length 0 and lie
+    behind high, so they write nothing; an empty sequence has one segment of length 0.
     """
     if PACKED:
         n = tl.load(owner + segment)
-        index = segment - tl.load(first + n)
-        begin = tl.load(cu_seqlens + n) + index * size
+        low, high = tl.load(first + n), tl.load(first + n + 1)
+        begin = tl.load(cu_seqlens + n) + (segment - low) * size
         end = tl.load(cu_seqlens + n + 1)
-        is_last = segment + 1 == tl.load(first + n + 1)
     else:
         n = segment // per_sequence
-        index = segment % per_sequence
-        begin = n * T + index * size
+        low, high = n * per_sequence, (n + 1) * per_sequence
+        begin = n * T + (segment - low) * size
         end = (n + 1) * T
-        is_last = index + 1 == per_sequence
     length = tl.maximum(tl.minimum(end - begin, size), 0).to(tl.int32)
-    return n, begin, length, index == 0, is_last
+    return n, begin, length, low, high
+
+
+@triton.jit
+def add_start(
+    state, states, decays, initial, segment, low, high, h, offsets,
+    H: tl.constexpr, SIZE: tl.constexpr, REVERSE: tl.constexpr,
+):  # fmt: skip
+    """state + what a segment starts from (REVERSE: the gradient it ends with), elements `offsets` of it.
+
+    That is the sum U of the segment before, plus that of the one before it times the first's decay, and so on until
+    nothing is left in float32 or `initial` is reached. Without `states` the sequence is one segment.
+    """
+    decay = 1.0
+    if states is not None:
+        other = segment
+        while ((other < high - 1) if REVERSE else (other > low)) & (decay > 0.0):
+            other += 1 if REVERSE else -1
+            at = other * H + h
+            state += decay * tl.load(states + at * SIZE + offsets)
+            decay *= tl.load(decays + at)
+    if initial is not None:
+        state += decay * tl.load(initial + offsets)
+    return state
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -68,11 +90,12 @@ def gates(sums, t, time, left, C: tl.constexpr):
 
 @triton.jit
 def retain(
-    a, b, c, sums, y, x, products, start, stop, marks, bounds, begin, length, tokens, h, j, is_stop,
-    read_scale, write_scale, H: tl.constexpr, A: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, C: tl.constexpr,
+    a, b, c, sums, y, x, products, states, decays, initial, stop, marks, bounds, begin, length, tokens, segment, low, high,
+    h, j, is_stop, read_scale, write_scale, H: tl.constexpr, A: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, C: tl.constexpr,
     GROUP: tl.constexpr, ROW: tl.constexpr, COL: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
-    """Columns j * BLOCK ... of y over one segment, a, b [T, H, A] and c, y [T, H, N]; state [A, N] from `start`:
+    """Columns j * BLOCK ... of y over one segment, a, b [T, H, A] and c, y [T, H, N]; state [A, N] from
+    `add_start`:
 
         y_i = sum_{j <= i} exp(G_i - G_j) r w (a_i . b_j) c_j  +  exp(G_i) r a_i S        (r read_scale, w write_scale)
         S'  = exp(G_C) S + sum_j exp(G_C - G_j) w b_j^T c_j
@@ -94,10 +117,8 @@ def retain(
     cols = j * BLOCK + tl.arange(0, BLOCK)
     sums += h.to(tl.int64) * tokens
     matrix = rows[:, None] * ROW + cols[None, :] * COL
-    if start is None:
-        state = tl.zeros([A, BLOCK], dtype=tl.float32)
-    else:
-        state = tl.load(start + matrix)
+    state = tl.zeros([A, BLOCK], dtype=tl.float32)
+    state = add_start(state, states, decays, initial, segment, low, high, h, matrix, H, A * N, REVERSE)
     chunks = tl.cdiv(length, C)
     for step in range(chunks):
         i = chunks - 1 - step if REVERSE else step
@@ -156,26 +177,39 @@ def states_kernel(
     """What each segment of L tokens adds to the state, U = sum_j exp(G_L - G_j) w b_j^T c_j, and its decay exp(G_L).
 
     REVERSE is the gradient's: exp(G_j) instead. The segment whose sum nobody reads is skipped: the last of its sequence
-    (REVERSE: the first).
+    (REVERSE: the first). Chunks are read from the end that they decay towards, and those whose factor is 0 in float32
+    not at all: how far back depends on g.
     """
     pid = tl.program_id(0)
     blocks: tl.constexpr = N // BLOCK
     j = pid % blocks
     h = pid // blocks % H
     segment = (pid // (blocks * H)).to(tl.int64)
-    _, begin, length, is_first, is_last = locate(segment, owner, first, cu_seqlens, T, size, per_sequence, PACKED)
+    _, begin, length, low, high = locate(segment, owner, first, cu_seqlens, T, size, per_sequence, PACKED)
     sums += h.to(tl.int64) * tokens
-    skipped = is_first if REVERSE else is_last
-    if not skipped:
+    unread = low if REVERSE else high - 1
+    if segment != unread:
+        chunks = tl.cdiv(length, C)
+        decay = 0.0
+        needed = 0
+        while (needed < chunks) & (decay > UNDERFLOW):
+            i = tl.arange(0, 64) + needed
+            inside = i < chunks
+            if not REVERSE:
+                i = chunks - 1 - i
+            totals = tl.load(sums + begin + tl.minimum((i + 1) * C, length) - 1, mask=inside, other=0.0)
+            nearer = decay + tl.cumsum(totals, 0) - totals
+            needed += tl.sum((inside & (nearer > UNDERFLOW)).to(tl.int32), 0)
+            decay += tl.sum(totals, 0)
+
         dtype = c.dtype.element_ty
         time = tl.arange(0, C)
         rows = tl.arange(0, A)
         cols = j * BLOCK + tl.arange(0, BLOCK)
         state = tl.zeros([A, BLOCK], dtype=tl.float32)
-        decay = 0.0
-        chunks = tl.cdiv(length, C)
-        for step in range(chunks):
-            i = chunks - 1 - step if REVERSE else step
+        nearer_total = 0.0
+        for step in range(needed):
+            i = step if REVERSE else chunks - 1 - step
             left = length - i * C
             t = begin + i * C
             valid = time < left
@@ -184,62 +218,30 @@ def states_kernel(
             b_tile = tl.load(b + at_b + (rows[:, None] + time[None, :] * (H * A)), mask=valid[None, :], other=0.0)
             c_tile = tl.load(c + at_c + (time[:, None] * (H * N) + cols[None, :]), mask=valid[:, None], other=0.0)
             G, total = gates(sums, t, time, left, C)
-            weight = tl.exp2(G) if REVERSE else tl.exp2(total - G)
+            weight = tl.exp2(nearer_total + (G if REVERSE else total - G))
             weighted = (c_tile * (weight * write_scale)[:, None]).to(dtype)
-            state = tl.dot(b_tile, weighted, state * tl.exp2(total), input_precision="ieee")
-            decay += total
+            state = tl.dot(b_tile, weighted, state, input_precision="ieee")
+            nearer_total += total
         tl.store(states + (segment * H + h) * (A * N) + rows[:, None] * N + cols[None, :], state)
         if j == 0:
             tl.store(decays + segment * H + h, tl.exp2(decay))
 
 
 @triton.jit(do_not_specialize=COUNTS)
-def scan_kernel(
-    states, decays, initial, first, per_sequence,
-    H: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, REVERSE: tl.constexpr, PACKED: tl.constexpr,
-):  # fmt: skip
-    """Replace each segment's U by the state it starts from: S of the first is `initial`, S_{s+1} = decay_s S_s + U_s.
-
-    REVERSE starts from the last segment and goes to the first.
-    """
-    pid = tl.program_id(0)
-    blocks: tl.constexpr = SIZE // BLOCK
-    element = pid % blocks * BLOCK + tl.arange(0, BLOCK)
-    h = pid // blocks % H
-    n = (pid // (blocks * H)).to(tl.int64)
-    if PACKED:
-        low, high = tl.load(first + n), tl.load(first + n + 1)
-    else:
-        low, high = n * per_sequence, (n + 1) * per_sequence
-    if initial is None:
-        state = tl.zeros([BLOCK], dtype=tl.float32)
-    else:
-        state = tl.load(initial + (n * H + h) * SIZE + element)
-    for step in range(low, high):
-        segment = high - 1 - (step - low) if REVERSE else step
-        more = step + 1 < high
-        at = (segment * H + h) * SIZE + element
-        added = tl.load(states + at, mask=(element >= 0) & more, other=0.0)
-        decay = tl.load(decays + segment * H + h, mask=more, other=0.0)
-        tl.store(states + at, state)
-        state = decay * state + added
-
-
-@triton.jit(do_not_specialize=COUNTS)
 def forward_kernel(
-    q, k, v, sums, o, start, final, owner, first, cu_seqlens, T, size, per_sequence, tokens, scale,
+    q, k, v, sums, o, states, decays, initial, final, owner, first, cu_seqlens, T, size, per_sequence, tokens, scale,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr, C: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """o = retain(q, k, v) by blocks of V, and the state after each sequence; start [segments, H, K, V]."""
+    """o = retain(q, k, v) by blocks of V, and the state after each sequence; states as states_kernel left them."""
     pid = tl.program_id(0)
     blocks: tl.constexpr = V // BLOCK
     j = pid % blocks
     h = pid // blocks % H
     segment = (pid // (blocks * H)).to(tl.int64)
-    n, begin, length, _, is_last = locate(segment, owner, first, cu_seqlens, T, size, per_sequence, PACKED)
-    if start is not None:
-        start += (segment * H + h) * (K * V)
+    n, begin, length, low, high = locate(segment, owner, first, cu_seqlens, T, size, per_sequence, PACKED)
+    if initial is not None:
+        initial += (n * H + h) * (K * V)
     retain(
-        q, k, v, sums, o, None, None, start, final + (n * H + h) * (K * V), None, None, begin, length, tokens, h, j,
-        is_last, 1.0, scale, H, K, V, BLOCK, C, 1, V, 1, False,
+        q, k, v, sums, o, None, None, states, decays, initial, final + (n * H + h) * (K * V), None, None, begin, length,
+        tokens, segment, low, high, h, j, segment + 1 == high, 1.0, scale, H, K, V, BLOCK, C, 1, V, 1, False,
     )  # fmt: skip
