@@ -29,12 +29,14 @@ def locate(segment, owner, first, cu_seqlens, T, size, per_sequence, PACKED: tl.
     if PACKED:
         n = tl.load(owner + segment)
         low, high = tl.load(first + n), tl.load(first + n + 1)
-        begin = tl.load(cu_seqlens + n) + (segment - low) * size
+        index = segment - low
+        begin = tl.load(cu_seqlens + n) + index * size
         end = tl.load(cu_seqlens + n + 1)
     else:
         n = segment // per_sequence
-        low, high = n * per_sequence, (n + 1) * per_sequence
-        begin = n * T + (segment - low) * size
+        index = segment % per_sequence
+        low, high = segment - index, segment - index + per_sequence
+        begin = n * T + index * size
         end = (n + 1) * T
     length = tl.maximum(tl.minimum(end - begin, size), 0).to(tl.int32)
     return n, begin, length, low, high
