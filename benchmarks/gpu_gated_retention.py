@@ -41,7 +41,10 @@ SHAPES = {  # name: (B, T, H, D)
     "long64": (1, 32768, 24, 64),
     "train256": (8, 2048, 8, 256),
     "train128": (16, 2048, 6, 128),
+    "prefill128": (1, 8192, 24, 128),
+    "prefill256": (1, 8192, 12, 256),
 }
+SEGMENTS = {"long128": (3072, 4096, 6656, 8192), "long256": (3072, 4096, 5504, 6656), "long64": (3072, 6656)}
 SWEPT = ("long128", "long256", "long64")
 PEER = ("long128", "long256", "train256")
 NAMES = ("o", "final_state", "dq", "dk", "dv", "dg", "d_initial_state")
@@ -105,6 +108,7 @@ GATES = (  # B, T, H, K, V, borders of packed sequences, segment (0: chosen); fe
     (1, 1, 2, 128, 128, None, 0),
     (1, 8191, 2, 128, 128, None, 0),
     (1, 8192, 2, 128, 128, None, 1024),
+    (1, 8192, 2, 128, 128, None, 4096),  # long enough for chunks that have decayed to 0
     (1, 2049, 2, 256, 256, None, 0),
     (1, 4096, 2, 256, 256, None, 1024),
     (1, 1500, 2, 64, 256, None, 512),
@@ -354,10 +358,13 @@ def ceilings(out: Path) -> float:
 def timed(out: Path, who: str, name: str, what: str, function: Callable, dtype=torch.bfloat16) -> None:
     """Time function(q, k, v, g) -> (o, ...) on a shape, beside the floor: every tensor read or written once.
 
-    what: "forward", "both" (with the gradients of q, k, v, g), and either "graph".
+    what: "forward", "both" (with the gradients of q, k, v, g), and either "graph"; "forward weak" with decays so weak
+    that nothing is forgotten.
     """
     B, T, H, D = SHAPES[name]
     q, k, v, g, _, do, _ = inputs(B, T, H, D, D, dtype)
+    if what.endswith("weak"):
+        g.fill_(-1e-4)
     leaves = [x.requires_grad_() for x in (q, k, v, g)]
     forward = what.startswith("forward")
 
@@ -394,13 +401,17 @@ def table(out: Path, seconds: float) -> None:
     deadline = time.time() + seconds
     ours = without_state()
     for name in SHAPES:
-        for what in ("forward", "both", "forward graph", "both graph"):
+        for what in ("forward", "both", "forward graph", "both graph", "forward weak"):
             timed(out, "oncelm", name, what, ours)
         B, T, H, D = SHAPES[name]
         q, k, v, g, _, do, _ = inputs(B, T, H, D, D, torch.bfloat16)
         leaves = [x.requires_grad_() for x in (q, k, v, g)]
         ms = kernel_times(lambda do=do, leaves=leaves: torch.autograd.grad(ours(*leaves)[0], leaves, do))
         record(out, "kernels", goal=name, ms=ms)
+    for name, sizes in SEGMENTS.items():
+        for size in sizes:
+            for what in ("forward", "both"):
+                timed(out, f"segments of {size}", name, what, without_state(size))
     timed(out, "oncelm", "train128", "both", ours, torch.float32)
     timed(out, "plain", "train128", "both", plain_step, torch.float32)
     for name in SHAPES:

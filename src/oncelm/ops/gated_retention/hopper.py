@@ -17,6 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from oncelm.ops.gated_retention.triton_forward import COUNTS, add_start, locate
 
+barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # its name until Triton 3.6
 CHUNK = 64  # tokens
 C = gl.constexpr(CHUNK)
 
@@ -128,7 +129,7 @@ def retain(
         left = length - i * C
         t = begin + i * C
         next_total = total
-        gl.thread_barrier()  # everyone is done with the chunk before
+        barrier()  # everyone is done with the chunk before
         if step + 1 < chunks:
             k = i - 1 if REVERSE else i + 1
             more = length - k * C
@@ -177,7 +178,7 @@ def retain(
         for s in gl.static_range(panels):
             kept = kept + (state[s] * keep,)
         fence_async_shared()
-        gl.thread_barrier()
+        barrier()
         out = warpgroup_mma_wait(0, [out]) * (read * read_scale)[None, :]
         if x is not None:
             x_tile = gl.load(x + (t * H + h) * N + tile, (time < left)[:, None], other=0.0)
