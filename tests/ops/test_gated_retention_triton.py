@@ -11,6 +11,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 from oncelm.ops import dispatch, gated_retention
 from oncelm.ops.gated_retention.chunk import chunk as portable
@@ -147,6 +148,28 @@ def test_only_the_final_state_has_a_gradient():
         assert error(x.grad, y.grad) < 2e-5
 
 
+def test_a_segment_of_more_chunks_than_are_looked_through_at_once():
+    q, k, v, g, *_ = make(1, 1056, 1, 16, 16)
+    zeros = torch.zeros(1, 1, 16, 16, device=DEVICE)
+    o, _ = kernels.chunk(q, k, v, g / 1000, SCALE, None, segment=1040)
+    expected, _ = parallel(*(x.double() for x in (q, k, v, g / 1000)), SCALE, zeros.double())
+    assert error(o[:, 1040:], expected[:, 1040:]) < 2e-5
+
+
+def test_what_has_decayed_counts_while_float32_can_hold_it():
+    """Only the first eight tokens write, and forty later the next segment reads what is left: some 2^-100."""
+    q, k, v, g, state, *_ = make(1, 96, 1, 16, 16)
+    k[:, 8:] = 0
+    g = torch.full_like(g, -100 / 40 * 0.693)
+    found, _ = kernels.chunk(q, k, v, g, SCALE, torch.zeros_like(state), segment=48)
+    expected, _ = parallel(*(x.double() for x in (q, k, v, g)), SCALE, torch.zeros_like(state).double())
+    start = slice(48, 52)
+    assert 0 < expected[:, start].abs().max() < 1e-28
+    assert (found[:, start].double() * 1e28 - expected[:, start] * 1e28).norm() < 1e-4 * (
+        expected[:, start] * 1e28
+    ).norm()
+
+
 def test_strong_decay_neither_overflows_nor_turns_nan():
     q, k, v, g, state, do, ds = make(1, 70, 1, 16, 16)
     tensors = (q, k, v, g - 40, state, do, ds)
@@ -213,6 +236,31 @@ def test_compiled_graph_is_whole():
         torch.testing.assert_close(x, y)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "K", "V", "capability", "expected"),
+    [
+        (torch.bfloat16, 128, 128, (9, 0), True),
+        (torch.float16, 64, 256, (9, 0), True),
+        (torch.bfloat16, 32, 128, (9, 0), False),
+        (torch.float32, 128, 128, (9, 0), False),
+        (torch.bfloat16, 128, 128, (8, 0), False),
+        (torch.bfloat16, 128, 128, (10, 0), False),
+    ],
+)
+def test_hopper_kernels_run_where_they_can(monkeypatch, dtype, K, V, capability, expected):
+    monkeypatch.setattr(kernels, "_capability", lambda index: capability)
+    with FakeTensorMode():
+        q, v = (torch.empty(1, 64, 2, D, dtype=dtype, device="cuda") for D in (K, V))
+    for kernel in ("forward", "key_value", "query"):
+        form = kernels.config(kernel, q, v)
+        assert (form.num_stages == 0) == expected
+        assert K % form.block == V % form.block == 0
+        if expected:
+            assert form.block == 16 * form.num_warps
+            assert form.block in (64, 128)
+    assert kernels.config("states", q, v).num_stages > 0
+
+
 def test_missing_package_is_skipped_or_named(monkeypatch):
     ours, *others = dispatch.TABLE["gated_retention"]
     missing = replace(ours, devices=("cpu",), needs="no_such_package")
@@ -240,6 +288,7 @@ def rounded_matmuls(q, k, v, g, scale, state, dtype, chunk_size=64):
         (1, 1500, 2, 64, 256, 256),
         (1, 1500, 2, 256, 128, 512),
         (1, 8000, 4, 128, 128, 1024),
+        (1, 8192, 2, 128, 128, 4096),
         (1, 500, 2, 32, 128, 256),
         (1, 500, 2, 16, 256, 0),
     ],

@@ -1,12 +1,19 @@
-"""Gated retention on Hopper: the pass over a segment of triton_forward.retain, with its copies and products in order.
+"""Gated retention on Hopper: the pass of triton_forward.retain in Gluon, which leaves the order of events to us.
 
-Triton's own pipeline asks for a chunk after the products of the one before and waits for every product at once. Here
-(Gluon) a chunk is copied while the one before is computed, and independent products run together. All is transposed:
-the state S^T [BLOCK, A] stays in registers and is an operand from there, 64 of its columns at a time.
+Triton's own pipeline asks for a chunk only behind the products of the one before, and waits for each product where it
+starts. Here a chunk is copied while the one before is computed, and products run while the gates are:
+
+    S of chunk i times its a       beside  the copies of chunk i + 1, the decays of chunk i
+    y of chunk i, S of chunk i+1,
+    scores b a^T of chunk i + 1    beside  y of chunk i on its way to memory
+
+Everything is transposed: the state S^T [BLOCK, A] never leaves the registers, where a product's left operand and its
+sum may lie. A is cut into two panels, so that only half of S is rounded into operands at a time.
 """
 
-# mypy: allow-incomplete-defs
-# a kernel's arguments are pointers and numbers whose types Triton infers; only its constants are annotated
+# ruff: noqa: RUF005, SIM102 (no starred tuples in a kernel; an outer condition is the compiler's, an inner the kernel's)
+# mypy: ignore-errors
+# a kernel's values and arguments have types that Gluon infers; only its constants are annotated
 
 from __future__ import annotations
 
@@ -27,32 +34,32 @@ def copy_chunk(
     a, b, c, sums, a_panels, b_panels, c_tiles, G_rows, slot, t, left, h, j,
     H: gl.constexpr, A: gl.constexpr, N: gl.constexpr, BLOCK: gl.constexpr,
 ):  # fmt: skip
-    """Start copying the chunk of `left` tokens at token t: a, b by panels, c's block, G. Rows behind the end are 0."""
+    """Start copying the chunk at token t into a slot: a and b by panels, c's block, G; `left` tokens, zeros behind."""
     W: gl.constexpr = gl.num_warps()
     PANEL: gl.constexpr = max(64, A // 2)
     panels: gl.constexpr = A // PANEL
-    rows_of_8: gl.constexpr = gl.BlockedLayout([1, 8], [256 // PANEL, PANEL // 8], [W, 1], [1, 0])
-    wide: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK, BLOCK // 8], [W, 1], [1, 0])
-    row = gl.arange(0, C, gl.SliceLayout(1, rows_of_8))
-    offset = row[:, None] * (H * A) + gl.arange(0, PANEL, gl.SliceLayout(0, rows_of_8))[None, :]
+    of_panel: gl.constexpr = gl.BlockedLayout([1, 8], [256 // PANEL, PANEL // 8], [W, 1], [1, 0])
+    of_block: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK, BLOCK // 8], [W, 1], [1, 0])
+    row = gl.arange(0, C, gl.SliceLayout(1, of_panel))
+    offset = row[:, None] * (H * A) + gl.arange(0, PANEL, gl.SliceLayout(0, of_panel))[None, :]
     valid = (row < left)[:, None]
     at = (t * H + h) * A
     for s in gl.static_range(panels):
         async_copy.async_copy_global_to_shared(a_panels[s].index(slot), a + (at + s * PANEL) + offset, valid)
     for s in gl.static_range(panels):
         async_copy.async_copy_global_to_shared(b_panels[s].index(slot), b + (at + s * PANEL) + offset, valid)
-    row = gl.arange(0, C, gl.SliceLayout(1, wide))
-    offset = row[:, None] * (H * N) + gl.arange(0, BLOCK, gl.SliceLayout(0, wide))[None, :]
+    row = gl.arange(0, C, gl.SliceLayout(1, of_block))
+    offset = row[:, None] * (H * N) + gl.arange(0, BLOCK, gl.SliceLayout(0, of_block))[None, :]
     at = (t * H + h) * N + j * BLOCK
     async_copy.async_copy_global_to_shared(c_tiles.index(slot), c + at + offset, (row < left)[:, None])
     time = gl.arange(0, C, gl.BlockedLayout([1], [32], [W], [0]))
-    async_copy.async_copy_global_to_shared(G_rows.index(slot), sums + t + gl.minimum(time, left - 1), time < left + C)
+    async_copy.async_copy_global_to_shared(G_rows.index(slot), sums + t + gl.minimum(time, left - 1))
     async_copy.commit_group()
 
 
 @gluon.jit
 def score(a_panels, b_panels, slot, panels: gl.constexpr, layout: gl.constexpr):
-    """b a^T [C, C] of the chunk in a slot, started."""
+    """b a^T [C, C] of the chunk in a slot, started, not awaited."""
     scores = gl.zeros([C, C], gl.float32, layout)
     for s in gl.static_range(panels):
         a_tile = a_panels[s].index(slot).permute((1, 0))
@@ -62,25 +69,25 @@ def score(a_panels, b_panels, slot, panels: gl.constexpr, layout: gl.constexpr):
 
 @gluon.jit
 def retain(
-    a, b, c, sums, y, x, products, states, decays, initial, stop, marks, bounds, begin, length, tokens, segment, low, high,
-    h, j, is_stop, read_scale, write_scale, H: gl.constexpr, A: gl.constexpr, N: gl.constexpr, BLOCK: gl.constexpr,
-    GROUP: gl.constexpr, ROW: gl.constexpr, COL: gl.constexpr, REVERSE: gl.constexpr,
+    a, b, c, sums, y, x, products, states, decays, initial, stop, marks, bounds, begin, length, tokens, segment, low,
+    high, h, j, is_stop, read_scale, write_scale, H: gl.constexpr, A: gl.constexpr, N: gl.constexpr,
+    BLOCK: gl.constexpr, GROUP: gl.constexpr, ROW: gl.constexpr, COL: gl.constexpr, REVERSE: gl.constexpr,
 ):  # fmt: skip
-    """triton_forward.retain for A of at least 64, BLOCK / 16 warps and chunks of 64 tokens."""
+    """triton_forward.retain for 16-bit dtypes, chunks of 64 tokens, A of at least 64 and BLOCK / 16 warps."""
     W: gl.constexpr = gl.num_warps()
     dtype: gl.constexpr = c.dtype.element_ty
     PANEL: gl.constexpr = max(64, A // 2)
     panels: gl.constexpr = A // PANEL
-    # [BLOCK, 64] accumulators, and the same as a left operand in registers; scores [C, C] of all warps together
+    # sums [BLOCK, *], 16 rows a warp; the same as a left operand in registers; scores [C, C]; y's rows in memory
     acc: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [W, 1], [16, 64, 16])
     operand: gl.constexpr = gl.DotOperandLayout(0, acc, 2)
     square: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, W // 4], [16, 256 // W, 16])
     rows: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK, BLOCK // 8], [W, 1], [1, 0])
     shared: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
 
-    a_panels = ()  # an allocation each: the compiler separates reads from copies by allocation, with barriers
+    a_panels = ()  # one allocation each: the compiler puts a barrier between copies into the same one
     b_panels = ()
-    for s in gl.static_range(panels):
+    for _ in gl.static_range(panels):
         a_panels = a_panels + (gl.allocate_shared_memory(dtype, [2, C, PANEL], shared),)
         b_panels = b_panels + (gl.allocate_shared_memory(dtype, [2, C, PANEL], shared),)
     c_tiles = gl.allocate_shared_memory(dtype, [2, C, BLOCK], shared)
@@ -98,16 +105,11 @@ def retain(
     for s in gl.static_range(panels):
         zeros = gl.zeros([BLOCK, PANEL], gl.float32, acc)
         offsets = s * PANEL * ROW + matrix
-        state = state + (
-            add_start(zeros, states, decays, initial, segment, low, high, h, offsets, H, A * N, REVERSE),
-        )
+        state = state + (add_start(zeros, states, decays, initial, segment, low, high, h, offsets, H, A * N, REVERSE),)
 
     u = gl.arange(0, C, gl.SliceLayout(1, square))
-    t_read = gl.arange(0, C, gl.SliceLayout(0, square))
-    if REVERSE:
-        seen = u[:, None] >= t_read[None, :]
-    else:
-        seen = u[:, None] <= t_read[None, :]
+    reader = gl.arange(0, C, gl.SliceLayout(0, square))
+    seen = (u[:, None] >= reader[None, :]) if REVERSE else (u[:, None] <= reader[None, :])
     time = gl.arange(0, C, gl.SliceLayout(1, rows))
     tile = time[:, None] * (H * N) + j * BLOCK + gl.arange(0, BLOCK, gl.SliceLayout(0, rows))[None, :]
 
@@ -131,18 +133,16 @@ def retain(
         next_total = total
         barrier()  # everyone is done with the chunk before
         if step + 1 < chunks:
-            k = i - 1 if REVERSE else i + 1
-            more = length - k * C
-            copy_chunk(
-                a, b, c, sums, a_panels, b_panels, c_tiles, G_rows, 1 - slot, begin + k * C, more, h, j, H, A, N, BLOCK
-            )
-            next_total = gl.load(sums + (begin + k * C) + gl.minimum(C, more) - 1)
+            ahead = i - 1 if REVERSE else i + 1
+            more = length - ahead * C
+            at = begin + ahead * C
+            copy_chunk(a, b, c, sums, a_panels, b_panels, c_tiles, G_rows, 1 - slot, at, more, h, j, H, A, N, BLOCK)
+            next_total = gl.load(sums + at + gl.minimum(C, more) - 1)
 
         # a mark stands between chunk i and the next one: before the update when running backwards, after otherwise
         mark = (begin // GROUP + i * C // GROUP).to(gl.int64) * H + h
         at_mark = ((i + 1) * C % GROUP == 0) | (left <= C)
 
-        # a S, in two halves so that the operands made of S need fewer registers
         out = gl.zeros([BLOCK, C], gl.float32, acc)
         for s in gl.static_range(panels):
             rounded = state[s].to(dtype)
@@ -155,11 +155,8 @@ def retain(
                 G = G_rows.index(slot)
                 G_from = G.load(gl.SliceLayout(1, square))
                 G_to = G.load(gl.SliceLayout(0, square))
-                if REVERSE:
-                    decay = gl.exp2(G_from[:, None] - G_to[None, :])
-                else:
-                    decay = gl.exp2(G_to[None, :] - G_from[:, None])
-                decay = gl.where(seen, decay, 0.0) * (read_scale * write_scale)
+                between = (G_from[:, None] - G_to[None, :]) if REVERSE else (G_to[None, :] - G_from[:, None])
+                decay = gl.where(seen, gl.exp2(between), 0.0) * (read_scale * write_scale)
                 weights.store((scores * decay).to(dtype))
             if s + 1 < panels:
                 out = warpgroup_mma_wait(0, [out])
@@ -189,7 +186,7 @@ def retain(
             updated = updated + (warpgroup_mma(weighted, b_panels[s].index(slot), kept[s], is_async=True),)
         async_copy.wait_group(0)
         fence_async_shared()
-        scores = score(a_panels, b_panels, 1 - slot, panels, square)  # the next chunk's; behind the last, of no use
+        scores = score(a_panels, b_panels, 1 - slot, panels, square)  # of the next chunk; behind the last, unused
 
         out = warpgroup_mma_wait(2 * panels, [out])
         y_rows.permute((1, 0)).store(out.to(y_rows.dtype))
@@ -237,11 +234,14 @@ def forward_kernel(
 
 @gluon.jit(do_not_specialize=COUNTS)
 def key_value_kernel(
-    q, k, v, sums, do, dk, dv, states, decays, d_final, d_initial, marks, products, owner, first, cu_seqlens, T, size, per_sequence,
-    tokens, scale, H: gl.constexpr, K: gl.constexpr, V: gl.constexpr, BLOCK: gl.constexpr,
+    q, k, v, sums, do, dk, dv, states, decays, d_final, d_initial, marks, products, owner, first, cu_seqlens, T, size,
+    per_sequence, tokens, scale, H: gl.constexpr, K: gl.constexpr, V: gl.constexpr, BLOCK: gl.constexpr,
     GROUP: gl.constexpr, PACKED: gl.constexpr,
 ):  # fmt: skip
-    """dk by blocks of K and dv by blocks of V; neighbouring programs read the same q, k, v, do. states are the gradient's."""
+    """dk by blocks of K and dv by blocks of V; neighbouring programs read the same q, k, v, do.
+
+    states and decays are the gradient's.
+    """
     pid = gl.program_id(0)
     blocks: gl.constexpr = (K + V) // BLOCK
     j = pid % blocks
@@ -257,15 +257,16 @@ def key_value_kernel(
         )  # fmt: skip
     else:
         retain(
-            k, q, do, sums, dv, None, None, states, decays, d_final, d_initial + (n * H + h) * (K * V), None, None, begin,
-            length, tokens, segment, low, high, h, j - K // BLOCK, segment == low, scale, 1.0, H, K, V, BLOCK, GROUP, V, 1, True,
+            k, q, do, sums, dv, None, None, states, decays, d_final, d_initial + (n * H + h) * (K * V), None, None,
+            begin, length, tokens, segment, low, high, h, j - K // BLOCK, segment == low, scale, 1.0, H, K, V, BLOCK,
+            GROUP, V, 1, True,
         )  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=COUNTS)
 def query_kernel(
-    q, k, v, sums, do, dq, states, decays, initial, marks, products, bounds, owner, first, cu_seqlens, T, size, per_sequence, tokens,
-    scale, H: gl.constexpr, K: gl.constexpr, V: gl.constexpr, BLOCK: gl.constexpr,
+    q, k, v, sums, do, dq, states, decays, initial, marks, products, bounds, owner, first, cu_seqlens, T, size,
+    per_sequence, tokens, scale, H: gl.constexpr, K: gl.constexpr, V: gl.constexpr, BLOCK: gl.constexpr,
     GROUP: gl.constexpr, PACKED: gl.constexpr,
 ):  # fmt: skip
     """dq by blocks of K, and the inner products <S, dS> at the marks."""
@@ -279,5 +280,6 @@ def query_kernel(
         initial += (n * H + h) * (K * V)
     retain(
         do, v, k, sums, dq, q, products, states, decays, initial, None, marks + segment * (H * K * V),
-        bounds + segment * (H * blocks), begin, length, tokens, segment, low, high, h, j, False, 1.0, scale, H, V, K, BLOCK, GROUP, 1, V, False,
+        bounds + segment * (H * blocks), begin, length, tokens, segment, low, high, h, j, False, 1.0, scale, H, V, K,
+        BLOCK, GROUP, 1, V, False,
     )  # fmt: skip

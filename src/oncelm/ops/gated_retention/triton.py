@@ -19,12 +19,14 @@ import triton
 from oncelm.ops.gated_retention import by_sequence, triton_backward, triton_forward
 from oncelm.ops.gated_retention import chunk as portable
 
+hopper: Any
 try:
     from oncelm.ops.gated_retention import hopper
-except ImportError:  # Triton without Gluon
+except ImportError:  # a Triton without Gluon
     hopper = None
 
 Tensor = torch.Tensor
+Added = tuple[Tensor, Tensor] | tuple[None, None]  # what `segment_states` gives, or that each sequence is one segment
 Sums = dict[int, torch.Tensor]  # chunk size -> [H, tokens] running sums of g inside chunks of that size
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -37,17 +39,17 @@ SMALL_PROGRAMS = 4096  # of the kernels that only read gates: enough to fill the
 class Config:
     """How one kernel is compiled: tokens a chunk, columns of the state a program, warps, pipeline stages.
 
-    No stages: the kernel is one of hopper.py, which has its own and where 16 columns make a warp.
+    0 stages: it is a kernel of hopper.py, which orders its copies itself; there a warp has 16 columns.
     """
 
     chunk: int
     block: int
     num_warps: int
-    num_stages: int | None
+    num_stages: int
 
     @property
     def launch(self) -> dict[str, int]:
-        if self.num_stages is None:
+        if not self.num_stages:
             return {"BLOCK": self.block, "num_warps": self.num_warps}
         return {"BLOCK": self.block, "C": self.chunk, "num_warps": self.num_warps, "num_stages": self.num_stages}
 
@@ -90,8 +92,9 @@ FULL_PRECISION_GROUP = 64
 
 def on_hopper(q: Tensor, v: Tensor) -> bool:
     """Whether the kernels of hopper.py take these inputs."""
-    wide = min(q.shape[-1], v.shape[-1]) >= 64
-    return hopper is not None and wide and q.dtype != torch.float32 and q.is_cuda and _capability(q.device.index)[0] == 9
+    if hopper is None or not q.is_cuda or q.dtype == torch.float32 or min(q.shape[-1], v.shape[-1]) < 64:
+        return False
+    return _capability(q.device.index)[0] == 9
 
 
 def config(kernel: str, q: Tensor, v: Tensor) -> Config:
@@ -99,7 +102,7 @@ def config(kernel: str, q: Tensor, v: Tensor) -> Config:
     K, V = q.shape[-1], v.shape[-1]
     if kernel != "states" and on_hopper(q, v):
         block = min(HOPPER_BLOCKS[kernel, max(K, V)], K, V)
-        return Config(hopper.CHUNK, block, block // 16, None)
+        return Config(hopper.CHUNK, block, block // 16, 0)
     found = FULL_PRECISION if q.dtype == torch.float32 else CONFIGS[kernel, max(64, K, V)]
     block, stages = min(found.block, K, V), found.num_stages
     if block < found.block:
@@ -215,9 +218,7 @@ def chunk_sums(g: Tensor, kernels: tuple[str, ...], q: Tensor, v: Tensor, cut: P
     return found
 
 
-def segment_states(
-    b: Tensor, c: Tensor, sums: Sums, scale: float, cut: Plan, reverse: bool
-) -> tuple[Tensor, Tensor]:
+def segment_states(b: Tensor, c: Tensor, sums: Sums, scale: float, cut: Plan, reverse: bool) -> tuple[Tensor, Tensor]:
     """What each segment adds to the state [segments, H, K, V], and its decay [segments, H], float32.
 
     reverse: to the state's gradient.
@@ -235,43 +236,43 @@ def segment_states(
 
 
 def launch_forward(
-    q: Tensor, k: Tensor, v: Tensor, sums: Sums, o: Tensor, states: Tensor | None, decays: Tensor | None,
-    initial: Tensor | None, final: Tensor, scale: float, cut: Plan,
+    q: Tensor, k: Tensor, v: Tensor, sums: Sums, o: Tensor, added: Added, initial: Tensor | None,
+    final: Tensor, scale: float, cut: Plan,
 ) -> None:  # fmt: skip
     """o and the final states."""
     H, K, V = q.shape[2], q.shape[3], v.shape[3]
     form = config("forward", q, v)
-    kernels = triton_forward if form.num_stages else hopper
+    kernels: Any = triton_forward if form.num_stages else hopper
     kernels.forward_kernel[(cut.segments * H * (V // form.block),)](
-        q, k, v, sums[form.chunk], o, states, decays, initial, final, **cut.arguments, tokens=q.shape[0] * q.shape[1],
+        q, k, v, sums[form.chunk], o, *added, initial, final, **cut.arguments, tokens=q.shape[0] * q.shape[1],
         scale=scale, H=H, K=K, V=V, **form.launch,
     )  # fmt: skip
 
 
 def launch_key_value(
-    q: Tensor, k: Tensor, v: Tensor, sums: Sums, do: Tensor, dk: Tensor, dv: Tensor, states: Tensor | None,
-    decays: Tensor | None, d_final: Tensor | None, d_initial: Tensor, marks: Tensor, products: Tensor, scale: float, cut: Plan,
+    q: Tensor, k: Tensor, v: Tensor, sums: Sums, do: Tensor, dk: Tensor, dv: Tensor, d_added: Added,
+    d_final: Tensor | None, d_initial: Tensor, marks: Tensor, products: Tensor, scale: float, cut: Plan,
 ) -> None:  # fmt: skip
-    """dk, dv, the initial states' gradient, the marks and k . dk; states and decays are the gradient's."""
+    """dk, dv, the initial states' gradient, the marks and k . dk."""
     H, K, V = q.shape[2], q.shape[3], v.shape[3]
     form = config("key_value", q, v)
-    kernels = triton_backward if form.num_stages else hopper
+    kernels: Any = triton_backward if form.num_stages else hopper
     kernels.key_value_kernel[(cut.segments * H * ((K + V) // form.block),)](
-        q, k, v, sums[form.chunk], do, dk, dv, states, decays, d_final, d_initial, marks, products, **cut.arguments,
+        q, k, v, sums[form.chunk], do, dk, dv, *d_added, d_final, d_initial, marks, products, **cut.arguments,
         tokens=q.shape[0] * q.shape[1], scale=scale, H=H, K=K, V=V, GROUP=group_size(q, v), **form.launch,
     )  # fmt: skip
 
 
 def launch_query(
-    q: Tensor, k: Tensor, v: Tensor, sums: Sums, do: Tensor, dq: Tensor, states: Tensor | None,
-    decays: Tensor | None, initial: Tensor | None, marks: Tensor, products: Tensor, bounds: Tensor, scale: float, cut: Plan,
+    q: Tensor, k: Tensor, v: Tensor, sums: Sums, do: Tensor, dq: Tensor, added: Added, initial: Tensor | None,
+    marks: Tensor, products: Tensor, bounds: Tensor, scale: float, cut: Plan,
 ) -> None:  # fmt: skip
     """dq, q . dq and <S, dS> at the marks."""
     H, K, V = q.shape[2], q.shape[3], v.shape[3]
     form = config("query", q, v)
-    kernels = triton_backward if form.num_stages else hopper
+    kernels: Any = triton_backward if form.num_stages else hopper
     kernels.query_kernel[(cut.segments * H * (K // form.block),)](
-        q, k, v, sums[form.chunk], do, dq, states, decays, initial, marks, products, bounds, **cut.arguments,
+        q, k, v, sums[form.chunk], do, dq, *added, initial, marks, products, bounds, **cut.arguments,
         tokens=q.shape[0] * q.shape[1], scale=scale, H=H, K=K, V=V, GROUP=group_size(q, v), **form.launch,
     )  # fmt: skip
 
@@ -314,8 +315,8 @@ def _forward(q, k, v, g, scale, initial_state, cu_seqlens, size):
         o = torch.empty_like(v)
         final = q.new_empty(cut.sequences, q.shape[2], q.shape[3], v.shape[3], dtype=torch.float32)
         sums = chunk_sums(g, ("states", "forward") if cut.several else ("forward",), q, v, cut)
-        added = segment_states(k, v, sums, scale, cut, reverse=False) if cut.several else (None, None)
-        launch_forward(q, k, v, sums, o, *added, initial_state, final, scale, cut)
+        added: Added = segment_states(k, v, sums, scale, cut, reverse=False) if cut.several else (None, None)
+        launch_forward(q, k, v, sums, o, added, initial_state, final, scale, cut)
     states, decays = (final.new_empty(0) if x is None else x for x in added)
     return o, final, states, decays
 
@@ -335,12 +336,10 @@ def _backward(q, k, v, g, scale, initial_state, cu_seqlens, size, states, decays
         query_products, key_products = g.new_empty(query_blocks, B, T, H), g.new_empty(key_blocks, B, T, H)
         bounds = g.new_empty(count, H, query_blocks)
         sums = chunk_sums(g, ("states", "key_value", "query"), q, v, cut)
-        added, d_added = (None, None), (None, None)
-        if cut.several:
-            added = states, decays
-            d_added = segment_states(q, d_o, sums, 1.0, cut, reverse=True)
-        launch_key_value(q, k, v, sums, d_o, dk, dv, *d_added, d_final, d_initial, marks, key_products, scale, cut)
-        launch_query(q, k, v, sums, d_o, dq, *added, initial_state, marks, query_products, bounds, scale, cut)
+        added: Added = (states, decays) if cut.several else (None, None)
+        d_added: Added = segment_states(q, d_o, sums, 1.0, cut, reverse=True) if cut.several else (None, None)
+        launch_key_value(q, k, v, sums, d_o, dk, dv, d_added, d_final, d_initial, marks, key_products, scale, cut)
+        launch_query(q, k, v, sums, d_o, dq, added, initial_state, marks, query_products, bounds, scale, cut)
         launch_decay(query_products, key_products, bounds, dg, group, cut)
     return dq, dk, dv, dg, d_initial
 

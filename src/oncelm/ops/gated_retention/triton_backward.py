@@ -25,11 +25,14 @@ from oncelm.ops.gated_retention.triton_forward import COUNTS, locate, retain
 
 @triton.jit(do_not_specialize=COUNTS)
 def key_value_kernel(
-    q, k, v, sums, do, dk, dv, states, decays, d_final, d_initial, marks, products, owner, first, cu_seqlens, T, size, per_sequence,
-    tokens, scale, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr, C: tl.constexpr,
-    GROUP: tl.constexpr, PACKED: tl.constexpr,
+    q, k, v, sums, do, dk, dv, states, decays, d_final, d_initial, marks, products, owner, first, cu_seqlens, T, size,
+    per_sequence, tokens, scale, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr,
+    C: tl.constexpr, GROUP: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """dk by blocks of K and dv by blocks of V; neighbouring programs read the same q, k, v, do. states are the gradient's."""
+    """dk by blocks of K and dv by blocks of V; neighbouring programs read the same q, k, v, do.
+
+    states and decays are the gradient's.
+    """
     pid = tl.program_id(0)
     blocks: tl.constexpr = (K + V) // BLOCK
     j = pid % blocks
@@ -45,16 +48,17 @@ def key_value_kernel(
         )  # fmt: skip
     else:
         retain(
-            k, q, do, sums, dv, None, None, states, decays, d_final, d_initial + (n * H + h) * (K * V), None, None, begin,
-            length, tokens, segment, low, high, h, j - K // BLOCK, segment == low, scale, 1.0, H, K, V, BLOCK, C, GROUP, V, 1, True,
+            k, q, do, sums, dv, None, None, states, decays, d_final, d_initial + (n * H + h) * (K * V), None, None,
+            begin, length, tokens, segment, low, high, h, j - K // BLOCK, segment == low, scale, 1.0, H, K, V, BLOCK,
+            C, GROUP, V, 1, True,
         )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def query_kernel(
-    q, k, v, sums, do, dq, states, decays, initial, marks, products, bounds, owner, first, cu_seqlens, T, size, per_sequence, tokens,
-    scale, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr, C: tl.constexpr,
-    GROUP: tl.constexpr, PACKED: tl.constexpr,
+    q, k, v, sums, do, dq, states, decays, initial, marks, products, bounds, owner, first, cu_seqlens, T, size,
+    per_sequence, tokens, scale, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr,
+    C: tl.constexpr, GROUP: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """dq by blocks of K, and the inner products <S, dS> at the marks."""
     pid = tl.program_id(0)
@@ -67,7 +71,8 @@ def query_kernel(
         initial += (n * H + h) * (K * V)
     retain(
         do, v, k, sums, dq, q, products, states, decays, initial, None, marks + segment * (H * K * V),
-        bounds + segment * (H * blocks), begin, length, tokens, segment, low, high, h, j, False, 1.0, scale, H, V, K, BLOCK, C, GROUP, 1, V, False,
+        bounds + segment * (H * blocks), begin, length, tokens, segment, low, high, h, j, False, 1.0, scale, H, V, K,
+        BLOCK, C, GROUP, 1, V, False,
     )  # fmt: skip
 
 

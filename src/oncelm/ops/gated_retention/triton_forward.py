@@ -92,9 +92,10 @@ def gates(sums, t, time, left, C: tl.constexpr):
 
 @triton.jit
 def retain(
-    a, b, c, sums, y, x, products, states, decays, initial, stop, marks, bounds, begin, length, tokens, segment, low, high,
-    h, j, is_stop, read_scale, write_scale, H: tl.constexpr, A: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, C: tl.constexpr,
-    GROUP: tl.constexpr, ROW: tl.constexpr, COL: tl.constexpr, REVERSE: tl.constexpr,
+    a, b, c, sums, y, x, products, states, decays, initial, stop, marks, bounds, begin, length, tokens, segment, low,
+    high, h, j, is_stop, read_scale, write_scale, H: tl.constexpr, A: tl.constexpr, N: tl.constexpr,
+    BLOCK: tl.constexpr, C: tl.constexpr, GROUP: tl.constexpr, ROW: tl.constexpr, COL: tl.constexpr,
+    REVERSE: tl.constexpr,
 ):  # fmt: skip
     """Columns j * BLOCK ... of y over one segment, a, b [T, H, A] and c, y [T, H, N]; state [A, N] from
     `add_start`:
