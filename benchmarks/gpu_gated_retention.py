@@ -4,10 +4,10 @@
 
 Parts, each in a process of its own, so that a crash or a hang costs one part only:
 
-    compile  the kernels of the gates (and of the sweep), in parallel, into Triton's cache
+    compile  the kernels of gates and table (and of the sweep), in parallel, into Triton's cache
     gates    error of every output and gradient against float64, at most twice that of plain PyTorch in the same dtype;
              repeatability; offsets beyond 32 bits; torch.compile. The parts below run only if all are green
-    sweep    with --sweep: the time of every neighbour of each kernel's form in triton.CONFIGS
+    sweep    with --sweep: the time of every neighbour of each kernel's form
     table    forward, and forward + backward, beside plain PyTorch and the floor; the time of each kernel
     peer     flash-linear-attention, if it is installed
 
@@ -203,11 +203,19 @@ def compiled_graph() -> tuple[list[float], float]:
 # ---------------------------------------------------------------------------------------------------------------- sweep
 
 
-def neighbours(name: str) -> Iterator[tuple[tuple[str, int], tuple[int, int, int, int]]]:
-    """Each kernel's key in CONFIGS and the forms one step from its own: chunk, block, warps or stages."""
+def neighbours(name: str) -> Iterator[tuple[tuple[str, int], tuple[int, int, int, int] | int]]:
+    """Each kernel's key in CONFIGS and the forms one step from its own: chunk, block, warps or stages.
+
+    Of a kernel of hopper.py only the block (an int) can vary.
+    """
     D = SHAPES[name][-1]
+    sample = torch.empty(1, 1, 1, D, dtype=torch.bfloat16, device="cuda")
     for (kernel, dim), c in kernels().CONFIGS.items():
         if dim != D:
+            continue
+        if kernels().config(kernel, sample, sample).num_stages == 0:
+            block = kernels().HOPPER_BLOCKS[kernel, dim]
+            yield from (((kernel, dim), other) for other in (block // 2, 2 * block) if 64 <= other <= min(128, D))
             continue
         forms = [(chunk, c.block, c.num_warps, c.num_stages) for chunk in (c.chunk // 2, 2 * c.chunk)]
         forms += [(c.chunk, block, c.num_warps, c.num_stages) for block in (c.block // 2, 2 * c.block)]
@@ -220,7 +228,7 @@ def neighbours(name: str) -> Iterator[tuple[tuple[str, int], tuple[int, int, int
 
 
 def compile_one(task) -> str | None:
-    """Compile the kernels of a gate (dtype, gate), or of one form (shape, key, form), without running them."""
+    """Compile the kernels of a gate (dtype, gate), or of a shape (name, key, form of one kernel), without running them."""
     from triton.runtime.jit import JITFunction
 
     JITFunction.__getitem__ = lambda self, grid: (
@@ -234,15 +242,18 @@ def compile_one(task) -> str | None:
         else:
             name, key, form = task
             _, _, H, D = SHAPES[name]
-            tensors = inputs(1, 1100, H, D, D, torch.bfloat16)
-            with_form(key, form, lambda: gradients(ours_at(None, 512), tensors))
+            q, k, v, g, _, do, _ = inputs(1, 1100, H, D, D, torch.bfloat16)
+            leaves = [x.requires_grad_() for x in (q, k, v, g)]
+            for segment in (512, 2048):  # several segments, and one
+                ours = without_state(segment)
+                with_form(key, form, lambda ours=ours: torch.autograd.grad(ours(*leaves)[0], leaves, do))
     except Exception as failure:
         return f"{type(failure).__name__}: {failure}"[:200]
     return None
 
 
 def compile_all(out: Path, seconds: float, sweeping: bool = False) -> None:
-    tasks: list[tuple] = list(itertools.product(DTYPES, GATES))
+    tasks: list[tuple] = [*itertools.product(DTYPES, GATES), *((name, None, None) for name in SHAPES)]
     if sweeping:
         tasks += [(name, key, form) for name in SWEPT for key, form in neighbours(name)]
     workers = max(1, min(15, (os.cpu_count() or 2) - 1))
@@ -254,10 +265,12 @@ def compile_all(out: Path, seconds: float, sweeping: bool = False) -> None:
 
 
 def with_form(key, form, function: Callable):
-    """function() with one kernel's form replaced."""
-    table = kernels().CONFIGS
+    """function() with one kernel's form replaced, if a key is given."""
+    if key is None:
+        return function()
+    table = kernels().HOPPER_BLOCKS if isinstance(form, int) else kernels().CONFIGS
     own = table[key]
-    table[key] = kernels().Config(*form)
+    table[key] = form if isinstance(form, int) else kernels().Config(*form)
     try:
         return function()
     finally:
