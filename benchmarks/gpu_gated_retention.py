@@ -228,7 +228,7 @@ def neighbours(name: str) -> Iterator[tuple[tuple[str, int], tuple[int, int, int
 
 
 def compile_one(task) -> str | None:
-    """Compile the kernels of a gate (dtype, gate), or of a shape (name, key, form of one kernel), without running them."""
+    """Compile the kernels of a gate (dtype, gate), or of a shape (name, key, form of one kernel); nothing runs."""
     from triton.runtime.jit import JITFunction
 
     JITFunction.__getitem__ = lambda self, grid: (
