@@ -3,7 +3,7 @@
 from oncelm.cache.batch import Batch, Selection
 from oncelm.cache.disk import load_snapshot, save_snapshot
 from oncelm.cache.fresh import FreshCache, FreshRetention, FreshWindow
-from oncelm.cache.memory import Memory, RetentionMemory, SharedMemory, WindowMemory
+from oncelm.cache.memory import HeldMemory, Memory, RetentionMemory, SharedMemory, WindowMemory
 from oncelm.cache.model_cache import ModelCache, Snapshot
 from oncelm.cache.retention_state import RetentionState
 from oncelm.cache.shared_kv import SharedKV
@@ -15,6 +15,7 @@ __all__ = [
     "FreshCache",
     "FreshRetention",
     "FreshWindow",
+    "HeldMemory",
     "Memory",
     "ModelCache",
     "RetentionMemory",

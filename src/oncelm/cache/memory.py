@@ -1,8 +1,8 @@
 """What the model asks of a memory: the four calls in which tokens meet each other.
 
 A model never knows where keys, values and states live. Whoever runs it passes an object with these methods: ModelCache
-(contiguous, decoding), FreshCache (nothing remembered, training), and later paged slots in an engine or chunks of a
-sequence over several GPUs.
+(contiguous, decoding), FreshCache (nothing remembered, training), ChunkMemory (of `oncelm.train.parallel`: chunks of
+sequences that other processes hold), and later paged slots in an engine.
 """
 
 from __future__ import annotations
@@ -51,3 +51,12 @@ class Memory(Protocol):
 
     @property
     def shared(self) -> Any: ...
+
+
+class HeldMemory(Memory, Protocol):
+    """A memory of sequences of which something came before."""
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens that came before, of each sequence."""
+        ...

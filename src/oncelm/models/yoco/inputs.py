@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
+import torch.nn.functional as F
 
 from oncelm.cache import Batch, Selection
 
@@ -127,20 +128,29 @@ def check_mask(mask: torch.Tensor, inputs: Inputs, shape: torch.Size) -> torch.T
     return mask
 
 
-def target_mask(labels: torch.Tensor, inputs: Inputs, shape: torch.Size, vocab_size: int) -> torch.Tensor:
-    """[B, T] booleans: positions whose next token is a target (labels are not shifted; -100 is ignored)."""
-    if labels.shape != shape[:2]:
-        raise ValueError(f"labels must be [B, T] = {list(shape[:2])} as input_ids, got {list(labels.shape)}.")
-    if labels.device.type == "cpu":  # on a GPU the answer would have to be waited for in every training step
-        outside = (labels != IGNORE_INDEX) & ((labels < 0) | (labels >= vocab_size))
+def read_targets(
+    labels: torch.Tensor | None, targets: torch.Tensor | None, inputs: Inputs, shape: torch.Size, vocab_size: int
+) -> torch.Tensor:
+    """[B, T] what each position predicts, IGNORE_INDEX for nothing, from one of the two.
+
+    Args:
+        labels: [B, T] as in Hugging Face, each at its own token; -100 is ignored.
+        targets: [B, T] each at the token that predicts it.
+    """
+    given = labels if targets is None else targets
+    assert given is not None
+    if given.shape != shape[:2]:
+        raise ValueError(f"labels must be [B, T] = {list(shape[:2])} as input_ids, got {list(given.shape)}.")
+    if given.device.type == "cpu":  # on a GPU the answer would have to be waited for in every training step
+        outside = (given != IGNORE_INDEX) & ((given < 0) | (given >= vocab_size))
         if bool(outside.any()):
-            raise ValueError(f"labels has {labels[outside][0]}; allowed: 0..{vocab_size - 1}, or -100 to ignore.")
-    mask = torch.zeros(shape[:2], dtype=torch.bool, device=labels.device)
-    mask[:, :-1] = labels[:, 1:] != IGNORE_INDEX
+            raise ValueError(f"labels has {given[outside][0]}; allowed: 0..{vocab_size - 1}, or -100 to ignore.")
+    if labels is None:
+        return given if inputs.real is None else given.masked_fill(~inputs.real, IGNORE_INDEX)
+    targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
     if inputs.real is not None:
-        mask &= inputs.real
-        mask[:, :-1] &= inputs.real[:, 1:]
+        targets = targets.masked_fill(~(inputs.real & F.pad(inputs.real[:, 1:], (0, 1))), IGNORE_INDEX)
     elif inputs.batch.cu_seqlens is not None:  # the last token of a packed sequence predicts nothing
         lasts = inputs.batch.cu_seqlens[1:].long() - 1
-        mask[0, lasts[lasts >= 0]] = False
-    return mask
+        targets[0, lasts[lasts >= 0]] = IGNORE_INDEX
+    return targets

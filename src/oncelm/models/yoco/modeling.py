@@ -20,6 +20,7 @@ from oncelm.cache import (
     FreshCache,
     FreshRetention,
     FreshWindow,
+    HeldMemory,
     ModelCache,
     RetentionState,
     Selection,
@@ -158,6 +159,8 @@ class YocoForCausalLM(Execution, PreTrainedModel, GenerationMixin):
         logits_to_keep: int | torch.Tensor | None = None,
         cu_seqlens: torch.Tensor | None = None,
         num_items_in_batch: int | torch.Tensor | None = None,
+        targets: torch.Tensor | None = None,
+        memory: HeldMemory | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
@@ -177,6 +180,9 @@ class YocoForCausalLM(Execution, PreTrainedModel, GenerationMixin):
                 a vector the columns at these indices, or a [B, T] mask of booleans (logits [number of True, V]).
             cu_seqlens: [N + 1] borders of N sequences packed into one row of input_ids.
             num_items_in_batch: divide the summed loss by this instead of the number of targets (gradient accumulation).
+            targets: [B, T] labels that stand where they are predicted, for rows whose next token is elsewhere.
+            memory: holds what came before instead of a cache, with gradients: chunks of sequences that other processes
+                hold. Its `lengths` count the tokens before this pass.
             output_attentions, output_hidden_states: not offered; True is refused.
             return_dict: False returns a tuple.
 
@@ -195,10 +201,17 @@ class YocoForCausalLM(Execution, PreTrainedModel, GenerationMixin):
         assert tokens is not None
         self._check_tokens(input_ids, inputs_embeds)
         cache = self._check_cache(past_key_values)
+        if labels is not None and targets is not None:
+            raise ValueError("give labels or targets, not both.")
+        if cache is not None and memory is not None:
+            raise ValueError("give past_key_values or memory, not both.")
         if use_cache is None:
-            use_cache = self.config.use_cache and not self.training and labels is None
+            use_cache = (
+                self.config.use_cache and not self.training and memory is None and labels is None and targets is None
+            )
         if cache is None and use_cache:
             cache = self.new_cache(tokens.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1)
+        before = memory if cache is None else cache
         loss: torch.Tensor | None = None
         logits: torch.Tensor | None = None
         if cache is not None and self._is_step(input_ids, attention_mask, cache, labels, logits_to_keep, cu_seqlens):
@@ -209,12 +222,16 @@ class YocoForCausalLM(Execution, PreTrainedModel, GenerationMixin):
                 tokens.device,
                 attention_mask,
                 cu_seqlens,
-                None if cache is None else cache.lengths,
+                None if before is None else before.lengths,
                 0 if cache is None else cache.columns,
             )
+            if labels is not None or targets is not None:
+                targets = reading.read_targets(labels, targets, inputs, tokens.shape, self.config.vocab_size)
             # a cache holds values, not graphs: with gradients on, the earlier tokens' share would be missing silently
             with torch.set_grad_enabled(torch.is_grad_enabled() and cache is None):
-                loss, logits = self._loss_and_logits(tokens, inputs, cache, labels, logits_to_keep, num_items_in_batch)
+                loss, logits = self._loss_and_logits(
+                    tokens, inputs, before, targets, logits_to_keep, num_items_in_batch
+                )
         output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
         wants_dict = self.config.return_dict if return_dict is None else return_dict
         return output if wants_dict else output.to_tuple()
@@ -223,8 +240,8 @@ class YocoForCausalLM(Execution, PreTrainedModel, GenerationMixin):
         self,
         tokens: torch.Tensor,
         inputs: reading.Inputs,
-        cache: ModelCache | None,
-        labels: torch.Tensor | None,
+        memory: HeldMemory | None,
+        targets: torch.Tensor | None,
         logits_to_keep: int | torch.Tensor | None,
         num_items_in_batch: int | torch.Tensor | None,
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
@@ -232,21 +249,20 @@ class YocoForCausalLM(Execution, PreTrainedModel, GenerationMixin):
         shape, T, device = tokens.shape, inputs.columns, tokens.device
         keep_mask = isinstance(logits_to_keep, torch.Tensor) and logits_to_keep.dim() == 2
         dense = inputs.batch.cu_seqlens is None
-        if labels is None and dense and not keep_mask:
+        if targets is None and dense and not keep_mask:
             columns = reading.wanted_columns(logits_to_keep, T, device)
-            hidden = self._hidden(tokens, inputs, cache, inputs.batch.columns(columns))
+            hidden = self._hidden(tokens, inputs, memory, inputs.batch.columns(columns))
             return None, self.output_projection(hidden)
-        targets = None if labels is None else reading.target_mask(labels, inputs, shape, self.config.vocab_size)
-        if (
-            labels is not None
-            and targets is not None
-            and logits_to_keep is None
-            and dense
-            and T > 1
-            and bool(targets[:, :-1].all())
-        ):
-            hidden = self._hidden(tokens, inputs, cache, inputs.batch.columns(slice(0, T - 1)))
-            return self._loss(hidden.flatten(0, 1), labels[:, 1:].flatten(), num_items_in_batch), None
+        counted = None if targets is None else targets != reading.IGNORE_INDEX
+        if targets is not None and counted is not None and logits_to_keep is None and dense and T > 1:
+            # plain training: every column has a target, but perhaps the last one
+            body, last, any_last = torch.stack(
+                (counted[:, :-1].all(), counted[:, -1].all(), counted[:, -1].any())
+            ).tolist()
+            if body and last == any_last:
+                columns = T if last else T - 1
+                hidden = self._hidden(tokens, inputs, memory, inputs.batch.columns(slice(0, columns)))
+                return self._loss(hidden.flatten(0, 1), targets[:, :columns].flatten(), num_items_in_batch), None
 
         # any positions: compute the union of those that the loss and the logits need, as a packed row
         kept = torch.zeros(shape[:2], dtype=torch.bool, device=device)
@@ -254,18 +270,17 @@ class YocoForCausalLM(Execution, PreTrainedModel, GenerationMixin):
         if keep_mask:
             assert isinstance(logits_to_keep, torch.Tensor)
             kept |= reading.check_mask(logits_to_keep.to(device, torch.bool), inputs, shape)
-        elif labels is None or logits_to_keep is not None:
+        elif targets is None or logits_to_keep is not None:
             wanted = reading.wanted_columns(logits_to_keep, T, device)
             kept[:, wanted] = True
             if inputs.real is not None:
                 kept &= inputs.real
-        computed = kept if targets is None else kept | targets
-        hidden = self._hidden(tokens, inputs, cache, inputs.select(computed))[0]  # [count, d]
+        computed = kept if counted is None else kept | counted
+        hidden = self._hidden(tokens, inputs, memory, inputs.select(computed))[0]  # [count, d]
         rank = computed.flatten().cumsum(0).view(shape[:2]) - 1  # row of `hidden` of each computed position
         loss = logits = None
-        if labels is not None and targets is not None:
-            rows = targets.nonzero()
-            loss = self._loss(hidden[rank[targets]], labels[rows[:, 0], rows[:, 1] + 1], num_items_in_batch)
+        if targets is not None and counted is not None:
+            loss = self._loss(hidden[rank[counted]], targets[counted], num_items_in_batch)
         if keep_mask:
             logits = self.output_projection(hidden[rank[kept]])
         elif wanted is not None:
@@ -276,18 +291,18 @@ class YocoForCausalLM(Execution, PreTrainedModel, GenerationMixin):
         return loss, logits
 
     def _hidden(
-        self, tokens: torch.Tensor, inputs: reading.Inputs, cache: ModelCache | None, wanted: Selection | None
+        self, tokens: torch.Tensor, inputs: reading.Inputs, memory: HeldMemory | None, wanted: Selection | None
     ) -> torch.Tensor:
-        """Final hidden states [B, P, d] at `wanted` (None: [1, 0, d]); the cache, if any, moves past the tokens."""
-        if cache is not None:
-            cache.check_room(max(inputs.batch.lengths))
-            cache.begin()
+        """Final hidden states [B, P, d] at `wanted` (None: [1, 0, d]); a cache moves past the tokens."""
+        if isinstance(memory, ModelCache):
+            memory.check_room(max(inputs.batch.lengths))
+            memory.begin()
         embeddings = self.embed(inputs.gather(tokens))
-        memory = self._fresh_cache() if cache is None else cache
+        past = self._fresh_cache() if memory is None else memory
         decoders = self.self_decoder, self.cross_decoder
-        x = run_layers(self.config, *decoders, embeddings, inputs.batch, memory, wanted, self.token_parts)
-        if cache is not None:
-            cache.commit(inputs.batch, inputs.columns)
+        x = run_layers(self.config, *decoders, embeddings, inputs.batch, past, wanted, self.token_parts)
+        if isinstance(memory, ModelCache):
+            memory.commit(inputs.batch, inputs.columns)
         return embeddings.new_empty(1, 0, self.config.hidden_size) if x is None else self.layer_norm(x)
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
