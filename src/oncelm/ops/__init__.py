@@ -8,6 +8,7 @@ from oncelm.ops.norm import rms_norm
 from oncelm.ops.quantize import dequantize_kv, quantize_kv
 from oncelm.ops.rope import apply_rope, rope_frequencies, rope_rotation
 from oncelm.ops.swiglu import swiglu
+from oncelm.ops.vocab_parallel import vocab_parallel_cross_entropy
 
 __all__ = [
     "apply_rope",
@@ -22,5 +23,6 @@ __all__ = [
     "rope_frequencies",
     "rope_rotation",
     "swiglu",
+    "vocab_parallel_cross_entropy",
     "window_attention",
 ]

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.generation.configuration_utils import GenerationMode
@@ -34,7 +35,7 @@ from oncelm.models.yoco.execution import Execution
 from oncelm.models.yoco.linear import XavierLinear
 from oncelm.models.yoco.model import CrossDecoder, RMSNorm, SelfDecoder, run_layers
 from oncelm.models.yoco.stepper import stepper
-from oncelm.ops import linear_cross_entropy
+from oncelm.ops import linear_cross_entropy, vocab_parallel_cross_entropy
 from oncelm.ops.quantize import LARGEST
 from oncelm.utils.errors import check_choice, unknown
 
@@ -211,10 +212,10 @@ class YocoForCausalLM(Execution, PreTrainedModel, GenerationMixin):
             )
         if cache is None and use_cache:
             cache = self.new_cache(tokens.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1)
-        before = memory if cache is None else cache
+        before, given = memory if cache is None else cache, labels if targets is None else targets
         loss: torch.Tensor | None = None
         logits: torch.Tensor | None = None
-        if cache is not None and self._is_step(input_ids, attention_mask, cache, labels, logits_to_keep, cu_seqlens):
+        if cache is not None and self._is_step(input_ids, attention_mask, cache, given, logits_to_keep, cu_seqlens):
             logits = self.step(tokens, cache)[:, None]
         else:
             inputs = reading.read_inputs(
@@ -312,7 +313,9 @@ class YocoForCausalLM(Execution, PreTrainedModel, GenerationMixin):
 
     def _loss(self, hidden: torch.Tensor, targets: torch.Tensor, num_items: int | torch.Tensor | None) -> torch.Tensor:
         """Mean cross-entropy of hidden [M, d] against targets [M]; 0 where there is no target at all."""
-        total = linear_cross_entropy(hidden, self.output_projection.weight, targets)
+        weight = self.output_projection.weight
+        cross_entropy = vocab_parallel_cross_entropy if isinstance(weight, DTensor) else linear_cross_entropy
+        total = cross_entropy(hidden, weight, targets)
         return total / (max(len(targets), 1) if num_items is None else num_items)
 
     # -- one token at a time ----------------------------------------------------------------------------------------

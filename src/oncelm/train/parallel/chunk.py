@@ -8,19 +8,25 @@ The model stays as it is; only its memory (`oncelm.cache.memory`) reaches over t
 
 The cross-decoder's queries are the chunk's own, at their places in the whole sequence; nothing else is exchanged.
 
-A memory is made for one forward pass. Its batch says, as always, how many tokens of each sequence came before
-(`Batch.starts`): r T on rank r for whole rows; for packed rows, 0 but for a sequence that began on an earlier rank, the
-first of the chunk. All chunks must be of one length.
+`chunk_inputs` cuts a batch into chunks of one length. A memory is made for one forward pass; its batch says, as always,
+how many tokens of each sequence came before (`Batch.starts`): r T on rank r for whole rows; for packed rows, 0 but for
+a sequence that began on an earlier rank, the first of the chunk.
 """
 
 from __future__ import annotations
 
+from itertools import pairwise
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from oncelm.cache.batch import Batch, Group
 from oncelm.cache.shared_kv import attend_by_group
+from oncelm.models.yoco import YocoConfig
+from oncelm.models.yoco.inputs import IGNORE_INDEX
 from oncelm.ops import gated_retention, window_attention
 from oncelm.train.parallel.communication import all_chunks, previous_tokens, state_before
 
@@ -35,8 +41,8 @@ class ChunkRetention:
         """Outputs [B, T, H, V]."""
         last = list(batch.groups())[-1]
         update, decay = _state_from_zero(*(x[last.where] for x in (k, v, g)))
-        if batch.num_sequences > 1 and batch.cu_seqlens is not None:
-            decay = decay * 0.0  # a sequence ends in this chunk: nothing from before it goes on
+        if batch.cu_seqlens is not None and (batch.num_sequences > 1 or not batch.starts[0]):
+            decay = decay * 0.0  # the last sequence began here: nothing from before it goes on
         start = state_before(update, decay, self.group)
         if batch.cu_seqlens is not None:  # only the first sequence may have begun earlier
             first = start if batch.starts[0] else start * 0.0
@@ -111,12 +117,12 @@ class ChunkMemory:
     """The memory of one forward pass of a YOCO model over this rank's chunk.
 
     Args:
-        config: the model's (YocoConfig).
+        config: the model's.
         group: the ranks that share each sequence, in the order of their chunks.
         lengths: tokens before this chunk, of each sequence.
     """
 
-    def __init__(self, config, group: ProcessGroup, lengths: tuple[int, ...]) -> None:
+    def __init__(self, config: YocoConfig, group: ProcessGroup, lengths: tuple[int, ...]) -> None:
         self.lengths = lengths
         retention = config.self_decoder == "gated_retention"
         self.layers: list[ChunkRetention | ChunkWindow] = [
@@ -124,3 +130,38 @@ class ChunkMemory:
             for _ in range(config.num_self_decoder_layers)
         ]
         self.shared = ChunkShared(group)
+
+
+def chunk_inputs(
+    config: YocoConfig, group: ProcessGroup, tokens: Tensor, labels: Tensor, cu_seqlens: Tensor | None = None
+) -> dict[str, Any]:
+    """What this rank passes to a YOCO model to compute its chunk of a batch; the ranks' losses add up to the batch's.
+
+    A chunk's last token predicts the first of the next. Rows that do not divide among the ranks are padded at the end,
+    where no other token sees it and nothing is predicted.
+
+    Args:
+        config: the model's.
+        group: the ranks that share the batch, in the order of their chunks.
+        tokens, labels: [B, T], the same on all ranks of the group; labels as in Hugging Face.
+        cu_seqlens: [N + 1] borders of sequences packed into one row.
+    """
+    targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+    total = tokens.shape[1]
+    length = -(-total // group.size())
+    padding = length * group.size() - total
+    begin, end = group.rank() * length, (group.rank() + 1) * length
+    inputs: dict[str, Any] = {}
+    starts = (begin,) * len(tokens)
+    if cu_seqlens is not None:
+        targets[0, cu_seqlens[1:].long() - 1] = IGNORE_INDEX
+        borders = [*cu_seqlens.tolist(), *([total + padding] if padding else [])]
+        inside = [(first, last) for first, last in pairwise(borders) if first < end and last > begin and first < last]
+        starts = tuple(max(0, begin - first) for first, _ in inside)
+        cuts = [0, *(min(last, end) - begin for _, last in inside)]
+        inputs["cu_seqlens"] = torch.tensor(cuts, dtype=torch.int32, device=tokens.device)
+    return inputs | {
+        "input_ids": F.pad(tokens, (0, padding))[:, begin:end],
+        "targets": F.pad(targets, (0, padding), value=IGNORE_INDEX)[:, begin:end],
+        "memory": ChunkMemory(config, group, starts),
+    }

@@ -11,6 +11,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+# torch 2.13 renamed them
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+_reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+
 
 def all_chunks(x: Tensor, dim: int, group: ProcessGroup) -> Tensor:
     """The ranks' x side by side along `dim`: size T there becomes C T.
@@ -47,9 +51,9 @@ def state_before(update: Tensor, decay: Tensor, group: ProcessGroup) -> Tensor:
 
 def _gather(x: Tensor, group: ProcessGroup) -> Tensor:
     """[...] on each rank -> [C, ...] on all."""
-    gathered = x.new_empty(group.size(), *x.shape)
-    dist.all_gather_into_tensor(gathered, x.contiguous(), group=group)
-    return gathered
+    gathered = x.new_empty(group.size() * x.shape[0], *x.shape[1:])
+    _all_gather(gathered, x.contiguous(), group=group)
+    return gathered.unflatten(0, (group.size(), -1))
 
 
 class _AllChunks(torch.autograd.Function):
@@ -62,7 +66,7 @@ class _AllChunks(torch.autograd.Function):
     def backward(ctx, grad):
         shares = grad.unflatten(ctx.dim, (ctx.group.size(), -1)).movedim(ctx.dim, 0).contiguous()
         own = torch.empty_like(shares[0])
-        dist.reduce_scatter_tensor(own, shares, group=ctx.group)
+        _reduce_scatter(own, shares.flatten(0, 1), group=ctx.group)
         return own, None, None
 
 

@@ -1,0 +1,7 @@
+"""`python -m oncelm`, and so `torchrun ... -m oncelm`: the `oncelm` command."""
+
+import sys
+
+from oncelm.cli import main
+
+sys.exit(main())

@@ -1,0 +1,180 @@
+"""This process among the processes of a run: where it stands, and what all of them agree on."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import DeviceMesh, ProcessGroup
+from torch.distributed.device_mesh import init_device_mesh
+
+from oncelm.utils.device import resolve_device
+
+_PATIENCE = timedelta(days=1)  # for what one rank does while the others wait: preparing data, writing a checkpoint
+
+
+@dataclass(frozen=True)
+class Place:
+    """Number `index` of `size` along one axis of the mesh."""
+
+    index: int
+    size: int
+
+
+_ONLY = Place(0, 1)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """A rank's view of the run.
+
+    Attributes:
+        device: this rank's own.
+        rank: its number, and how many there are.
+        data: which rows of a batch it takes.
+        chunk: which part of each row it takes.
+        tensor: which part of each layer it computes.
+        mesh: ("shard", "tensor"), shard being data and chunk together; None for a lone rank.
+        chunk_group: the ranks that share this rank's rows, in the order of their chunks.
+        control: for messages between the ranks' Python code; on the CPU.
+        saving: the same, for checkpoints that are written while training goes on.
+    """
+
+    device: torch.device
+    rank: Place = _ONLY
+    data: Place = _ONLY
+    chunk: Place = _ONLY
+    tensor: Place = _ONLY
+    mesh: DeviceMesh | None = None
+    chunk_group: ProcessGroup | None = None
+    control: ProcessGroup | None = None
+    saving: ProcessGroup | None = None
+
+    @property
+    def is_main(self) -> bool:
+        """The one rank that reports."""
+        return self.rank.index == 0
+
+    @property
+    def shards(self) -> int:
+        """Ranks whose losses and gradients add up to the step's."""
+        return self.data.size * self.chunk.size
+
+    def rows(self, batch: Tensor) -> Tensor:
+        """This rank's rows [B / data.size, T] of a batch [B, T]."""
+        return batch.chunk(self.data.size)[self.data.index]
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum over the ranks that see different tokens."""
+        if self.mesh is not None:
+            dist.all_reduce(values, group=self.mesh.get_group("shard"))
+        return values
+
+    def agree(self, stop: bool, seconds: float) -> tuple[bool, float]:
+        """Whether any rank was asked to stop, and the first rank's clock: the same answer on all ranks."""
+        if self.control is None:
+            return stop, seconds
+        values = torch.tensor([float(stop), seconds if self.is_main else 0.0], dtype=torch.float64)
+        dist.all_reduce(values, group=self.control)
+        return bool(values[0] > 0), float(values[1])
+
+    def from_main(self, value: Any) -> Any:
+        """The first rank's `value`, on all ranks."""
+        return broadcast(value, self.control)
+
+    @contextlib.contextmanager
+    def main_first(self) -> Iterator[None]:
+        """Within, the first rank runs alone, then all others: it prepares files that they find ready."""
+        if not self.is_main:
+            self.from_main(None)
+        yield
+        if self.is_main:
+            self.from_main(None)
+
+
+def broadcast(value: Any, group: ProcessGroup | None) -> Any:
+    """The group's first rank's `value`, on all of them."""
+    values = [value]
+    if group is not None:
+        dist.broadcast_object_list(values, group=group, group_src=0)
+    return values[0]
+
+
+@contextlib.contextmanager
+def join_ranks(device: str, *, tensor: int = 1, chunk: int = 1) -> Iterator[Ranks]:
+    """Meet the other ranks that torchrun started, if there are any, and part from them at the end.
+
+    Args:
+        device: "auto", "cpu", "cuda", ...; with several ranks on GPUs, each takes the one of its local number.
+        tensor: ranks that split each layer.
+        chunk: ranks that split each sequence. What remains, ranks / (tensor * chunk), splits the rows of a batch.
+
+    Raises:
+        ValueError: the number of ranks is not a multiple of tensor * chunk.
+        ConnectionError: another rank was lost.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size % (tensor * chunk):
+        raise ValueError(
+            f"tensor_parallel {tensor} times chunk_parallel {chunk} must divide the number of processes, {size}; "
+            f"start a multiple of {tensor * chunk} with torchrun --nproc-per-node, or set them lower."
+        )
+    resolved = resolve_device(None if device == "auto" else device)
+    if size == 1:
+        yield Ranks(resolved)
+        return
+    if resolved.type == "cuda":
+        resolved = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(resolved)
+    with _naming_lost_ranks():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if resolved.type == "cuda" else "gloo")
+        yield _meet(resolved, size, tensor, chunk)
+        # not after an error: it may wait for ranks that are gone, and the process is about to end
+        dist.destroy_process_group()
+
+
+def _meet(device: torch.device, size: int, tensor: int, chunk: int) -> Ranks:
+    rank = dist.get_rank()
+    if rank:
+        logging.getLogger("oncelm").setLevel(logging.ERROR)  # the first rank warns for all
+    shards = size // tensor
+    mesh = init_device_mesh(device.type, (shards, tensor), mesh_dim_names=("shard", "tensor"))
+    sequence = init_device_mesh(
+        device.type, (shards // chunk, chunk, tensor), mesh_dim_names=("data", "chunk", "tensor")
+    )
+    data_index, chunk_index, tensor_index = sequence.get_coordinate() or ()
+    return Ranks(
+        device,
+        Place(rank, size),
+        Place(data_index, shards // chunk),
+        Place(chunk_index, chunk),
+        Place(tensor_index, tensor),
+        mesh,
+        sequence.get_group("chunk"),
+        dist.new_group(backend="gloo", timeout=_PATIENCE),
+        dist.new_group(backend="gloo", timeout=_PATIENCE),
+    )
+
+
+@contextlib.contextmanager
+def _naming_lost_ranks() -> Iterator[None]:
+    """A broken connection as one error that says what to do; gloo raises RuntimeErrors in words about sockets."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and not re.search("gloo|Connection (closed|reset)", str(error)):
+            raise
+        reason = " ".join(str(error).split())
+        raise ConnectionError(
+            f"rank {os.environ.get('RANK')} lost another rank of the run ({reason}). That rank's own output says why "
+            "it ended; checkpoints are whole: go on with --resume."
+        ) from error

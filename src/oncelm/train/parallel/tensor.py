@@ -1,0 +1,110 @@
+"""Tensor parallelism of YOCO: every rank computes some heads and some hidden units of each layer.
+
+    split by output rows      q, k, v, g, gt, fc1, gate: a rank's heads or units     no exchange
+    split by input columns    out_proj, fc2: sums over all heads or units            an all-reduce each
+    split by vocabulary       embeddings and output projection                       the loss needs no logits of others
+
+Norms are computed on all ranks alike. Their outputs are DTensors, so that the gradients of all projections of one norm
+are summed by one all-reduce. Where there are fewer key/value heads than ranks, their projections are kept whole, and a
+rank takes the one head that its query heads read.
+"""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import Tensor, nn
+from torch.distributed import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, distribute_module
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    RowwiseParallel,
+    parallelize_module,
+)
+from transformers import PreTrainedModel
+
+from oncelm.models.yoco import YocoForCausalLM
+
+
+def split_layers(model: PreTrainedModel, mesh: DeviceMesh) -> None:
+    """Turn the parameters of a YOCO model into DTensors over a one-dimensional mesh, and its modules to match.
+
+    Raises:
+        ValueError: a model of another kind, or one whose heads, units or vocabulary do not divide among the ranks.
+    """
+    if not isinstance(model, YocoForCausalLM):
+        raise ValueError(f"tensor_parallel is for YOCO models; this is a {type(model).__name__}: leave it at 1.")
+    config, ranks = model.config, mesh.size()
+    for name in ("num_self_heads", "num_attention_heads", "intermediate_size", "vocab_size"):
+        if getattr(config, name) % ranks:
+            raise ValueError(f"{name} {getattr(config, name)} does not divide among tensor_parallel {ranks} ranks.")
+    self_kv = _keys_or_values(config.self_kv_heads, config.self_head_dim, "num_self_key_value_heads", ranks)
+    shared_kv = _keys_or_values(config.shared_kv_heads, config.head_dim, "num_key_value_heads", ranks)
+    by_rows = ColwiseParallel()  # torch's names go by the transposed weight
+    by_columns = RowwiseParallel()
+    plan: dict[str, ParallelStyle] = {
+        "embed_tokens": RowwiseParallel(input_layouts=Replicate()),
+        "layer_norm": _Whole(use_local_output=True),
+        "output_projection": ColwiseParallel(output_layouts=Replicate()),
+    }
+    mixers = {"k_proj": self_kv, "v_proj": self_kv, "q_proj": by_rows, "g_proj": by_rows, "gt_proj": by_rows}
+    for decoder in ("self_decoder", "cross_decoder"):
+        layer = f"{decoder}.layers.*"
+        plan |= {f"{layer}.mixer.{name}": style for name, style in mixers.items()}
+        plan |= {f"{layer}.mixer.out_proj": by_columns, f"{layer}.ffn.fc2": by_columns}
+        plan |= {f"{layer}.ffn.fc1": by_rows, f"{layer}.ffn.gate": by_rows}
+        plan |= {f"{layer}.mixer_layer_norm": _Whole(), f"{layer}.final_layer_norm": _Whole()}
+    plan |= {"cross_decoder.k_proj": shared_kv, "cross_decoder.v_proj": shared_kv}
+    plan |= {"cross_decoder.kv_layer_norm": _Whole()}
+    names = [name for name, _ in model.named_modules()]
+    present = {place: style for place, style in plan.items() if any(fnmatchcase(name, place) for name in names)}
+    parallelize_module(model, mesh, present)
+    model.tie_weights()
+
+
+def _keys_or_values(num_heads: int, head_dim: int, key: str, ranks: int) -> ParallelStyle:
+    if num_heads % ranks == 0:
+        return ColwiseParallel()
+    if ranks % num_heads:
+        raise ValueError(
+            f"{key} {num_heads} neither divides among tensor_parallel {ranks} ranks nor divides their number."
+        )
+    return _OneHead(num_heads, head_dim)
+
+
+class _Whole(ParallelStyle):
+    """All ranks compute the module alike, as DTensors whose gradients are summed over the ranks where they differ.
+
+    Args:
+        use_local_output: return a plain tensor.
+    """
+
+    def __init__(self, use_local_output: bool = False) -> None:
+        super().__init__()
+        self.use_local_output = use_local_output
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        return distribute_module(module, device_mesh, None, self._distribute_input, self._output)
+
+    @staticmethod
+    def _distribute_input(module: nn.Module, inputs: tuple, mesh: DeviceMesh) -> tuple:
+        (x,) = inputs
+        return (x if isinstance(x, DTensor) else DTensor.from_local(x, mesh, [Replicate()], run_check=False),)
+
+    def _output(self, module: nn.Module, output: Any, mesh: DeviceMesh) -> Any:
+        return output.to_local() if self.use_local_output else output
+
+
+class _OneHead(_Whole):
+    """A whole projection to key or value heads, of whose outputs a rank keeps the one head that its queries read."""
+
+    def __init__(self, num_heads: int, head_dim: int) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim = num_heads, head_dim
+
+    def _output(self, module: nn.Module, output: Any, mesh: DeviceMesh) -> Tensor:
+        first = mesh.get_local_rank() * self.num_heads // mesh.size() * self.head_dim
+        # what the ranks send back are gradients of different heads: parts of a sum
+        return output.to_local(grad_placements=[Partial()])[..., first : first + self.head_dim]

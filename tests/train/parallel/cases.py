@@ -1,0 +1,58 @@
+"""What single ranks do in the tests beside this file: functions that a process can be told to run."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+
+from oncelm.models.yoco import YocoConfig, YocoForCausalLM
+from oncelm.train.parallel.chunk import chunk_inputs
+from oncelm.train.parallel.ranks import join_ranks
+
+SHAPE = {
+    **{"vocab_size": 32, "hidden_size": 32, "intermediate_size": 48, "num_self_decoder_layers": 2},
+    **{"num_cross_decoder_layers": 2, "num_self_heads": 4, "num_attention_heads": 8, "num_key_value_heads": 2},
+}
+
+
+def make_model(dtype: torch.dtype = torch.float64, **options) -> YocoForCausalLM:
+    torch.manual_seed(0)
+    return YocoForCausalLM(YocoConfig(**(SHAPE | options))).to(dtype)
+
+
+def make_tokens(rows: int, length: int) -> torch.Tensor:
+    return torch.randint(32, (rows, length), generator=torch.Generator().manual_seed(1))
+
+
+def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The gradients of all parameters, in full."""
+    return {
+        name: p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad for name, p in model.named_parameters()
+    }
+
+
+def one_rank(tokens: torch.Tensor, labels: torch.Tensor, options: dict, **inputs) -> tuple[float, dict]:
+    """Loss and gradients without any parallelism: what the cases below must equal."""
+    model = make_model(**options)
+    loss = model(input_ids=tokens, labels=labels, **inputs).loss
+    loss.backward()
+    return loss.item(), gradients(model)
+
+
+def in_chunks(tokens: torch.Tensor, labels: torch.Tensor, options: dict, cu_seqlens=None, checkpoint=False):
+    """Loss and gradients with each row split over all ranks, summed over them."""
+    size = int(os.environ["WORLD_SIZE"])
+    with join_ranks("cpu", chunk=size) as ranks:
+        model = make_model(**options)
+        if checkpoint:
+            model.train().gradient_checkpointing_enable()
+        inputs = chunk_inputs(model.config, ranks.chunk_group, tokens, labels, cu_seqlens)
+        count = (labels[:, 1:] != -100).sum() - (0 if cu_seqlens is None else len(cu_seqlens) - 2)
+        loss = model(**inputs, num_items_in_batch=count).loss
+        loss.backward()
+        for parameter in model.parameters():
+            dist.all_reduce(parameter.grad)
+        return ranks.sum(loss.detach()).item(), gradients(model)
