@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 from oncelm.models.yoco import YocoConfig, YocoForCausalLM
 from oncelm.train.parallel.chunk import chunk_inputs
 from oncelm.train.parallel.ranks import join_ranks
+from oncelm.train.parallel.shard import shard_model
 
 SHAPE = {
     **{"vocab_size": 32, "hidden_size": 32, "intermediate_size": 48, "num_self_decoder_layers": 2},
@@ -56,3 +57,26 @@ def in_chunks(tokens: torch.Tensor, labels: torch.Tensor, options: dict, cu_seql
         for parameter in model.parameters():
             dist.all_reduce(parameter.grad)
         return ranks.sum(loss.detach()).item(), gradients(model)
+
+
+def sharded(tokens: torch.Tensor, labels: torch.Tensor, options: dict, tensor: int, chunk: int, dtype=torch.float32):
+    """Loss and gradients of a model split over all ranks, and what clipping calls its norm."""
+    with join_ranks("cpu", tensor=tensor, chunk=chunk) as ranks:
+        model = make_model(torch.float32, **options)
+        if not ranks.is_main:
+            model.to("meta")
+        shard_model(model, ranks, dtype)
+        count = (labels[:, 1:] != -100).sum() / ranks.shards
+        rows = ranks.rows(tokens), ranks.rows(labels)
+        if chunk > 1:
+            inputs = chunk_inputs(model.config, ranks.chunk_group, *rows)
+        else:
+            inputs = dict(zip(("input_ids", "labels"), rows, strict=True))
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            loss = model(**inputs, num_items_in_batch=count, use_cache=False).loss
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1e9)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+        optimizer.step()
+        return ranks.sum(loss.detach()).item() / ranks.shards, gradients(model), norm.item()
