@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.checkpoint import HuggingFaceStorageWriter
 from transformers import AutoModelForCausalLM
 
 from oncelm.data.tokenizers import load_tokenizer
@@ -106,9 +107,10 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(make_model, dataset, m
     whole = make_config()
     Trainer(make_model(), dataset, whole).fit()
     losses, last = logged(whole.out, "loss"), Path(whole.out) / "checkpoints" / "step-000006"
-    (last / "trainer.pt").write_bytes((last / "trainer.pt").read_bytes()[:-1])
+    weights = last / "model-00001-of-00001.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
     Trainer(make_model(), dataset, make_config(resume=True)).fit()
-    assert "step-000006 is damaged (trainer.pt" in caplog.text
+    assert "step-000006 is damaged (model-00001-of-00001.safetensors" in caplog.text
     assert logged(whole.out, "loss") == losses
     assert find_checkpoint(last.parent) == last  # written anew
 
@@ -145,7 +147,7 @@ def test_other_settings_on_resume_are_warned_of_and_used(make_model, dataset, ma
     config = make_config(resume=True, steps=7, betas=(0.8, 0.9), lr=1e-3, schedule="constant")
     trainer = Trainer(make_model(), dataset, config)
     trainer.fit()
-    assert "another betas: (0.8, 0.9), was (0.9, 0.95)" in caplog.text
+    assert "another betas: [0.8, 0.9], was [0.9, 0.95]" in caplog.text
     assert trainer.optimizer.param_groups[0]["betas"] == (0.8, 0.9)
     assert logged(config.out, "lr")[7] == 1e-3
 
@@ -173,14 +175,14 @@ def test_a_nan_stops_the_run_and_keeps_the_last_checkpoint(make_model, dataset, 
 
 def test_a_full_disk_leaves_the_checkpoint_before(make_model, dataset, make_config, monkeypatch) -> None:
     config = make_config()
-    save = torch.save
+    write_data = HuggingFaceStorageWriter.write_data
 
-    def full_at_step_4(state, path) -> None:
-        if state["step"] == 4:
+    def full_at_step_4(self, plan, planner):
+        if "step-000004" in str(self.path):
             raise OSError(errno.ENOSPC, "No space left on device")
-        save(state, path)
+        return write_data(self, plan, planner)
 
-    monkeypatch.setattr(torch, "save", full_at_step_4)
+    monkeypatch.setattr(HuggingFaceStorageWriter, "write_data", full_at_step_4)
     with pytest.raises(OSError, match=r"cannot write .*step-000004.*No space left"):
         Trainer(make_model(), dataset, config).fit()
     checkpoints = Path(config.out) / "checkpoints"
@@ -190,7 +192,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(make_model, dataset, make_conf
 
 
 def test_a_write_that_the_system_refuses_is_an_os_error(make_model, dataset, make_config) -> None:
-    """safetensors and torch.save raise errors of their own kind, which a command line would not catch."""
+    """torch.distributed.checkpoint raises errors of its own kind, which a command line would not catch."""
     trainer = Trainer(make_model(), dataset, make_config(steps=1))
     trainer.fit()
     trainer.step = 2
@@ -199,12 +201,15 @@ def test_a_write_that_the_system_refuses_is_an_os_error(make_model, dataset, mak
     for limit in (size // 2, size + 4_000):  # the weights do not fit; they fit, the optimizer does not
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
         try:
+            trainer.save()
             with pytest.raises(OSError, match=r"cannot write .*step-000002"):
-                trainer.save()
+                trainer.saver.wait()
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         assert [folder.name for folder in trainer.checkpoints.iterdir()] == ["step-000001"]
     assert trainer.save().name == "step-000002"
+    trainer.saver.wait()
+    assert find_checkpoint(trainer.checkpoints).name == "step-000002"
 
 
 def test_time_ends_a_run_and_its_schedule(make_model, dataset, make_config) -> None:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from oncelm.data.dataset import TokenDataset
     from oncelm.train.config import TrainConfig
+    from oncelm.train.parallel.ranks import Ranks
 
 HELP = "train a model on a text file or a folder of text"
 
@@ -34,6 +35,8 @@ examples:
       a preset with another shape
   oncelm train --out runs/books --resume
       go on with a stopped run, settings included
+  torchrun --nproc-per-node 8 -m oncelm train books/ --out runs/books --set chunk_parallel=2
+      on 8 GPUs, each sequence split over 2 of them; the same batches, and so the same losses, as on one
   oncelm train books/ --out runs/books --dry-run
       print what would be done: every setting, the parameters, the tokens in a step
 """
@@ -66,14 +69,18 @@ def run(args: argparse.Namespace) -> int:
         print(describe(config))
         return 0
 
+    from oncelm.train.parallel.ranks import join_ranks
     from oncelm.train.trainer import Trainer
 
-    model, dataset, tokenizer = prepare(config)
     try:
-        result = Trainer(model, dataset, config, tokenizer).fit()
+        with join_ranks(config.device, tensor=config.tensor_parallel, chunk=config.chunk_parallel) as ranks:
+            model, dataset, tokenizer = prepare(config, ranks)
+            result = Trainer(model, dataset, config, tokenizer, ranks).fit()
     except FloatingPointError as error:
         print(f"oncelm: training stopped: {error}", file=sys.stderr)
         return 1
+    if not ranks.is_main:
+        return 0
     if result.interrupted:
         print(f"Stopped after step {result.step}; go on with: oncelm train --out {config.out} --resume")
         return 0
@@ -96,14 +103,17 @@ def read_config(args: argparse.Namespace) -> TrainConfig:
     return load_config(recipe, args.set, values | {"resume": args.resume})
 
 
-def prepare(config: TrainConfig) -> tuple[PreTrainedModel, TokenDataset, PreTrainedTokenizerBase]:
-    """The model, the data and the tokenizer that a run's settings name."""
+def prepare(config: TrainConfig, ranks: Ranks) -> tuple[PreTrainedModel, TokenDataset, PreTrainedTokenizerBase]:
+    """The model, the data and the tokenizer that a run's settings name; only the first rank's model has values."""
+    import torch
+
     from oncelm.data.dataset import TokenDataset, tokenize
 
-    tokenizer = make_tokenizer(config)
-    tokens = tokenize(config.data, tokenizer)
+    tokenizer = make_tokenizer(config, ranks)
+    tokens = ranks.main_first(lambda: tokenize(config.data, tokenizer))
     dataset = TokenDataset(tokens, config.seq_len, seed=config.seed, validation_share=config.validation_share)
-    model = make_model(config, len(tokenizer))
+    with contextlib.nullcontext() if ranks.is_main else torch.device("meta"):
+        model = make_model(config, len(tokenizer))
     vocab_size = model.config.vocab_size
     if tokens.max() >= vocab_size:
         raise ValueError(
@@ -117,7 +127,7 @@ def prepare(config: TrainConfig) -> tuple[PreTrainedModel, TokenDataset, PreTrai
     return model, dataset, tokenizer
 
 
-def make_tokenizer(config: TrainConfig) -> PreTrainedTokenizerBase:
+def make_tokenizer(config: TrainConfig, ranks: Ranks | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer the settings name; one made from the data is kept in `out/tokenizer` to resume with."""
     from oncelm.data.dataset import read_documents
     from oncelm.data.tokenizers import load_tokenizer, train_bpe
@@ -129,12 +139,16 @@ def make_tokenizer(config: TrainConfig) -> PreTrainedTokenizerBase:
     if not config.tokenizer.startswith("bpe:"):
         return load_tokenizer(config.tokenizer)
     kept = Path(config.out) / "tokenizer"
-    if config.resume and kept.exists():
-        return load_tokenizer(kept)
-    tokenizer = train_bpe(read_documents(config.data), bpe_vocab_size(config.tokenizer))
-    with atomic_folder(kept) as folder:
-        tokenizer.save_pretrained(folder)
-    return tokenizer
+
+    def train(size: int) -> None:
+        if not (config.resume and kept.exists()):
+            tokenizer = train_bpe(read_documents(config.data), size)
+            with atomic_folder(kept) as folder:
+                tokenizer.save_pretrained(folder)
+
+    size = bpe_vocab_size(config.tokenizer)
+    train(size) if ranks is None else ranks.on_main(lambda: train(size))
+    return load_tokenizer(kept)
 
 
 def make_model(config: TrainConfig, vocab_size: int) -> PreTrainedModel:

@@ -12,9 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.utils import logging as transformers_logging
 
+from oncelm.models.sharded import is_sharded_folder, read_shards
 from oncelm.models.yoco.modeling import YocoForCausalLM
 from oncelm.models.yoco.official import is_official_folder, read_official, read_params, unsafe_pickle
 from oncelm.models.yoco.presets import PRESETS, preset_config
@@ -34,8 +41,8 @@ def load(
     """Load a model in evaluation mode.
 
     Args:
-        path: an official YOCO folder, a Hugging Face folder (OnceLM's or any causal LM that transformers knows),
-            or a hub id.
+        path: an official YOCO folder, a Hugging Face folder (OnceLM's or any causal LM that transformers knows), a
+            training run's checkpoint, or a hub id.
         device: "cpu", "cuda", ...; None means a GPU if there is one.
         dtype: "float32", "bfloat16", ... or a torch.dtype; None means the checkpoint's.
         compile: compile a YOCO's layers on their first long input (`YocoForCausalLM.compile_layers`).
@@ -60,8 +67,11 @@ def _read_model(path: str | os.PathLike[str], target: torch.device, precision: t
     config = read_config(path)
     is_folder = Path(path).is_dir()
     with errors_in_one_line(path), quiet_transformers(progress_bars=not is_folder):
-        model, info = AutoModelForCausalLM.from_pretrained(
-            path,
+        shards = read_shards(path) if is_sharded_folder(path) else None
+        model_class = AutoModelForCausalLM if shards is None else MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        model, info = model_class.from_pretrained(
+            path if shards is None else None,
+            state_dict=shards,
             config=config,
             dtype=precision or "auto",
             trust_remote_code=False,

@@ -1,9 +1,8 @@
 """Checkpoints: one folder each, complete or absent, with a checksum of every file.
 
     checkpoints/step-000123/
-        model.safetensors, config.json, tokenizer.json    loads as a model, as any exported folder does
-        trainer.pt                                         what `write` adds: optimizer, step, random state
-        manifest.json                                      {"step": ..., "files": {name: sha256}}
+        manifest.json    {"step": ..., "files": {name: sha256}}
+        ...              what `write` puts there (`saving.py`)
 
 This file knows folders and checksums only; what a checkpoint holds is up to the `write` it is given.
 """
@@ -16,11 +15,13 @@ import logging
 import re
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from oncelm.utils.files import atomic_folder
 
 MANIFEST = "manifest.json"
+_HASHING_THREADS = 8
 _NAME = re.compile(r"step-(\d{6,})")
 
 logger = logging.getLogger(__name__)
@@ -79,13 +80,15 @@ def find_damage(folder: Path) -> str | None:
 
 def checksums(folder: Path) -> dict[str, str]:
     """SHA-256 of every file below `folder` but the manifest, by relative name."""
-    digests = {}
-    for file in sorted(folder.rglob("*")):
-        name = file.relative_to(folder).as_posix()
-        if file.is_file() and name != MANIFEST:
-            with file.open("rb") as stream:
-                digests[name] = hashlib.file_digest(stream, "sha256").hexdigest()
-    return digests
+    files = [file for file in sorted(folder.rglob("*")) if file.is_file() and file != folder / MANIFEST]
+    with ThreadPoolExecutor(_HASHING_THREADS) as pool:  # hashing leaves Python to other threads
+        digests = pool.map(_sha256, files)
+        return {file.relative_to(folder).as_posix(): digest for file, digest in zip(files, digests, strict=True)}
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def delete_unfinished(root: Path) -> None:

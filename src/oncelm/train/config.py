@@ -32,8 +32,8 @@ class TrainConfig:
     validation_share: float = 0.05  # of the data, from its end, never trained on
 
     seq_len: int = 512  # tokens in a sequence
-    batch_size: int = 8  # sequences in one forward pass
-    grad_accumulation: int = 1  # forward passes in one step
+    batch_size: int = 8  # sequences in one forward pass of one process, at most
+    grad_accumulation: int = 1  # a step is this many times batch_size sequences, however many processes share them
     steps: int | None = 1000  # optimizer steps; None: until max_seconds
     max_seconds: float | None = None  # stop here too, the schedule shortened to fit
 
@@ -50,6 +50,10 @@ class TrainConfig:
     dtype: str = "float32"  # of the computation; weights and optimizer are always float32
     device: str = "auto"
     compile: bool = False  # the layers, by torch.compile: a GPU's steps get much faster, the first one takes a minute
+
+    tensor_parallel: int = 1  # processes that split each layer's heads and units
+    chunk_parallel: int = 1  # processes that split each sequence; all others split the sequences of a step
+    activation_checkpointing: bool = False  # compute layers again in the backward pass instead of keeping activations
 
     log_every: int = 10  # steps between lines in metrics.jsonl
     eval_every: int | None = 200  # steps between evaluations; None: only at the end
@@ -105,6 +109,7 @@ class TrainConfig:
 
 
 _POSITIVE = (
+    *("tensor_parallel", "chunk_parallel"),
     *("batch_size", "grad_accumulation", "steps", "max_seconds", "lr", "eps", "grad_clip"),
     *("log_every", "eval_every", "eval_batches", "save_every", "keep_checkpoints"),
 )

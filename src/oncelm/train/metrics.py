@@ -71,6 +71,16 @@ class Metrics:
         self._bar.set_postfix(self._shown, refresh=False)
 
 
+class NoMetrics:
+    """The same for ranks that do not report."""
+
+    def advance(self, loss: float, planned_steps: float) -> None: ...
+
+    def log(self, step: int, values: dict[str, float]) -> None: ...
+
+    def close(self) -> None: ...
+
+
 def _lines_until(path: Path, last_step: int) -> list[str]:
     """The complete lines of steps up to `last_step`; a killed process may have left half of one."""
     if not path.exists():

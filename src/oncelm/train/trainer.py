@@ -1,37 +1,49 @@
-"""The training loop: one process, one device, exactly resumable.
+"""The training loop: on one rank or many, exactly resumable.
 
     step s:  batch(s) -> loss, gradients -> clip -> AdamW at lr(s)         then, when due: log, evaluate, save
 
-A step depends on the weights, the optimizer's state, the random state and s, and on nothing else. All four
-are in a checkpoint, so a resumed run repeats the losses of an uninterrupted one: on a CPU, bit for bit.
-(`max_seconds` is the exception: with it the learning rate follows the clock.)
+A step depends on the weights, the optimizer's state and s, and on nothing else: batch, learning rate and random
+numbers are functions of s. Weights and state are in a checkpoint, so a resumed run repeats the losses of an
+uninterrupted one: on a CPU and as many ranks, bit for bit. (`max_seconds` is the exception: with it the learning rate
+follows the clock.)
+
+A step's batch is the same on any number of ranks (`oncelm.train.parallel`): each takes its rows, or its part of them.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
 import torch
-from safetensors.torch import load_model, save_model
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
+from oncelm.models.load import load, quiet_transformers
+from oncelm.models.yoco import YocoForCausalLM
 from oncelm.train.checkpoint import (
     delete_unfinished,
     find_checkpoint,
     list_checkpoints,
-    save_checkpoint,
 )
 from oncelm.train.config import TrainConfig
 from oncelm.train.interrupt import StopRequest
-from oncelm.train.metrics import Metrics
+from oncelm.train.metrics import Metrics, NoMetrics
 from oncelm.train.optimizer import build_optimizer
+from oncelm.train.parallel.chunk import chunk_inputs
+from oncelm.train.parallel.ranks import Ranks
+from oncelm.train.parallel.shard import shard_model
+from oncelm.train.saving import Saver, read_tensors, tensors_to_save
 from oncelm.train.schedule import lr_factor
 from oncelm.utils.device import resolve_device
 from oncelm.utils.files import atomic_file, atomic_folder
@@ -44,6 +56,7 @@ logger = logging.getLogger(__name__)
 # Settings that say where a run is, how long it lasts and what it reports: free to change on resume.
 _FREE_TO_CHANGE = {
     *("out", "steps", "max_seconds", "device", "compile", "resume"),
+    *("tensor_parallel", "chunk_parallel", "activation_checkpointing"),
     *("log_every", "eval_every", "eval_batches", "save_every", "keep_checkpoints"),
 }
 
@@ -79,6 +92,8 @@ class Trainer:
         dataset: where batches come from.
         config: the run.
         tokenizer: saved beside the model in every checkpoint and at the end.
+        ranks: this process's place among those that train together (`join_ranks`); None means it is alone. The first
+            rank's model counts; the others' may be without values, on the meta device.
     """
 
     def __init__(
@@ -87,34 +102,39 @@ class Trainer:
         dataset: Batches,
         config: TrainConfig,
         tokenizer: PreTrainedTokenizerBase | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
-        self.device = resolve_device(None if config.device == "auto" else config.device)
-        self.model = model.float().to(self.device)
-        if config.compile:
-            getattr(model, "compile_layers", model.compile)()
+        self.ranks = ranks or Ranks(resolve_device(None if config.device == "auto" else config.device))
+        if config.sequences_per_step % self.ranks.data.size:
+            raise ValueError(
+                f"the {config.sequences_per_step} sequences of a step (batch_size {config.batch_size} times "
+                f"grad_accumulation {config.grad_accumulation}) do not divide among {self.ranks.data.size} processes."
+            )
+        self.model = prepare_model(model, config, self.ranks)
         self.dataset, self.config, self.tokenizer = dataset, config, tokenizer
-        self.optimizer = build_optimizer(model, config)
+        self.optimizer = build_optimizer(self.model, config)
         self.out = Path(config.out)
         self.checkpoints = self.out / "checkpoints"
+        self.saver = Saver(self.checkpoints, config.keep_checkpoints, self.ranks)
         self.step = 0  # optimizer steps done
         self.seconds = 0.0  # the run has taken, earlier parts included
-        self._saved_step: int | None = None
 
     def fit(self) -> TrainResult:
         """Train to the end, or until SIGTERM or Ctrl-C, which saves a checkpoint and returns."""
         self._start_or_resume()
         loss = validation_loss = model_path = None
-        metrics = Metrics(self.out, self.step)
+        metrics = Metrics(self.out, self.step) if self.ranks.is_main else NoMetrics()
         try:
             with StopRequest() as stop:
+                stopping = False
                 started = time.perf_counter() - self.seconds
                 window_seconds, window_tokens = 0.0, 0  # since the last log, in training steps alone
-                while not stop.requested and not self._finished():
+                while not stopping and not self._finished():
                     before = time.perf_counter()
                     step_values = self._train_step()
                     loss = step_values["loss"]
                     now = time.perf_counter()
-                    self.seconds = now - started
+                    stopping, self.seconds = self.ranks.agree(stop.requested or self.saver.failed, now - started)
                     window_seconds += now - before
                     window_tokens += self.config.tokens_per_step
                     metrics.advance(loss, self.config.planned_steps(self.step, self.seconds))
@@ -131,9 +151,10 @@ class Trainer:
                     if self._due(self.config.save_every):
                         self.save()
                 self.save()
-                if not stop.requested:
+                if not stopping:
                     validation_loss = self._log_validation(metrics)
                     model_path = self.export()
+                self.saver.wait()
         finally:
             metrics.close()
         tokens = self.step * self.config.tokens_per_step
@@ -155,14 +176,21 @@ class Trainer:
             group["lr"] = config.lr * factor
 
         self.model.train()
-        total = torch.zeros((), device=self.device)
+        self._seed_step()
+        total = torch.zeros((), device=self.ranks.device)
         batch = self.dataset.batch(self.step, config.sequences_per_step)
-        for part in batch.split(config.batch_size):
-            # Parts have equally many targets, so the mean of their means is the mean over the step.
-            loss = self._loss(part) / config.grad_accumulation
+        # Losses are summed over tokens and ranks, and FSDP takes the mean of gradients over ranks: both come out here.
+        targets = num_targets(batch) / self.ranks.shards
+        parts = self.ranks.rows(batch).split(config.batch_size)
+        for number, part in enumerate(parts, start=1):
+            if isinstance(self.model, FSDPModule):  # gradients are summed over the ranks once a step
+                self.model.set_requires_gradient_sync(number == len(parts))
+            loss = self._loss(part, targets)
             loss.backward()
             total += loss.detach()
+        total = self.ranks.sum(total) / self.ranks.shards
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip or math.inf)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         self._check_finite("loss", total.item(), self.step + 1)
         self._check_finite("gradient norm", norm.item(), self.step + 1)
         self.optimizer.step()
@@ -170,21 +198,40 @@ class Trainer:
         self.step += 1
         return {"loss": total.item(), "lr": config.lr * factor, "grad_norm": norm.item()}
 
-    def _loss(self, batch: Tensor) -> Tensor:
-        tokens = batch.to(self.device)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.dtype == "bfloat16"):
-            return self.model(input_ids=tokens, labels=tokens, use_cache=False).loss
+    def _seed_step(self) -> None:
+        """Random numbers (of dropout) that depend on the seed, the step, and which tokens a rank sees."""
+        shard = self.ranks.rank.index // self.ranks.tensor.size
+        seed = np.random.SeedSequence([self.config.seed, self.step, shard]).generate_state(1, np.uint64)
+        torch.manual_seed(int(seed[0]))
+
+    def _loss(self, rows: Tensor, divisor: float) -> Tensor:
+        """The loss of [B, T] tokens, summed over this rank's targets, by `divisor`."""
+        tokens = rows.to(self.ranks.device)
+        if self.ranks.chunk.size > 1:
+            assert self.ranks.chunk_group is not None
+            inputs = chunk_inputs(self.model.config, self.ranks.chunk_group, tokens, tokens)
+        else:
+            inputs = {"input_ids": tokens, "labels": tokens}
+        with torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=self.config.dtype == "bfloat16"):
+            return self.model(**inputs, num_items_in_batch=divisor, use_cache=False).loss
 
     @torch.no_grad()
     def evaluate(self) -> float | None:
         """Mean loss over the first `eval_batches` held-out batches; None where nothing is held out."""
         self.model.eval()
-        total, rows = 0.0, 0
-        batches = self.dataset.validation_batches(self.config.batch_size)
-        for batch in islice(batches, self.config.eval_batches):
-            total += self._loss(batch).item() * len(batch)
-            rows += len(batch)
-        return total / rows if rows else None
+        sums = torch.zeros(2, device=self.ranks.device, dtype=torch.float64)  # loss, targets
+        batches = islice(self.dataset.validation_batches(self.config.batch_size), self.config.eval_batches)
+        while turn := list(islice(batches, self.ranks.data.size)):  # a batch for each data-parallel rank
+            # where the last ones run out, a rank computes one for nothing: sharded layers need all ranks
+            mine = min(self.ranks.data.index, len(turn) - 1)
+            loss = self._loss(turn[mine], 1.0)
+            if mine == self.ranks.data.index:
+                share = num_targets(turn[mine]) / self.ranks.chunk.size
+                sums += torch.tensor([loss.item(), share], device=sums.device, dtype=sums.dtype)
+        if isinstance(self.model, FSDPModule):
+            self.model.reshard()  # the outermost parameters stay gathered until a backward pass
+        total, targets = self.ranks.sum(sums).tolist()
+        return total / targets if targets else None
 
     def _log_validation(self, metrics: Metrics) -> float | None:
         loss = self.evaluate()
@@ -194,66 +241,65 @@ class Trainer:
         return loss
 
     def save(self) -> Path:
-        """Write a checkpoint of this step, unless there is one, and return its folder."""
-        if self._saved_step != self.step:
-            save_checkpoint(self.checkpoints, self.step, self._write_state, keep=self.config.keep_checkpoints)
-            self._saved_step = self.step
+        """Begin to write a checkpoint of this step, unless there is one, and return what will be its folder.
+
+        `self.saver.wait()` returns once it is complete.
+        """
+        if self.saver.step != self.step:
+            # as they are now: training goes on meanwhile
+            state = {"step": self.step, "seconds": self.seconds, "config": asdict(self.config)}
+            self.saver.save(self.step, tensors_to_save(self.model, self.optimizer), partial(self._write_rest, state))
         return self.checkpoints / f"step-{self.step:06d}"
 
     def export(self) -> Path:
         """Write the model, and the tokenizer, as a Hugging Face folder `out/model`; returns it."""
-        target = self.out / "model"
-        with atomic_folder(target) as folder:
-            self.model.save_pretrained(folder)
-            if self.tokenizer is not None:
-                self.tokenizer.save_pretrained(folder)
-        return target
+        saved = self.save()
+        self.saver.wait()
+
+        def write() -> Path:
+            # From the checkpoint: the first rank then needs no part of the model from any other.
+            model = load(saved, device="cpu")
+            with atomic_folder(self.out / "model") as folder, quiet_transformers():
+                model.save_pretrained(folder)
+                if self.tokenizer is not None:
+                    self.tokenizer.save_pretrained(folder)
+            return self.out / "model"
+
+        return self.ranks.on_main(write)
+
+    def _write_rest(self, state: dict[str, Any], folder: Path) -> None:
+        self.model.config.save_pretrained(folder)
+        if self.model.generation_config is not None:
+            self.model.generation_config.save_pretrained(folder)
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(folder)
+        (folder / "trainer.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
 
     def _start_or_resume(self) -> None:
+        folder = self.ranks.on_main(self._choose_start)
+        if folder is not None:
+            self._resume(folder)
+
+    def _choose_start(self) -> Path | None:
+        """Make the run's folder ready; the checkpoint to start from, or None. For the first rank alone."""
         delete_unfinished(self.checkpoints)
-        if self.config.resume and (folder := find_checkpoint(self.checkpoints)):
-            self._read_state(folder)
-        elif list_checkpoints(self.checkpoints):
+        folder = find_checkpoint(self.checkpoints) if self.config.resume else None
+        if folder is None and list_checkpoints(self.checkpoints):
             raise ValueError(
                 f"out {str(self.out)!r} already holds checkpoints; resume that run (--resume) or choose another folder."
             )
-        else:
-            torch.manual_seed(self.config.seed)
         with atomic_file(self.out / "config.yaml") as temporary:
             temporary.write_text(self.config.to_yaml(), encoding="utf-8")
+        return folder
 
-    def _write_state(self, folder: Path) -> None:
-        save_model(self.model, str(folder / "model.safetensors"), metadata={"format": "pt"})
-        self.model.config.save_pretrained(folder)
-        if self.tokenizer is not None:
-            self.tokenizer.save_pretrained(folder)
-        state = {
-            "step": self.step,
-            "seconds": self.seconds,
-            "config": asdict(self.config),
-            "optimizer": self.optimizer.state_dict()["state"],
-            "cpu_rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state_all(),  # empty without a GPU
-        }
-        torch.save(state, folder / "trainer.pt")
-
-    def _read_state(self, folder: Path) -> None:
+    def _resume(self, folder: Path) -> None:
         # Checksums matched: what fails from here on is another model's checkpoint, not a damaged one.
-        state: dict[str, Any] = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)
-        try:
-            load_model(self.model, folder / "model.safetensors")
-        except RuntimeError as error:
-            reason = " ".join(str(error).split())
-            raise ValueError(f"checkpoint {folder} does not fit the model given: {reason}") from None
-        # Learning rate, betas and decay stay the config's; only what was learned comes from the checkpoint.
-        groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": state["optimizer"], "param_groups": groups})
-        torch.set_rng_state(state["cpu_rng"])
-        if self.device.type == "cuda" and len(state["cuda_rng"]) == torch.cuda.device_count():
-            torch.cuda.set_rng_state_all(state["cuda_rng"])
+        state = json.loads((folder / "trainer.json").read_text(encoding="utf-8"))
+        read_tensors(folder, tensors_to_save(self.model, self.optimizer), self.ranks)
         self.step, self.seconds = state["step"], state["seconds"]
-        self._saved_step = self.step
-        for name, value in asdict(self.config).items():
+        self.saver.step = self.step
+        now = json.loads(json.dumps(asdict(self.config)))  # as the checkpoint's went through JSON
+        for name, value in now.items():
             if name not in _FREE_TO_CHANGE and state["config"].get(name) != value:
                 before = state["config"].get(name)
                 logger.warning("resuming %s with another %s: %r, was %r", folder, name, value, before)
@@ -267,8 +313,29 @@ class Trainer:
 
     def _check_finite(self, name: str, value: float, step: int) -> None:
         if not math.isfinite(value):
+            self.saver.wait()
             kept = list_checkpoints(self.checkpoints)
             last = f"the last checkpoint is {kept[-1][1]}" if kept else "no checkpoint had been saved"
             raise FloatingPointError(
                 f"{name} is {value} at step {step}; {last}. A lower lr or more warmup_steps may help."
             )
+
+
+def prepare_model(model: PreTrainedModel, config: TrainConfig, ranks: Ranks) -> PreTrainedModel:
+    """`model`, or this rank's part of it, in float32 on this rank's device."""
+    if ranks.chunk.size > 1 and not isinstance(model, YocoForCausalLM):
+        raise ValueError(f"chunk_parallel is for YOCO models; this is a {type(model).__name__}: leave it at 1.")
+    model.float()
+    if config.activation_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if config.compile:
+        getattr(model, "compile_layers", model.compile)()
+    if ranks.mesh is None:
+        return model.to(ranks.device)
+    shard_model(model, ranks, getattr(torch, config.dtype))
+    return model
+
+
+def num_targets(batch: Tensor) -> int:
+    """Tokens of [B, T] that are predicted: all but each row's first."""
+    return batch.numel() - batch.shape[0]

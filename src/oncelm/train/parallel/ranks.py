@@ -6,10 +6,10 @@ import contextlib
 import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,6 +18,8 @@ from torch.distributed import DeviceMesh, ProcessGroup
 from torch.distributed.device_mesh import init_device_mesh
 
 from oncelm.utils.device import resolve_device
+
+T = TypeVar("T")
 
 _PATIENCE = timedelta(days=1)  # for what one rank does while the others wait: preparing data, writing a checkpoint
 
@@ -80,25 +82,36 @@ class Ranks:
         return values
 
     def agree(self, stop: bool, seconds: float) -> tuple[bool, float]:
-        """Whether any rank was asked to stop, and the first rank's clock: the same answer on all ranks."""
+        """Whether any rank has to stop, and the first rank's clock: the same answer on all ranks."""
         if self.control is None:
             return stop, seconds
         values = torch.tensor([float(stop), seconds if self.is_main else 0.0], dtype=torch.float64)
         dist.all_reduce(values, group=self.control)
         return bool(values[0] > 0), float(values[1])
 
-    def from_main(self, value: Any) -> Any:
-        """The first rank's `value`, on all ranks."""
-        return broadcast(value, self.control)
+    def on_main(self, function: Callable[[], T]) -> T:
+        """What `function` returns on the first rank, on all ranks; the first rank alone runs it.
 
-    @contextlib.contextmanager
-    def main_first(self) -> Iterator[None]:
-        """Within, the first rank runs alone, then all others: it prepares files that they find ready."""
+        If it raises there, the other ranks end silently (SystemExit, status 2): the first one says why.
+        """
         if not self.is_main:
-            self.from_main(None)
-        yield
-        if self.is_main:
-            self.from_main(None)
+            answer = broadcast(None, self.control)
+            if answer is None:
+                raise SystemExit(2)
+            return answer[0]
+        try:
+            value = function()
+        except BaseException:
+            broadcast(None, self.control)
+            raise
+        broadcast([value], self.control)
+        return value
+
+    def main_first(self, function: Callable[[], T]) -> T:
+        """What `function` returns on each rank: run on the first alone, then on all others, which find its files."""
+        mine: list[T] = []
+        self.on_main(lambda: mine.append(function()))
+        return mine[0] if mine else function()
 
 
 def broadcast(value: Any, group: ProcessGroup | None) -> Any:
