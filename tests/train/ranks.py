@@ -13,15 +13,16 @@ from typing import Any
 import torch
 
 # processes are forked from one that has imported these once, which takes seconds; it has started no thread
+KILLED = "killed"
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["oncelm.train.trainer", "oncelm.cli.train", "tests.train.parallel.cases"])
 
 
 def run_ranks(size: int, function: Callable[..., Any], *arguments: Any, timeout: float = 120) -> list[Any]:
-    """`function(*arguments)` in `size` processes; their results in the order of ranks.
+    """`function(*arguments)` in `size` processes; their results in the order of ranks, KILLED for one that was killed.
 
     Raises:
-        AssertionError: a rank failed, with its traceback, or was killed (then without).
+        AssertionError: a rank failed, with its traceback.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -47,7 +48,7 @@ def run_ranks(size: int, function: Callable[..., Any], *arguments: Any, timeout:
             try:
                 good, result = torch.load(io.BytesIO(receiver.recv_bytes()), weights_only=False)
             except EOFError:
-                good, result = False, "killed"
+                good, result = True, KILLED
             results.append(result)
             if not good:
                 failures.append(f"rank {rank}: {result}")

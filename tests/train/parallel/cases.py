@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import signal
+from collections.abc import Callable
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint import HuggingFaceStorageWriter
 from torch.distributed.tensor import DTensor
 
+from oncelm.data.dataset import TokenDataset
 from oncelm.models.yoco import YocoConfig, YocoForCausalLM
+from oncelm.train.config import TrainConfig
 from oncelm.train.parallel.chunk import chunk_inputs
 from oncelm.train.parallel.ranks import join_ranks
 from oncelm.train.parallel.shard import shard_model
+from oncelm.train.trainer import Trainer
 
 SHAPE = {
     **{"vocab_size": 32, "hidden_size": 32, "intermediate_size": 48, "num_self_decoder_layers": 2},
@@ -80,3 +88,46 @@ def sharded(tokens: torch.Tensor, labels: torch.Tensor, options: dict, tensor: i
         optimizer = torch.optim.AdamW(model.parameters(), fused=True)
         optimizer.step()
         return ranks.sum(loss.detach()).item() / ranks.shards, gradients(model), norm.item()
+
+
+def make_dataset() -> TokenDataset:
+    return TokenDataset(np.arange(1000, dtype=np.uint32) ** 2 % 31, seq_len=16, seed=1)
+
+
+def train(options: dict, shape: dict, rank: int = -1, step: int = 0, event: Callable[[], None] | None = None) -> str:
+    """Train; rank `rank` does `event` when it asks for the batch of `step`. Returns how it ended, in a few words."""
+    try:
+        config = TrainConfig(**options)
+        with join_ranks("cpu", tensor=config.tensor_parallel, chunk=config.chunk_parallel) as ranks:
+            with torch.device("cpu" if ranks.is_main else "meta"):
+                model = make_model(torch.float32, **shape)
+            dataset = make_dataset()
+            if event is not None and ranks.rank.index == rank:
+                batch = dataset.batch
+                dataset.batch = lambda asked, size: (event() if asked == step else None, batch(asked, size))[1]
+            result = Trainer(model, dataset, config, ranks=ranks).fit()
+    except (OSError, ValueError, FloatingPointError, SystemExit) as error:
+        return f"{type(error).__name__}: {error}"
+    return f"{'stopped' if result.interrupted else 'ended'} at {result.step}"
+
+
+def stop() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def full_disk() -> None:
+    def write_data(self, plan, planner):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    HuggingFaceStorageWriter.write_data = write_data
+
+
+def die_while_saving() -> None:
+    def write_data(self, plan, planner):
+        die()
+
+    HuggingFaceStorageWriter.write_data = write_data

@@ -37,21 +37,25 @@ def test_tensor(options: dict, tied: bool) -> None:
     check(2, options | {"tie_word_embeddings": tied}, tensor=2)
 
 
+@pytest.mark.slow
 @both
 def test_tensor_with_more_ranks_than_key_value_heads(options: dict) -> None:
     check(4, options, tensor=4)
 
 
+@pytest.mark.slow
 @both
 def test_data_and_tensor(options: dict) -> None:
     check(4, options, tensor=2)
 
 
+@pytest.mark.slow
 @both
 def test_data_and_chunk(options: dict) -> None:
     check(4, options, chunk=2)
 
 
+@pytest.mark.slow
 @both
 def test_chunk_and_tensor(options: dict) -> None:
     check(4, options, tensor=2, chunk=2)
