@@ -20,7 +20,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 
 from oncelm.train.checkpoint import save_checkpoint
@@ -76,8 +76,8 @@ class Saver:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
         self.step: int | None = None  # of the last checkpoint that was read, written or is being written
-        on_gpu = ranks.device.type == "cuda"
-        self._stager = DefaultStager(StagingOptions(on_gpu, False, False, False))
+        # on a GPU into the same pinned memory each time
+        self._stager = BlockingAsyncStager(cache_staged_state_dict=ranks.device.type == "cuda")
 
     def save(self, step: int, tensors: dict[str, Tensors], write_rest: Callable[[Path], None]) -> None:
         """Copy `tensors` to host memory, then return; the rest happens meanwhile. Waits for the save before.
@@ -89,8 +89,7 @@ class Saver:
             OSError: the save before failed.
         """
         self.wait()
-        copies = {part: self._stager.stage(named) for part, named in tensors.items()}
-        self._writing = self._thread.submit(self._write, step, copies, write_rest)
+        self._writing = self._thread.submit(self._write, step, self._stager.stage(tensors), write_rest)
         self.step = step
 
     @property
