@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 HELP = "convert between official YOCO folders and Hugging Face folders"
 
 DESCRIPTION = """\
-Convert a model from the official YOCO format (params.json, checkpoint.pth) to a Hugging Face folder
-(config.json, model.safetensors), or from there to the official format. Logits stay the same.
+Convert a model from the official YOCO format (params.json, checkpoint.pth), or a training run's checkpoint, to a
+Hugging Face folder (config.json, model.safetensors), or from there to the official format. Logits stay the same.
 
 TARGET appears when it is complete, and not before. One that exists is refused, or with --overwrite replaced
 at the very end. A Hugging Face folder gets a tokenizer: the one named, or SOURCE's own, or cl100k_base where
@@ -29,6 +29,8 @@ examples:
       Hugging Face to official: params.json and checkpoint.pth for the official code
   oncelm convert runs/book/model book-bf16/ --to hf --dtype bfloat16
       Hugging Face to Hugging Face, in another dtype
+  oncelm convert runs/book/checkpoints/step-001000 book-1000/
+      a training run's checkpoint, of one process or many, to Hugging Face
 """
 
 FORMATS = {"hf": "Hugging Face", "official": "official YOCO"}
@@ -38,7 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SOURCE", help="the folder to read, of either format, or a hub id")
     parser.add_argument("target", metavar="TARGET", help="the folder to write")
     parser.add_argument(
-        "--to", metavar="FORMAT", help="hf or official: the format to write (the one that SOURCE is not)"
+        "--to",
+        metavar="FORMAT",
+        help="hf or official: the format to write (of a model the other one, else hf)",
     )
     parser.add_argument("--dtype", help="float32, bfloat16 or float16 (as the weights are stored)")
     parser.add_argument("--tokenizer", metavar="NAME", help="bytes, cl100k_base or a path, to save beside the model")
@@ -48,10 +52,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from oncelm.models.load import load, read_config
     from oncelm.models.yoco.official import is_official_folder, write_official
+    from oncelm.train.checkpoint import MANIFEST
     from oncelm.utils.errors import check_choice
 
     source, target = Path(args.source), Path(args.target)
-    to = args.to or ("hf" if is_official_folder(source) else "official")
+    is_model = not (is_official_folder(source) or (source / MANIFEST).is_file())
+    to = args.to or ("official" if is_model else "hf")
     check_choice("--to", to, FORMATS)
     check_target(source, target, args.overwrite)
     config = read_config(args.source)

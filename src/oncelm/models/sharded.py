@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -22,7 +23,7 @@ def is_sharded_folder(path: str | os.PathLike[str]) -> bool:
 def read_shards(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
     """The whole tensors by name, on the CPU."""
     reader = HuggingFaceStorageReader(str(path))
-    entries = reader.read_metadata().state_dict_metadata
+    entries: dict[str, Any] = reader.read_metadata().state_dict_metadata  # safetensors hold nothing but tensors
     tensors = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in entries.items()}
     dcp.load(tensors, storage_reader=reader, no_dist=True)
     return tensors

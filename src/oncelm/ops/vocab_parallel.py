@@ -9,7 +9,6 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor, Shard
 
 BLOCK_ELEMENTS = 1 << 24  # logits alive at a time on a rank: 64 MiB in float32
@@ -40,7 +39,7 @@ def vocab_parallel_cross_entropy(hidden: Tensor, weight: DTensor, targets: Tenso
 
 class _VocabParallelCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, group: ProcessGroup) -> Tensor:
+    def forward(ctx, hidden, weight, targets, group):
         wide = torch.promote_types(hidden.dtype, torch.float32)
         needs_gradients = any(ctx.needs_input_grad)
         grad_hidden = torch.empty_like(hidden, dtype=wide)
@@ -70,6 +69,6 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx, grad_output):
         grad_hidden, grad_weight = ctx.saved_tensors
         return grad_hidden * grad_output, grad_weight * grad_output, None, None

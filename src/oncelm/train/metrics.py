@@ -71,8 +71,10 @@ class Metrics:
         self._bar.set_postfix(self._shown, refresh=False)
 
 
-class NoMetrics:
-    """The same for ranks that do not report."""
+class NoMetrics(Metrics):
+    """For ranks that do not report."""
+
+    def __init__(self) -> None: ...
 
     def advance(self, loss: float, planned_steps: float) -> None: ...
 

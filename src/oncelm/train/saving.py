@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Tensors = dict[str, Tensor]
+
 MODEL, OPTIMIZER = ".", "optimizer"  # folders of a checkpoint
 
 
@@ -51,7 +52,8 @@ def read_tensors(folder: Path, tensors: dict[str, Tensors], ranks: Ranks) -> Non
     """
     readers = {part: HuggingFaceStorageReader(str(folder / part)) for part in tensors}
     for part, reader in readers.items():
-        saved = {name: tuple(entry.size) for name, entry in reader.read_metadata().state_dict_metadata.items()}
+        entries: dict[str, Any] = reader.read_metadata().state_dict_metadata
+        saved = {name: tuple(entry.size) for name, entry in entries.items()}
         wanted = {name: tuple(tensor.shape) for name, tensor in tensors[part].items()}
         if different := sorted(name for name in saved | wanted if saved.get(name) != wanted.get(name)):
             name = different[0]

@@ -123,7 +123,7 @@ class Trainer:
         """Train to the end, or until SIGTERM or Ctrl-C, which saves a checkpoint and returns."""
         self._start_or_resume()
         loss = validation_loss = model_path = None
-        metrics = Metrics(self.out, self.step) if self.ranks.is_main else NoMetrics()
+        metrics: Metrics = Metrics(self.out, self.step) if self.ranks.is_main else NoMetrics()
         try:
             with StopRequest() as stop:
                 stopping = False

@@ -152,6 +152,7 @@ def test_parts_load_and_convert_as_the_exported_model(options, tmp_path, capsys)
     out = Path(options()["out"])
     checkpoint = list_checkpoints(out / "checkpoints")[-1][1]
     assert main(["convert", str(checkpoint), str(tmp_path / "converted")]) == 0
+    assert "Hugging Face format" in capsys.readouterr().out
     first = make_model(torch.float32, **SHAPES["retention"]).state_dict()
     exported = oncelm.models.load(out / "model", device="cpu").state_dict()
     for folder in (checkpoint, tmp_path / "converted"):

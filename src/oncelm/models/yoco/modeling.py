@@ -261,9 +261,9 @@ class YocoForCausalLM(Execution, PreTrainedModel, GenerationMixin):
                 (counted[:, :-1].all(), counted[:, -1].all(), counted[:, -1].any())
             ).tolist()
             if body and last == any_last:
-                columns = T if last else T - 1
-                hidden = self._hidden(tokens, inputs, memory, inputs.batch.columns(slice(0, columns)))
-                return self._loss(hidden.flatten(0, 1), targets[:, :columns].flatten(), num_items_in_batch), None
+                first = slice(0, T if last else T - 1)
+                hidden = self._hidden(tokens, inputs, memory, inputs.batch.columns(first))
+                return self._loss(hidden.flatten(0, 1), targets[:, first].flatten(), num_items_in_batch), None
 
         # any positions: compute the union of those that the loss and the logits need, as a packed row
         kept = torch.zeros(shape[:2], dtype=torch.bool, device=device)
@@ -314,8 +314,10 @@ class YocoForCausalLM(Execution, PreTrainedModel, GenerationMixin):
     def _loss(self, hidden: torch.Tensor, targets: torch.Tensor, num_items: int | torch.Tensor | None) -> torch.Tensor:
         """Mean cross-entropy of hidden [M, d] against targets [M]; 0 where there is no target at all."""
         weight = self.output_projection.weight
-        cross_entropy = vocab_parallel_cross_entropy if isinstance(weight, DTensor) else linear_cross_entropy
-        total = cross_entropy(hidden, weight, targets)
+        if isinstance(weight, DTensor):  # split over ranks, in training
+            total = vocab_parallel_cross_entropy(hidden, weight, targets)
+        else:
+            total = linear_cross_entropy(hidden, weight, targets)
         return total / (max(len(targets), 1) if num_items is None else num_items)
 
     # -- one token at a time ----------------------------------------------------------------------------------------
