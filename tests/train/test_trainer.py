@@ -7,6 +7,7 @@ import json
 import os
 import resource
 import signal
+import threading
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from oncelm.data.tokenizers import load_tokenizer
 from oncelm.models.load import build_model
-from oncelm.train.checkpoint import find_checkpoint
+from oncelm.train.checkpoint import find_checkpoint, find_damage
 from oncelm.train.optimizer import build_optimizer
 from oncelm.train.trainer import Trainer
 
@@ -189,6 +190,25 @@ def test_a_full_disk_leaves_the_checkpoint_before(make_model, dataset, make_conf
     assert [folder.name for folder in checkpoints.iterdir()] == ["step-000002"]
     monkeypatch.undo()
     assert Trainer(make_model(), dataset, make_config(resume=True)).fit().step == 6
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(make_model, dataset, make_config, monkeypatch) -> None:
+    write_data, later = HuggingFaceStorageWriter.write_data, threading.Event()
+
+    def slow_at_step_2(self, plan, planner):
+        assert "step-000002" not in str(self.path) or later.wait(60)
+        return write_data(self, plan, planner)
+
+    monkeypatch.setattr(HuggingFaceStorageWriter, "write_data", slow_at_step_2)
+    batch = dataset.batch
+    dataset.batch = lambda step, size: (later.set() if step == 3 else None, batch(step, size))[1]
+    config = make_config(steps=4, keep_checkpoints=3)
+    trained = make_model()
+    Trainer(trained, dataset, config).fit()
+    first, last = (Path(config.out) / "checkpoints" / f"step-00000{step}" for step in (2, 4))
+    assert find_damage(first) is None
+    assert torch.equal(weights(AutoModelForCausalLM.from_pretrained(last)), weights(trained))
+    assert not torch.equal(weights(AutoModelForCausalLM.from_pretrained(first)), weights(trained))
 
 
 def test_a_write_that_the_system_refuses_is_an_os_error(make_model, dataset, make_config) -> None:

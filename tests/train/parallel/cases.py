@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint import HuggingFaceStorageWriter
 from torch.distributed.tensor import DTensor
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from oncelm.data.dataset import TokenDataset
 from oncelm.models.yoco import YocoConfig, YocoForCausalLM
@@ -27,8 +28,11 @@ SHAPE = {
 }
 
 
-def make_model(dtype: torch.dtype = torch.float64, **options) -> YocoForCausalLM:
+def make_model(dtype: torch.dtype = torch.float64, llama: bool = False, **options) -> PreTrainedModel:
     torch.manual_seed(0)
+    if llama:
+        sizes = {"vocab_size": 32, "hidden_size": 32, "intermediate_size": 48}
+        return LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=2, num_attention_heads=4, **options)).to(dtype)
     return YocoForCausalLM(YocoConfig(**(SHAPE | options))).to(dtype)
 
 

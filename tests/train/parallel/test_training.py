@@ -14,7 +14,11 @@ from oncelm.train.checkpoint import find_checkpoint, list_checkpoints
 from tests.train.parallel.cases import die, die_while_saving, full_disk, make_model, stop, train
 from tests.train.ranks import KILLED, run_ranks
 
-SHAPES = {"retention": {"tie_word_embeddings": True}, "window": {"self_decoder": "sliding_window", "window_size": 5}}
+SHAPES = {
+    "retention": {"tie_word_embeddings": True},
+    "window": {"self_decoder": "sliding_window", "window_size": 5},
+    "llama": {"llama": True},
+}
 
 
 @pytest.fixture
@@ -42,6 +46,7 @@ def run(size: int, options: dict, shape: str = "retention", *event) -> list[str]
     ("shape", "split"),
     [
         ("retention", {}),
+        ("llama", {}),
         ("window", {"chunk_parallel": 2}),
         pytest.param("retention", {"chunk_parallel": 2}, marks=pytest.mark.slow),
         pytest.param("retention", {"tensor_parallel": 2}, marks=pytest.mark.slow),
@@ -138,6 +143,8 @@ def test_the_first_rank_says_what_is_wrong(options) -> None:
     assert "already holds checkpoints" in first
     assert second == "SystemExit: 2"
     assert "do not divide among 2 processes" in run(2, options(batch_size=3))[1]
+    for split in ("tensor_parallel", "chunk_parallel"):
+        assert f"{split} is for YOCO models" in run(2, options(split, **{split: 2}), "llama")[1]
     assert "must divide the number of processes, 2" in run(2, options(tensor_parallel=3))[1]
 
 
