@@ -55,6 +55,7 @@ def test_written_settings_read_back_the_same(tmp_path) -> None:
         ("schedule=cosin", "unknown schedule 'cosin'; did you mean 'cosine'"),
         ("dtype=float16", "unknown dtype 'float16'"),
         ("steps=null", "steps and max_seconds are both None"),
+        ("chunk_parallel=0", "chunk_parallel must be a number above 0"),
         ("tokenizer=bpe:big", "after 'bpe:' comes the vocabulary size"),
         ("lr", "must have the form key=value"),
         ("lr.x=1", "only model_overrides has inner keys"),
@@ -94,3 +95,8 @@ def test_every_recipe_is_valid(recipe: Path) -> None:
 
 def test_there_are_recipes() -> None:
     assert RECIPES
+
+
+def test_compile_does_not_go_with_tensor_parallel() -> None:
+    with pytest.raises(ValueError, match="compile does not go with tensor_parallel"):
+        load("compile=true", "tensor_parallel=2")

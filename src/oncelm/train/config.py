@@ -83,6 +83,8 @@ class TrainConfig:
             raise ValueError(f"betas must be at least 0 and below 1, got {self.betas}.")
         if self.steps is None and self.max_seconds is None:
             raise ValueError("steps and max_seconds are both None: the run would not end; set one of them.")
+        if self.compile and self.tensor_parallel > 1:
+            raise ValueError("compile does not go with tensor_parallel: torch's compiler fails on its DTensors.")
         if self.tokenizer is not None and self.tokenizer.startswith("bpe:"):
             bpe_vocab_size(self.tokenizer)
 
