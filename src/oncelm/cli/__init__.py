@@ -57,7 +57,8 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (ValueError, OSError, ImportError) as error:
-        print(f"oncelm: error: {error}", file=sys.stderr)
+        rank = int(os.environ.get("RANK", "0"))  # of a process that torchrun started; the first speaks for all
+        print(f"oncelm: error{f' (rank {rank})' if rank else ''}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("oncelm: interrupted", file=sys.stderr)

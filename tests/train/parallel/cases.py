@@ -11,11 +11,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint import HuggingFaceStorageWriter
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from oncelm.data.dataset import TokenDataset
 from oncelm.models.yoco import YocoConfig, YocoForCausalLM
+from oncelm.ops import vocab_parallel_cross_entropy
 from oncelm.train.config import TrainConfig
 from oncelm.train.parallel.chunk import chunk_inputs
 from oncelm.train.parallel.ranks import join_ranks
@@ -135,3 +136,13 @@ def die_while_saving() -> None:
         die()
 
     HuggingFaceStorageWriter.write_data = write_data
+
+
+def split_vocabulary(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor):
+    """The loss of a weight split by rows, and both gradients in full."""
+    with join_ranks("cpu", tensor=int(os.environ["WORLD_SIZE"])) as ranks:
+        sharded = distribute_tensor(weight, ranks.mesh["tensor"], [Shard(0)]).requires_grad_()
+        hidden.requires_grad_()
+        loss = vocab_parallel_cross_entropy(hidden, sharded, targets)
+        (2 * loss).backward()
+        return loss.detach(), hidden.grad, sharded.grad.full_tensor()

@@ -146,7 +146,12 @@ def join_ranks(device: str, *, tensor: int = 1, chunk: int = 1) -> Iterator[Rank
         yield Ranks(resolved)
         return
     if resolved.type == "cuda":
-        resolved = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        local, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if local >= there:
+            raise ValueError(
+                f"torchrun started more processes than the {there} GPUs here; set --nproc-per-node {there}."
+            )
+        resolved = torch.device("cuda", local)
         torch.cuda.set_device(resolved)
     with _naming_lost_ranks():
         dist.init_process_group("cpu:gloo,cuda:nccl" if resolved.type == "cuda" else "gloo")
