@@ -1,6 +1,8 @@
-"""Text to tokens to batches: nothing lost, nothing repeated, and a batch depends on (seed, step) alone."""
+"""Tokens to batches: nothing lost, nothing repeated, and a batch depends on (seed, step) alone."""
 
 from __future__ import annotations
+
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -8,8 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from oncelm.data.dataset import TokenDataset, read_documents, read_text, split_text, text_files, tokenize
-from oncelm.data.tokenizers import load_tokenizer, train_bpe
+from oncelm.data.dataset import TokenDataset
+from oncelm.data.layout import find_corpus
+from oncelm.data.prepare import prepare
+from oncelm.data.tokens import ShardStream, open_tokens
+from oncelm.models import build_model
 
 
 def make_dataset(num_tokens: int = 500, seq_len: int = 8, **options) -> TokenDataset:
@@ -57,9 +62,8 @@ def test_every_token_is_a_target_once_in_training_or_validation(
     validation = [row for batch in dataset.validation_batches(3) for row in batch]
     targets = [token for row in [*train, *validation] for token in row[1:].tolist()]
     assert sorted(targets) == list(range(1, len(targets) + 1))
-    assert len(dataset.tokens) - 1 - len(targets) < seq_len - 1  # what fills no block
-    assert all(row[1] > train.max() for row in validation)  # the end of the stream, in its order
-    assert [int(row[0]) for row in validation] == sorted(int(row[0]) for row in validation)
+    assert 2 * seq_len + more_tokens - 1 - len(targets) < seq_len - 1  # what fills no block
+    assert all(row[1] > train.max() for row in validation)  # the end of the stream
 
 
 def test_epochs_are_shuffled_differently() -> None:
@@ -100,58 +104,127 @@ def test_wrong_sizes_are_refused() -> None:
         make_dataset(validation_share=1.0)
 
 
-def test_a_folder_is_read_in_sorted_order_with_eos_after_each_document(tmp_path) -> None:
-    (tmp_path / "sub").mkdir()
-    for name, text in {"b.txt": "B", "sub/a.txt": "S", "a.txt": "A", "note.md": "no"}.items():
-        (tmp_path / name).write_text(text)
-    tokenizer = load_tokenizer("bytes")
-    assert list(read_documents(tmp_path)) == ["A", "B", "S"]
-    ids = tokenize(tmp_path, tokenizer)
-    assert ids.dtype == np.uint32
-    eos = tokenizer.eos_token_id
-    expected = [token for text in "ABS" for token in [*tokenizer(text)["input_ids"], eos]]
-    assert ids.tolist() == expected
+# -- several sources, prepared ----------------------------------------------------------------------------------------
 
 
-def test_text_is_read_as_python_reads_it(tmp_path) -> None:
-    file = tmp_path / "windows.txt"
-    file.write_bytes(b"\xef\xbb\xbfone\r\ntwo\rthree\n")
-    assert read_text(file) == "one\ntwo\nthree\n"
+@pytest.fixture
+def tokens(tmp_path, write_corpus, byte_tokenizer):
+    """Sources a, b and c, weighted 5, 3 and 2: a has short documents, b a few long ones, c both."""
+    sources = {
+        "a": (5, [f"a{i} " * (i % 9) + "." for i in range(150)]),
+        "b": (3, [f"b{i} " * 100 for i in range(4)]),
+        "c": (2, [f"c{i} " * (150 if i % 10 == 0 else 3) for i in range(60)]),
+    }
+    valid = {"d": (1, [f"d{i} " * 20 for i in range(10)]), "e": (1, ["e " * 300])}
+    return open_tokens(prepare(find_corpus(write_corpus(tmp_path / "corpus", sources, valid)), byte_tokenizer))
 
 
-def test_pieces_join_to_the_text_and_tokenize_to_the_same_tokens(tmp_path) -> None:
-    text = "".join(f"line {i}, it's\n\n  {i * i}\n\t\nend.\n" for i in range(200)) + "no break at the end"
-    pieces = list(split_text(text, size=50))
-    assert "".join(pieces) == text
-    assert len(pieces) > 50
-    for tokenizer in (load_tokenizer("bytes"), train_bpe([text], 300)):
-        whole = tokenizer(text)["input_ids"]
-        assert [token for piece in pieces for token in tokenizer(piece)["input_ids"]] == whole
+def source_names(dataset: TokenDataset, rows: range) -> list[str]:
+    return [dataset.locate(k)[0].name for k in rows]
 
 
-def test_special_tokens_spelled_in_a_text_stay_text(tmp_path) -> None:
-    tokenizer = load_tokenizer("bytes")
-    (tmp_path / "a.txt").write_text(tokenizer.eos_token)
-    ids = tokenize(tmp_path, tokenizer)
-    assert (ids == tokenizer.eos_token_id).sum() == 1
+def test_sources_are_mixed_by_weight_and_seen_once_an_epoch_each(tokens) -> None:
+    dataset = TokenDataset(tokens.train, 32, seed=1, validation_share=0.1)
+    counts = Counter(source_names(dataset, range(7, 1007)))
+    assert {name: round(count / 100) for name, count in counts.items()} == {"a": 5, "b": 3, "c": 2}
+    drawn: dict[str, list[int]] = {}
+    for k in range(3000):
+        blocks, block = dataset.locate(k)
+        drawn.setdefault(blocks.name, []).append(block)
+        size = len(blocks)
+        if len(drawn[blocks.name]) % size == 0:
+            assert sorted(drawn[blocks.name][-size:]) == list(range(size))
 
 
-def test_bad_files_are_named(tmp_path) -> None:
-    with pytest.raises(ValueError, match=r"nowhere' does not exist"):
-        text_files(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match=r"holds no \.txt file"):
-        text_files(tmp_path)
-    (tmp_path / "latin.txt").write_bytes(b"caf\xe9 noir")
-    with pytest.raises(ValueError, match=r"latin\.txt is not UTF-8 text: byte 0xe9 at offset 3"):
-        read_text(tmp_path / "latin.txt")
-    (tmp_path / "empty.txt").touch()
-    with pytest.raises(ValueError, match=r"empty\.txt is empty"):
-        list(read_documents(tmp_path))
+def test_rows_of_ranks_are_the_rows_of_the_global_batch(tokens) -> None:
+    dataset = TokenDataset(tokens.train, 32, seed=1)
+    whole = dataset.batch(11, 12)
+    for ranks in (1, 2, 3, 4):
+        cut = [slice(r * 12 // ranks, (r + 1) * 12 // ranks) for r in range(ranks)]
+        assert torch.equal(torch.cat([dataset.batch(11, 12, rows) for rows in cut]), whole)
+        dealt = [dataset.batch(11, 12, slice(r, None, ranks)) for r in range(ranks)]
+        assert torch.equal(torch.stack(dealt, dim=1).view(12, -1), whole)
 
 
-def test_a_tokenizer_without_eos_is_refused(tmp_path) -> None:
-    (tmp_path / "a.txt").write_text("text")
-    tokenizer = load_tokenizer("bytes")
-    tokenizer.eos_token = None
-    with pytest.raises(ValueError, match="no eos token"):
-        tokenize(tmp_path, tokenizer)
+def test_a_rank_reads_its_own_rows_only(tokens, monkeypatch) -> None:
+    dataset = TokenDataset(tokens.train, 32, seed=1)
+    read = []
+    original = ShardStream.read
+    monkeypatch.setattr(ShardStream, "read", lambda self, *span: read.append(span) or original(self, *span))
+    dataset.batch(3, 64, slice(8, 12))
+    assert len(read) == 4
+
+
+def test_borders_are_the_rows_and_the_documents(tokens, byte_tokenizer) -> None:
+    dataset = TokenDataset(tokens.train, 32, seed=1)
+    for rows in (None, slice(2, 5)):
+        batch = dataset.batch(4, 8, rows)
+        borders = dataset.cu_seqlens(4, 8, rows)
+        assert borders.dtype == torch.int32
+        flat = batch.flatten()
+        after_eos = torch.nonzero(flat == byte_tokenizer.eos_token_id).flatten() + 1
+        rows_start = torch.arange(0, flat.numel() + 1, 32)
+        assert borders.tolist() == sorted({*after_eos.tolist(), *rows_start.tolist()})
+
+
+def test_within_documents_the_model_sees_each_document_alone(tokens) -> None:
+    model = build_model("yoco-tiny", vocab_size=260).eval()
+    dataset = TokenDataset(tokens.train, 32, seed=1)
+    batch, borders = dataset.batch(0, 3), dataset.cu_seqlens(0, 3)
+    with torch.no_grad():
+        packed = model(batch.view(1, -1), cu_seqlens=borders, use_cache=False).logits[0]
+        alone = [model(ids[None], use_cache=False).logits[0] for ids in batch.flatten().split(borders.diff().tolist())]
+    torch.testing.assert_close(packed, torch.cat(alone), atol=1e-4, rtol=1e-4)
+
+
+def test_held_out_sources_replace_the_share_and_their_order_is_mixed(tokens) -> None:
+    dataset = TokenDataset(tokens.train, 32, validation=tokens.valid, validation_share=0.5)
+    assert dataset.num_train_blocks == sum((s.stream.num_tokens - 1) // 31 for s in tokens.train)
+    assert dataset.num_validation_blocks == sum((s.stream.num_tokens - 1) // 31 for s in tokens.valid)
+    batches = list(dataset.validation_batches(4))
+    assert all(torch.equal(*pair) for pair in zip(batches, dataset.validation_batches(4), strict=True))
+    rows = {tuple(row.tolist()) for batch in batches for row in batch}
+    expected = set()
+    for source in tokens.valid:
+        for i in range((source.stream.num_tokens - 1) // 31):
+            expected.add(tuple(source.stream.read(31 * i, 31 * i + 32).tolist()))
+    assert rows == expected
+    first = batches[0][:, 1:].flatten().tolist()
+    assert {ord("d") + 4, ord("e") + 4} <= set(first)  # both sources
+    borders = dataset.validation_cu_seqlens(1, 4)
+    assert borders[0] == 0
+    assert borders[-1] == batches[1].numel()
+
+
+def test_long_documents_are_seen_more_often_by_the_factor(tokens) -> None:
+    plain = TokenDataset(tokens.train, 32, validation_share=0)
+    dataset = TokenDataset(tokens.train, 32, validation_share=0, long_documents=300, long_factor=3.0)
+    rows = range(20_000)
+    counts = Counter(source_names(dataset, rows))
+    shares = Counter(source_names(plain, rows))
+    for name, stream in ((s.name, s.stream) for s in tokens.train):
+        assert abs(counts[name] + counts[f"{name} (long)"] - shares[name]) < 4  # the sources' shares stay
+        ends = np.concatenate([stream.document_ends(i) for i in range(len(stream.shards))])
+        lengths = np.diff(ends, prepend=0)
+        long, short = int(lengths[lengths >= 300].sum()), int(lengths[lengths < 300].sum())
+        if long and short:
+            assert counts[f"{name} (long)"] / counts[name] == pytest.approx(3 * long / short, rel=0.02)
+    assert counts["a (long)"] == counts["b"] == 0
+    for k in range(50):
+        blocks, block = dataset.locate(k)
+        row, starts = blocks.read(block)
+        assert len(row) == 32
+        if blocks.name == "b (long)":
+            assert len(starts) <= 1
+
+
+def test_long_documents_need_documents() -> None:
+    with pytest.raises(ValueError, match="needs prepared sources"):
+        make_dataset(long_documents=10, long_factor=2.0)
+    with pytest.raises(ValueError, match="long_factor must be above 0"):
+        make_dataset(long_documents=10, long_factor=0.0)
+
+
+def test_a_source_too_small_for_one_sequence_is_named(tokens) -> None:
+    with pytest.raises(ValueError, match=r"source 'a' has \d+ tokens, fewer than seq_len=3000 needs"):
+        TokenDataset(tokens.train, 3000)

@@ -10,7 +10,7 @@ import pytest
 
 import oncelm.models
 from oncelm.cli import main
-from oncelm.data.dataset import TokenDataset
+from oncelm.data.read_ahead import ReadAhead
 from oncelm.train.checkpoint import list_checkpoints
 
 QUICK = ("--set", "seq_len=16", "batch_size=2", "log_every=1", "warmup_steps=1")
@@ -39,14 +39,14 @@ def test_text_to_model_and_on_from_that_model(book, tmp_path, capsys) -> None:
 
 def test_a_stopped_run_goes_on_with_its_own_settings_and_tokenizer(book, tmp_path, capsys, monkeypatch) -> None:
     out = tmp_path / "run"
-    batch = TokenDataset.batch
+    batch = ReadAhead.batch
 
     def stop_in_step_2(self, step: int, batch_size: int):
         if step == 1:
             os.kill(os.getpid(), signal.SIGTERM)
         return batch(self, step, batch_size)
 
-    monkeypatch.setattr(TokenDataset, "batch", stop_in_step_2)
+    monkeypatch.setattr(ReadAhead, "batch", stop_in_step_2)
     command = ["train", book, "--out", str(out), "--steps", "4", "--tokenizer", "bpe:280", *QUICK]
     assert main(command) == 0
     assert "Stopped after step 2; go on with: oncelm train --out" in capsys.readouterr().out

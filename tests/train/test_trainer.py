@@ -37,10 +37,10 @@ class Interrupting:
     def __init__(self, dataset, step: int, number: signal.Signals) -> None:
         self.dataset, self.step, self.number = dataset, step, number
 
-    def batch(self, step: int, batch_size: int):
+    def batch(self, step: int, batch_size: int, rows=None):
         if step == self.step:
             os.kill(os.getpid(), self.number)
-        return self.dataset.batch(step, batch_size)
+        return self.dataset.batch(step, batch_size, rows)
 
     def validation_batches(self, batch_size: int):
         return self.dataset.validation_batches(batch_size)

@@ -17,7 +17,8 @@ from oncelm.utils.errors import unknown
 
 VERBS = {
     "demo": "train a small YOCO and a Transformer, read a long book, compare them",
-    "train": "train a model on a text file or a folder of text",
+    "data": "tokenize text for training, describe it, look at samples",
+    "train": "train a model on text: a file, a folder or a corpus of weighted sources",
     "generate": "continue a prompt, of any length, with a trained model",
     "info": "describe a model, a preset, or this installation",
     "convert": "convert between official YOCO folders and Hugging Face folders",

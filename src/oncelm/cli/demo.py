@@ -90,7 +90,7 @@ def _lengths(text: str) -> list[int]:
 
 def _read_document(path: str | None) -> str:
     from oncelm.data.corpora import load_corpus
-    from oncelm.data.dataset import read_text
+    from oncelm.data.reading import read_text
 
     if path is not None:
         return read_text(Path(path))
@@ -110,8 +110,11 @@ def _train_both(out: Path, seconds: float) -> tuple[PreTrainedTokenizerBase, Yoc
 
     from oncelm.bench.peer import llama_config
     from oncelm.data.corpora import load_corpus
-    from oncelm.data.dataset import TokenDataset, tokenize
+    from oncelm.data.dataset import TokenDataset
+    from oncelm.data.layout import find_corpus
+    from oncelm.data.prepare import prepare
     from oncelm.data.tokenizers import train_bpe
+    from oncelm.data.tokens import open_tokens
     from oncelm.models import build_model
     from oncelm.train.config import TrainConfig
     from oncelm.train.trainer import Trainer
@@ -122,8 +125,9 @@ def _train_both(out: Path, seconds: float) -> tuple[PreTrainedTokenizerBase, Yoc
     for number, document in enumerate(documents):
         (corpus / f"{number:03d}-{document.year}.txt").write_text(document.text, encoding="utf-8")
     tokenizer = train_bpe((document.text for document in documents), VOCAB_SIZE)
-    tokens = tokenize(corpus, tokenizer)
-    print(f"{len(documents)} addresses, {len(tokens):,} tokens of a byte-pair encoding with {VOCAB_SIZE} entries")
+    tokens = open_tokens(prepare(find_corpus(corpus), tokenizer))
+    count = sum(source.stream.num_tokens for source in tokens.train)
+    print(f"{len(documents)} addresses, {count:,} tokens of a byte-pair encoding with {VOCAB_SIZE} entries")
 
     yoco = build_model(PRESET, vocab_size=len(tokenizer))
     torch.manual_seed(0)
@@ -146,7 +150,7 @@ def _train_both(out: Path, seconds: float) -> tuple[PreTrainedTokenizerBase, Yoc
         )
         count = sum(parameter.numel() for parameter in model.parameters())
         print(f"\n{type(model).__name__}, {count / 1e6:.1f}M parameters, {seconds / len(models):.0f} s", flush=True)
-        dataset = TokenDataset(tokens, config.seq_len, seed=config.seed, validation_share=0.02)
+        dataset = TokenDataset(tokens.train, config.seq_len, seed=config.seed, validation_share=0.02)
         result = Trainer(model, dataset, config, tokenizer).fit()
         if result.interrupted:
             raise KeyboardInterrupt

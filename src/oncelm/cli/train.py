@@ -11,14 +11,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from oncelm.data.dataset import TokenDataset
+    from oncelm.data.read_ahead import ReadAhead
+    from oncelm.data.tokens import TokenFolder
     from oncelm.train.config import TrainConfig
     from oncelm.train.parallel.ranks import Ranks
 
-HELP = "train a model on a text file or a folder of text"
+HELP = "train a model on text: a file, a folder or a corpus of weighted sources"
 
 DESCRIPTION = """\
-Train a language model on a text file, or on every .txt file of a folder.
+Train a language model on a text file, a folder of text (.txt, .jsonl, .jsonl.gz, .jsonl.zst, .parquet), a corpus
+whose json/train.json weighs its sources, or a folder of tokens that `oncelm data prepare` made. Text is tokenized
+once and kept; `oncelm data --help` has the formats.
 
 DIR receives metrics.jsonl and TensorBoard curves, checkpoints and, at the end, the model in DIR/model,
 which `oncelm generate --model DIR/model` reads. Ctrl-C saves a checkpoint; --resume goes on from it and
@@ -43,7 +46,7 @@ examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("data", nargs="?", metavar="DATA", help="a text file, or a folder of .txt files")
+    parser.add_argument("data", nargs="?", metavar="DATA", help="text, a corpus or prepared tokens")
     parser.add_argument("--out", metavar="DIR", help="the run's folder")
     parser.add_argument("--model", help="a preset, or the folder of a model to start from (yoco-tiny)")
     parser.add_argument("--tokenizer", help="bytes, cl100k_base, bpe:SIZE or a path (bytes)")
@@ -75,7 +78,8 @@ def run(args: argparse.Namespace) -> int:
     try:
         with join_ranks(config.device, tensor=config.tensor_parallel, chunk=config.chunk_parallel) as ranks:
             model, dataset, tokenizer = prepare(config, ranks)
-            result = Trainer(model, dataset, config, tokenizer, ranks).fit()
+            with dataset:
+                result = Trainer(model, dataset, config, tokenizer, ranks).fit()
     except FloatingPointError as error:
         print(f"oncelm: training stopped: {error}", file=sys.stderr)
         return 1
@@ -103,37 +107,78 @@ def read_config(args: argparse.Namespace) -> TrainConfig:
     return load_config(recipe, args.set, values | {"resume": args.resume})
 
 
-def prepare(config: TrainConfig, ranks: Ranks) -> tuple[PreTrainedModel, TokenDataset, PreTrainedTokenizerBase]:
+def prepare(config: TrainConfig, ranks: Ranks) -> tuple[PreTrainedModel, ReadAhead, PreTrainedTokenizerBase]:
     """The model, the data and the tokenizer that a run's settings name; only the first rank's model has values."""
+    import inspect
+
     import torch
 
-    from oncelm.data.dataset import TokenDataset, tokenize
+    from oncelm.data.dataset import TokenDataset
+    from oncelm.data.read_ahead import ReadAhead
 
     tokenizer = make_tokenizer(config, ranks)
-    tokens = ranks.main_first(lambda: tokenize(config.data, tokenizer))
-    dataset = TokenDataset(tokens, config.seq_len, seed=config.seed, validation_share=config.validation_share)
+    tokens = ranks.main_first(lambda: open_data(config, tokenizer))
+    dataset = TokenDataset(
+        tokens.train,
+        config.seq_len,
+        seed=config.seed,
+        validation=tokens.valid,
+        validation_share=config.validation_share,
+        long_documents=config.long_documents,
+        long_factor=config.long_factor,
+    )
     with contextlib.nullcontext() if ranks.is_main else torch.device("meta"):
         model = make_model(config, len(tokenizer))
     vocab_size = model.config.vocab_size
-    if tokens.max() >= vocab_size:
+    if tokens.largest_id >= vocab_size:
         raise ValueError(
-            f"tokenizer {config.tokenizer!r} gives token {tokens.max()}, but model {config.model!r} knows "
+            f"tokenizer {config.tokenizer!r} gives token {tokens.largest_id}, but model {config.model!r} knows "
             f"{vocab_size} tokens only; use the tokenizer it was made with."
         )
+    if config.within_documents and "cu_seqlens" not in inspect.signature(model.forward).parameters:
+        raise ValueError(f"within_documents needs a model that takes cu_seqlens; {type(model).__name__} does not.")
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):  # for `generate`, once it is trained
         setattr(model.config, name, getattr(tokenizer, name))
         if model.generation_config is not None:
             setattr(model.generation_config, name, getattr(tokenizer, name))
-    return model, dataset, tokenizer
+    return model, ReadAhead(dataset, pin_memory=ranks.device.type == "cuda"), tokenizer
+
+
+def open_data(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> TokenFolder:
+    """The tokens of the settings' data, made now where it is text that was not tokenized before."""
+    from oncelm.data.encoding import Encoder
+    from oncelm.data.layout import find_corpus
+    from oncelm.data.prepare import prepare as prepare_tokens
+    from oncelm.data.tokens import is_token_folder, open_tokens
+
+    if is_token_folder(config.data):
+        tokens = open_tokens(config.data)
+        if config.tokenizer is not None and Encoder(tokenizer).fingerprint() != tokens.manifest["tokenizer"]:
+            raise ValueError(
+                f"data {config.data!r} was prepared with another tokenizer than {config.tokenizer!r}; leave tokenizer "
+                "out to use the one it has, or prepare the text again."
+            )
+        return tokens
+    tokens = open_tokens(prepare_tokens(find_corpus(config.data), tokenizer, config.tokens, bos=config.bos))
+    malformed = tokens.manifest["malformed"]
+    if malformed["count"]:
+        print(
+            f"left out {malformed['count']:,} malformed lines, the first: {malformed['examples'][0]}", file=sys.stderr
+        )
+    return tokens
 
 
 def make_tokenizer(config: TrainConfig, ranks: Ranks | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer the settings name; one made from the data is kept in `out/tokenizer` to resume with."""
-    from oncelm.data.dataset import read_documents
+    from oncelm.data.layout import find_corpus
+    from oncelm.data.reading import sample_texts
     from oncelm.data.tokenizers import load_tokenizer, train_bpe
+    from oncelm.data.tokens import is_token_folder
     from oncelm.train.config import bpe_vocab_size
     from oncelm.utils.files import atomic_folder
 
+    if config.tokenizer is None and is_token_folder(config.data):
+        return load_tokenizer(Path(config.data) / "tokenizer")
     if config.tokenizer is None:
         return load_tokenizer(config.model if Path(config.model).is_dir() else "bytes")
     if not config.tokenizer.startswith("bpe:"):
@@ -142,7 +187,8 @@ def make_tokenizer(config: TrainConfig, ranks: Ranks | None = None) -> PreTraine
 
     def train(size: int) -> None:
         if not (config.resume and kept.exists()):
-            tokenizer = train_bpe(read_documents(config.data), size)
+            files = [file for source in find_corpus(config.data).train for file in source.files]
+            tokenizer = train_bpe(sample_texts(files), size)
             with atomic_folder(kept) as folder:
                 tokenizer.save_pretrained(folder)
 
@@ -167,11 +213,8 @@ def describe(config: TrainConfig) -> str:
     """What a run would do; nothing is written, and a preset's weights are not allocated."""
     import torch
 
-    from oncelm.data.dataset import text_files
     from oncelm.train.config import bpe_vocab_size
 
-    files = text_files(config.data)
-    size = sum(file.stat().st_size for file in files) / 2**20
     if config.tokenizer is not None and config.tokenizer.startswith("bpe:"):
         vocab_size = bpe_vocab_size(config.tokenizer)
     else:
@@ -185,8 +228,22 @@ def describe(config: TrainConfig) -> str:
     total = f" ({config.steps * config.tokens_per_step:,} tokens)" if config.steps else ""
     return (
         f"{config.to_yaml()}\n"
-        f"data             {len(files)} file{'s' * (len(files) != 1)}, {size:.1f} MiB\n"
+        f"data             {describe_data(config.data)}\n"
         f"parameters       {parameters:,}\n"
         f"tokens per step  {config.tokens_per_step:,}\n"
         f"steps            {steps}{limit}{total}"
     )
+
+
+def describe_data(data: str) -> str:
+    """What there is to train on, in words."""
+    from oncelm.data.layout import find_corpus
+    from oncelm.data.tokens import is_token_folder, open_tokens
+    from oncelm.utils.units import size
+
+    if is_token_folder(data):
+        count = sum(source.stream.num_tokens for source in open_tokens(data).train)
+        return f"{count:,} tokens, prepared"
+    corpus = find_corpus(data)
+    num_files = sum(len(source.files) for source in corpus.sources)
+    return f"{len(corpus.train)} source(s), {num_files} file(s), {size(corpus.num_bytes())}"

@@ -1,165 +1,198 @@
-"""Text files to one token stream, and the stream to training batches that depend on (seed, step) alone.
+"""Token streams to training batches that depend on (seed, step) alone.
 
-    text files -> token stream, uint32 [num_tokens] -> blocks of `seq_len` tokens -> batches [B, T]
+    sources -> blocks of `seq_len` tokens -> row k of the run = (source, block) -> batches [B, T]
 
-A batch is computed from its step number, never from what was drawn before it, so that a resumed run sees
-exactly the batches it would have seen: there is no iterator whose position could be lost.
+A batch is computed from its step number, never from what was drawn before it, so that a resumed run sees exactly
+the batches it would have seen, on any number of ranks: there is no iterator whose position could be lost.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
-from itertools import islice
-from pathlib import Path
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-# A file is tokenized in pieces, several at once: one long string would use one core and a lot of memory.
-PIECE_CHARACTERS = 1 << 16
-PIECES_AT_ONCE = 16
-# Byte-level tokenizers never merge a line break with the non-space after it: cutting there changes no token.
-# (One that marks the start of a text, as SentencePiece does, adds a mark a piece: one token in some 15,000.)
-_SAFE_CUT = re.compile(r"\n(?=\S)")
+from oncelm.data.sampler import Schedule, permute
+from oncelm.data.tokens import ArrayStream, ShardStream, Stream, TokenSource, split_by_length
 
 
-def text_files(path: str | Path) -> list[Path]:
-    """The text files that `path` stands for: itself, or every .txt below it, in sorted order."""
-    root = Path(path)
-    if root.is_file():
-        return [root]
-    if not root.is_dir():
-        raise ValueError(f"data {str(root)!r} does not exist; give a text file or a folder of .txt files.")
-    files = sorted(file for file in root.rglob("*.txt") if file.is_file())
-    if not files:
-        raise ValueError(f"data {str(root)!r} holds no .txt file; give a folder that has some.")
-    return files
+@dataclass(frozen=True)
+class Blocks:
+    """Blocks `first` to `last` of a stream; block i is the `seq_len` tokens from i (seq_len - 1) on.
 
-
-def read_text(file: Path) -> str:
-    """One document: UTF-8, with line breaks as `\\n`, without byte order mark: as Python reads text files."""
-    raw = file.read_bytes()
-    try:
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{file} is not UTF-8 text: byte {raw[error.start]:#04x} at offset {error.start}; "
-            "convert it to UTF-8 or leave it out."
-        ) from None
-    text = text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
-    if not text:
-        raise ValueError(f"{file} is empty; put text into it or leave it out.")
-    return text
-
-
-def read_documents(path: str | Path) -> Iterator[str]:
-    """The text of each file of `path`, one at a time."""
-    return map(read_text, text_files(path))
-
-
-def split_text(text: str, size: int = PIECE_CHARACTERS) -> Iterator[str]:
-    """Cut `text` into pieces of at least `size` characters, only where tokens never span the cut."""
-    start = 0
-    while start < len(text):
-        cut = _SAFE_CUT.search(text, start + size)
-        end = cut.end() if cut else len(text)
-        yield text[start:end]
-        start = end
-
-
-def tokenize(path: str | Path, tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
-    """The token stream of a text file or folder, uint32 [num_tokens]; an eos token ends every document.
-
-    A progress bar appears when it takes longer than two seconds.
+    Each block starts with the last token of the block before, so that every token but the stream's first is
+    predicted once (a model predicts `seq_len - 1` tokens of a block). Documents are packed one behind the other;
+    one that is longer than a block goes on in the next.
     """
-    eos = tokenizer.eos_token_id
-    if eos is None:
-        raise ValueError("tokenizer has no eos token to end every document with; set tokenizer.eos_token.")
-    files = text_files(path)
-    stream: list[np.ndarray] = []
-    total = sum(file.stat().st_size for file in files)
-    with tqdm(total=total, desc="tokenize", unit="B", unit_scale=True, delay=2, leave=False) as bar:
-        for file in files:
-            text = read_text(file)
-            bytes_per_character = file.stat().st_size / len(text)
-            for pieces in _groups(split_text(text), PIECES_AT_ONCE):
-                # Text that spells a special token is text: only the documents' ends are special.
-                ids = tokenizer(pieces, add_special_tokens=False, split_special_tokens=True, verbose=False)
-                stream.extend(np.array(piece, dtype=np.uint32) for piece in ids["input_ids"])
-                bar.update(bytes_per_character * sum(map(len, pieces)))
-            stream.append(np.array([eos], dtype=np.uint32))
-    return np.concatenate(stream)
+
+    name: str
+    stream: Stream
+    seq_len: int
+    first: int
+    last: int
+
+    def __len__(self) -> int:
+        return self.last - self.first
+
+    def read(self, block: int) -> tuple[np.ndarray, np.ndarray]:
+        """The tokens of a block, [seq_len], and where in it documents begin (but at its start)."""
+        start = self.start(block)
+        stop = start + self.seq_len
+        return self.stream.read(start, stop), self.stream.document_starts(start, stop) - start
+
+    def start(self, block: int) -> int:
+        """Where a block begins in the stream."""
+        return (self.first + block) * (self.seq_len - 1)
 
 
 class TokenDataset:
-    """Blocks of `seq_len` tokens of one stream, shuffled anew in every epoch; the stream's end is held out.
+    """Sequences of several sources, mixed by weight, each source shuffled anew in every epoch of its own.
 
-    Each block starts with the last token of the block before, so that every token but the stream's first
-    is predicted once an epoch (a model predicts `seq_len - 1` tokens of a block). Tokens that fill no
-    block, fewer than `seq_len` at the stream's very end, are left out.
+    Tokens that fill no block, fewer than `seq_len` at the end of a source, are left out.
 
     Args:
-        tokens: uint32 [num_tokens], in memory or mapped from a file.
-        seq_len: tokens in a block, at least 2.
-        seed: of the shuffles.
-        validation_share: of the blocks, from the stream's end, rounded up to a whole block; 0 for none.
+        tokens: one stream of ids in memory, [num_tokens], or sources (`open_tokens(folder).train`).
+        seq_len: tokens in a sequence, at least 2.
+        seed: of the mixture and the shuffles.
+        validation: sources that are held out (`open_tokens(folder).valid`).
+        validation_share: where there are none: the share of every source's blocks, from its end, rounded up to a
+            whole block, that is held out; 0 for none.
+        long_documents: documents of at least so many tokens are seen `long_factor` times as often as the others
+            of their source; the shares of the sources stay. Needs prepared sources. None: all alike.
+        long_factor: above 0.
     """
 
-    def __init__(self, tokens: np.ndarray, seq_len: int, *, seed: int = 0, validation_share: float = 0.05) -> None:
+    def __init__(
+        self,
+        tokens: np.ndarray | Sequence[TokenSource],
+        seq_len: int,
+        *,
+        seed: int = 0,
+        validation: Sequence[TokenSource] = (),
+        validation_share: float = 0.05,
+        long_documents: int | None = None,
+        long_factor: float = 1.0,
+    ) -> None:
         if seq_len < 2:
             raise ValueError(f"seq_len must be at least 2 (one token and the next), got {seq_len}.")
         if not 0 <= validation_share < 1:
             raise ValueError(f"validation_share must be at least 0 and below 1, got {validation_share}.")
-        self.tokens, self.seq_len, self.seed = tokens, seq_len, seed
-        self._orders: dict[int, np.ndarray] = {}
-        num_blocks = max(0, len(tokens) - 1) // (seq_len - 1)
-        self.num_validation_blocks = int(np.ceil(validation_share * num_blocks))
-        self.num_train_blocks = num_blocks - self.num_validation_blocks
-        if self.num_train_blocks < 1:
-            needed = 2 if validation_share else 1  # one block to learn from, one held out
-            largest = (len(tokens) - 1) // needed + 1
-            advice = f"use seq_len of at most {largest} or " if largest >= 2 else ""
-            raise ValueError(
-                f"the text has {len(tokens)} tokens, fewer than seq_len={seq_len} needs "
-                f"({needed * (seq_len - 1) + 1}); {advice}give more text."
-            )
+        if long_factor <= 0:
+            raise ValueError(f"long_factor must be above 0, got {long_factor}.")
+        self.seq_len, self.seed = seq_len, seed
+        in_memory = isinstance(tokens, np.ndarray)
+        sources = [TokenSource("text", 1.0, ArrayStream(tokens))] if in_memory else tokens
+        if validation:
+            validation_share = 0.0
+        train, held_out, weights = [], [], []
+        for source in sources:
+            blocks, rest = self._hold_out(source, validation_share)
+            held_out.append(rest)
+            parts = [(blocks, 1.0)]
+            if long_documents is not None and long_factor != 1:
+                stop = blocks.start(len(blocks)) + 1 if len(rest) else source.stream.num_tokens
+                parts = self._strata(blocks, stop, long_documents, long_factor)
+            train += [part for part, _ in parts]
+            weights += [source.weight * share for _, share in parts]
+        held_out += [self._hold_out(source, 0.0)[0] for source in validation]
+        self._train = train
+        self._schedule = Schedule(weights, seed)
+        self._validation = [blocks for blocks in held_out if len(blocks)]
+        self._validation_schedule = Schedule([len(blocks) for blocks in self._validation]) if self._validation else None
+        self.num_train_blocks = sum(map(len, train))
+        self.num_validation_blocks = sum(map(len, self._validation))
 
-    def batch(self, step: int, batch_size: int) -> torch.Tensor:
-        """The blocks of one step, int64 [B, T]: a pure function of (seed, step) for a given batch size.
+    def batch(self, step: int, batch_size: int, rows: slice | None = None) -> torch.Tensor:
+        """The sequences of one step, int64 [B, T]: a pure function of (seed, step) for a given batch size.
 
-        Over the steps, the blocks of one epoch follow those of the epoch before, in one endless sequence;
-        within an epoch none is dropped or repeated.
+        Args:
+            batch_size: of the whole step, over all ranks.
+            rows: ascending; read these rows of the batch only, as each rank does. None: all.
         """
-        position = step * batch_size + np.arange(batch_size)
-        epoch, index = np.divmod(position, self.num_train_blocks)
-        # The orders in use are kept because shuffling takes time; a batch may reach into the next epoch.
-        self._orders = {e: self._order(e) for e in np.unique(epoch).tolist()}
-        return self._blocks(np.array([self._orders[e][i] for e, i in zip(epoch, index, strict=True)]))
+        rows_read = [blocks.read(block)[0] for blocks, block in self._located(step, batch_size, rows)]
+        return self._stack(rows_read)
+
+    def cu_seqlens(self, step: int, batch_size: int, rows: slice | None = None) -> torch.Tensor:
+        """Borders of the documents in `batch(step, batch_size, rows).view(1, -1)`, int32 [N + 1].
+
+        A model that is given them attends within documents only: `model(input_ids=..., cu_seqlens=...)` starts each
+        with a fresh state and window. A row's border is one too.
+        """
+        return self._borders(self._located(step, batch_size, rows))
+
+    def locate(self, k: int) -> tuple[Blocks, int]:
+        """Where row k of the run comes from (row r of step s of batch size B is row s B + r): (blocks, block)."""
+        part, drawn = self._schedule.locate(k)
+        blocks = self._train[part]
+        epoch, index = divmod(drawn, len(blocks))
+        return blocks, permute(index, len(blocks), self.seed, part, epoch)
 
     def validation_batches(self, batch_size: int) -> Iterator[torch.Tensor]:
-        """The held-out blocks in the stream's order, int64 [B, T]; the last batch may be smaller."""
-        first, last = self.num_train_blocks, self.num_train_blocks + self.num_validation_blocks
-        for start in range(first, last, batch_size):
-            yield self._blocks(np.arange(start, min(start + batch_size, last)))
+        """All held-out sequences, int64 [B, T] each, always in the same order; the last batch may be smaller.
 
-    def _order(self, epoch: int) -> np.ndarray:
-        """The blocks of `epoch` in the order they are seen, [num_train_blocks]."""
-        if epoch in self._orders:
-            return self._orders[epoch]
-        return np.random.default_rng([self.seed, epoch]).permutation(self.num_train_blocks)
+        The order is mixed, so that the first few batches are a fair sample of all.
+        """
+        for start in range(0, self.num_validation_blocks, batch_size):
+            yield self._stack([blocks.read(block)[0] for blocks, block in self._validation_rows(start, batch_size)])
 
-    def _blocks(self, indices: np.ndarray) -> torch.Tensor:
-        starts = indices * (self.seq_len - 1)
-        rows = self.tokens[starts[:, None] + np.arange(self.seq_len)]
-        return torch.from_numpy(rows.astype(np.int64))
+    def validation_cu_seqlens(self, index: int, batch_size: int) -> torch.Tensor:
+        """As `cu_seqlens`, for the validation batch of that index."""
+        return self._borders(self._validation_rows(index * batch_size, batch_size))
 
+    def _located(self, step: int, batch_size: int, rows: slice | None) -> list[tuple[Blocks, int]]:
+        return [self.locate(step * batch_size + row) for row in range(batch_size)[rows or slice(None)]]
 
-def _groups(items: Iterator[str], size: int) -> Iterator[list[str]]:
-    while group := list(islice(items, size)):
-        yield group
+    def _validation_rows(self, start: int, count: int) -> list[tuple[Blocks, int]]:
+        found = []
+        for k in range(start, min(start + count, self.num_validation_blocks)):
+            assert self._validation_schedule is not None
+            part, index = self._validation_schedule.locate(k)
+            blocks = self._validation[part]
+            found.append((blocks, permute(index, len(blocks), "validation", part)))
+        return found
+
+    def _stack(self, rows: Sequence[np.ndarray]) -> torch.Tensor:
+        out = np.empty((len(rows), self.seq_len), dtype=np.int64)
+        for i, row in enumerate(rows):
+            out[i] = row
+        return torch.from_numpy(out)
+
+    def _borders(self, rows: Sequence[tuple[Blocks, int]]) -> torch.Tensor:
+        borders = [np.zeros(1, dtype=np.int64)]
+        for i, (blocks, block) in enumerate(rows):
+            start = blocks.start(block)
+            inside = blocks.stream.document_starts(start, start + self.seq_len) - start
+            borders += [inside + i * self.seq_len, np.array([(i + 1) * self.seq_len])]
+        return torch.from_numpy(np.concatenate(borders).astype(np.int32))
+
+    def _hold_out(self, source: TokenSource, share: float) -> tuple[Blocks, Blocks]:
+        """The blocks of a source to train on, and the ones held out from its end."""
+        stream, seq_len = source.stream, self.seq_len
+        num_blocks = max(0, stream.num_tokens - 1) // (seq_len - 1)
+        num_train = num_blocks - int(np.ceil(share * num_blocks))
+        if num_train < 1:
+            needed = 2 if share else 1  # one block to learn from, one held out
+            largest = (stream.num_tokens - 1) // needed + 1
+            advice = f"use seq_len of at most {largest} or " if largest >= 2 else ""
+            what = "the text" if source.name == "text" else f"source {source.name!r}"
+            raise ValueError(
+                f"{what} has {stream.num_tokens} tokens, fewer than seq_len={seq_len} needs "
+                f"({needed * (seq_len - 1) + 1}); {advice}give more text."
+            )
+        train = Blocks(source.name, stream, seq_len, 0, num_train)
+        return train, Blocks(source.name, stream, seq_len, num_train, num_blocks)
+
+    def _strata(self, blocks: Blocks, stop: int, threshold: int, factor: float) -> list[tuple[Blocks, float]]:
+        """A source's long documents and its others, up to token `stop`, with their shares of the source."""
+        if not isinstance(blocks.stream, ShardStream):
+            raise ValueError("long_documents needs prepared sources, which know where documents begin.")
+        streams = split_by_length(blocks.stream, stop, threshold)
+        shares = [streams[0].num_tokens * factor, float(streams[1].num_tokens)]
+        parts = []
+        for name, stream, share in zip((f"{blocks.name} (long)", blocks.name), streams, shares, strict=True):
+            count = max(0, stream.num_tokens - 1) // (self.seq_len - 1)
+            if count:  # too few for one sequence are left out
+                parts.append((Blocks(name, stream, self.seq_len, 0, count), share / sum(shares)))
+        return parts or [(blocks, 1.0)]

@@ -23,13 +23,18 @@ from oncelm.utils.errors import check_choice, check_positive, unknown
 class TrainConfig:
     """Every setting of a run. A wrong type or value is a ValueError that names the setting."""
 
-    data: str  # a text file, or a folder of .txt files
+    data: str  # text (a file, a folder, a corpus with json/train.json) or the folder of prepared tokens
     out: str  # the run's folder: metrics, checkpoints and, at the end, the model
     tokenizer: str | None = None  # "bytes", "cl100k_base", "bpe:4096" (trained on the data) or a path;
     #                               None: the model folder's own, or "bytes" for a preset
     model: str = "yoco-tiny"  # a preset, or the folder of a model to start from
     model_overrides: dict[str, Any] = field(default_factory=dict)  # config keys that replace the preset's
-    validation_share: float = 0.05  # of the data, from its end, never trained on
+    tokens: str | None = None  # where the text's tokens are kept; None: .oncelm beside the text
+    bos: bool = False  # start every document with the tokenizer's bos token
+    validation_share: float = 0.05  # of the data, from its end, never trained on; unused with a json/valid.json
+    within_documents: bool = False  # attend within documents only, though several are packed into a sequence
+    long_documents: int | None = None  # documents of so many tokens are seen `long_factor` times as often
+    long_factor: float = 1.0
 
     seq_len: int = 512  # tokens in a sequence
     batch_size: int = 8  # sequences in one forward pass of one process, at most
@@ -114,6 +119,7 @@ _POSITIVE = (
     *("tensor_parallel", "chunk_parallel"),
     *("batch_size", "grad_accumulation", "steps", "max_seconds", "lr", "eps", "grad_clip"),
     *("log_every", "eval_every", "eval_batches", "save_every", "keep_checkpoints"),
+    *("long_documents", "long_factor"),
 )
 
 

@@ -55,7 +55,7 @@ logger = logging.getLogger(__name__)
 
 # Settings that say where a run is, how long it lasts and what it reports: free to change on resume.
 _FREE_TO_CHANGE = {
-    *("out", "steps", "max_seconds", "device", "compile", "resume"),
+    *("out", "steps", "max_seconds", "device", "compile", "resume", "tokens"),
     *("tensor_parallel", "chunk_parallel", "activation_checkpointing"),
     *("log_every", "eval_every", "eval_batches", "save_every", "keep_checkpoints"),
 }
@@ -64,11 +64,17 @@ _FREE_TO_CHANGE = {
 class Batches(Protocol):
     """What the trainer asks of its data; `oncelm.data.dataset.TokenDataset` is one."""
 
-    def batch(self, step: int, batch_size: int) -> Tensor:
-        """int64 [B, T], the same for the same step whatever was asked before."""
+    def batch(self, step: int, batch_size: int, rows: slice | None = None) -> Tensor:
+        """int64 [B, T]: those rows of the step's batch, the same whatever was asked before."""
+
+    def cu_seqlens(self, step: int, batch_size: int, rows: slice | None = None) -> Tensor:
+        """int32 [N + 1]: borders of the documents in those rows of the batch (asked for with `within_documents`)."""
 
     def validation_batches(self, batch_size: int) -> Iterator[Tensor]:
         """int64 [B, T] each, always the same ones in the same order; possibly none."""
+
+    def validation_cu_seqlens(self, index: int, batch_size: int) -> Tensor:
+        """int32 [N + 1]: borders of the documents in the validation batch of that index."""
 
 
 @dataclass(frozen=True)
@@ -178,14 +184,17 @@ class Trainer:
         self.model.train()
         self._seed_step()
         total = torch.zeros((), device=self.ranks.device)
-        batch = self.dataset.batch(self.step, config.sequences_per_step)
+        count = config.sequences_per_step
+        mine = self.ranks.rows(count)
+        batch = self.dataset.batch(self.step, count, mine)
         # Losses are summed over tokens and ranks, and FSDP takes the mean of gradients over ranks: both come out here.
-        targets = num_targets(batch) / self.ranks.shards
-        parts = self.ranks.rows(batch).split(config.batch_size)
-        for number, part in enumerate(parts, start=1):
+        targets = num_targets(count * batch.shape[1], count, self._borders(slice(count))) / self.ranks.shards
+        starts = range(mine.start, mine.stop, config.batch_size)
+        for start in starts:
+            rows = slice(start, min(start + config.batch_size, mine.stop))
             if isinstance(self.model, FSDPModule):  # gradients are summed over the ranks once a step
-                self.model.set_requires_gradient_sync(number == len(parts))
-            loss = self._loss(part, targets)
+                self.model.set_requires_gradient_sync(start == starts[-1])
+            loss = self._loss(batch[rows.start - mine.start : rows.stop - mine.start], targets, self._borders(rows))
             loss.backward()
             total += loss.detach()
         total = self.ranks.sum(total) / self.ranks.shards
@@ -204,14 +213,26 @@ class Trainer:
         seed = np.random.SeedSequence([self.config.seed, self.step, shard]).generate_state(1, np.uint64)
         torch.manual_seed(int(seed[0]))
 
-    def _loss(self, rows: Tensor, divisor: float) -> Tensor:
-        """The loss of [B, T] tokens, summed over this rank's targets, by `divisor`."""
-        tokens = rows.to(self.ranks.device)
+    def _borders(self, rows: slice) -> Tensor | None:
+        """Borders of the documents in these rows of the step's batch, if attention stays within documents."""
+        if not self.config.within_documents:
+            return None
+        return self.dataset.cu_seqlens(self.step, self.config.sequences_per_step, rows)
+
+    def _loss(self, rows: Tensor, divisor: float, cu_seqlens: Tensor | None = None) -> Tensor:
+        """The loss of [B, T] tokens, summed over this rank's targets, by `divisor`.
+
+        cu_seqlens: borders of documents in the rows, one behind the other, that attend to themselves only.
+        """
+        tokens = rows.to(self.ranks.device, non_blocking=True)
+        if cu_seqlens is not None:
+            tokens, cu_seqlens = tokens.view(1, -1), cu_seqlens.to(self.ranks.device)
         if self.ranks.chunk.size > 1:
             assert self.ranks.chunk_group is not None
-            inputs = chunk_inputs(self.model.config, self.ranks.chunk_group, tokens, tokens)
+            inputs = chunk_inputs(self.model.config, self.ranks.chunk_group, tokens, tokens, cu_seqlens)
         else:
             inputs = {"input_ids": tokens, "labels": tokens}
+            inputs |= {} if cu_seqlens is None else {"cu_seqlens": cu_seqlens}
         with torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=self.config.dtype == "bfloat16"):
             return self.model(**inputs, num_items_in_batch=divisor, use_cache=False).loss
 
@@ -220,13 +241,16 @@ class Trainer:
         """Mean loss over the first `eval_batches` held-out batches; None where nothing is held out."""
         self.model.eval()
         sums = torch.zeros(2, device=self.ranks.device, dtype=torch.float64)  # loss, targets
-        batches = islice(self.dataset.validation_batches(self.config.batch_size), self.config.eval_batches)
+        size, within = self.config.batch_size, self.config.within_documents
+        batches = enumerate(islice(self.dataset.validation_batches(size), self.config.eval_batches))
         while turn := list(islice(batches, self.ranks.data.size)):  # a batch for each data-parallel rank
             # where the last ones run out, a rank computes one for nothing: sharded layers need all ranks
             mine = min(self.ranks.data.index, len(turn) - 1)
-            loss = self._loss(turn[mine], 1.0)
+            index, batch = turn[mine]
+            borders = self.dataset.validation_cu_seqlens(index, size) if within else None
+            loss = self._loss(batch, 1.0, borders)
             if mine == self.ranks.data.index:
-                share = num_targets(turn[mine]) / self.ranks.chunk.size
+                share = num_targets(batch.numel(), len(batch), borders) / self.ranks.chunk.size
                 sums += torch.tensor([loss.item(), share], device=sums.device, dtype=sums.dtype)
         if isinstance(self.model, FSDPModule):
             self.model.reshard()  # the outermost parameters stay gathered until a backward pass
@@ -336,6 +360,6 @@ def prepare_model(model: PreTrainedModel, config: TrainConfig, ranks: Ranks) -> 
     return model
 
 
-def num_targets(batch: Tensor) -> int:
-    """Tokens of [B, T] that are predicted: all but each row's first."""
-    return batch.numel() - batch.shape[0]
+def num_targets(tokens: int, rows: int, cu_seqlens: Tensor | None) -> int:
+    """How many of the tokens are predicted: all but the first of each row, or of each document."""
+    return tokens - (rows if cu_seqlens is None else len(cu_seqlens) - 1)

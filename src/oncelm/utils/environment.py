@@ -33,7 +33,7 @@ def environment_report() -> dict[str, Any]:
     gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     return {
         "cpu": cpu,
-        "cores": _usable_cores(),
+        "cores": usable_cores(),
         "threads": torch.get_num_threads(),
         "instruction_sets": [name for name in INSTRUCTION_SETS if name in flags],
         "memory_bytes": psutil.virtual_memory().total,
@@ -57,7 +57,7 @@ def _cpu() -> tuple[str, set[str]]:
     return fields.get("model name") or platform.processor() or platform.machine(), flags
 
 
-def _usable_cores() -> int:
+def usable_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

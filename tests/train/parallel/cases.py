@@ -80,7 +80,8 @@ def sharded(tokens: torch.Tensor, labels: torch.Tensor, options: dict, tensor: i
             model.to("meta")
         shard_model(model, ranks, dtype)
         count = (labels[:, 1:] != -100).sum() / ranks.shards
-        rows = ranks.rows(tokens), ranks.rows(labels)
+        mine = ranks.rows(len(tokens))
+        rows = tokens[mine], labels[mine]
         if chunk > 1:
             inputs = chunk_inputs(model.config, ranks.chunk_group, *rows)
         else:

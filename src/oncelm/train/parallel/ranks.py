@@ -71,9 +71,10 @@ class Ranks:
         """Ranks whose losses and gradients add up to the step's."""
         return self.data.size * self.chunk.size
 
-    def rows(self, batch: Tensor) -> Tensor:
-        """This rank's rows [B / data.size, T] of a batch [B, T]."""
-        return batch.chunk(self.data.size)[self.data.index]
+    def rows(self, count: int) -> slice:
+        """This rank's rows of a batch of `count`, a multiple of data.size."""
+        share = count // self.data.size
+        return slice(self.data.index * share, (self.data.index + 1) * share)
 
     def sum(self, values: Tensor) -> Tensor:
         """The sum over the ranks that see different tokens."""

@@ -1,0 +1,241 @@
+"""`oncelm data`: text to tokens, and a look at what a training run will see."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from oncelm.data.layout import Corpus
+    from oncelm.data.tokens import TokenFolder
+
+HELP = "tokenize text for training, describe it, look at samples"
+
+DESCRIPTION = """\
+prepare   tokenizes DATA into memory-mapped shards, one thread a core. Stopped or killed at any moment, the same command
+          goes on where it was; text that has not changed is never tokenized again. `oncelm train DATA` does the same
+          by itself; prepare first where the machine with the GPU should not wait, or should not have the text.
+info      describes text, or prepared tokens: sources, shares, documents, lengths, what was malformed.
+sample    prints sequences exactly as training will see them, for a seed and a step.
+
+DATA is
+  a text file, or a folder of .txt, .jsonl, .jsonl.gz, .jsonl.zst and .parquet files at any depth
+      a .txt file is one document; a line of JSONL is one, {"text": ...}, also "content" or "raw_content_lines" (a list)
+  a corpus folder, whose sources are mixed by weight
+      DATA/json/train.json   [{"name": "books", "weight": 3}, {"name": "code", "weight": 1}]
+      DATA/json/books.json   ["shards/books-0.jsonl", "shards/books-1.jsonl.zst"]
+      DATA/json/valid.json   as train.json, measured on and never trained on (may be absent)
+  for info and sample also a folder of prepared tokens
+
+examples:
+  oncelm data prepare corpus --tokenizer cl100k_base
+      tokens go to corpus/.oncelm, where `oncelm train corpus --tokenizer cl100k_base` finds them
+  oncelm data prepare corpus --tokenizer bpe:32768 --out tokens
+      a tokenizer made from the text; `oncelm train tokens` needs nothing but that folder
+  oncelm data prepare corpus --strict
+      stop at the first malformed line, told as file:line with the reason
+  oncelm data info tokens
+  oncelm data sample tokens --seq-len 512 --step 1000 --count 2
+"""
+
+LENGTHS = (4_096, 65_536, 1_048_576)  # documents of at least so many tokens are counted
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("action", choices=("prepare", "info", "sample"), help="what to do (see above)")
+    parser.add_argument("data", metavar="DATA", help="text, a corpus, or prepared tokens")
+    prepare = parser.add_argument_group("prepare")
+    prepare.add_argument("--tokenizer", help="bytes, cl100k_base, bpe:SIZE or a path (bytes)")
+    prepare.add_argument("--out", metavar="DIR", help="folder of the tokens (.oncelm beside the text)")
+    prepare.add_argument("--bos", action="store_true", help="start every document with the bos token")
+    prepare.add_argument("--strict", action="store_true", help="stop at the first malformed line")
+    prepare.add_argument("--workers", type=int, metavar="N", help="threads (one a core)")
+    prepare.add_argument("--prune", action="store_true", help="then delete shards of text that is no longer there")
+    sample = parser.add_argument_group("sample")
+    sample.add_argument("--seq-len", type=int, default=512, metavar="T", help="tokens in a sequence (512)")
+    sample.add_argument("--batch-size", type=int, default=8, metavar="B", help="sequences in a step (8)")
+    sample.add_argument("--step", type=int, default=0, metavar="N", help="step to look at (0)")
+    sample.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the run (0)")
+    sample.add_argument("--count", type=int, default=3, metavar="N", help="sequences to print, from the first (3)")
+    sample.add_argument("--long-documents", type=int, metavar="T", help="as the setting of the same name")
+    sample.add_argument("--long-factor", type=float, default=1.0, metavar="X", help="as the setting of the same name")
+
+
+def run(args: argparse.Namespace) -> int:
+    return {"prepare": run_prepare, "info": run_info, "sample": run_sample}[args.action](args)
+
+
+# -- prepare ----------------------------------------------------------------------------------------------------------
+
+
+def run_prepare(args: argparse.Namespace) -> int:
+    from oncelm.data.layout import find_corpus
+    from oncelm.data.prepare import prepare, prune
+    from oncelm.data.tokens import is_token_folder, open_tokens
+    from oncelm.utils.units import size
+
+    if is_token_folder(args.data):
+        raise ValueError(f"{args.data!r} holds tokens already; give the text that they were made of.")
+    corpus = find_corpus(args.data)
+    tokenizer = choose_tokenizer(args.tokenizer or "bytes", corpus, args.out)
+    folder = prepare(corpus, tokenizer, args.out, bos=args.bos, strict=args.strict, workers=args.workers)
+    tokens = open_tokens(folder)
+    report_malformed(tokens)
+    if args.prune:
+        print(f"freed {size(prune(folder))}")
+    count = sum(source.stream.num_tokens for source in (*tokens.train, *tokens.valid))
+    print(f"{count:,} tokens in {folder}. Next: oncelm train {folder} --out runs/first")
+    return 0
+
+
+def choose_tokenizer(name: str, corpus: Corpus, out: str | None) -> PreTrainedTokenizerBase:
+    """The tokenizer of that name; one made from the text ("bpe:SIZE") is kept beside the tokens and used again."""
+    from oncelm.data.reading import sample_texts
+    from oncelm.data.tokenizers import load_tokenizer, train_bpe
+    from oncelm.train.config import bpe_vocab_size
+    from oncelm.utils.files import atomic_folder
+
+    if not name.startswith("bpe:"):
+        return load_tokenizer(name)
+    vocab_size = bpe_vocab_size(name)
+    hidden = corpus.path if corpus.path.is_dir() else corpus.path.parent
+    kept = Path(out) / name.replace(":", "-") if out else hidden / ".oncelm" / name.replace(":", "-")
+    if not kept.exists():
+        files = [file for source in corpus.train for file in source.files]
+        tokenizer = train_bpe(sample_texts(files), vocab_size)
+        with atomic_folder(kept) as folder:
+            tokenizer.save_pretrained(folder)
+    return load_tokenizer(kept)
+
+
+def report_malformed(tokens: TokenFolder, shown: int = 5) -> None:
+    malformed = tokens.manifest["malformed"]
+    if malformed["count"]:
+        print(f"left out {malformed['count']:,} malformed lines or files:", file=sys.stderr)
+        for example in malformed["examples"][:shown]:
+            print(f"  {example}", file=sys.stderr)
+        if malformed["count"] > shown:
+            print("  ...", file=sys.stderr)
+
+
+# -- info -------------------------------------------------------------------------------------------------------------
+
+
+def run_info(args: argparse.Namespace) -> int:
+    from oncelm.data.layout import find_corpus
+    from oncelm.data.prepare import MANIFEST
+    from oncelm.data.tokens import is_token_folder, open_tokens
+
+    if is_token_folder(args.data):
+        describe_tokens(open_tokens(args.data))
+        return 0
+    corpus = find_corpus(args.data)
+    describe_text(corpus)
+    hidden = corpus.path if corpus.path.is_dir() else corpus.path.parent
+    prepared = sorted(manifest.parent for manifest in (hidden / ".oncelm").glob(f"*/{MANIFEST}"))
+    if corpus.path.is_file():
+        prepared = [folder for folder in prepared if folder.name.startswith(f"{corpus.path.name}-")]
+    for folder in prepared:
+        describe_tokens(open_tokens(folder))
+    if not prepared:
+        print(f"Not tokenized yet; next: oncelm data prepare {args.data}")
+    return 0
+
+
+def describe_text(corpus: Corpus) -> None:
+    from rich.console import Console
+
+    from oncelm.cli.info import new_table
+    from oncelm.utils.units import size
+
+    table = new_table(str(corpus.path), "source", "used for", "|share", "|files", "|size")
+    for use, sources in (("training", corpus.train), ("validation", corpus.valid)):
+        total = sum(source.weight for source in sources)
+        for source in sources:
+            num_bytes = sum(file.stat().st_size for file in source.files)
+            share = f"{source.weight / total:.1%}"
+            table.add_row(source.name, use, share, f"{len(source.files):,}", size(num_bytes))
+    Console().print(table)
+
+
+def describe_tokens(tokens: TokenFolder) -> None:
+    from rich.console import Console
+
+    from oncelm.cli.info import new_table
+    from oncelm.utils.units import size
+
+    columns = ("|share", "|documents", *(f"|of {length:,}+" for length in LENGTHS), "|longest", "|tokens", "|size")
+    table = new_table(f"Tokens in {tokens.path}", "source", "used for", *columns)
+    for use, sources in (("training", tokens.train), ("validation", tokens.valid)):
+        total = sum(source.weight for source in sources)
+        for source in sources:
+            stream = source.stream
+            lengths = count_lengths(stream)
+            table.add_row(
+                source.name,
+                use,
+                f"{source.weight / total:.1%}",
+                f"{sum(shard['documents'] for shard in stream.shards):,}",
+                *(f"{count:,}" for count in lengths),
+                f"{max(shard['longest'] for shard in stream.shards):,}",
+                f"{stream.num_tokens:,}",
+                size(stream.num_tokens * stream.dtype.itemsize),
+            )
+    Console().print(table)
+    report_malformed(tokens)
+
+
+def count_lengths(stream) -> list[int]:
+    """How many documents have at least each of LENGTHS tokens."""
+    import numpy as np
+
+    counts = np.zeros(len(LENGTHS), dtype=np.int64)
+    for shard in range(len(stream.shards)):
+        lengths = np.diff(stream.document_ends(shard), prepend=0)
+        counts += [(lengths >= length).sum() for length in LENGTHS]
+    return counts.tolist()
+
+
+# -- sample -----------------------------------------------------------------------------------------------------------
+
+
+def run_sample(args: argparse.Namespace) -> int:
+    from oncelm.data.dataset import TokenDataset
+    from oncelm.data.layout import find_corpus
+    from oncelm.data.prepare import prepare
+    from oncelm.data.tokenizers import load_tokenizer
+    from oncelm.data.tokens import is_token_folder, open_tokens
+    from oncelm.utils.errors import check_positive
+
+    check_positive(count=args.count, batch_size=args.batch_size)
+    if is_token_folder(args.data):
+        folder = Path(args.data)
+    else:
+        corpus = find_corpus(args.data)
+        tokenizer = choose_tokenizer(args.tokenizer or "bytes", corpus, args.out)
+        folder = prepare(corpus, tokenizer, args.out, bos=args.bos, strict=args.strict, workers=args.workers)
+    tokens = open_tokens(folder)
+    tokenizer = load_tokenizer(folder / "tokenizer")
+    dataset = TokenDataset(
+        tokens.train,
+        args.seq_len,
+        seed=args.seed,
+        validation=tokens.valid,
+        long_documents=args.long_documents,
+        long_factor=args.long_factor,
+    )
+    rows = slice(0, args.count)
+    batch = dataset.batch(args.step, args.batch_size, rows)
+    borders = dataset.cu_seqlens(args.step, args.batch_size, rows).tolist()
+    for row, ids in enumerate(batch):
+        blocks, block = dataset.locate(args.step * args.batch_size + row)
+        start = row * args.seq_len
+        inside = [border - start for border in borders if start < border < start + args.seq_len]
+        print(f"--- step {args.step}, row {row}: {blocks.name}, tokens from {blocks.start(block):,}", end="")
+        print(f"; documents begin at {', '.join(map(str, inside))}" if inside else "")
+        print(tokenizer.decode(ids))
+    return 0

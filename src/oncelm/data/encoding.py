@@ -1,0 +1,104 @@
+"""Text to token ids at the tokenizer library's own speed, long texts in pieces that give the same tokens.
+
+A text of tens of megabytes, encoded at once, takes gigabytes. It is cut where no token can span the cut, which is
+not assumed of a tokenizer but tried at every cut: the text around it must give the same ids whole and cut.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from typing import TYPE_CHECKING
+
+from tokenizers import Tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+LONG_TEXT = 1 << 20  # characters; a longer text is cut
+PIECE_CHARACTERS = 1 << 18  # of a cut text, at least
+# Where a cut is tried, best first: after a line, before a word, behind punctuation.
+_CUTS = (re.compile(r"(?<=\S)\n(?=\S)"), re.compile(r"(?<=\w)(?= \w)"), re.compile(r"(?<=[^\w\s])(?=\w)"))
+_SEARCH = 1 << 16  # characters in which a cut is looked for, with ...
+_TRIES = 8  # ... so many tries of a kind, each of ...
+_WINDOW = 200  # ... so many characters to either side
+# A piece that is not a text's first is encoded behind a line break whose ids are dropped: some tokenizers put
+# a mark or a space before the start of a text, and a piece's start is none.
+_ANCHOR = "\n"
+
+
+class Encoder:
+    """A tokenizer as a function from texts to ids, without special tokens; text that spells one stays text.
+
+    Many threads may call it at once: the Rust library works outside of Python's lock.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        self._backend = Tokenizer.from_str(backend.to_str()) if isinstance(backend, Tokenizer) else None
+        if self._backend is not None:
+            self._backend.no_truncation()
+            self._backend.no_padding()
+            self._backend.encode_special_tokens = True
+        vocabulary = tokenizer.get_vocab()
+        self.vocab_size = max(vocabulary.values()) + 1  # ids are below it
+        self._anchor = self.encode([_ANCHOR])[0]
+
+    def encode(self, texts: Sequence[str]) -> list[array[int]]:
+        """The ids of each text, 32 bits each."""
+        if self._backend is not None:
+            encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+            return [array("I", encoding.ids) for encoding in encodings]
+        options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
+        return [array("I", ids) for ids in self.tokenizer(list(texts), **options)["input_ids"]]
+
+    def encode_long(self, parts: Iterable[str]) -> Iterator[array[int]]:
+        """The ids of one text that comes in parts: together, those of the whole text at once."""
+        rest, continued = "", False
+        tried = 0  # no cut was found in the first so many characters of `rest`
+        for part in parts:
+            rest += part
+            while len(rest) >= LONG_TEXT:
+                cut = self._find_cut(rest, max(tried, PIECE_CHARACTERS))
+                if cut is None:
+                    tried = len(rest) - _WINDOW
+                    break
+                yield self._encode_piece(rest[:cut], continued)
+                rest, continued, tried = rest[cut:], True, 0
+        if rest:
+            yield self._encode_piece(rest, continued)
+
+    def fingerprint(self) -> str:
+        """What the ids depend on, as a checksum: tokenizers with the same one give the same ids."""
+        if self._backend is not None:
+            inner = self._backend.to_str()
+        else:
+            inner = json.dumps([type(self.tokenizer).__name__, sorted(self.tokenizer.get_vocab().items())])
+        special = [self.tokenizer.bos_token_id, self.tokenizer.eos_token_id]
+        return hashlib.sha256(f"{special} {inner}".encode()).hexdigest()
+
+    def _encode_piece(self, text: str, continued: bool) -> array[int]:
+        if not continued:
+            return self.encode([text])[0]
+        return self.encode([_ANCHOR + text])[0][len(self._anchor) :]
+
+    def _find_cut(self, text: str, start: int) -> int | None:
+        """The first place behind `start` where cutting changes no token."""
+        for low in range(start, len(text) - _WINDOW, _SEARCH):
+            high = min(low + _SEARCH, len(text) - _WINDOW)
+            for pattern in _CUTS:
+                for match in islice(pattern.finditer(text, low, high), _TRIES):
+                    if self._is_safe(text, match.end()):
+                        return match.end()
+        return None
+
+    def _is_safe(self, text: str, cut: int) -> bool:
+        left, right = text[max(0, cut - _WINDOW) : cut], text[cut : cut + _WINDOW]
+        whole, first, second = self.encode([left + right, left, _ANCHOR + right])
+        anchor = len(self._anchor)
+        return second[:anchor] == self._anchor and whole == first + second[anchor:]

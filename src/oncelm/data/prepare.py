@@ -1,0 +1,436 @@
+"""A corpus to token shards on disk: in parallel, restartable at any moment, only what changed made anew.
+
+    FOLDER/tokens.json           which shards hold which source, in order, and of which tokenizer; written last
+    FOLDER/tokenizer/            the tokenizer, so that the folder is all that training needs
+    FOLDER/scan.json             size, time and checksums of the files, so that a restart need not read them
+    FOLDER/shards/KEY.tokens     ids, uint16 or uint32, little-endian: every document's, an eos behind each
+    FOLDER/shards/KEY.documents  int64 [num_documents]: where each document ends in KEY.tokens
+    FOLDER/shards/KEY.json       counts, and the malformed lines; written last: with it, a shard is complete
+
+KEY is a checksum of the text's bytes, the tokenizer and the format. What is on disk under a key is therefore
+what would be computed, whenever and by whichever run it was made, and is never computed twice.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import threading
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import numpy as np
+from filelock import FileLock
+from tqdm import tqdm
+
+from oncelm.data.encoding import LONG_TEXT, Encoder
+from oncelm.data.layout import Corpus, Source
+from oncelm.data.reading import DamagedText, Document, Malformed, Piece, is_text, read, scan
+from oncelm.utils.environment import usable_cores
+from oncelm.utils.errors import check_positive
+from oncelm.utils.files import atomic_file, atomic_folder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+FORMAT = 1
+MANIFEST = "tokens.json"
+BATCH_CHARACTERS = 1 << 18  # of short documents that are encoded in one call
+KEPT_EXAMPLES = 100  # malformed lines that a shard remembers; all are counted
+# Text files are gathered into shards: a shard a file would be too many. A shard ends where the checksum of a
+# file's name says, about every so many files, so that a file more or less changes one shard, not all behind it.
+FILES_IN_SHARD = 64
+BYTES_IN_SHARD = 64 << 20
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What becomes one shard."""
+
+    pieces: tuple[Piece, ...]
+    key: str
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(piece.stop - piece.start for piece in self.pieces)
+
+
+@dataclass(frozen=True)
+class ShardInfo:
+    """KEY.json."""
+
+    num_tokens: int
+    num_documents: int
+    longest: int  # document, in tokens
+    largest_id: int
+    num_malformed: int
+    malformed: list[tuple[int, int, str]]  # number of the piece, line in it, reason; the first of them
+
+
+class MalformedLine(ValueError):
+    """Raised with `strict`: the first line that is no document."""
+
+
+def default_folder(corpus: Corpus, fingerprint: str) -> Path:
+    """Where the tokens of a corpus are kept when nothing else is said: hidden beside the text, by tokenizer."""
+    if corpus.path.is_dir():
+        return corpus.path / ".oncelm" / fingerprint[:12]
+    return corpus.path.parent / ".oncelm" / f"{corpus.path.name}-{fingerprint[:12]}"
+
+
+def prepare(
+    corpus: Corpus,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: str | Path | None = None,
+    *,
+    bos: bool = False,
+    strict: bool = False,
+    workers: int | None = None,
+) -> Path:
+    """Tokenize what is not yet, and return the folder of the result (see `oncelm.data.tokens.open_tokens`).
+
+    Killed at any moment, it goes on from the last complete shard; two at a time on one folder take turns.
+    Progress bars appear when it takes longer than two seconds.
+
+    Args:
+        corpus: from `find_corpus`.
+        tokenizer: any of Hugging Face's, with an eos token.
+        folder: of the result; None: `.oncelm/<tokenizer>` beside the text.
+        bos: start every document with the tokenizer's bos token.
+        strict: a malformed line is an error (the first in the corpus's order), instead of counted and left out.
+        workers: threads; None: one a core.
+
+    Raises:
+        ValueError: a source without any document, a tokenizer without eos, a malformed line with `strict`.
+        OSError: a file cannot be written. Complete shards are kept.
+    """
+    encoder = Encoder(tokenizer)
+    if tokenizer.eos_token_id is None:
+        raise ValueError("tokenizer has no eos token to end every document with; set tokenizer.eos_token.")
+    if bos and tokenizer.bos_token_id is None:
+        raise ValueError("bos=True, but the tokenizer has no bos token; leave bos out or set tokenizer.bos_token.")
+    workers = usable_cores() if workers is None else workers
+    check_positive(workers=workers)
+    fingerprint = encoder.fingerprint()
+    out = default_folder(corpus, fingerprint) if folder is None else Path(folder)
+    shards = out / "shards"
+    shards.mkdir(parents=True, exist_ok=True)
+    with FileLock(out / ".lock"):
+        for leftover in shards.glob(".*.tmp"):  # of a killed run: nobody else is here
+            leftover.unlink()
+        pieces = _scan_all(corpus, out / "scan.json", workers)
+        units = {source: _units(source, pieces, f"{FORMAT} {fingerprint} {bos}") for source in corpus.sources}
+        _make_shards([unit for group in units.values() for unit in group], shards, encoder, bos, strict, workers)
+        _write_manifest(corpus, units, pieces, out, encoder, fingerprint, bos, strict)
+    return out
+
+
+def prune(folder: Path) -> int:
+    """Delete the shards that FOLDER/tokens.json does not name (of text or a tokenizer since replaced); bytes freed."""
+    with FileLock(folder / ".lock"):
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        used = {shard["key"] for split in ("train", "valid") for s in manifest[split] for shard in s["shards"]}
+        stale = [file for file in (folder / "shards").iterdir() if file.stem not in used]
+        freed = sum(file.stat().st_size for file in stale)
+        for file in stale:
+            file.unlink()
+    return freed
+
+
+# -- what there is to do ----------------------------------------------------------------------------------------------
+
+
+def _scan_all(corpus: Corpus, cache: Path, workers: int) -> dict[Path, list[Piece]]:
+    """The pieces of every file; files whose size and time are as they were are not read again."""
+    before = _read_json(cache) or {}
+    files = dict.fromkeys(file for source in corpus.sources for file in source.files)
+    found: dict[Path, list[Piece]] = {}
+    records = {}
+    with (
+        _bar("scan", sum(file.stat().st_size for file in files)) as progress,
+        ThreadPoolExecutor(workers) as pool,
+    ):
+
+        def look(file: Path) -> tuple[list[int], list[Piece]]:
+            status = file.stat()
+            state = [status.st_size, status.st_mtime_ns, status.st_ino]
+            known = before.get(str(file))
+            pieces = [Piece(*fields) for fields in known["pieces"]] if known and known["state"] == state else scan(file)
+            progress(status.st_size)
+            return state, pieces
+
+        for file, (state, pieces) in zip(files, pool.map(look, files), strict=True):
+            found[file] = pieces
+            records[str(file)] = {"state": state, "pieces": [dataclasses.astuple(piece) for piece in pieces]}
+    if records != before:
+        _write_json(cache, records)
+    return found
+
+
+def _units(source: Source, pieces: dict[Path, list[Piece]], settings: str) -> list[Unit]:
+    """The pieces of a source as shards to be, in order."""
+    groups: list[list[Piece]] = []
+    open_group = False
+    for file in source.files:
+        gather = is_text(file.name)
+        for piece in pieces[file]:
+            if gather and open_group:
+                groups[-1].append(piece)
+            else:
+                groups.append([piece])
+            name_digest = hashlib.sha256(file.name.encode()).digest()
+            full = sum(p.stop - p.start for p in groups[-1]) >= BYTES_IN_SHARD
+            open_group = gather and not full and name_digest[0] % FILES_IN_SHARD != 0
+    return [Unit(tuple(group), _key(group, settings)) for group in groups]
+
+
+def _key(pieces: Sequence[Piece], settings: str) -> str:
+    kinds = [(os.path.splitext(piece.path)[1], piece.sha256) for piece in pieces]
+    return hashlib.sha256(json.dumps([settings, kinds]).encode()).hexdigest()[:32]
+
+
+# -- doing it ---------------------------------------------------------------------------------------------------------
+
+
+def _make_shards(units: Sequence[Unit], shards: Path, encoder: Encoder, bos: bool, strict: bool, workers: int) -> None:
+    """Make the shards that are not there. The first failure, in the units' order, is raised; the others stop."""
+    stop = threading.Event()
+    missing = list({unit.key: unit for unit in units if not (shards / f"{unit.key}.json").exists()}.values())
+    with (
+        _bar("tokenize", sum(unit.num_bytes for unit in missing)) as progress,
+        _one_thread_a_call(),
+        ThreadPoolExecutor(workers) as pool,
+    ):
+
+        def make(unit: Unit) -> None:
+            if not stop.is_set():
+                _make_shard(unit, shards, encoder, bos, strict, progress, stop)
+
+        tasks = [pool.submit(make, unit) for unit in missing]
+        try:
+            for task in tasks:
+                task.result()
+        except BaseException:
+            stop.set()
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _make_shard(
+    unit: Unit,
+    shards: Path,
+    encoder: Encoder,
+    bos: bool,
+    strict: bool,
+    progress: Callable[[int], None],
+    stop: threading.Event,
+) -> None:
+    """Write the three files of one shard; KEY.json, which completes it, last."""
+    stem = shards / unit.key
+    malformed: list[tuple[int, int, str]] = []
+    num_malformed = 0
+    with atomic_file(f"{stem}.tokens") as tokens, atomic_file(f"{stem}.documents") as documents:
+        with tokens.open("wb") as token_file, documents.open("wb") as document_file:
+            writer = _Writer(token_file, document_file, encoder, bos)
+            for number, piece in enumerate(unit.pieces):
+                for item in read(piece, progress):
+                    if stop.is_set():
+                        raise InterruptedError("stopped")
+                    problem = writer.add(item) if isinstance(item, Document) else item
+                    if problem is None:
+                        continue
+                    if strict:
+                        raise MalformedLine(_place(piece.path, problem.line, problem.reason))
+                    num_malformed += 1
+                    if len(malformed) < KEPT_EXAMPLES:
+                        relative = problem.line - piece.line if problem.line else 0
+                        malformed.append((number, relative, problem.reason))
+            writer.flush()
+    info = ShardInfo(
+        writer.num_tokens, writer.num_documents, writer.longest, writer.largest_id, num_malformed, malformed
+    )
+    _write_json(Path(f"{stem}.json"), dataclasses.asdict(info))
+
+
+class _Writer:
+    """Documents to the two files of a shard; short ones are encoded many at a time."""
+
+    def __init__(self, tokens: BinaryIO, documents: BinaryIO, encoder: Encoder, bos: bool) -> None:
+        self.tokens, self.documents, self.encoder = tokens, documents, encoder
+        self.dtype = token_dtype(encoder.vocab_size)
+        self.head = array("I", [encoder.tokenizer.bos_token_id] if bos else [])
+        self.tail = array("I", [encoder.tokenizer.eos_token_id])
+        self.num_tokens = self.num_documents = self.longest = self.largest_id = 0
+        self._waiting: list[str] = []
+        self._waiting_characters = 0
+
+    def add(self, document: Document) -> Malformed | None:
+        """Take one document in, or say what is wrong with it."""
+        parts = iter(document.parts)
+        try:
+            first = next(parts, "")
+            if not first:
+                return Malformed(0, "the file is empty")
+            if len(first) > LONG_TEXT:
+                return self._add_long(document.line, first, parts)
+            rest = next(parts, None)
+        except DamagedText as error:
+            return Malformed(0, str(error))
+        if rest is not None:
+            return self._add_long(document.line, first + rest, parts)
+        self._waiting.append(first)
+        self._waiting_characters += len(first)
+        if self._waiting_characters >= BATCH_CHARACTERS:
+            self.flush()
+        return None
+
+    def flush(self) -> None:
+        """Write the documents that wait."""
+        if self._waiting:
+            for ids in self.encoder.encode(self._waiting):
+                self._write(self.head + ids + self.tail)
+                self._end_document(len(self.head) + len(ids) + len(self.tail))
+            self._waiting, self._waiting_characters = [], 0
+
+    def _add_long(self, line: int, first: str, rest: Iterator[str]) -> Malformed | None:
+        self.flush()
+        start, length = self.tokens.tell(), len(self.head) + len(self.tail)
+        self._write(self.head)
+        try:
+            for ids in self.encoder.encode_long(_chain(first, rest)):
+                self._write(ids)
+                length += len(ids)
+        except DamagedText as error:  # found behind what is already written: take that back
+            self.tokens.seek(start)
+            self.tokens.truncate()
+            return Malformed(0, str(error))
+        self._write(self.tail)
+        self._end_document(length)
+        return None
+
+    def _write(self, ids: array[int]) -> None:
+        tokens = np.frombuffer(ids, dtype=np.uint32)
+        self.largest_id = max(self.largest_id, int(tokens.max(initial=0)))
+        self.tokens.write(tokens.astype(self.dtype).tobytes())
+
+    def _end_document(self, length: int) -> None:
+        self.num_tokens += length
+        self.num_documents += 1
+        self.longest = max(self.longest, length)
+        self.documents.write(self.num_tokens.to_bytes(8, "little"))
+
+
+def _chain(first: str, rest: Iterator[str]) -> Iterator[str]:
+    yield first
+    yield from rest
+
+
+def token_dtype(vocab_size: int) -> np.dtype[Any]:
+    """How ids below `vocab_size` are stored."""
+    return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
+
+
+# -- the result -------------------------------------------------------------------------------------------------------
+
+
+def _write_manifest(
+    corpus: Corpus,
+    units: dict[Source, list[Unit]],
+    pieces: dict[Path, list[Piece]],
+    out: Path,
+    encoder: Encoder,
+    fingerprint: str,
+    bos: bool,
+    strict: bool,
+) -> None:
+    count, examples = 0, []
+    described: dict[Source, dict[str, Any]] = {}
+    for source, group in units.items():
+        problems = [_place(str(file), 0, "the file is empty") for file in source.files if not pieces[file]]
+        count += len(problems)
+        shards = []
+        for unit in group:
+            info = ShardInfo(**_read_json(out / "shards" / f"{unit.key}.json"))
+            shards.append({"key": unit.key, "tokens": info.num_tokens, "documents": info.num_documents})
+            shards[-1] |= {"longest": info.longest, "largest_id": info.largest_id, "file_bytes": unit.num_bytes}
+            count += info.num_malformed
+            for number, line, reason in info.malformed:
+                piece = unit.pieces[number]
+                problems.append(_place(piece.path, piece.line + line if line else 0, reason))
+        if strict and problems:
+            raise MalformedLine(problems[0])
+        if not sum(shard["documents"] for shard in shards):
+            raise ValueError(
+                f"source {source.name!r} has no document in its {len(source.files)} file(s); the first problem: "
+                f"{problems[0]}."
+            )
+        examples += problems[: KEPT_EXAMPLES - len(examples)]
+        described[source] = {"name": source.name, "weight": source.weight, "shards": shards}
+    with atomic_folder(out / "tokenizer") as folder:
+        encoder.tokenizer.save_pretrained(folder)
+    _write_json(
+        out / MANIFEST,
+        {
+            "format": FORMAT,
+            "tokenizer": fingerprint,
+            "vocab_size": encoder.vocab_size,
+            "bos": bos,
+            "train": [described[source] for source in corpus.train],
+            "valid": [described[source] for source in corpus.valid],
+            "malformed": {"count": count, "examples": examples},
+        },
+    )
+
+
+def _place(path: str, line: int, reason: str) -> str:
+    return f"{path}:{line}: {reason}" if line else f"{path}: {reason}"
+
+
+def _read_json(path: Path) -> Any:
+    """What a JSON file holds; None where there is none."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        raise ValueError(f"{path} is damaged; delete it and prepare again.") from None
+
+
+def _write_json(path: Path, value: object) -> None:
+    with atomic_file(path) as temporary:
+        temporary.write_text(json.dumps(value), encoding="utf-8")
+
+
+@contextmanager
+def _bar(name: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar of bytes, as a function that threads may call."""
+    lock = threading.Lock()
+    with tqdm(total=total, desc=name, unit="B", unit_scale=True, delay=2, dynamic_ncols=True) as bar:
+
+        def advance(num_bytes: int) -> None:
+            with lock:
+                bar.update(num_bytes)
+
+        yield advance
+
+
+@contextmanager
+def _one_thread_a_call() -> Iterator[None]:
+    """The tokenizer library starts no threads of its own meanwhile: a call of it a core is faster."""
+    name = "TOKENIZERS_PARALLELISM"
+    before = os.environ.get(name)
+    os.environ[name] = "false"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before

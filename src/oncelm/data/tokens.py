@@ -1,0 +1,216 @@
+"""Token streams: what was prepared on disk, an array in memory, or parts of either, read at any place.
+
+A stream is the tokens of all documents of a source, one behind the other. Nothing of it is held in memory but the
+number of tokens in every shard, so that a position is found by bisection and read from a memory map.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from oncelm.data.prepare import FORMAT, MANIFEST, token_dtype
+
+
+class Stream(Protocol):
+    """Tokens in a row, of documents."""
+
+    num_tokens: int
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Tokens `start` to `stop`, [stop - start], of any unsigned type."""
+
+    def document_starts(self, start: int, stop: int) -> np.ndarray:
+        """Positions p, start < p < stop, at which a document begins: ascending int64."""
+
+
+@dataclass(frozen=True)
+class TokenSource:
+    """A stream with its share of the training."""
+
+    name: str
+    weight: float
+    stream: Stream
+
+
+@dataclass(frozen=True)
+class TokenFolder:
+    """A prepared folder: `manifest` is its tokens.json."""
+
+    path: Path
+    manifest: dict[str, Any]
+    train: tuple[TokenSource, ...]
+    valid: tuple[TokenSource, ...]
+
+    @property
+    def largest_id(self) -> int:
+        return max(
+            shard["largest_id"] for split in ("train", "valid") for s in self.manifest[split] for shard in s["shards"]
+        )
+
+
+def is_token_folder(path: str | Path) -> bool:
+    return (Path(path) / MANIFEST).is_file()
+
+
+def open_tokens(path: str | Path) -> TokenFolder:
+    """A folder that `oncelm data prepare` made; ValueError where shards are missing or cut off."""
+    folder = Path(path)
+    if not is_token_folder(folder):
+        raise ValueError(f"{str(folder)!r} holds no prepared tokens (no {MANIFEST}); make them: oncelm data prepare.")
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        if manifest["format"] != FORMAT:
+            raise ValueError(f"it is of format {manifest['format']}, this version reads {FORMAT}")
+        dtype = token_dtype(manifest["vocab_size"])
+        train, valid = (
+            tuple(
+                TokenSource(source["name"], source["weight"], ShardStream(folder / "shards", source["shards"], dtype))
+                for source in manifest[split]
+            )
+            for split in ("train", "valid")
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder / MANIFEST} cannot be used: {error}; run oncelm data prepare again.") from None
+    return TokenFolder(folder, manifest, train, valid)
+
+
+class ArrayStream:
+    """One document in memory."""
+
+    def __init__(self, tokens: np.ndarray) -> None:
+        self.tokens = tokens
+        self.num_tokens = len(tokens)
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        return self.tokens[start:stop]
+
+    def document_starts(self, start: int, stop: int) -> np.ndarray:
+        return np.empty(0, dtype=np.int64)
+
+
+class ShardStream:
+    """The shards of one source.
+
+    Args:
+        folder: of the shards.
+        shards: {"key", "tokens", "documents"} of each, in order.
+        dtype: of the tokens.
+    """
+
+    def __init__(self, folder: Path, shards: Sequence[dict[str, Any]], dtype: np.dtype[Any]) -> None:
+        self.folder, self.shards, self.dtype = folder, shards, dtype
+        self.bounds = np.cumsum([0, *(shard["tokens"] for shard in shards)])
+        self.num_tokens = int(self.bounds[-1])
+        for shard in shards:
+            for suffix, size in ((".tokens", shard["tokens"] * dtype.itemsize), (".documents", 8 * shard["documents"])):
+                file = folder / (shard["key"] + suffix)
+                found = file.stat().st_size if file.exists() else None
+                if found != size:
+                    there = "is missing" if found is None else f"has {found} bytes instead of {size}"
+                    raise ValueError(f"shard {file.name} {there}; delete {shard['key']}.json beside it")
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        parts = [self._tokens(shard)[low:high] for shard, low, high in self._spans(start, stop)]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts) if parts else np.empty(0, self.dtype)
+
+    def document_starts(self, start: int, stop: int) -> np.ndarray:
+        found = []
+        for shard, low, high in self._spans(start, stop):
+            base, ends = int(self.bounds[shard]), self.document_ends(shard)
+            # documents start where the one before ended, and at the shard's own start
+            first, last = np.searchsorted(ends, low, side="right"), np.searchsorted(ends, high)
+            if low == 0 and base > start:
+                found.append(np.array([base]))
+            found.append(np.asarray(ends[first:last]) + base)
+        return np.concatenate(found) if found else np.empty(0, dtype=np.int64)
+
+    def document_ends(self, shard: int) -> np.ndarray:
+        """Where the documents of a shard end, counted in the shard: int64 [num_documents]."""
+        info = self.shards[shard]
+        return _mapped(self.folder / f"{info['key']}.documents", "<i8", info["documents"])
+
+    def _tokens(self, shard: int) -> np.ndarray:
+        info = self.shards[shard]
+        return _mapped(self.folder / f"{info['key']}.tokens", self.dtype.str, info["tokens"])
+
+    def _spans(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+        """The shards that hold tokens `start` to `stop`, each with the bounds of its part."""
+        shard = int(np.searchsorted(self.bounds, start, side="right")) - 1
+        while start < stop:
+            base, end = int(self.bounds[shard]), int(self.bounds[shard + 1])
+            high = min(stop, end)
+            if high > start:
+                yield shard, start - base, high - base
+                start = high
+            shard += 1
+
+
+@lru_cache(maxsize=256)  # an open map holds a file handle, of which there are not many
+def _mapped(path: Path, dtype: str, size: int) -> np.ndarray:
+    return np.memmap(path, dtype, mode="r", shape=(size,)) if size else np.empty(0, dtype)
+
+
+class Spans:
+    """Parts of a stream as a stream.
+
+    Args:
+        stream: to take from.
+        starts, lengths: int64 [N] of the parts, in order and apart from each other.
+    """
+
+    def __init__(self, stream: Stream, starts: np.ndarray, lengths: np.ndarray) -> None:
+        self.stream, self.starts = stream, starts
+        self.bounds = np.concatenate([[0], np.cumsum(lengths)])
+        self.num_tokens = int(self.bounds[-1])
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        parts = [self.stream.read(low, high) for _, low, high in self._pieces(start, stop)]
+        return np.concatenate(parts) if parts else np.empty(0, np.uint32)
+
+    def document_starts(self, start: int, stop: int) -> np.ndarray:
+        found = []
+        for position, low, high in self._pieces(start, stop):
+            if position > start:  # a part that begins here: what was before it is another document's
+                found.append(np.array([position]))
+            found.append(self.stream.document_starts(low, high) - low + position)
+        return np.concatenate(found) if found else np.empty(0, dtype=np.int64)
+
+    def _pieces(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+        """(position here, bounds in the stream) of what tokens `start` to `stop` are made of."""
+        part = int(np.searchsorted(self.bounds, start, side="right")) - 1
+        while start < stop:
+            base, end = int(self.bounds[part]), int(self.bounds[part + 1])
+            high = min(stop, end)
+            if high > start:
+                shift = int(self.starts[part]) - base
+                yield start, start + shift, high + shift
+                start = high
+            part += 1
+
+
+def split_by_length(stream: ShardStream, stop: int, threshold: int) -> tuple[Spans, Spans]:
+    """The documents of at least `threshold` tokens, and all others, each as a stream.
+
+    Only what lies before token `stop` counts; a document that reaches beyond it is cut there. The index takes
+    32 bytes a long document.
+    """
+    starts, lengths = [], []
+    for shard in range(len(stream.shards)):
+        ends = stream.document_ends(shard) + stream.bounds[shard]
+        ends = np.minimum(ends, stop)
+        begins = np.concatenate([stream.bounds[shard : shard + 1], ends])[:-1]
+        long = ends - begins >= threshold
+        starts.append(begins[long])
+        lengths.append((ends - begins)[long])
+    long_starts = np.concatenate(starts)
+    long_lengths = np.concatenate(lengths)
+    gap_starts = np.concatenate([[0], long_starts + long_lengths])
+    gap_lengths = np.concatenate([long_starts, [stop]]) - gap_starts
+    return Spans(stream, long_starts, long_lengths), Spans(stream, gap_starts, gap_lengths)

@@ -1,0 +1,287 @@
+"""Text to shards: every token there, nothing done twice, nothing lost to a kill, bad input or a full disk."""
+
+from __future__ import annotations
+
+import errno
+import json
+import multiprocessing
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from oncelm.data import encoding, prepare, reading
+from oncelm.data.layout import find_corpus
+from oncelm.data.prepare import MalformedLine, prune
+from oncelm.data.tokenizers import train_bpe
+from oncelm.data.tokens import open_tokens
+
+TEXTS = [f"Document {i}.\nIt has {i * i} words, or fewer.\n" for i in range(40)]
+
+
+def stream(folder: Path, source: int = 0) -> np.ndarray:
+    tokens = open_tokens(folder).train[source].stream
+    return tokens.read(0, tokens.num_tokens)
+
+
+def expected(tokenizer, texts, bos: bool = False) -> list[int]:
+    head = [tokenizer.bos_token_id] if bos else []
+    ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    return [token for one in ids for token in [*head, *one, tokenizer.eos_token_id]]
+
+
+def shards_of(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in (folder / "shards").iterdir()}
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """The shards made since the last look, by the files they were made of."""
+    seen: list[list[str]] = []
+    original = prepare._make_shard
+
+    def make(unit, *args):
+        seen.append([Path(piece.path).name for piece in unit.pieces])
+        return original(unit, *args)
+
+    monkeypatch.setattr(prepare, "_make_shard", make)
+
+    def look() -> list[list[str]]:
+        found = sorted(seen)
+        seen.clear()
+        return found
+
+    return look
+
+
+def test_every_document_is_there_in_order_with_eos_behind_it(
+    tmp_path, write_jsonl, byte_tokenizer, monkeypatch
+) -> None:
+    monkeypatch.setattr(reading, "PIECE_BYTES", 300)
+    monkeypatch.setattr(prepare, "BATCH_CHARACTERS", 100)
+    write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    folder = prepare.prepare(find_corpus(tmp_path), byte_tokenizer)
+    assert folder.parent == tmp_path / ".oncelm"
+    assert stream(folder).tolist() == expected(byte_tokenizer, TEXTS)
+    assert stream(folder).dtype == np.uint16
+    (source,) = open_tokens(folder).train
+    assert len(source.stream.shards) > 5
+    assert sum(shard["documents"] for shard in source.stream.shards) == len(TEXTS)
+    starts = source.stream.document_starts(0, source.stream.num_tokens)
+    eos = np.flatnonzero(stream(folder) == byte_tokenizer.eos_token_id)
+    assert starts.tolist() == (eos[:-1] + 1).tolist()
+
+
+def test_bos_and_wide_ids(tmp_path, write_jsonl, byte_tokenizer, monkeypatch) -> None:
+    monkeypatch.setattr(prepare, "token_dtype", lambda vocab_size: np.dtype("<u4"))
+    monkeypatch.setattr("oncelm.data.tokens.token_dtype", prepare.token_dtype)
+    write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    folder = prepare.prepare(find_corpus(tmp_path), byte_tokenizer, tmp_path / "tokens", bos=True)
+    assert stream(folder).tolist() == expected(byte_tokenizer, TEXTS, bos=True)
+    assert stream(folder).dtype == np.uint32
+    assert prepare.token_dtype(65537) != np.uint16
+
+
+def test_the_type_of_the_ids_follows_the_vocabulary() -> None:
+    assert prepare.token_dtype(65_536) == np.uint16
+    assert prepare.token_dtype(65_537) == np.uint32
+
+
+def test_a_large_text_file_is_one_document_with_the_tokens_of_the_whole(tmp_path, byte_tokenizer, monkeypatch) -> None:
+    monkeypatch.setattr(reading, "_PART_CHARACTERS", 1000)
+    monkeypatch.setattr(encoding, "LONG_TEXT", 700)
+    monkeypatch.setattr(encoding, "PIECE_CHARACTERS", 200)
+    monkeypatch.setattr(prepare, "LONG_TEXT", 700)
+    text = "".join(TEXTS)
+    (tmp_path / "a.txt").write_text(text)
+    (tmp_path / "b.txt").write_bytes((text * 2).encode() + b"\xff")  # not text, as its very end shows
+    (tmp_path / "c.txt").write_text("short")
+    tokenizer = train_bpe(TEXTS, 300)
+    folder = prepare.prepare(find_corpus(tmp_path), tokenizer)
+    assert stream(folder).tolist() == expected(tokenizer, [text, "short"])
+    whole = open_tokens(folder).train[0].stream
+    assert whole.document_starts(0, whole.num_tokens).tolist() == [
+        whole.num_tokens - len(expected(tokenizer, ["short"]))
+    ]
+    malformed = open_tokens(folder).manifest["malformed"]
+    assert malformed["count"] == 1
+    assert malformed["examples"][0].startswith(f"{tmp_path / 'b.txt'}: not UTF-8 text: byte 0xff at offset")
+
+
+def test_only_what_changed_is_made_again(tmp_path, write_corpus, byte_tokenizer, made, monkeypatch) -> None:
+    monkeypatch.setattr(reading, "PIECE_BYTES", 500)
+    corpus = write_corpus(tmp_path, {"a": (1, TEXTS), "b": (2, TEXTS[:3])})
+    folder = prepare.prepare(find_corpus(corpus), byte_tokenizer)
+    first = made()
+    assert len(first) > 3
+    prepare.prepare(find_corpus(corpus), byte_tokenizer)
+    assert made() == []
+    with (corpus / "shards" / "a.jsonl").open("a") as file:  # appended: the pieces before stay
+        file.write('{"text": "more"}\n')
+    prepare.prepare(find_corpus(corpus), byte_tokenizer)
+    assert made() == [["a.jsonl"]]
+    assert stream(folder).tolist() == expected(byte_tokenizer, [*TEXTS, "more"])
+    os.utime(corpus / "shards" / "a.jsonl")  # touched, not changed
+    prepare.prepare(find_corpus(corpus), byte_tokenizer)
+    assert made() == []
+    (corpus / "json" / "train.json").write_text('[{"name": "b", "weight": 7}]')
+    prepare.prepare(find_corpus(corpus), byte_tokenizer)
+    assert made() == []
+    assert [(s.name, s.weight) for s in open_tokens(folder).train] == [("b", 7.0)]
+    before = set(shards_of(folder))
+    assert prune(folder) > 0
+    assert set(shards_of(folder)) < before
+    assert stream(folder).tolist() == expected(byte_tokenizer, TEXTS[:3])
+    other = prepare.prepare(find_corpus(corpus), train_bpe(TEXTS, 270))
+    assert other != folder
+    assert len(made()) == 1
+    prepare.prepare(find_corpus(corpus), byte_tokenizer, folder, bos=True)
+    assert len(made()) == 1
+
+
+def test_a_text_file_more_changes_one_shard(tmp_path, byte_tokenizer, made, monkeypatch) -> None:
+    monkeypatch.setattr(prepare, "FILES_IN_SHARD", 8)
+    for i in range(60):
+        (tmp_path / f"{i:03d}.txt").write_text(f"text {i}")
+    prepare.prepare(find_corpus(tmp_path), byte_tokenizer)
+    assert 3 < len(made()) < 20
+    (tmp_path / "000a.txt").write_text("more")
+    folder = prepare.prepare(find_corpus(tmp_path), byte_tokenizer)
+    assert len(made()) == 1
+    texts = [file.read_text() for file in sorted(tmp_path.glob("*.txt"))]
+    assert stream(folder).tolist() == expected(byte_tokenizer, texts)
+
+
+def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(
+    tmp_path, write_jsonl, byte_tokenizer, made, monkeypatch
+) -> None:
+    monkeypatch.setattr(reading, "PIECE_BYTES", 2000)
+    monkeypatch.setattr(prepare, "BATCH_CHARACTERS", 100)
+    text = tmp_path / "text"
+    write_jsonl(text / "a.jsonl", TEXTS * 20)
+    whole = prepare.prepare(find_corpus(text), byte_tokenizer, tmp_path / "whole")
+    num_shards = len(made())
+    folder = tmp_path / "killed"
+    write = prepare._Writer._write
+
+    def write_slowly(self, ids):
+        time.sleep(0.002)
+        write(self, ids)
+
+    for _ in range(3):
+        done = len(list(folder.glob("shards/*.json")))
+        with monkeypatch.context() as patch:
+            patch.setattr(prepare._Writer, "_write", write_slowly)
+            arguments = (find_corpus(text), byte_tokenizer, folder)
+            process = multiprocessing.get_context("fork").Process(target=prepare.prepare, args=arguments)
+            process.start()
+        deadline = time.monotonic() + 60
+        while len(list(folder.glob("shards/*.json"))) < done + 2 and time.monotonic() < deadline:
+            time.sleep(0.005)
+        process.kill()
+        process.join()
+    done = len(list(folder.glob("shards/*.json")))
+    assert 6 <= done < num_shards
+    assert not (folder / "tokens.json").exists()
+    with pytest.raises(ValueError, match=r"holds no prepared tokens"):
+        open_tokens(folder)
+    prepare.prepare(find_corpus(text), byte_tokenizer, folder)
+    assert len(made()) == num_shards - done
+    assert shards_of(folder) == shards_of(whole)
+    assert (folder / "tokens.json").read_bytes() == (whole / "tokens.json").read_bytes()
+
+
+def test_malformed_lines_are_counted_and_told(tmp_path, write_jsonl, byte_tokenizer, monkeypatch) -> None:
+    monkeypatch.setattr(reading, "PIECE_BYTES", 300)
+    path = write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    lines = path.read_text().splitlines(keepends=True)
+    lines[20:20] = ["garbage\n", '{"id": 1}\n']
+    path.write_text("".join(lines))
+    (tmp_path / "b.jsonl").touch()
+    folder = prepare.prepare(find_corpus(tmp_path), byte_tokenizer)
+    assert stream(folder).tolist() == expected(byte_tokenizer, TEXTS)
+    malformed = open_tokens(folder).manifest["malformed"]
+    assert malformed["count"] == 3
+    assert [example.split(": ")[0] for example in malformed["examples"]] == [
+        str(tmp_path / "b.jsonl"),
+        f"{path}:21",
+        f"{path}:22",
+    ]
+    with pytest.raises(MalformedLine, match=r"b\.jsonl: the file is empty"):  # also where the shards are there
+        prepare.prepare(find_corpus(tmp_path), byte_tokenizer, strict=True)
+    (tmp_path / "b.jsonl").unlink()
+    with pytest.raises(MalformedLine, match=r"a\.jsonl:21: not JSON"):
+        prepare.prepare(find_corpus(tmp_path), byte_tokenizer, strict=True)
+    with pytest.raises(MalformedLine, match=r"a\.jsonl:21: not JSON"):
+        prepare.prepare(find_corpus(tmp_path), byte_tokenizer, tmp_path / "fresh", strict=True)
+
+
+def test_a_source_without_a_document_is_an_error_with_the_first_reason(tmp_path, write_corpus, byte_tokenizer) -> None:
+    corpus = write_corpus(tmp_path, {"a": (1, TEXTS), "b": (1, [])})
+    with pytest.raises(ValueError, match=r"source 'b' has no document in its 1 file.*b\.jsonl: the file is empty"):
+        prepare.prepare(find_corpus(corpus), byte_tokenizer)
+    (corpus / "shards" / "b.jsonl").write_bytes(bytes(range(256)) * 100)
+    with pytest.raises(ValueError, match=r"source 'b' has no document.*b\.jsonl:1: not "):
+        prepare.prepare(find_corpus(corpus), byte_tokenizer)
+
+
+def test_tokenizers_without_the_special_tokens_are_refused(tmp_path, write_jsonl) -> None:
+    write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    tokenizer = train_bpe(TEXTS, 270)
+    tokenizer.bos_token = None
+    with pytest.raises(ValueError, match="no bos token"):
+        prepare.prepare(find_corpus(tmp_path), tokenizer, bos=True)
+    tokenizer.eos_token = None
+    with pytest.raises(ValueError, match="no eos token"):
+        prepare.prepare(find_corpus(tmp_path), tokenizer)
+
+
+def test_a_full_disk_keeps_the_shards_that_are_complete(
+    tmp_path, write_jsonl, byte_tokenizer, made, monkeypatch
+) -> None:
+    monkeypatch.setattr(reading, "PIECE_BYTES", 500)
+    write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    writes = 0
+
+    def write(self, ids):
+        nonlocal writes
+        writes += 1
+        if writes > 25:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        original(self, ids)
+
+    original = prepare._Writer._write
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare._Writer, "_write", write)
+        with pytest.raises(OSError, match=r"cannot write .*\.tokens \(.* MiB free there\): .*No space left") as failure:
+            prepare.prepare(find_corpus(tmp_path), byte_tokenizer, tmp_path / "tokens", workers=1)
+    assert "\n" not in str(failure.value)
+    kept = len(list((tmp_path / "tokens" / "shards").glob("*.json")))
+    assert kept >= 1
+    assert not list((tmp_path / "tokens" / "shards").glob(".*"))
+    made()
+    folder = prepare.prepare(find_corpus(tmp_path), byte_tokenizer, tmp_path / "tokens")
+    assert len(made()) == len(open_tokens(folder).train[0].stream.shards) - kept
+    assert stream(folder).tolist() == expected(byte_tokenizer, TEXTS)
+
+
+def test_damaged_folders_are_named(tmp_path, write_jsonl, byte_tokenizer) -> None:
+    write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    folder = prepare.prepare(find_corpus(tmp_path), byte_tokenizer, tmp_path / "tokens")
+    (file,) = folder.glob("shards/*.tokens")
+    content = file.read_bytes()
+    file.write_bytes(content[:-1])
+    with pytest.raises(ValueError, match=rf"shard {file.name} has {len(content) - 1} bytes instead of {len(content)}"):
+        open_tokens(folder)
+    file.unlink()
+    with pytest.raises(ValueError, match=f"shard {file.name} is missing"):
+        open_tokens(folder)
+    manifest = json.loads((folder / "tokens.json").read_text())
+    (folder / "tokens.json").write_text(json.dumps(manifest | {"format": 99}))
+    with pytest.raises(ValueError, match="it is of format 99, this version reads 1"):
+        open_tokens(folder)
+    (folder / "scan.json").write_text("{")
+    with pytest.raises(ValueError, match=r"scan\.json is damaged; delete it"):
+        prepare.prepare(find_corpus(tmp_path), byte_tokenizer, folder)

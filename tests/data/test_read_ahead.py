@@ -1,0 +1,85 @@
+"""Read ahead: the same batches, already there when asked for; errors arrive where they belong."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from oncelm.data.dataset import TokenDataset
+from oncelm.data.read_ahead import ReadAhead
+
+
+@pytest.fixture
+def dataset() -> TokenDataset:
+    return TokenDataset(np.arange(5000, dtype=np.uint32), 8, seed=3)
+
+
+class Slow:
+    """A dataset that takes its time, and remembers what it was asked for."""
+
+    def __init__(self, dataset: TokenDataset, seconds: float = 0.0, fails_at: int = -1) -> None:
+        self.dataset, self.seconds, self.fails_at = dataset, seconds, fails_at
+        self.steps: list[int] = []
+
+    def batch(self, step: int, batch_size: int, rows: slice | None = None) -> torch.Tensor:
+        self.steps.append(step)
+        time.sleep(self.seconds)
+        if step == self.fails_at:
+            raise OSError("the disk is gone")
+        return self.dataset.batch(step, batch_size, rows)
+
+
+def test_batches_are_those_of_the_dataset_whatever_is_asked(dataset: TokenDataset) -> None:
+    with ReadAhead(dataset) as ahead:
+        for step in (0, 1, 2, 3, 9, 10, 4, 4, 5, 500, 0):
+            assert torch.equal(ahead.batch(step, 4), dataset.batch(step, 4))
+            for rows in (slice(0, 2), slice(2, 4), slice(1, None, 2)):
+                assert torch.equal(ahead.batch(step, 4, rows), dataset.batch(step, 4, rows))
+            assert torch.equal(ahead.cu_seqlens(step, 4), dataset.cu_seqlens(step, 4))
+        pairs = zip(ahead.validation_batches(4), dataset.validation_batches(4), strict=True)
+        assert all(torch.equal(*pair) for pair in pairs)
+        assert ahead.num_train_blocks == dataset.num_train_blocks
+
+
+def test_the_next_batches_are_read_meanwhile_and_each_once(dataset: TokenDataset) -> None:
+    slow = Slow(dataset, 0.02)
+    with ReadAhead(slow, depth=2) as ahead:
+        ahead.batch(0, 4)
+        waited = 0.0
+        for step in range(1, 10):
+            time.sleep(0.03)  # the computation of a step
+            start = time.perf_counter()
+            ahead.batch(step, 4)
+            waited += time.perf_counter() - start
+        assert waited < 9 * 0.02 / 2  # nearly nothing, but this machine may be busy
+    assert slow.steps[:10] == list(range(10))
+
+
+def test_an_error_is_raised_by_the_call_it_belongs_to(dataset: TokenDataset) -> None:
+    with ReadAhead(Slow(dataset, fails_at=2)) as ahead:
+        ahead.batch(0, 4)
+        ahead.batch(1, 4)
+        with pytest.raises(OSError, match="the disk is gone"):
+            ahead.batch(2, 4)
+        assert torch.equal(ahead.batch(3, 4), dataset.batch(3, 4))
+
+
+def test_closing_ends_the_thread_and_forgets_the_rest(dataset: TokenDataset) -> None:
+    slow = Slow(dataset, 0.05)
+    ahead = ReadAhead(slow, depth=50)
+    ahead.batch(0, 4)
+    ahead.close()
+    ahead.close()
+    read = len(slow.steps)
+    assert read < 10
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("read-ahead")]
+
+
+@pytest.mark.gpu
+def test_batches_are_pinned_for_a_gpu(dataset: TokenDataset) -> None:
+    with ReadAhead(dataset, pin_memory=True) as ahead:
+        assert ahead.batch(0, 4).is_pinned()
