@@ -31,9 +31,10 @@ SURROUNDINGS = (
     ".sidebar,.headerlink,.toc,.toctree-wrapper,.viewcode-link"
 )
 BLOCKS = "p,li,dd,dt,h1,h2,h3,h4,h5,h6,pre,tr,div,blockquote,br"
-COMMON_WORDS = frozenset(
-    "the of and to a in is that for it as with be on by this are or an from which not can if you at will when has have".split()
-)
+COMMON_WORDS = {
+    *("the", "of", "and", "to", "a", "in", "is", "that", "for", "it", "as", "with", "be", "on", "by", "this", "are"),
+    *("or", "an", "from", "which", "not", "can", "if", "you", "at", "will", "when", "has", "have"),
+}
 CODE = (".py", ".pyx", ".md", ".rst")
 LONGEST_LINE = 2000  # of code; a file with a longer one is minified, or a table of data
 

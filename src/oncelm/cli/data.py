@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from oncelm.data.layout import Corpus
-    from oncelm.data.tokens import TokenFolder
+    from oncelm.data.tokens import ShardStream, TokenFolder
 
 HELP = "tokenize text for training, describe it, look at samples"
 
@@ -42,7 +42,7 @@ examples:
   oncelm data sample tokens --seq-len 512 --step 1000 --count 2
 """
 
-LENGTHS = (4_096, 65_536, 1_048_576)  # documents of at least so many tokens are counted
+LENGTHS = (4_096, 65_536, 1_048_576)  # tokens in a document
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -168,35 +168,38 @@ def describe_tokens(tokens: TokenFolder) -> None:
     from oncelm.cli.info import new_table
     from oncelm.utils.units import size
 
-    columns = ("|share", "|documents", *(f"|of {length:,}+" for length in LENGTHS), "|longest", "|tokens", "|size")
-    table = new_table(f"Tokens in {tokens.path}", "source", "used for", *columns)
+    table = new_table("Tokens", "source", "used for", "|share", "|documents", "|tokens", "|longest", "|size")
+    lengths = new_table(
+        "Share of the tokens that are in documents of at least", "source", *(f"|{n:,}" for n in LENGTHS), ""
+    )
     for use, sources in (("training", tokens.train), ("validation", tokens.valid)):
         total = sum(source.weight for source in sources)
         for source in sources:
             stream = source.stream
-            lengths = count_lengths(stream)
             table.add_row(
                 source.name,
                 use,
                 f"{source.weight / total:.1%}",
                 f"{sum(shard['documents'] for shard in stream.shards):,}",
-                *(f"{count:,}" for count in lengths),
-                f"{max(shard['longest'] for shard in stream.shards):,}",
                 f"{stream.num_tokens:,}",
+                f"{max(shard['longest'] for shard in stream.shards):,}",
                 size(stream.num_tokens * stream.dtype.itemsize),
             )
-    Console().print(table)
+            shares = [count / stream.num_tokens for count in tokens_in_documents(stream)]
+            lengths.add_row(source.name, *(f"{share:.1%}" for share in shares), "tokens")
+    print(tokens.path)
+    Console().print(table, lengths)
     report_malformed(tokens)
 
 
-def count_lengths(stream) -> list[int]:
-    """How many documents have at least each of LENGTHS tokens."""
+def tokens_in_documents(stream: ShardStream) -> list[int]:
+    """How many tokens are in documents of at least each of LENGTHS."""
     import numpy as np
 
     counts = np.zeros(len(LENGTHS), dtype=np.int64)
     for shard in range(len(stream.shards)):
         lengths = np.diff(stream.document_ends(shard), prepend=0)
-        counts += [(lengths >= length).sum() for length in LENGTHS]
+        counts += [lengths[lengths >= length].sum() for length in LENGTHS]
     return counts.tolist()
 
 

@@ -66,11 +66,11 @@ class TokenDataset:
 
     def __init__(
         self,
-        tokens: np.ndarray | Sequence[TokenSource],
+        tokens: np.ndarray | Sequence[TokenSource[Stream]],
         seq_len: int,
         *,
         seed: int = 0,
-        validation: Sequence[TokenSource] = (),
+        validation: Sequence[TokenSource[Stream]] = (),
         validation_share: float = 0.05,
         long_documents: int | None = None,
         long_factor: float = 1.0,
@@ -82,8 +82,8 @@ class TokenDataset:
         if long_factor <= 0:
             raise ValueError(f"long_factor must be above 0, got {long_factor}.")
         self.seq_len, self.seed = seq_len, seed
-        in_memory = isinstance(tokens, np.ndarray)
-        sources = [TokenSource("text", 1.0, ArrayStream(tokens))] if in_memory else tokens
+        sources: Sequence[TokenSource[Stream]]
+        sources = [TokenSource("text", 1.0, ArrayStream(tokens))] if isinstance(tokens, np.ndarray) else tokens
         if validation:
             validation_share = 0.0
         train, held_out, weights = [], [], []
@@ -167,7 +167,7 @@ class TokenDataset:
             borders += [inside + i * self.seq_len, np.array([(i + 1) * self.seq_len])]
         return torch.from_numpy(np.concatenate(borders).astype(np.int32))
 
-    def _hold_out(self, source: TokenSource, share: float) -> tuple[Blocks, Blocks]:
+    def _hold_out(self, source: TokenSource[Stream], share: float) -> tuple[Blocks, Blocks]:
         """The blocks of a source to train on, and the ones held out from its end."""
         stream, seq_len = source.stream, self.seq_len
         num_blocks = max(0, stream.num_tokens - 1) // (seq_len - 1)

@@ -236,23 +236,27 @@ def _make_shard(
     stem = shards / unit.key
     malformed: list[tuple[int, int, str]] = []
     num_malformed = 0
-    with atomic_file(f"{stem}.tokens") as tokens, atomic_file(f"{stem}.documents") as documents:
-        with tokens.open("wb") as token_file, documents.open("wb") as document_file:
-            writer = _Writer(token_file, document_file, encoder, bos)
-            for number, piece in enumerate(unit.pieces):
-                for item in read(piece, progress):
-                    if stop.is_set():
-                        raise InterruptedError("stopped")
-                    problem = writer.add(item) if isinstance(item, Document) else item
-                    if problem is None:
-                        continue
-                    if strict:
-                        raise MalformedLine(_place(piece.path, problem.line, problem.reason))
-                    num_malformed += 1
-                    if len(malformed) < KEPT_EXAMPLES:
-                        relative = problem.line - piece.line if problem.line else 0
-                        malformed.append((number, relative, problem.reason))
-            writer.flush()
+    with (
+        atomic_file(f"{stem}.tokens") as tokens,
+        atomic_file(f"{stem}.documents") as documents,
+        tokens.open("wb") as token_file,
+        documents.open("wb") as document_file,
+    ):
+        writer = _Writer(token_file, document_file, encoder, bos)
+        for number, piece in enumerate(unit.pieces):
+            for item in read(piece, progress):
+                if stop.is_set():
+                    raise InterruptedError("stopped")
+                problem = writer.add(item) if isinstance(item, Document) else item
+                if problem is None:
+                    continue
+                if strict:
+                    raise MalformedLine(_place(piece.path, problem.line, problem.reason))
+                num_malformed += 1
+                if len(malformed) < KEPT_EXAMPLES:
+                    relative = problem.line - piece.line if problem.line else 0
+                    malformed.append((number, relative, problem.reason))
+        writer.flush()
     info = ShardInfo(
         writer.num_tokens, writer.num_documents, writer.longest, writer.largest_id, num_malformed, malformed
     )
@@ -350,7 +354,8 @@ def _write_manifest(
     bos: bool,
     strict: bool,
 ) -> None:
-    count, examples = 0, []
+    count = 0
+    examples: list[str] = []
     described: dict[Source, dict[str, Any]] = {}
     for source, group in units.items():
         problems = [_place(str(file), 0, "the file is empty") for file in source.files if not pieces[file]]
@@ -366,7 +371,7 @@ def _write_manifest(
                 problems.append(_place(piece.path, piece.line + line if line else 0, reason))
         if strict and problems:
             raise MalformedLine(problems[0])
-        if not sum(shard["documents"] for shard in shards):
+        if not any(shard["documents"] for shard in shards):
             raise ValueError(
                 f"source {source.name!r} has no document in its {len(source.files)} file(s); the first problem: "
                 f"{problems[0]}."

@@ -55,7 +55,7 @@ class Schedule:
     numbers in a row every choice has its share of n, give or take less than 4: over 10,000, 0.04 percent.
 
     Args:
-        weights: above 0. Whole numbers are kept to exactly: of any sum(weights) numbers from 0, choice i gets weights[i].
+        weights: above 0. Whole numbers are kept to exactly: of sum(weights) numbers from 0, choice i gets weights[i].
         seed: of the phases.
     """
 

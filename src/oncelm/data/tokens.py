@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 
@@ -30,13 +30,16 @@ class Stream(Protocol):
         """Positions p, start < p < stop, at which a document begins: ascending int64."""
 
 
+S = TypeVar("S", bound=Stream, covariant=True)
+
+
 @dataclass(frozen=True)
-class TokenSource:
+class TokenSource(Generic[S]):
     """A stream with its share of the training."""
 
     name: str
     weight: float
-    stream: Stream
+    stream: S
 
 
 @dataclass(frozen=True)
@@ -45,8 +48,8 @@ class TokenFolder:
 
     path: Path
     manifest: dict[str, Any]
-    train: tuple[TokenSource, ...]
-    valid: tuple[TokenSource, ...]
+    train: tuple[TokenSource[ShardStream], ...]
+    valid: tuple[TokenSource[ShardStream], ...]
 
     @property
     def largest_id(self) -> int:
