@@ -45,7 +45,7 @@ def test_prepare_info_sample_and_train(corpus, tmp_path, capsys) -> None:
     assert main(["data", "info", str(tokens)]) == 0
     shown = capsys.readouterr().out
     assert "first" in shown
-    assert "validation" in shown
+    assert "measure" in shown
     assert main(["data", "sample", str(tokens), "--seq-len", "32", "--step", "5", "--count", "2"]) == 0
     shown = capsys.readouterr().out
     assert "--- step 5, row 1: " in shown

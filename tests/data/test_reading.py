@@ -103,13 +103,13 @@ def test_every_malformed_line_is_told_with_its_reason(tmp_path) -> None:
     for (_, reason), expected in zip(
         found,
         [
-            "not JSON: Expecting property name",
+            "not JSON: unexpected end of data",
             "a JSON object is needed, got list",
             "no text or content or raw_content_lines among its keys (id)",
             "text must be text, got int",
             "text is empty",
             "not UTF-8: byte 0xe9 at offset 13 of the line",
-            "text holds half a surrogate pair at character 0",
+            "not JSON",
             "not JSON",
             "raw_content_lines must be text, got list",
         ],

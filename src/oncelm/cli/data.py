@@ -152,8 +152,8 @@ def describe_text(corpus: Corpus) -> None:
     from oncelm.cli.info import new_table
     from oncelm.utils.units import size
 
-    table = new_table(str(corpus.path), "source", "used for", "|share", "|files", "|size")
-    for use, sources in (("training", corpus.train), ("validation", corpus.valid)):
+    table = new_table(str(corpus.path), "source", "to", "|share", "|files", "|size")
+    for use, sources in (("train", corpus.train), ("measure", corpus.valid)):
         total = sum(source.weight for source in sources)
         for source in sources:
             num_bytes = sum(file.stat().st_size for file in source.files)
@@ -166,13 +166,13 @@ def describe_tokens(tokens: TokenFolder) -> None:
     from rich.console import Console
 
     from oncelm.cli.info import new_table
-    from oncelm.utils.units import size
+    from oncelm.utils.units import count, size
 
-    table = new_table("Tokens", "source", "used for", "|share", "|documents", "|tokens", "|longest", "|size")
+    table = new_table("Tokens", "source", "to", "|share", "|documents", "|tokens", "|longest", "|size")
     lengths = new_table(
         "Share of the tokens that are in documents of at least", "source", *(f"|{n:,}" for n in LENGTHS), ""
     )
-    for use, sources in (("training", tokens.train), ("validation", tokens.valid)):
+    for use, sources in (("train", tokens.train), ("measure", tokens.valid)):
         total = sum(source.weight for source in sources)
         for source in sources:
             stream = source.stream
@@ -181,11 +181,11 @@ def describe_tokens(tokens: TokenFolder) -> None:
                 use,
                 f"{source.weight / total:.1%}",
                 f"{sum(shard['documents'] for shard in stream.shards):,}",
-                f"{stream.num_tokens:,}",
-                f"{max(shard['longest'] for shard in stream.shards):,}",
+                count(stream.num_tokens),
+                count(max(shard["longest"] for shard in stream.shards)),
                 size(stream.num_tokens * stream.dtype.itemsize),
             )
-            shares = [count / stream.num_tokens for count in tokens_in_documents(stream)]
+            shares = [inside / stream.num_tokens for inside in tokens_in_documents(stream)]
             lengths.add_row(source.name, *(f"{share:.1%}" for share in shares), "tokens")
     print(tokens.path)
     Console().print(table, lengths)

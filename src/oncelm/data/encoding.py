@@ -59,19 +59,18 @@ class Encoder:
 
     def encode_long(self, parts: Iterable[str]) -> Iterator[array[int]]:
         """The ids of one text that comes in parts: together, those of the whole text at once."""
-        rest, continued = "", False
-        tried = 0  # no cut was found in the first so many characters of `rest`
+        text, start, continued = "", 0, False  # `text` is encoded up to `start`
         for part in parts:
-            rest += part
-            while len(rest) >= LONG_TEXT:
-                cut = self._find_cut(rest, max(tried, PIECE_CHARACTERS))
+            tried = len(text) - _WINDOW  # no cut was found before
+            text, tried, start = text[start:] + part, tried - start, 0
+            while len(text) - start >= LONG_TEXT:
+                cut = self._find_cut(text, max(tried, start + PIECE_CHARACTERS))
                 if cut is None:
-                    tried = len(rest) - _WINDOW
                     break
-                yield self._encode_piece(rest[:cut], continued)
-                rest, continued, tried = rest[cut:], True, 0
-        if rest:
-            yield self._encode_piece(rest, continued)
+                yield self._encode_piece(text[start:cut], continued)
+                start, continued = cut, True
+        if start < len(text):
+            yield self._encode_piece(text[start:], continued)
 
     def fingerprint(self) -> str:
         """What the ids depend on, as a checksum: tokenizers with the same one give the same ids."""

@@ -12,7 +12,6 @@ from __future__ import annotations
 import gzip
 import hashlib
 import importlib
-import json
 import os
 import sys
 import zlib
@@ -20,6 +19,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
+
+import orjson
 
 PIECE_BYTES = 64 << 20
 MAX_LINE_BYTES = 128 << 20  # a longer line is not read: that file is not JSONL
@@ -159,6 +160,7 @@ def _read_jsonl(piece: Piece, progress: Callable[[int], None]) -> Iterator[Docum
                 except ValueError as error:
                     yield Malformed(number, str(error))
                 else:
+                    line = b""  # large ones are in memory once only
                     yield Document(number, (text,))
 
 
@@ -180,15 +182,14 @@ def _zstd() -> Any:
 
 def _parse(line: bytes) -> Any:
     try:
-        text = line.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8: byte {line[error.start]:#04x} at offset {error.start} of the line") from None
+        return orjson.loads(line)
+    except orjson.JSONDecodeError as error:
+        reason = f"not JSON: {error}"
     try:
-        return json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"not JSON: {error}") from None
-    except RecursionError:
-        raise ValueError("not JSON: nested too deeply") from None
+        line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        reason = f"not UTF-8: byte {line[error.start]:#04x} at offset {error.start} of the line"
+    raise ValueError(reason)
 
 
 def _text_of(record: Any) -> str:
@@ -208,10 +209,6 @@ def _checked(field: str, text: Any) -> str:
         raise ValueError(f"{field} must be text, got {type(text).__name__}")
     if not text:
         raise ValueError(f"{field} is empty")
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{field} holds half a surrogate pair at character {error.start}") from None
     return text
 
 
