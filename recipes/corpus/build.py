@@ -1,17 +1,18 @@
 #!/usr/bin/env python3
-"""Build a corpus of about 330M tokens of documentation and code, from Debian and Python packages.
+"""Build a corpus of some 500M tokens of documentation and code, from Debian and Python packages.
 
     pip install 'oncelm[data]' -r recipes/corpus/requirements.txt
-    python recipes/corpus/build.py CORPUS                          # everything: 2.1 GB to download, some minutes
+    python recipes/corpus/build.py CORPUS                          # everything: 2.2 GB to download, some minutes
     python recipes/corpus/build.py CORPUS --only zsh-doc jinja2    # some packages
     oncelm train CORPUS --out runs/first --tokenizer cl100k_base
 
-A document is a whole package: every page of a manual, every file of a repository. Versions are pinned; pip checks
+A document is a whole package: every page of a manual, every file of a repository (of the Linux kernel, a document is
+a directory such as fs/ext4). Versions are pinned; pip checks
 the hashes in python.txt, apt the signatures of its archive. Nothing of a package is run. Stopped at any moment,
 the same command goes on where it was: a package is done when its shard is there.
 
     CORPUS/json/train.json, valid.json     the sources with their weights, as `oncelm train` reads them
-    CORPUS/shards/NAME.jsonl.zst           one package each: {"text": ..., "package": ..., "licence": ...}
+    CORPUS/shards/NAME.jsonl.zst           one package each; a line is {"text": ..., "package": ..., "licence": ...}
     CORPUS/sources.jsonl                   what each shard was made of, and under which licence
     CORPUS/downloads/                      the packages, free to delete
 
@@ -33,7 +34,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from documents import Document, debian_document, wheel_document
+from documents import Document, debian_document, kernel_documents, wheel_document
 from tqdm import tqdm
 
 if sys.version_info >= (3, 14):
@@ -58,7 +59,7 @@ PLATFORM += [f"--platform=manylinux{year}_x86_64" for year in ("1", "2010", "201
 class Package:
     name: str
     version: str
-    kind: str  # "docs" (Debian) or "code" (Python)
+    kind: str  # "docs" and "linux" (Debian), "code" (Python)
     requirement: str  # a line of debian.txt or python.txt
 
     @property
@@ -72,35 +73,38 @@ def packages() -> list[Package]:
     for kind, separator in (("docs", "="), ("code", "==")):
         for line in (HERE / {"docs": "debian.txt", "code": "python.txt"}[kind]).read_text().splitlines():
             name, _, rest = line.partition(separator)
-            found.append(Package(name, rest.split()[0], kind, line))
+            own_kind = "linux" if name.startswith("linux-source") else kind
+            found.append(Package(name, rest.split()[0], own_kind, line))
     return found
 
 
 def build(package: Package, corpus: Path) -> dict[str, Any]:
     """Write the shard of one package; returns its line of sources.jsonl."""
     downloads = corpus / "downloads"
-    if package.kind == "docs":
+    if package.kind == "code":
+        archive = download_wheel(package, downloads)
+        documents = [wheel_document(archive)]
+    else:
         archive = download_deb(package, downloads)
         with tempfile.TemporaryDirectory(dir=corpus) as unpacked:
             command("dpkg-deb", "--extract", str(archive), unpacked)
-            document = debian_document(Path(unpacked))
-    else:
-        archive = download_wheel(package, downloads)
-        document = wheel_document(archive)
-    if not document.text:
+            read = kernel_documents if package.kind == "linux" else lambda folder: [debian_document(folder)]
+            documents = read(Path(unpacked))
+    if not any(document.text for document in documents):
         raise ValueError(f"package {package.name} gave no text.")
-    write_shard(shard_path(package, corpus), package, document)
+    write_shard(shard_path(package, corpus), package, documents)
     with archive.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return {
         "name": package.name,
         "version": package.version,
         "source": package.source,
-        "files": document.files,
-        "characters": len(document.text),
+        "documents": len(documents),
+        "files": sum(document.files for document in documents),
+        "characters": sum(len(document.text) for document in documents),
         "archive": archive.name,
         "sha256": digest,
-        "licence": document.licence,
+        "licence": documents[0].licence,
     }
 
 
@@ -108,11 +112,13 @@ def shard_path(package: Package, corpus: Path) -> Path:
     return corpus / "shards" / f"{package.name}.jsonl.zst"
 
 
-def write_shard(path: Path, package: Package, document: Document) -> None:
-    licence = document.licence if package.kind == "code" else "see sources.jsonl"
-    line = {"text": document.text, "package": f"{package.name} {package.version}", "licence": licence}
-    with atomic_file(path) as temporary:
-        temporary.write_bytes(zstd.compress(json.dumps(line).encode() + b"\n", level=6))
+def write_shard(path: Path, package: Package, documents: list[Document]) -> None:
+    with atomic_file(path) as temporary, zstd.open(temporary, "wt", level=6, encoding="utf-8") as file:
+        for document in documents:
+            # a Debian package's licence is a page or more, and stands in sources.jsonl
+            licence = "see sources.jsonl" if package.kind == "docs" else document.licence
+            line = {"text": document.text, "package": f"{package.name} {package.version}", "licence": licence}
+            file.write(json.dumps(line) + "\n")
 
 
 def download_deb(package: Package, downloads: Path) -> Path:
@@ -168,7 +174,7 @@ def write_layout(corpus: Path, records: list[dict[str, Any]]) -> None:
     for source, paths in shards.items():
         write_json(corpus / "json" / f"{source}.json", paths)
     for split, suffix in (("train", ""), ("valid", "-validation")):
-        names = [f"{kind}{suffix}" for kind in ("docs", "code") if f"{kind}{suffix}" in shards]
+        names = [f"{kind}{suffix}" for kind in ("docs", "code", "linux") if f"{kind}{suffix}" in shards]
         if names:
             write_json(corpus / "json" / f"{split}.json", [{"name": n, "weight": characters[n]} for n in names])
 

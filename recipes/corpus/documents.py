@@ -1,4 +1,4 @@
-"""An unpacked Debian documentation package, or a Python wheel, as one long plain-text document."""
+"""Debian documentation packages, Python wheels and the Linux kernel as long plain-text documents."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ import gzip
 import hashlib
 import lzma
 import re
+import tarfile
 import zipfile
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +38,8 @@ COMMON_WORDS = {
     *("or", "an", "from", "which", "not", "can", "if", "you", "at", "will", "when", "has", "have"),
 }
 CODE = (".py", ".pyx", ".md", ".rst")
+KERNEL_CODE = (".c", ".h", ".S", ".rst", ".txt", ".py")
+CODE_BYTES = range(40, 300_000)  # of a file; a larger one is generated
 LONGEST_LINE = 2000  # of code; a file with a longer one is minified, or a table of data
 
 
@@ -120,22 +124,38 @@ def wheel_document(wheel: Path) -> Document:
     seen: set[bytes] = set()
     with zipfile.ZipFile(wheel) as archive:
         for info in sorted(archive.infolist(), key=lambda info: info.filename):
-            if (
-                not info.filename.endswith(CODE)
-                or ".dist-info/" in info.filename
-                or not 40 <= info.file_size <= 300_000
-            ):
-                continue
-            raw = archive.read(info)
-            digest = hashlib.sha256(raw).digest()
-            text = raw.decode("utf-8", "replace").rstrip()
-            if digest in seen or max(map(len, text.split("\n"))) > LONGEST_LINE:
-                continue
-            seen.add(digest)
-            parts.append(f"# FILE: {info.filename}\n{text}\n")
+            wanted = info.filename.endswith(CODE) and ".dist-info/" not in info.filename
+            if wanted and info.file_size in CODE_BYTES and (part := code_file(info.filename, archive.read(info), seen)):
+                parts.append(part)
         metadata = next(name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
         licence = wheel_licence(archive.read(metadata).decode("utf-8", "replace"))
     return Document("\n".join(parts), len(parts), licence)
+
+
+def code_file(path: str, raw: bytes, seen: set[bytes]) -> str | None:
+    """A file under its path; None for one seen before, which `seen` knows by its checksum, and for data."""
+    digest = hashlib.sha256(raw).digest()
+    text = raw.decode("utf-8", "replace").rstrip()
+    if digest in seen or max(map(len, text.split("\n"))) > LONGEST_LINE:
+        return None
+    seen.add(digest)
+    return f"# FILE: {path}\n{text}\n"
+
+
+def kernel_documents(folder: Path) -> list[Document]:
+    """The kernel's sources: one document a directory of the second level, such as fs/ext4."""
+    parts: dict[str, list[tuple[str, str]]] = defaultdict(list)
+    seen: set[bytes] = set()
+    with tarfile.open(next(folder.glob("usr/src/*.tar.*"))) as archive:
+        for member in archive:
+            _, _, path = member.name.partition("/")
+            if not member.isreg() or not path.endswith(KERNEL_CODE) or member.size not in CODE_BYTES:
+                continue
+            file = archive.extractfile(member)
+            if file is not None and (part := code_file(path, file.read(), seen)):
+                parts["/".join(path.split("/")[:-1][:2])].append((path, part))
+    groups = [[part for _, part in sorted(parts[name])] for name in sorted(parts)]
+    return [Document("\n".join(group), len(group), "GPL-2.0; files may say otherwise") for group in groups]
 
 
 def wheel_licence(metadata: str) -> str:
