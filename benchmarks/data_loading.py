@@ -106,11 +106,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="JSONL file to append to")
     parser.add_argument("--tokenizer", default="cl100k_base")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--copies", type=int, default=2, help="of 12 MB of addresses and a novel")
     args = parser.parse_args()
     lines = [{"part": "environment", **environment_report()}]
     tokenizer = load_tokenizer(args.tokenizer)
     encoder = Encoder(tokenizer)
-    texts = [document.text for document in load_corpus("sotu")] + [d.text for d in load_corpus("moby_dick")]
+    texts = [document.text for name in ("sotu", "moby_dick") for document in load_corpus(name)] * args.copies
     with tempfile.TemporaryDirectory() as folder:
         text = Path(folder) / "text"
         text.mkdir()
