@@ -218,6 +218,24 @@ def test_malformed_lines_are_counted_and_told(tmp_path, write_jsonl, byte_tokeni
         prepare.prepare(find_corpus(tmp_path), byte_tokenizer, tmp_path / "fresh", strict=True)
 
 
+def test_a_file_that_changes_while_it_is_read_makes_no_shard(
+    tmp_path, write_jsonl, byte_tokenizer, monkeypatch
+) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    original = prepare._Writer.flush
+
+    def flush(self):
+        os.utime(path, ns=(0, 0))
+        original(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare._Writer, "flush", flush)
+        with pytest.raises(ValueError, match=r"a\.jsonl was changed while it was read"):
+            prepare.prepare(find_corpus(tmp_path), byte_tokenizer)
+    assert not list(tmp_path.glob(".oncelm/*/shards/*.json"))
+    assert stream(prepare.prepare(find_corpus(tmp_path), byte_tokenizer)).tolist() == expected(byte_tokenizer, TEXTS)
+
+
 def test_a_source_without_a_document_is_an_error_with_the_first_reason(tmp_path, write_corpus, byte_tokenizer) -> None:
     corpus = write_corpus(tmp_path, {"a": (1, TEXTS), "b": (1, [])})
     with pytest.raises(ValueError, match=r"source 'b' has no document in its 1 file.*b\.jsonl: the file is empty"):

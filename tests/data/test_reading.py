@@ -45,9 +45,9 @@ def test_the_checksum_is_of_a_piece_alone(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(reading, "PIECE_BYTES", 10)
     path = tmp_path / "a.jsonl"
     path.write_bytes(b"0123456789\nabcdefghij\n")
-    before = scan(path)
+    before = [piece.sha256 for piece in scan(path)]
     path.write_bytes(b"0123456789\nabcdefghij\nmore\n")
-    assert scan(path)[:2] == before
+    assert [piece.sha256 for piece in scan(path)][:2] == before
 
 
 def test_every_format_gives_the_same_documents(tmp_path) -> None:

@@ -17,6 +17,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import sys
 import threading
 from array import array
 from collections.abc import Callable, Iterator, Sequence
@@ -257,6 +258,9 @@ def _make_shard(
                     relative = problem.line - piece.line if problem.line else 0
                     malformed.append((number, relative, problem.reason))
         writer.flush()
+    for piece in unit.pieces:
+        if os.stat(piece.path).st_mtime_ns != piece.mtime_ns:  # under its key would be another text's shard
+            raise ValueError(f"{piece.path} was changed while it was read; run again when it is complete.")
     info = ShardInfo(
         writer.num_tokens, writer.num_documents, writer.longest, writer.largest_id, num_malformed, malformed
     )
@@ -378,20 +382,19 @@ def _write_manifest(
             )
         examples += problems[: KEPT_EXAMPLES - len(examples)]
         described[source] = {"name": source.name, "weight": source.weight, "shards": shards}
-    with atomic_folder(out / "tokenizer") as folder:
-        encoder.tokenizer.save_pretrained(folder)
-    _write_json(
-        out / MANIFEST,
-        {
-            "format": FORMAT,
-            "tokenizer": fingerprint,
-            "vocab_size": encoder.vocab_size,
-            "bos": bos,
-            "train": [described[source] for source in corpus.train],
-            "valid": [described[source] for source in corpus.valid],
-            "malformed": {"count": count, "examples": examples},
-        },
-    )
+    manifest = {
+        "format": FORMAT,
+        "tokenizer": fingerprint,
+        "vocab_size": encoder.vocab_size,
+        "bos": bos,
+        "train": [described[source] for source in corpus.train],
+        "valid": [described[source] for source in corpus.valid],
+        "malformed": {"count": count, "examples": examples},
+    }
+    if _read_json(out / MANIFEST) != manifest:  # else leave alone what other runs may be reading
+        with atomic_folder(out / "tokenizer") as folder:
+            encoder.tokenizer.save_pretrained(folder)
+        _write_json(out / MANIFEST, manifest)
 
 
 def _place(path: str, line: int, reason: str) -> str:
@@ -417,7 +420,8 @@ def _write_json(path: Path, value: object) -> None:
 def _bar(name: str, total: int) -> Iterator[Callable[[int], None]]:
     """A progress bar of bytes, as a function that threads may call."""
     lock = threading.Lock()
-    with tqdm(total=total, desc=name, unit="B", unit_scale=True, delay=2, dynamic_ncols=True) as bar:
+    seconds = 0.1 if sys.stderr.isatty() else 30  # a log wants fewer lines
+    with tqdm(total=total, desc=name, unit="B", unit_scale=True, delay=2, mininterval=seconds) as bar:
 
         def advance(num_bytes: int) -> None:
             with lock:

@@ -30,13 +30,14 @@ _PART_CHARACTERS = 4 << 20  # of a plain text file, read at a time
 
 @dataclass(frozen=True)
 class Piece:
-    """Bytes `start` to `stop` of a file; `line` is the number of lines before them."""
+    """Bytes `start` to `stop` of a file as it was at `mtime_ns`; `line` is the number of lines before them."""
 
     path: str
     start: int
     stop: int
     line: int
     sha256: str
+    mtime_ns: int
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,7 @@ def scan(path: Path) -> list[Piece]:
     pieces: list[Piece] = []
     start = line = 0
     with path.open("rb") as file:
+        mtime_ns = os.fstat(file.fileno()).st_mtime_ns
         while True:
             digest, size, lines = hashlib.sha256(), 0, 0
             while size < cut_size and (block := file.read(min(1 << 20, cut_size - size))):
@@ -85,14 +87,14 @@ def scan(path: Path) -> list[Piece]:
                     break
             if not size:
                 return pieces
-            pieces.append(Piece(name, start, start + size, line, digest.hexdigest()))
+            pieces.append(Piece(name, start, start + size, line, digest.hexdigest(), mtime_ns))
             start, line = start + size, line + lines
 
 
 def read_text(path: Path) -> str:
     """A plain text file as one string; ValueError where it is empty or not text."""
     try:
-        text = "".join(_read_text(Piece(str(path), 0, path.stat().st_size, 0, ""), lambda num_bytes: None))
+        text = "".join(_read_text(_whole(path), lambda num_bytes: None))
     except DamagedText as error:
         raise ValueError(f"{path} is {error}; convert it to UTF-8 or leave it out.") from None
     if not text:
@@ -106,7 +108,7 @@ def sample_texts(files: Sequence[Path], characters: int = 1 << 28) -> Iterator[s
     for file, size in sizes.items():
         budget = max(1, characters * size // max(1, sum(sizes.values())))
         try:
-            for item in read(Piece(str(file), 0, size, 0, "")):
+            for item in read(_whole(file)):
                 for part in item.parts if isinstance(item, Document) else ():
                     yield part[:budget]
                     budget -= len(part)
@@ -116,6 +118,11 @@ def sample_texts(files: Sequence[Path], characters: int = 1 << 28) -> Iterator[s
                     break
         except DamagedText:
             continue  # which `prepare` will report
+
+
+def _whole(file: Path) -> Piece:
+    status = file.stat()
+    return Piece(str(file), 0, status.st_size, 0, "", status.st_mtime_ns)
 
 
 def read(piece: Piece, progress: Callable[[int], None] = lambda num_bytes: None) -> Iterator[Document | Malformed]:
