@@ -41,6 +41,15 @@ def test_pieces_of_any_size_give_every_line_once(tmp_path_factory, texts: list[s
     assert [item.line for item in found] == list(range(1, len(texts) + 1))
 
 
+def test_large_lines_are_read_as_others_are(tmp_path, monkeypatch, write_jsonl) -> None:
+    monkeypatch.setattr(reading, "_LARGE_LINE_BYTES", 30)
+    texts = ["x" * length for length in (1, 17, 18, 19, 20, 21, 40, 1000)]
+    path = write_jsonl(tmp_path / "a.jsonl", texts)
+    assert documents(path) == texts
+    path.write_text(path.read_text().rstrip("\n"))
+    assert documents(path) == texts
+
+
 def test_the_checksum_is_of_a_piece_alone(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(reading, "PIECE_BYTES", 10)
     path = tmp_path / "a.jsonl"
@@ -120,6 +129,7 @@ def test_every_malformed_line_is_told_with_its_reason(tmp_path) -> None:
 
 def test_a_line_without_end_is_not_read_into_memory(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(reading, "MAX_LINE_BYTES", 1 << 20)
+    monkeypatch.setattr(reading, "_LARGE_LINE_BYTES", 1 << 10)
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"text": "' + b"x" * (3 << 20) + b'"}\n{"text": "after"}\n')
     assert documents(path) == ["after"]

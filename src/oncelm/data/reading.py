@@ -14,6 +14,7 @@ import hashlib
 import importlib
 import os
 import sys
+import threading
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ import orjson
 
 PIECE_BYTES = 64 << 20
 MAX_LINE_BYTES = 128 << 20  # a longer line is not read: that file is not JSONL
+_LARGE_LINE_BYTES = 8 << 20  # such lines, which take several times their size while they are parsed, ...
+_one_large_line = threading.Lock()  # ... are so one at a time
 TEXT_FIELDS = ("text", "content", "raw_content_lines")
 _PART_CHARACTERS = 4 << 20  # of a plain text file, read at a time
 
@@ -148,27 +151,40 @@ def _read_jsonl(piece: Piece, progress: Callable[[int], None]) -> Iterator[Docum
         while raw is not lines or raw.tell() < piece.stop:
             number += 1
             try:
-                line = lines.readline(MAX_LINE_BYTES)
-                too_long = len(line) == MAX_LINE_BYTES and not line.endswith(b"\n")
-                while too_long and (rest := lines.readline(1 << 20)) and not rest.endswith(b"\n"):
-                    pass
+                text = _next_text(lines)
             except damage as error:
                 yield Malformed(number, f"the file is damaged: {error}")
                 return
-            progress(raw.tell() - position)
-            position = raw.tell()
-            if not line:
+            except ValueError as error:
+                text = None
+                yield Malformed(number, str(error))
+            except EndOfFile:
                 return
-            if too_long:
-                yield Malformed(number, f"the line is longer than {MAX_LINE_BYTES >> 20} MiB")
-            elif line.strip():
-                try:
-                    text = _text_of(_parse(line))
-                except ValueError as error:
-                    yield Malformed(number, str(error))
-                else:
-                    line = b""  # large ones are in memory once only
-                    yield Document(number, (text,))
+            finally:
+                progress(raw.tell() - position)
+                position = raw.tell()
+            if text is not None:
+                yield Document(number, (text,))
+
+
+class EndOfFile(Exception):
+    """No line follows."""
+
+
+def _next_text(lines: IO[bytes]) -> str | None:
+    """The text of the next line, None of a blank one; ValueError says why there is none."""
+    line = lines.readline(_LARGE_LINE_BYTES)
+    if not line:
+        raise EndOfFile
+    if len(line) < _LARGE_LINE_BYTES or line.endswith(b"\n"):
+        return _text_of(_parse(line)) if line.strip() else None
+    with _one_large_line:
+        line += lines.readline(MAX_LINE_BYTES - len(line))
+        if len(line) == MAX_LINE_BYTES and not line.endswith(b"\n"):
+            while (rest := lines.readline(1 << 20)) and not rest.endswith(b"\n"):
+                pass
+            raise ValueError(f"the line is longer than {MAX_LINE_BYTES >> 20} MiB")
+        return _text_of(_parse(line))
 
 
 def _decompressed(raw: IO[bytes], path: str) -> IO[bytes]:
