@@ -7,9 +7,9 @@
     oncelm train CORPUS --out runs/first --tokenizer cl100k_base
 
 A document is a whole package: every page of a manual, every file of a repository (of the Linux kernel, a document is
-a directory such as fs/ext4). Versions are pinned; pip checks
-the hashes in python.txt, apt the signatures of its archive. Nothing of a package is run. Stopped at any moment,
-the same command goes on where it was: a package is done when its shard is there.
+a directory such as fs/ext4). Versions are pinned; pip checks the hashes in python.txt, apt the signatures of its
+archive. Nothing of a package is run. Stopped at any moment, the same command goes on where it was: a package is done
+when its shard is there.
 
     CORPUS/json/train.json, valid.json     the sources with their weights, as `oncelm train` reads them
     CORPUS/shards/NAME.jsonl.zst           one package each; a line is {"text": ..., "package": ..., "licence": ...}
