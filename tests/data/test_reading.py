@@ -43,7 +43,8 @@ def test_pieces_of_any_size_give_every_line_once(tmp_path_factory, texts: list[s
 
 def test_large_lines_are_read_as_others_are(tmp_path, monkeypatch, write_jsonl) -> None:
     monkeypatch.setattr(reading, "_LARGE_LINE_BYTES", 30)
-    texts = ["x" * length for length in (1, 17, 18, 19, 20, 21, 40, 1000)]
+    monkeypatch.setattr(reading, "_PART_CHARACTERS", 7)
+    texts = ["x" * length for length in (1, 17, 18, 19, 20, 21, 40, 1000)] + ["\u6f22\U0001f600" * 20]
     path = write_jsonl(tmp_path / "a.jsonl", texts)
     assert documents(path) == texts
     path.write_text(path.read_text().rstrip("\n"))

@@ -9,6 +9,7 @@ A plain JSONL file is cut at line breaks into pieces of about `PIECE_BYTES`; any
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import hashlib
 import importlib
@@ -28,7 +29,7 @@ MAX_LINE_BYTES = 128 << 20  # a longer line is not read: that file is not JSONL
 _LARGE_LINE_BYTES = 8 << 20  # such lines, which take several times their size while they are parsed, ...
 _one_large_line = threading.Lock()  # ... are so one at a time
 TEXT_FIELDS = ("text", "content", "raw_content_lines")
-_PART_CHARACTERS = 4 << 20  # of a plain text file, read at a time
+_PART_CHARACTERS = 4 << 20  # of a large text, at a time
 
 
 @dataclass(frozen=True)
@@ -151,40 +152,47 @@ def _read_jsonl(piece: Piece, progress: Callable[[int], None]) -> Iterator[Docum
         while raw is not lines or raw.tell() < piece.stop:
             number += 1
             try:
-                text = _next_text(lines)
+                parts = _next_text(lines)
             except damage as error:
                 yield Malformed(number, f"the file is damaged: {error}")
                 return
             except ValueError as error:
-                text = None
+                parts = None
                 yield Malformed(number, str(error))
             except EndOfFile:
                 return
             finally:
                 progress(raw.tell() - position)
                 position = raw.tell()
-            if text is not None:
-                yield Document(number, (text,))
+            if parts is not None:
+                yield Document(number, parts)
 
 
 class EndOfFile(Exception):
     """No line follows."""
 
 
-def _next_text(lines: IO[bytes]) -> str | None:
-    """The text of the next line, None of a blank one; ValueError says why there is none."""
+def _next_text(lines: IO[bytes]) -> Iterable[str] | None:
+    """The text of the next line in parts, None of a blank one; ValueError says why there is none."""
     line = lines.readline(_LARGE_LINE_BYTES)
     if not line:
         raise EndOfFile
     if len(line) < _LARGE_LINE_BYTES or line.endswith(b"\n"):
-        return _text_of(_parse(line)) if line.strip() else None
+        return (_text_of(_parse(line)),) if line.strip() else None
     with _one_large_line:
         line += lines.readline(MAX_LINE_BYTES - len(line))
         if len(line) == MAX_LINE_BYTES and not line.endswith(b"\n"):
             while (rest := lines.readline(1 << 20)) and not rest.endswith(b"\n"):
                 pass
             raise ValueError(f"the line is longer than {MAX_LINE_BYTES >> 20} MiB")
-        return _text_of(_parse(line))
+        # as bytes: one emoji makes a str of four bytes a character
+        return _decoded(_text_of(_parse(line)).encode())
+
+
+def _decoded(text: bytes) -> Iterator[str]:
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    for start in range(0, len(text), _PART_CHARACTERS):
+        yield decoder.decode(text[start : start + _PART_CHARACTERS])
 
 
 def _decompressed(raw: IO[bytes], path: str) -> IO[bytes]:
