@@ -41,10 +41,10 @@ def test_a_stopped_run_goes_on_with_its_own_settings_and_tokenizer(book, tmp_pat
     out = tmp_path / "run"
     batch = ReadAhead.batch
 
-    def stop_in_step_2(self, step: int, batch_size: int):
+    def stop_in_step_2(self, step: int, batch_size: int, rows: slice | None = None):
         if step == 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        return batch(self, step, batch_size)
+        return batch(self, step, batch_size, rows)
 
     monkeypatch.setattr(ReadAhead, "batch", stop_in_step_2)
     command = ["train", book, "--out", str(out), "--steps", "4", "--tokenizer", "bpe:280", *QUICK]

@@ -34,14 +34,14 @@ def vocab_parallel_cross_entropy(hidden: Tensor, weight: DTensor, targets: Tenso
     group = weight.device_mesh.get_group()
     # DTensor gives the first ranks ceil(V / ranks) rows each
     first = dist.get_rank(group) * -(-weight.shape[0] // dist.get_world_size(group))
-    return _VocabParallelCrossEntropy.apply(hidden, local, targets - first, group)
+    needs_gradients = torch.is_grad_enabled() and (hidden.requires_grad or local.requires_grad)
+    return _VocabParallelCrossEntropy.apply(hidden, local, targets - first, group, needs_gradients)
 
 
 class _VocabParallelCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, targets, group):
+    def forward(ctx, hidden, weight, targets, group, needs_gradients):
         wide = torch.promote_types(hidden.dtype, torch.float32)
-        needs_gradients = any(ctx.needs_input_grad)
         grad_hidden = torch.empty_like(hidden, dtype=wide)
         grad_weight = torch.zeros_like(weight, dtype=wide)
         loss = hidden.new_zeros((), dtype=wide)
@@ -71,4 +71,4 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_output):
         grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * grad_output, grad_weight * grad_output, None, None
+        return grad_hidden * grad_output, grad_weight * grad_output, None, None, None

@@ -126,17 +126,27 @@ def die() -> None:
 
 
 def full_disk() -> None:
-    def write_data(self, plan, planner):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    HuggingFaceStorageWriter.write_data = write_data
+    _at_step_4(_no_space)
 
 
 def die_while_saving() -> None:
-    def write_data(self, plan, planner):
-        die()
+    _at_step_4(die)
 
-    HuggingFaceStorageWriter.write_data = write_data
+
+def _no_space() -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def _at_step_4(event: Callable[[], None]) -> None:
+    """From now on `event` happens while the checkpoint of step 4 is written (the one before may not be ready yet)."""
+    write_data = HuggingFaceStorageWriter.write_data
+
+    def eventful(self, plan, planner):
+        if "step-000004" in str(self.path):
+            event()
+        return write_data(self, plan, planner)
+
+    HuggingFaceStorageWriter.write_data = eventful
 
 
 def split_vocabulary(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor):
