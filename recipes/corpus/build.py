@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Build a corpus of some 500M tokens of documentation and code, from Debian and Python packages.
+"""Build a corpus of about 470M tokens of documentation and code, from Debian and Python packages.
 
     pip install 'oncelm[data]' -r recipes/corpus/requirements.txt
     python recipes/corpus/build.py CORPUS                          # everything: 2.2 GB to download, some minutes
