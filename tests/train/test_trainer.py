@@ -201,7 +201,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(make_model, dataset, mak
 
     monkeypatch.setattr(HuggingFaceStorageWriter, "write_data", slow_at_step_2)
     batch = dataset.batch
-    dataset.batch = lambda step, size: (later.set() if step == 3 else None, batch(step, size))[1]
+    dataset.batch = lambda step, *rest: (later.set() if step == 3 else None, batch(step, *rest))[1]
     config = make_config(steps=4, keep_checkpoints=3)
     trained = make_model()
     Trainer(trained, dataset, config).fit()
