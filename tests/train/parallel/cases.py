@@ -110,7 +110,7 @@ def train(options: dict, shape: dict, rank: int = -1, step: int = 0, event: Call
             dataset = make_dataset()
             if event is not None and ranks.rank.index == rank:
                 batch = dataset.batch
-                dataset.batch = lambda asked, size: (event() if asked == step else None, batch(asked, size))[1]
+                dataset.batch = lambda asked, *rest: (event() if asked == step else None, batch(asked, *rest))[1]
             result = Trainer(model, dataset, config, ranks=ranks).fit()
     except (OSError, ValueError, FloatingPointError, SystemExit) as error:
         return f"{type(error).__name__}: {error}"
