@@ -1,6 +1,7 @@
 """Tensors in, tensors out: the numerical core, without modules or configuration."""
 
 from oncelm.ops.attention import decode_attention, global_attention, window_attention
+from oncelm.ops.crossbatch import crossbatch_attention
 from oncelm.ops.gated_retention import gated_retention
 from oncelm.ops.gated_retention.step import gated_retention_step
 from oncelm.ops.linear_cross_entropy import linear_cross_entropy
@@ -12,6 +13,7 @@ from oncelm.ops.vocab_parallel import vocab_parallel_cross_entropy
 
 __all__ = [
     "apply_rope",
+    "crossbatch_attention",
     "decode_attention",
     "dequantize_kv",
     "gated_retention",

@@ -113,6 +113,13 @@ TABLE: dict[str, tuple[Implementation, ...]] = {
         ),
         Implementation("naive", "oncelm.ops.linear_cross_entropy.naive:to_gradient", ANY, "reference, PyTorch"),
     ),
+    "crossbatch_attention": (
+        Implementation("blocks", "oncelm.ops.crossbatch.blocks:running", ANY, "one context at a time, running softmax"),
+        Implementation(
+            "flex", "oncelm.ops.crossbatch.flex:packed", ("cpu", "cuda"), "FlexAttention (CPU: no gradients)"
+        ),
+        Implementation("naive", "oncelm.ops.crossbatch.naive:gathered", ANY, "reference, gathers all contexts"),
+    ),
 }
 
 

@@ -1,0 +1,48 @@
+"""Crossbatch attention as one FlexAttention call: rows side by side, and a block mask that says who sees whom.
+
+Keys appear twice, at their own positions and at position 0, and are not gathered: the mask picks.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+
+def packed(q, k, first_k, v, counts, scale):
+    B, T, H, D = q.shape
+
+    def heads(*parts):
+        return torch.cat([part.flatten(0, 1) for part in parts]).transpose(0, 1)[None]  # [1, H, rows * T, D]
+
+    attend = _compiled() if q.is_cuda else flex_attention
+    out = attend(
+        heads(q),
+        heads(k, first_k),
+        heads(v, v),
+        block_mask=_mask(counts, T, q.device),
+        scale=scale,
+        enable_gqa=H != k.shape[2],
+    )
+    return out[0].transpose(0, 1).unflatten(0, (B, T))
+
+
+@cache
+def _compiled():
+    return torch.compile(flex_attention)
+
+
+@cache
+def _mask(counts, T, device):
+    seen, tokens = torch.tensor(counts, device=device), len(counts) * T
+
+    def visible(b, h, query, key):
+        at_zero = key >= tokens
+        place = torch.where(at_zero, key - tokens, key)
+        distance = query // T - place // T
+        own = ~at_zero & (distance == 0) & (place <= query)
+        return own | (at_zero & (distance > 0) & (distance <= seen[query // T]))
+
+    return create_block_mask(visible, None, None, tokens, 2 * tokens, device=device)
