@@ -2,6 +2,13 @@
 
 from oncelm import ops
 from oncelm.data.tokenizers import load_tokenizer
-from oncelm.models import YocoConfig, YocoForCausalLM, build_model, load
+from oncelm.models import (
+    LongLlamaConfig,
+    LongLlamaForCausalLM,
+    YocoConfig,
+    YocoForCausalLM,
+    build_model,
+    load,
+)
 
-__all__ = ["YocoConfig", "YocoForCausalLM", "build_model", "load", "load_tokenizer", "ops"]
+__all__ = ["LongLlamaConfig", "LongLlamaForCausalLM", "YocoConfig", "YocoForCausalLM", "build_model", "load", "load_tokenizer", "ops"]

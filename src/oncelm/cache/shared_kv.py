@@ -8,6 +8,7 @@ from itertools import accumulate
 import torch
 
 from oncelm.cache.batch import Batch, Group, borders
+from oncelm.cache.rows import Rows
 from oncelm.ops import decode_attention, dequantize_kv, global_attention, quantize_kv
 from oncelm.ops.attention import MOST_DECODED, has_decode_kernel
 from oncelm.ops.quantize import LARGEST, as_bytes
@@ -16,16 +17,13 @@ from oncelm.ops.quantize import LARGEST, as_bytes
 STORED_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, *LARGEST)
 
 
-class SharedKV:
+class SharedKV(Rows):
     """k, v [N, S, H_kv, D] for N sequences of up to S tokens, keys already rotated.
 
-    Rows are written where `batch.positions` says and never moved. With `max_tokens=None` the capacity S doubles when it
-    is exceeded; otherwise it is fixed, and the model cache refuses longer input.
+    Tokens are written where `batch.positions` says and never moved.
 
     k and v of float8_e4m3fn or int8 are quantised as they come, with k_scale, v_scale [N, S, H_kv] in float32.
     """
-
-    first_capacity = 256
 
     def __init__(
         self,
@@ -36,54 +34,17 @@ class SharedKV:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        shape = (batch_size, self.first_capacity if max_tokens is None else max_tokens, num_kv_heads, head_dim)
-        self.k, self.v = (self._allocate(shape, dtype, device) for _ in range(2))
+        super().__init__(batch_size, max_tokens, num_kv_heads, head_dim, dtype, device)
         self.k_scale: torch.Tensor | None = None
         self.v_scale: torch.Tensor | None = None
-        self.tensor_names: tuple[str, ...] = ("k", "v")
         if self.is_quantised:
-            self.k_scale, self.v_scale = (self._allocate(shape[:3], torch.float32, device) for _ in range(2))
+            self.k_scale, self.v_scale = (self._allocate(self.k.shape[:3], torch.float32, device) for _ in range(2))
             self.tensor_names = ("k", "v", "k_scale", "v_scale")
-
-    @staticmethod
-    def _allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        """A tensor [N, S, H_kv, ...] that lies in memory head by head.
-
-        Decoding reads one head's rows after the other; on a CPU it is up to twice as fast when they are neighbours.
-        """
-        N, S, H_kv, *rest = shape
-        # zeros, not empty: a masked key has weight 0, and 0 times a NaN of uninitialised memory is NaN
-        return torch.zeros(N, H_kv, S, *rest, dtype=dtype, device=device).transpose(1, 2)
-
-    @property
-    def capacity(self) -> int:
-        """Tokens that fit in each sequence."""
-        return self.k.shape[1]
 
     @property
     def is_quantised(self) -> bool:
         """Whether keys and values are stored in 8 bits."""
         return self.k.dtype in LARGEST
-
-    def reserve(self, num_tokens: int) -> None:
-        """Make room for `num_tokens` a sequence; each growth at least doubles, so copies stay linear in all."""
-        if num_tokens <= self.capacity:
-            return
-        capacity = self.capacity
-        for name in self.tensor_names:
-            old = getattr(self, name)
-            shape = (old.shape[0], max(num_tokens, 2 * capacity), *old.shape[2:])
-            new = self._allocate(shape, old.dtype, old.device)
-            new[:, :capacity] = old
-            setattr(self, name, new)
-
-    def select(self, index: torch.Tensor, num_tokens: int) -> None:
-        """Keep sequences `index` [M], of which `num_tokens` rows are in use; in place where M is N."""
-        for name in self.tensor_names:
-            old = getattr(self, name)
-            new = old if len(index) == len(old) else self._allocate((len(index), *old.shape[1:]), old.dtype, old.device)
-            as_bytes(new)[:, :num_tokens] = as_bytes(old)[index, :num_tokens]
-            setattr(self, name, new)
 
     # -- writing ---------------------------------------------------------------------------------------------------
 

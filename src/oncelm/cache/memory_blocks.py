@@ -1,0 +1,151 @@
+"""Keys and values of a memory in blocks that live anywhere: beside the model, in CPU memory, in a file.
+
+A block is allocated when the one before it is full, and nothing is ever moved or concatenated. Attention streams the
+blocks one by one to the model's device and keeps a running softmax: the result is exact whatever the blocks, and the
+device holds one block at a time.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from oncelm.cache.window import Running, attention_groups
+from oncelm.ops.attention.partial import partial_attention
+
+BLOCK_TOKENS = 8192
+
+
+class Block:
+    """k, v [N, H_kv, S, D] of S tokens a sequence; for int8 with a scale a token and head [N, H_kv, S, 1]."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, place: torch.device | Path) -> None:
+        allocate = _in_file if isinstance(place, Path) else _in_memory
+        self.k, self.v = (allocate(shape, dtype, place) for _ in "kv")  # type: ignore[operator]
+        if dtype == torch.int8:
+            scales = (*shape[:-1], 1)
+            self.k_scale, self.v_scale = (allocate(scales, torch.float32, place) for _ in "kv")  # type: ignore[operator]
+
+    def tensors(self) -> list[torch.Tensor]:
+        return [tensor for tensor in vars(self).values()]
+
+    def write(self, rows: slice, span: slice, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Store k, v [n, t, H_kv, D]."""
+        for name, x in (("k", k), ("v", v)):
+            x = x.transpose(1, 2)
+            target = getattr(self, name)
+            if target.dtype == torch.int8:
+                scale = x.float().abs().amax(-1, keepdim=True) / 127
+                getattr(self, f"{name}_scale")[rows, :, span] = scale.to(target.device)
+                x = (x.float() / scale.clamp_min(torch.finfo(torch.float32).tiny)).round()
+            target[rows, :, span] = x.to(target.device, target.dtype)
+
+    def read(
+        self, name: str, rows: slice, heads: slice, stop: int, device: torch.device, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """[n, stop, H_kv, D] on a device in a dtype."""
+        x = getattr(self, name)[rows, heads, :stop].to(device, non_blocking=True)
+        if x.dtype == torch.int8:
+            scale = getattr(self, f"{name}_scale")[rows, heads, :stop].to(device, non_blocking=True)
+            x = x.float() * scale
+        return x.to(dtype).transpose(1, 2)
+
+
+class MemoryBlocks:
+    """A memory for N sequences in blocks of `block_tokens` tokens.
+
+    Args:
+        place: a device, or an existing folder for files (which vanish with the memory).
+        dtype: of storage; torch.int8 quantises each token of each head by its largest value.
+    """
+
+    def __init__(
+        self,
+        batch_size: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        place: torch.device | Path,
+        block_tokens: int = BLOCK_TOKENS,
+        grouping: tuple[int, int] | None = None,
+    ) -> None:
+        self.shape = (batch_size, num_kv_heads, block_tokens, head_dim)
+        self.dtype, self.place, self.grouping = dtype, place, grouping
+        self.blocks: list[Block] = []
+
+    def append(self, rows: slice, k: torch.Tensor, v: torch.Tensor, at: int) -> None:
+        """Remember k, v [n, t, H_kv, D] of sequences `rows`, which hold `at` tokens already."""
+        size, done = self.shape[2], 0
+        while done < k.shape[1]:
+            number, first = divmod(at + done, size)
+            if number == len(self.blocks):
+                self.blocks.append(Block(self.shape, self.dtype, self.place))
+            count = min(size - first, k.shape[1] - done)
+            part = slice(done, done + count)
+            self.blocks[number].write(rows, slice(first, first + count), k[:, part], v[:, part])
+            done += count
+
+    def attend(self, q: torch.Tensor, rows: slice, held: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """(o [n, T, H, D], lse [n, T, H]) of q [n, T, H, D] over the first `held` >= 1 tokens of sequences `rows`."""
+        groups = list(attention_groups(q, self.shape[1], self.grouping))
+        totals = [Running() for _ in groups]
+        for k, v in self._stream(rows, held, q.device, torch.promote_types(q.dtype, torch.float32)):
+            for (at, heads, kv), total in zip(groups, totals, strict=True):
+                total.add(partial_attention(q[:, at, heads], k[:, :, kv], v[:, :, kv]))
+        o = torch.empty(q.shape, dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
+        lse = torch.empty(q.shape[:3], dtype=o.dtype, device=q.device)
+        for (at, heads, _), total in zip(groups, totals, strict=True):
+            assert total.total is not None, "attention over an empty memory"
+            o[:, at, heads], lse[:, at, heads] = total.total
+        return o, lse
+
+    def _stream(
+        self, rows: slice, held: int, device: torch.device, dtype: torch.dtype
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for number, block in enumerate(self.blocks):
+            stop = min(self.shape[2], held - number * self.shape[2])
+            if stop <= 0:
+                return
+            yield tuple(block.read(name, rows, slice(None), stop, device, dtype) for name in "kv")  # type: ignore[misc]
+
+    def contents(self, rows: slice, held: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """k, v [n, s, H_kv, D] of the first `held` tokens, block by block, on the CPU; int8 as float32."""
+        dtype = torch.float32 if self.dtype == torch.int8 else self.dtype
+        yield from self._stream(rows, held, torch.device("cpu"), dtype)
+
+    def keep_rows(self, index: torch.Tensor, remembered: tuple[int, ...]) -> None:
+        """Keep sequences `index` [M], in that order; one block at a time is copied."""
+        self.shape = (len(index), *self.shape[1:])
+        for number, old in enumerate(self.blocks):
+            self.blocks[number] = new = Block(self.shape, self.dtype, self.place)
+            for target, source in zip(new.tensors(), old.tensors(), strict=True):
+                torch.index_select(source, 0, index.to(source.device), out=target)
+
+    def nbytes(self) -> int:
+        """Bytes allocated, wherever they are."""
+        return sum(tensor.nbytes for block in self.blocks for tensor in block.tensors())
+
+
+def _in_memory(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    pinned = device.type == "cpu" and torch.cuda.is_available()  # pinned memory streams to a GPU at full speed
+    return torch.empty(shape, dtype=dtype, device=device, pin_memory=pinned)
+
+
+def _in_file(shape: tuple[int, ...], dtype: torch.dtype, folder: Path) -> torch.Tensor:
+    """A tensor whose memory is a file without a name: it goes when the tensor goes, or the process."""
+    size = torch.Size(shape).numel()
+    descriptor, name = tempfile.mkstemp(dir=folder, prefix="oncelm-memory-")
+    try:
+        # the space is taken now: on a full disk a write through the mapping would end the process
+        os.posix_fallocate(descriptor, 0, size * dtype.itemsize)
+        return torch.from_file(name, shared=True, size=size, dtype=dtype).view(shape)
+    except OSError as error:
+        needed = size * dtype.itemsize / 2**20
+        raise OSError(f"no room for a block of memory ({needed:,.1f} MiB) in {folder}: {error}") from error
+    finally:
+        os.close(descriptor)
+        os.unlink(name)

@@ -1,0 +1,141 @@
+"""A memory that is searched: each query attends to the `top_k` keys nearest to it (largest q.k), found by Faiss.
+
+One index a sequence, layer and key/value head, in CPU memory. "flat" searches exactly; "ivf" and "hnsw" are faster and
+may miss some: `recall` says how many.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from oncelm.cache.rows import Rows
+from oncelm.utils.errors import check_choice
+
+INDEXES = ("flat", "ivf", "hnsw")
+IVF_TRAINING_TOKENS = 4096  # an inverted file is made from the first keys; until there are so many, search is exact
+HNSW_NEIGHBOURS = 32
+
+
+class MemoryIndex:
+    """A memory for N sequences of which a query sees its `top_k` nearest keys.
+
+    Args:
+        top_k: keys a query head sees; all of a memory that has no more.
+        index: "flat", "ivf" or "hnsw".
+    """
+
+    def __init__(
+        self, batch_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, top_k: int, index: str
+    ) -> None:
+        check_choice("memory index", index, INDEXES)
+        if top_k < 1:
+            raise ValueError(f"memory top_k must be at least 1, got {top_k}.")
+        self.faiss = _faiss()
+        self.rows = Rows(batch_size, None, num_kv_heads, head_dim, dtype, torch.device("cpu"))
+        self.top_k, self.kind = top_k, index
+        self.indexes = [[self._new_index(head_dim) for _ in range(num_kv_heads)] for _ in range(batch_size)]
+
+    def _new_index(self, head_dim: int) -> Any:
+        if self.kind == "hnsw":
+            return self.faiss.IndexHNSWFlat(head_dim, HNSW_NEIGHBOURS, self.faiss.METRIC_INNER_PRODUCT)
+        return self.faiss.IndexFlatIP(head_dim)
+
+    def append(self, rows: slice, k: torch.Tensor, v: torch.Tensor, at: int) -> None:
+        """Remember k, v [n, t, H_kv, D] of sequences `rows`, which hold `at` tokens already."""
+        stop = at + k.shape[1]
+        self.rows.reserve(stop)
+        self.rows.k[rows, at:stop], self.rows.v[rows, at:stop] = k, v
+        for n in range(rows.start, rows.stop):
+            self._extend(n, at, stop)
+
+    def _extend(self, n: int, at: int, stop: int) -> None:
+        for head, index in enumerate(self.indexes[n]):
+            if self.kind == "ivf" and isinstance(index, self.faiss.IndexFlatIP) and stop >= IVF_TRAINING_TOKENS:
+                self.indexes[n][head] = self._inverted_file(self._keys(n, head, 0, stop))
+            else:
+                index.add(self._keys(n, head, at, stop))
+
+    def _keys(self, n: int, head: int, first: int, stop: int) -> Any:
+        return self.rows.k[n, first:stop, head].float().contiguous().numpy()
+
+    def _inverted_file(self, keys: Any) -> Any:
+        """An index of `keys` [S, D] by cells around centroids, of which a search reads one in eight."""
+        cells = max(1, min(int(4 * len(keys) ** 0.5), len(keys) // 39))  # fewer keys a cell, and Faiss warns
+        space = self.faiss.IndexFlatIP(keys.shape[1])
+        index = self.faiss.IndexIVFFlat(space, keys.shape[1], cells, self.faiss.METRIC_INNER_PRODUCT)
+        index.train(keys)
+        index.add(keys)
+        index.nprobe = max(1, cells // 8)
+        return index
+
+    def attend(self, q: torch.Tensor, rows: slice, held: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """(o [n, T, H, D], lse [n, T, H]) of q [n, T, H, D] over the nearest of `held` >= 1 tokens of sequences `rows`."""
+        wide = torch.promote_types(q.dtype, torch.float32)
+        o = torch.empty(q.shape, dtype=wide)
+        lse = torch.empty(q.shape[:3], dtype=wide)
+        for n, head, heads in self._heads(q, rows):
+            queries = q[n - rows.start, :, heads].cpu().to(wide)  # [T, G, D]
+            places = self.search(queries.flatten(0, 1).float(), n, head, held)  # [T * G, top_k], -1 for none
+            keys, values = (x[n, :held, head].to(wide)[places.clamp_min(0)] for x in (self.rows.k, self.rows.v))
+            scores = torch.einsum("rd,rkd->rk", queries.flatten(0, 1), keys) * q.shape[3] ** -0.5
+            scores = scores.masked_fill(places < 0, -torch.inf)
+            denominator = scores.logsumexp(-1)
+            out = torch.einsum("rk,rkd->rd", (scores - denominator[:, None]).exp(), values)
+            o[n - rows.start, :, heads] = out.view_as(queries)
+            lse[n - rows.start, :, heads] = denominator.view(queries.shape[:2])
+        return o.to(q.device), lse.to(q.device)
+
+    def search(self, queries: torch.Tensor, n: int, head: int, held: int) -> torch.Tensor:
+        """Places [R, min(top_k, held)] of the keys nearest to queries [R, D]; -1 where the index found no more."""
+        _, places = self.indexes[n][head].search(queries.contiguous().numpy(), min(self.top_k, held))
+        return torch.from_numpy(places)
+
+    @torch.no_grad()
+    def recall(self, q: torch.Tensor, rows: slice, held: int) -> float:
+        """The share of the true `top_k` nearest keys that the index finds, over queries q [n, T, H, D]."""
+        found = wanted = 0
+        for n, head, heads in self._heads(q, rows):
+            queries = q[n - rows.start, :, heads].flatten(0, 1).cpu().float()
+            keys = self.rows.k[n, :held, head].float()
+            true = (queries @ keys.T).topk(min(self.top_k, held)).indices
+            places = self.search(queries, n, head, held)
+            found += int((true[:, :, None] == places[:, None]).any(-1).sum())
+            wanted += true.numel()
+        return found / wanted
+
+    def _heads(self, q: torch.Tensor, rows: slice) -> Iterator[tuple[int, int, slice]]:
+        """(sequence, key/value head, its query heads)."""
+        per_kv = q.shape[2] // len(self.indexes[0])
+        for n in range(rows.start, rows.stop):
+            for head in range(len(self.indexes[0])):
+                yield n, head, slice(head * per_kv, (head + 1) * per_kv)
+
+    def contents(self, rows: slice, held: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """k, v [n, held, H_kv, D]."""
+        if held:
+            yield self.rows.k[rows, :held], self.rows.v[rows, :held]
+
+    def keep_rows(self, index: torch.Tensor, remembered: tuple[int, ...]) -> None:
+        """Keep sequences `index` [M], in that order; their indexes are made anew."""
+        chosen = index.tolist()
+        self.rows.select(index.cpu(), max(remembered))
+        head_dim = self.rows.k.shape[3]
+        self.indexes = [[self._new_index(head_dim) for _ in self.indexes[0]] for _ in chosen]
+        for n, row in enumerate(chosen):
+            if remembered[row]:
+                self._extend(n, 0, remembered[row])
+
+    def nbytes(self) -> int:
+        """Bytes of keys and values (an index holds the keys once more)."""
+        return self.rows.nbytes()
+
+
+def _faiss() -> Any:
+    try:
+        return importlib.import_module("faiss")
+    except ImportError as error:
+        raise ImportError("memory 'knn' searches with Faiss: pip install 'oncelm[knn]' (faiss-cpu)") from error

@@ -1,0 +1,55 @@
+"""What every model of OnceLM checks alike: its inputs, its weight files, whose cache it is given."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+
+def check_tokens(input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, config: Any) -> torch.Tensor:
+    """The one of the two that is given; ValueError unless it is one, of the right shape, with ids of the vocabulary."""
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("give input_ids or inputs_embeds, one of them.")
+    if inputs_embeds is not None:
+        if inputs_embeds.dim() != 3 or inputs_embeds.shape[2] != config.hidden_size:
+            raise ValueError(f"inputs_embeds must be [B, T, {config.hidden_size}], got {list(inputs_embeds.shape)}.")
+        return inputs_embeds
+    assert input_ids is not None
+    if input_ids.dim() != 2 or input_ids.is_floating_point() or input_ids.dtype == torch.bool:
+        raise ValueError(f"input_ids must be [B, T] integers, got {input_ids.dtype} {list(input_ids.shape)}.")
+    # on a GPU a bad id ends the process, so it is worth the wait; one decoded token is the model's own
+    if input_ids.numel() and (input_ids.device.type == "cpu" or input_ids.shape[1] > 1):
+        low, high = (int(bound) for bound in input_ids.aminmax())
+        if low < 0 or high >= config.vocab_size:
+            bad = low if low < 0 else high
+            raise ValueError(f"input_ids has {bad}; allowed: 0..{config.vocab_size - 1} (vocab_size).")
+    return input_ids
+
+
+def fingerprint(model: PreTrainedModel, keys: Iterable[str]) -> str:
+    """A short hash of some configuration keys and of a sample of every parameter: whose cache a file is."""
+    digest = hashlib.blake2b(digest_size=12)
+    digest.update(json.dumps({key: getattr(model.config, key) for key in keys}, sort_keys=True).encode())
+    for name, parameter in sorted(model.named_parameters()):
+        flat = parameter.detach().flatten()
+        sample = flat[:: max(1, flat.numel() // 64)].float().cpu()
+        digest.update(name.encode() + sample.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def refuse_incomplete(path: object, info: dict[str, Any]) -> None:
+    """ValueError for missing, unexpected or wrong-size tensors, where transformers only warns."""
+    if wrong := sorted(info["mismatched_keys"]):
+        name, found, expected = wrong[0]
+        raise ValueError(f"{path}: {name} is {list(found)}, config.json asks for {list(expected)}.")
+    for problem in ("missing_keys", "unexpected_keys"):
+        if names := sorted(info[problem]):
+            raise ValueError(
+                f"{path} has {len(names)} {problem.replace('_keys', '')} tensors: "
+                f"{', '.join(names[:4])}{', ...' if len(names) > 4 else ''}."
+            )

@@ -1,0 +1,72 @@
+"""Which cache each layer of a LongLLaMA gets, from the configuration and the kind of memory asked for."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from oncelm.cache.local_kv import LocalKV
+from oncelm.cache.long_cache import LongLayer
+from oncelm.cache.memory_blocks import MemoryBlocks
+from oncelm.cache.memory_knn import MemoryIndex
+from oncelm.cache.memory_kv import MemoryKV
+from oncelm.cache.memory_remote import MemoryStore, RemoteMemory
+from oncelm.models.longllama.config import LongLlamaConfig
+from oncelm.utils.errors import check_choice, check_positive
+
+MEMORIES = ("exact", "knn", "cpu", "disk")
+
+
+@dataclass(frozen=True)
+class MemoryOptions:
+    """Where memory is and how it is read: see `LongLlamaForCausalLM.new_cache`."""
+
+    memory: str
+    top_k: int
+    index: str
+    block_tokens: int
+    folder: Path | None
+
+    def __post_init__(self) -> None:
+        check_choice("memory", self.memory, MEMORIES)
+        check_positive(block_tokens=self.block_tokens)
+        if self.folder is not None and not self.folder.is_dir():
+            raise ValueError(f"folder {str(self.folder)!r} for the files of memory 'disk' does not exist.")
+
+
+def new_layers(
+    config: LongLlamaConfig,
+    options: MemoryOptions,
+    batch_size: int,
+    max_tokens: int | None,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> list[LongLayer]:
+    """A LocalKV for each layer without memory, and for each memory layer what `options` ask for."""
+    heads, head_dim = config.num_key_value_heads, config.head_dim
+    mem_dtype = dtype if config.mem_dtype is None else getattr(torch, config.mem_dtype)
+    grouping = None if config.mem_attention_grouping is None else tuple(config.mem_attention_grouping)
+
+    def store() -> MemoryStore:
+        if options.memory == "knn":
+            kept = torch.float32 if mem_dtype == torch.int8 else mem_dtype
+            return MemoryIndex(batch_size, heads, head_dim, kept, options.top_k, options.index)
+        place: torch.device | Path = device
+        if options.memory == "cpu":
+            place = torch.device("cpu")
+        elif options.memory == "disk":
+            place = options.folder or Path(tempfile.gettempdir())
+        return MemoryBlocks(batch_size, heads, head_dim, mem_dtype, place, options.block_tokens, grouping)
+
+    def layer(i: int) -> LongLayer:
+        if i not in config.mem_layers:
+            local = None if max_tokens is None else min(max_tokens, config.max_position_embeddings)
+            return LocalKV(batch_size, local, heads, head_dim, dtype, device)
+        if options.memory == "exact" and mem_dtype == dtype:
+            return MemoryKV(batch_size, max_tokens, heads, head_dim, dtype, device, grouping)
+        return RemoteMemory(batch_size, heads, head_dim, dtype, device, store())
+
+    return [layer(i) for i in range(config.num_hidden_layers)]

@@ -1,0 +1,458 @@
+"""LongLLaMA as a Hugging Face causal language model: input of any length, loss, memories, generate."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.generation.configuration_utils import GenerationMode
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from oncelm.cache import Batch
+from oncelm.cache.fresh_memory import CrossbatchMemory, FreshLocal, FreshMemory
+from oncelm.cache.long_cache import LongLlamaCache, Piece, plan
+from oncelm.cache.window import Window
+from oncelm.models.checks import check_tokens, fingerprint, refuse_incomplete
+from oncelm.models.longllama.config import LongLlamaConfig
+from oncelm.models.longllama.memories import MemoryOptions, new_layers
+from oncelm.models.longllama.model import LongLlamaModel, RMSNorm
+from oncelm.models.yoco import inputs as reading
+from oncelm.ops import linear_cross_entropy
+from oncelm.ops.crossbatch import earlier_contexts
+from oncelm.utils.errors import unknown
+
+# Keys on which a memory's content depends, beside the weights; the others say how it is kept and read.
+_KEYS_OF_MEMORY = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "head_dim", "hidden_act", "max_position_embeddings", "rms_norm_eps", "rope_parameters", "mem_layers",
+    "mem_positionals",
+)  # fmt: skip
+
+
+class LongLlamaForCausalLM(PreTrainedModel, GenerationMixin):
+    """A LLaMA whose memory layers also attend to all earlier text (arXiv 2307.03170). Weights carry LLaMA's names."""
+
+    config_class = LongLlamaConfig
+    config: LongLlamaConfig
+    base_model_prefix = "model"
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["DecoderLayer"]  # noqa: RUF012
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+    _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq"]  # noqa: RUF012 (a buffer of older checkpoints)
+    _supports_sdpa = True
+
+    def __init__(self, config: LongLlamaConfig) -> None:
+        super().__init__(config)
+        self.model = LongLlamaModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """LLaMA's initialisation."""
+        if isinstance(module, nn.Linear | nn.Embedding):
+            init.normal_(module.weight, std=self.config.initializer_range)
+            if getattr(module, "bias", None) is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, RMSNorm):
+            init.ones_(module.weight)
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.model.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.model.embed_tokens = value
+
+    def get_output_embeddings(self) -> nn.Linear:
+        return self.lm_head
+
+    def set_output_embeddings(self, value: nn.Linear) -> None:
+        self.lm_head = value
+
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Any = None, **kwargs: Any
+    ) -> None:
+        """transformers' hook. Memory reaches the layers through objects, and the reentrant variant loses the gradients
+        of whatever is not an argument: it is refused."""
+        options = getattr(gradient_checkpointing_func, "keywords", {})
+        if enable and options.get("use_reentrant"):
+            raise ValueError("gradient checkpointing of LongLLaMA needs use_reentrant=False (the default here).")
+        super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **kwargs)
+
+    # -- caches ---------------------------------------------------------------------------------------------------
+
+    def new_cache(
+        self,
+        batch_size: int = 1,
+        max_tokens: int | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        memory: str = "exact",
+        top_k: int = 128,
+        index: str = "flat",
+        block_tokens: int = 8192,
+        folder: str | os.PathLike[str] | None = None,
+    ) -> LongLlamaCache:
+        """A cache on the model's device, its memory wherever `memory` says.
+
+        Args:
+            batch_size: sequences.
+            max_tokens: capacity of each sequence; memory on the device is then allocated once. None: as many as come.
+            dtype: of the local cache; None means the model's. The memory's is config.mem_dtype.
+            memory: "exact" (on the device), "cpu" (in pinned CPU memory) or "disk" (in files), both streamed in blocks
+                and exactly equal to "exact"; "knn" (in CPU memory; a query sees the top_k keys that Faiss finds).
+            top_k, index: of "knn": keys a query head sees; "flat", "ivf" or "hnsw".
+            block_tokens: tokens in a block of "cpu" and "disk".
+            folder: of "disk": where its files go (they vanish with the cache); None means the temporary folder.
+        """
+        for name, value in (("batch_size", batch_size), ("max_tokens", max_tokens)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}.")
+        where = None if folder is None else Path(folder)
+        options = MemoryOptions(memory, top_k=top_k, index=index, block_tokens=block_tokens, folder=where)
+        layers = new_layers(self.config, options, batch_size, max_tokens, dtype or self.dtype, self.device)
+        return LongLlamaCache(layers, batch_size, max_tokens, self.config.max_position_embeddings)
+
+    def fingerprint(self) -> str:
+        """A short hash of the configuration and of a sample of every parameter: whose cache a file is."""
+        return fingerprint(self, _KEYS_OF_MEMORY)
+
+    # -- forward --------------------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: LongLlamaCache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor | None = None,
+        last_context_length: int | None = None,
+        memory: str | None = None,
+        cross_batch_range: int | None = None,
+        cross_batch_stepping: bool | None = None,
+        dataset_packing: int | None = None,
+        num_items_in_batch: int | torch.Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> CausalLMOutputWithPast | tuple:
+        """Logits, loss, or both, of input of any length, cut into windows.
+
+        Without a cache, with gradients, memory is differentiable: later windows' losses reach earlier windows' keys and
+        values. With crossbatch, each row is one context of at most a window, and there are no windows.
+
+        Args:
+            input_ids: [B, T] token ids.
+            attention_mask: [B, T], or [B, earlier + T] with a cache; 0 marks padding, which is left out of all
+                computation. Windows are cut by columns, padding included.
+            past_key_values: a cache from `new_cache` or an earlier call; the tokens are appended to it.
+            inputs_embeds: [B, T, d] instead of input_ids.
+            labels: [B, T] targets as in Hugging Face: not shifted, -100 ignored. The loss is the mean over targets.
+            use_cache: return a cache; None means config.use_cache in evaluation without labels. A pass with a cache
+                computes no gradients.
+            logits_to_keep: which logits to return: None or 0 all (with labels, None means none), n the last n columns,
+                a vector the columns at these indices, or a [B, T] mask of booleans (logits [number of True, V]).
+            last_context_length: columns at the end that are not loaded into memory; None means the config's.
+            memory: kind of the cache that this call makes (see `new_cache`); None means "exact".
+            cross_batch_range, cross_batch_stepping, dataset_packing: crossbatch over the rows of this batch
+                (see `oncelm.ops.crossbatch.earlier_contexts`); None means the config's in training mode, else none.
+            num_items_in_batch: divide the summed loss by this instead of the number of targets (gradient accumulation).
+            output_attentions, output_hidden_states: not offered; True is refused.
+            return_dict: False returns a tuple.
+
+        Returns:
+            CausalLMOutputWithPast with `loss`, `logits` [B, P, V] (zeros at padding) and `past_key_values`.
+
+        Raises:
+            ValueError: inputs that do not fit the model, the cache or each other; nothing has been changed then.
+        """
+        for name, value in (("output_attentions", output_attentions), ("output_hidden_states", output_hidden_states)):
+            if value:
+                raise ValueError(f"{name}=True is not offered by LongLLaMA models.")
+        tokens = check_tokens(input_ids, inputs_embeds, self.config)
+        cache = self._check_cache(past_key_values)
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training and labels is None
+        counts = self._crossbatch(tokens, cache, attention_mask, cross_batch_range, cross_batch_stepping, dataset_packing)
+        if cache is None and use_cache and counts is None:
+            cache = self.new_cache(tokens.shape[0], memory=memory or "exact")
+        inputs = reading.read_inputs(
+            tokens.shape,
+            tokens.device,
+            attention_mask,
+            None,
+            None if cache is None else cache.lengths,
+            0 if cache is None else cache.columns,
+        )
+        targets = None if labels is None else reading.target_mask(labels, inputs, tokens.shape, self.config.vocab_size)
+        wanted = _Wanted(logits_to_keep if labels is None or logits_to_keep is not None else _NOTHING, inputs, tokens)
+        # a cache holds values, not graphs: with gradients on, the earlier tokens' share would be missing silently
+        with torch.set_grad_enabled(torch.is_grad_enabled() and cache is None):
+            loss = tokens.new_zeros((), dtype=torch.promote_types(self.dtype, torch.float32))
+            for columns, hidden in self._windows(tokens, inputs.real, cache, last_context_length, counts, memory):
+                if labels is not None and targets is not None:
+                    loss = loss + self._window_loss(hidden, columns, labels, targets)
+                wanted.take(columns, hidden)
+            if labels is None or targets is None:
+                loss = None
+            else:
+                loss = loss / (targets.sum().clamp_min(1) if num_items_in_batch is None else num_items_in_batch)
+            hidden = wanted.hidden()
+            logits = None if hidden is None else self.lm_head(hidden)
+        output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
+        wants_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if wants_dict else output.to_tuple()
+
+    def _window_loss(
+        self, hidden: torch.Tensor, columns: slice, labels: torch.Tensor, targets: torch.Tensor
+    ) -> torch.Tensor:
+        """Summed cross-entropy of a window's targets."""
+        following = labels[:, columns.start + 1 : columns.stop + 1]  # one column short in the last window
+        here = targets[:, columns.start : columns.start + following.shape[1]]
+        return linear_cross_entropy(hidden[:, : here.shape[1]][here], self.lm_head.weight, following[here])
+
+    def _windows(
+        self,
+        tokens: torch.Tensor,
+        real: torch.Tensor | None,
+        cache: LongLlamaCache | None,
+        last_context_length: int | None,
+        counts: tuple[int, ...] | None,
+        memory: str | None = None,
+    ) -> Iterator[tuple[slice, torch.Tensor]]:
+        """(columns, hidden states [B, t, d], zeros at padding) of one window after the other."""
+        B, T = tokens.shape[:2]
+        keep = cache is not None
+        local_columns = 0 if cache is None else cache.local_columns
+        context = self._last_context_length(last_context_length)
+        pieces = list(plan(T, local_columns, self.config.max_position_embeddings, context, keep))
+        differentiable = cache is None and torch.is_grad_enabled()
+        if counts is not None:
+            pieces, layers = [Piece(slice(0, T), False, "dropped")], self._fresh_layers(counts)
+        elif differentiable:
+            layers = self._fresh_layers(None)
+        else:
+            cache = cache or self.new_cache(B, memory=memory or "exact")
+            longest = T if real is None else int(real.sum(1).max())
+            cache.check_room(longest)
+            cache.begin()
+            if len(pieces) > 1:
+                cache.reserve(longest)
+            layers = cache.layers
+        none = (0,) * B
+        for index, piece in enumerate(pieces):
+            if piece.spill_first:
+                assert cache is not None
+                cache.spill()
+            part, there = tokens[:, piece.columns], None if real is None else real[:, piece.columns]
+            if there is not None and not differentiable and bool(there.all()):
+                there = None
+            starts = cache.local if cache is not None else none
+            if there is None:
+                batch = Batch.dense(starts, part.shape[1], part.device)
+            else:
+                batch = Batch.packed(starts, tuple(there.sum(1).tolist()), part.device)
+                part = part[there][None]
+            window = Window(batch, cache.remembered if cache is not None else none, piece.fate, index)
+            hidden = self.model(part, layers, window)
+            if cache is not None:
+                cache.advance(batch, piece.columns.stop - piece.columns.start, piece.fate)
+                if index == len(pieces) - 1:
+                    cache.commit()
+            if there is not None:
+                grid = hidden.new_zeros(*there.shape, hidden.shape[-1])
+                grid[there] = hidden[0]
+                hidden = grid
+            yield piece.columns, hidden
+
+    def _fresh_layers(self, counts: tuple[int, ...] | None) -> list[Any]:
+        """Layer caches of a pass with gradients; crossbatch in the memory layers if there are counts."""
+        return [
+            FreshLocal() if i not in self.config.mem_layers else FreshMemory() if counts is None else CrossbatchMemory(counts)
+            for i in range(self.config.num_hidden_layers)
+        ]
+
+    # -- reading long input ---------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def prefill(
+        self,
+        input_ids: torch.Tensor,
+        cache: LongLlamaCache,
+        last_context_length: int | None = None,
+        attention_mask: torch.Tensor | None = None,
+        progress: Callable[[int], object] | None = None,
+    ) -> torch.Tensor:
+        """Read any number of tokens into `cache`, window by window; may be called again to append.
+
+        Args:
+            input_ids: [B, T].
+            cache: from `new_cache`.
+            last_context_length: as in `forward`.
+            attention_mask: [B, T], 0 at padding.
+            progress: called after each window with the number of columns read so far.
+
+        Returns:
+            Logits [B, V] of each sequence's last token.
+        """
+        check_tokens(input_ids, None, self.config)
+        if self._check_cache(cache) is None:
+            raise ValueError("prefill needs a cache: model.new_cache(batch_size, max_tokens=...).")
+        shape, device = input_ids.shape, input_ids.device
+        inputs = reading.read_inputs(shape, device, attention_mask, None, cache.lengths, cache.columns)
+        last = torch.full(shape[:1], shape[1] - 1, device=device)
+        if inputs.real is not None:
+            if bool((inputs.real.sum(1) == 0).any()):
+                raise ValueError("attention_mask has a row without tokens; prefill needs at least one in each.")
+            last = (torch.arange(shape[1], device=device) * inputs.real).argmax(1)
+        hidden = torch.empty(shape[0], self.config.hidden_size, dtype=self.dtype, device=device)
+        for columns, part in self._windows(input_ids, inputs.real, cache, last_context_length, None):
+            ending = (last >= columns.start) & (last < columns.stop)
+            hidden[ending] = part[ending, last[ending] - columns.start]
+            if progress is not None:
+                progress(columns.stop)
+        return self.lm_head(hidden)
+
+    # -- checks ---------------------------------------------------------------------------------------------------
+
+    def _last_context_length(self, given: int | None) -> int:
+        length = self.config.last_context_length if given is None else given
+        if isinstance(length, bool) or not 1 <= length <= self.config.max_position_embeddings:
+            raise ValueError(
+                f"last_context_length must be from 1 to the window of {self.config.max_position_embeddings}, got {length}."
+            )
+        return length
+
+    def _check_cache(self, cache: object) -> LongLlamaCache | None:
+        if cache is None:
+            return None
+        if not isinstance(cache, LongLlamaCache):
+            raise ValueError(
+                f"past_key_values must be a cache of this model (model.new_cache(...)), got {type(cache).__name__}: "
+                "it has no memory behind its keys and values."
+            )
+        if len(cache.layers) != self.config.num_hidden_layers:
+            raise ValueError(
+                f"the cache has {len(cache.layers)} layers, this model {self.config.num_hidden_layers}: "
+                "it belongs to another model."
+            )
+        return cache
+
+    def _crossbatch(
+        self,
+        tokens: torch.Tensor,
+        cache: LongLlamaCache | None,
+        attention_mask: torch.Tensor | None,
+        cross_batch_range: int | None,
+        stepping: bool | None,
+        packing: int | None,
+    ) -> tuple[int, ...] | None:
+        """How many rows before it each row sees; None without crossbatch."""
+        config = self.config
+        if cross_batch_range is None and self.training and cache is None:
+            cross_batch_range = config.cross_batch_range
+        if not cross_batch_range:
+            return None
+        B, T = tokens.shape[:2]
+        if not config.mem_layers:
+            raise ValueError("crossbatch needs memory layers; this model's mem_layers is empty.")
+        if cache is not None:
+            raise ValueError("crossbatch is a way of training: it goes without past_key_values.")
+        if attention_mask is not None and not bool(attention_mask.all()):
+            raise ValueError("crossbatch takes full rows only; put documents side by side instead of padding them.")
+        if config.max_position_embeddings < T:
+            raise ValueError(
+                f"a row of crossbatch is one context: at most {config.max_position_embeddings} tokens "
+                f"(max_position_embeddings), got {T}."
+            )
+        stepping = config.cross_batch_stepping if stepping is None else stepping
+        return earlier_contexts(B, cross_batch_range, stepping, config.dataset_packing if packing is None else packing)
+
+    # -- Hugging Face generate ------------------------------------------------------------------------------------
+
+    def _prepare_cache_for_generation(
+        self,
+        generation_config: Any,
+        model_kwargs: dict,
+        generation_mode: GenerationMode,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> None:
+        """generate's hook: a cache of the length that the generation needs."""
+        if generation_config.cache_implementation not in (None, "static", "dynamic"):
+            raise unknown("cache_implementation", generation_config.cache_implementation, ["static", "dynamic"])
+        if model_kwargs.get("past_key_values") is not None:
+            self._check_cache(model_kwargs["past_key_values"])
+            return
+        if generation_config.use_cache is False:
+            return
+        rows = max(generation_config.num_beams, generation_config.num_return_sequences) * batch_size
+        drafts = generation_mode == GenerationMode.ASSISTED_GENERATION  # they may run past the end before they are cut
+        model_kwargs["past_key_values"] = self.new_cache(
+            rows, None if drafts else max_cache_length, memory=model_kwargs.get("memory") or "exact"
+        )
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike | None, *args: Any, **kwargs: Any) -> Any:
+        """As in Hugging Face, but a missing, unexpected or wrong-size tensor is an error, not a warning.
+
+        The folder of any LLaMA-family model is read as a LongLLaMA; `mem_layers=[...]` says which layers get memory.
+        """
+        wants_info = kwargs.pop("output_loading_info", False)
+        kwargs.setdefault("ignore_mismatched_sizes", True)  # they are listed in `info` instead, and refused below
+        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        refuse_incomplete(pretrained_model_name_or_path, info)
+        return (model, info) if wants_info else model
+
+
+_NOTHING = object()
+
+
+class _Wanted:
+    """Collects the hidden states whose logits are asked for, window by window."""
+
+    def __init__(self, logits_to_keep: Any, inputs: reading.Inputs, tokens: torch.Tensor) -> None:
+        self.nothing = logits_to_keep is _NOTHING
+        self.mask: torch.Tensor | None = None
+        self.parts: list[torch.Tensor] = []
+        self.places: list[torch.Tensor] = []  # of each part's rows or columns, in the caller's order
+        if self.nothing:
+            return
+        if isinstance(logits_to_keep, torch.Tensor) and logits_to_keep.dim() == 2:
+            self.mask = reading.check_mask(logits_to_keep.to(tokens.device, torch.bool), inputs, tokens.shape)
+            self.rank = self.mask.flatten().cumsum(0).view(self.mask.shape) - 1
+            return
+        T = tokens.shape[1]
+        columns = reading.wanted_columns(logits_to_keep, T, tokens.device)
+        self.columns = torch.arange(T, device=tokens.device)[columns]
+
+    def take(self, columns: slice, hidden: torch.Tensor) -> None:
+        """Keep what is wanted of hidden [B, t, d] at `columns`."""
+        if self.nothing:
+            return
+        if self.mask is not None:
+            here = self.mask[:, columns]
+            self.parts.append(hidden[here])
+            self.places.append(self.rank[:, columns][here])
+            return
+        place = ((self.columns >= columns.start) & (self.columns < columns.stop)).nonzero().squeeze(1)
+        self.parts.append(hidden[:, self.columns[place] - columns.start])
+        self.places.append(place)
+
+    def hidden(self) -> torch.Tensor | None:
+        """[B, P, d], or [number of True, d] for a mask, in the caller's order."""
+        if self.nothing:
+            return None
+        dim = 0 if self.mask is not None else 1
+        whole, places = torch.cat(self.parts, dim), torch.cat(self.places)
+        if bool((places[1:] > places[:-1]).all()):
+            return whole
+        return whole.index_select(dim, places.argsort())
