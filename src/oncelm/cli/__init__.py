@@ -21,7 +21,7 @@ VERBS = {
     "train": "train a model on text: a file, a folder or a corpus of weighted sources",
     "generate": "continue a prompt, of any length, with a trained model",
     "info": "describe a model, a preset, or this installation",
-    "convert": "convert between official YOCO folders and Hugging Face folders",
+    "convert": "convert official YOCO folders and GGUF files to Hugging Face folders, and back",
     "bench": "measure prefill, decode, memory and training beside a Llama of the same shape",
 }
 

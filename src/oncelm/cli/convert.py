@@ -1,4 +1,4 @@
-"""`oncelm convert`: official YOCO folders to Hugging Face folders, and back."""
+"""`oncelm convert`: official YOCO folders and GGUF files to Hugging Face folders, and official folders back."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-HELP = "convert between official YOCO folders and Hugging Face folders"
+HELP = "convert official YOCO folders and GGUF files to Hugging Face folders, and back"
 
 DESCRIPTION = """\
 Convert a model from the official YOCO format (params.json, checkpoint.pth), or a training run's checkpoint, to a
 Hugging Face folder (config.json, model.safetensors), or from there to the official format. Logits stay the same.
+A GGUF file of a LLaMA-family model becomes a Hugging Face folder too, its quantisation undone, with its tokenizer.
 
 TARGET appears when it is complete, and not before. One that exists is refused, or with --overwrite replaced
 at the very end. A Hugging Face folder gets a tokenizer: the one named, or SOURCE's own, or cl100k_base where
@@ -31,13 +32,15 @@ examples:
       Hugging Face to Hugging Face, in another dtype
   oncelm convert runs/book/checkpoints/step-001000 book-1000/
       a training run's checkpoint, of one process or many, to Hugging Face
+  oncelm convert SmolLM2-135M-Instruct.Q4_1.gguf smollm2/ --dtype bfloat16
+      llama.cpp's format to Hugging Face; then `oncelm generate --model smollm2/ --mem-layers 8,16,24 ...`
 """
 
 FORMATS = {"hf": "Hugging Face", "official": "official YOCO"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="SOURCE", help="the folder to read, of either format, or a hub id")
+    parser.add_argument("source", metavar="SOURCE", help="the folder to read, of either format, a GGUF file, or a hub id")
     parser.add_argument("target", metavar="TARGET", help="the folder to write")
     parser.add_argument(
         "--to",
@@ -50,16 +53,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from oncelm.models.gguf import is_gguf
     from oncelm.models.load import load, read_config
     from oncelm.models.yoco.official import is_official_folder, write_official
     from oncelm.train.checkpoint import MANIFEST
     from oncelm.utils.errors import check_choice
 
     source, target = Path(args.source), Path(args.target)
-    is_model = not (is_official_folder(source) or (source / MANIFEST).is_file())
+    is_model = not (is_official_folder(source) or is_gguf(source) or (source / MANIFEST).is_file())
     to = args.to or ("official" if is_model else "hf")
     check_choice("--to", to, FORMATS)
     check_target(source, target, args.overwrite)
+    if is_gguf(source):
+        return convert_gguf(source, target, to, args)
     config = read_config(args.source)
     tokenizer = None
     if to == "hf":
@@ -77,6 +83,19 @@ def run(args: argparse.Namespace) -> int:
     report(model, target, to)
     if to == "hf" and tokenizer is None:
         print("no tokenizer found to save beside it; name one with --tokenizer.", file=sys.stderr)
+    return 0
+
+
+def convert_gguf(source: Path, target: Path, to: str, args: argparse.Namespace) -> int:
+    """A GGUF file to a Hugging Face folder."""
+    from oncelm.models.gguf import read_gguf
+    from oncelm.utils.device import resolve_dtype
+
+    if to != "hf" or args.tokenizer:
+        raise ValueError(f"{source} is a GGUF file: it becomes a Hugging Face folder (--to hf) with its own tokenizer.")
+    model, tokenizer = read_gguf(source, None if args.dtype is None else resolve_dtype(args.dtype))
+    write_hugging_face(model, tokenizer, target)
+    report(model, target, to)
     return 0
 
 

@@ -16,16 +16,19 @@ from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    LlamaConfig,
     PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers.utils import logging as transformers_logging
 
+from oncelm.models.longllama.config import LongLlamaConfig
 from oncelm.models.sharded import is_sharded_folder, read_shards
 from oncelm.models.yoco.modeling import YocoForCausalLM
 from oncelm.models.yoco.official import is_official_folder, read_official, read_params, unsafe_pickle
 from oncelm.models.yoco.presets import PRESETS, preset_config
 from oncelm.utils.device import resolve_device, resolve_dtype
+from oncelm.utils.errors import check_choice
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +40,7 @@ def load(
     *,
     compile: bool = False,
     gemm: str | None = None,
+    **overrides: Any,
 ) -> PreTrainedModel:
     """Load a model in evaluation mode.
 
@@ -47,13 +51,16 @@ def load(
         dtype: "float32", "bfloat16", ... or a torch.dtype; None means the checkpoint's.
         compile: compile a YOCO's layers on their first long input (`YocoForCausalLM.compile_layers`).
         gemm: "float8" for a YOCO's prefill (`YocoForCausalLM.set_gemm`); None means the model's dtype.
+        overrides: keys of LongLlamaConfig to change in a LongLLaMA. With `mem_layers=[...]` any LLaMA-family model is
+            loaded as a LongLLaMA with memory in these layers.
 
     Raises:
         FileNotFoundError: no such folder.
         ValueError: not a model, damaged, unsafe, or with missing or wrong-size tensors (and unexpected ones, where the
             model is OnceLM's own); `compile` or `gemm` for a model that is no YOCO.
     """
-    model = _read_model(path, resolve_device(device), None if dtype is None else resolve_dtype(dtype))
+    precision = None if dtype is None else resolve_dtype(dtype)
+    model = _read_model(path, resolve_device(device), precision, overrides)
     if isinstance(model, YocoForCausalLM):
         return model.compile_layers(compile).set_gemm(gemm)
     if compile or gemm:
@@ -61,10 +68,12 @@ def load(
     return model
 
 
-def _read_model(path: str | os.PathLike[str], target: torch.device, precision: torch.dtype | None) -> PreTrainedModel:
-    if is_official_folder(path):
+def _read_model(
+    path: str | os.PathLike[str], target: torch.device, precision: torch.dtype | None, overrides: dict[str, Any]
+) -> PreTrainedModel:
+    if is_official_folder(path) and not overrides:
         return read_official(path, precision).to(target)
-    config = read_config(path)
+    config = read_config(path, **overrides)
     is_folder = Path(path).is_dir()
     with errors_in_one_line(path), quiet_transformers(progress_bars=not is_folder):
         shards = read_shards(path) if is_sharded_folder(path) else None
@@ -82,13 +91,30 @@ def _read_model(path: str | os.PathLike[str], target: torch.device, precision: t
     return model.to(target).eval()
 
 
-def read_config(path: str | os.PathLike[str]) -> PreTrainedConfig:
+def read_config(path: str | os.PathLike[str], **overrides: Any) -> PreTrainedConfig:
     """The configuration of a model folder or hub id, as `load` would use it; no weights are read."""
     if is_official_folder(path):
+        if overrides:
+            raise ValueError(f"{path} is an official YOCO folder: {', '.join(overrides)} are keys of LongLLaMA models.")
         return read_params(path)
     _check_folder(path)
     with errors_in_one_line(path), quiet_transformers():
-        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        if not overrides:
+            return config
+        _check_overrides(path, config, overrides)
+        return LongLlamaConfig.from_pretrained(path, **overrides)
+
+
+def _check_overrides(path: str | os.PathLike[str], config: PreTrainedConfig, overrides: dict[str, Any]) -> None:
+    for key in overrides:
+        check_choice("LongLlamaConfig key", key, LongLlamaConfig.own_keys())
+    if config.model_type not in (LlamaConfig.model_type, LongLlamaConfig.model_type):
+        raise ValueError(
+            f"{path} is a model of type {config.model_type}; {', '.join(overrides)} are for LLaMA-family models."
+        )
+    if config.model_type == LlamaConfig.model_type and "mem_layers" not in overrides:
+        raise ValueError(f"{path} is a plain LLaMA; name the layers that get memory with mem_layers=[...].")
 
 
 def build_model(name: str, *, seed: int = 0, **overrides: Any) -> YocoForCausalLM:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import os
 from collections.abc import Callable
@@ -29,6 +27,7 @@ from oncelm.cache import (
     WindowKV,
 )
 from oncelm.cache.shared_kv import STORED_DTYPES
+from oncelm.models.checks import check_tokens, fingerprint, refuse_incomplete
 from oncelm.models.yoco import inputs as reading
 from oncelm.models.yoco.config import YocoConfig
 from oncelm.models.yoco.execution import Execution
@@ -138,14 +137,7 @@ class YocoForCausalLM(Execution, PreTrainedModel, GenerationMixin):
 
     def fingerprint(self) -> str:
         """A short hash of the configuration and of a sample of every parameter: whose cache a file is."""
-        digest = hashlib.blake2b(digest_size=12)
-        own = {key: getattr(self.config, key) for key in YocoConfig.own_keys()}
-        digest.update(json.dumps(own, sort_keys=True).encode())
-        for name, parameter in sorted(self.named_parameters()):
-            flat = parameter.detach().flatten()
-            sample = flat[:: max(1, flat.numel() // 64)].float().cpu()
-            digest.update(name.encode() + sample.numpy().tobytes())
-        return digest.hexdigest()
+        return fingerprint(self, YocoConfig.own_keys())
 
     # -- forward --------------------------------------------------------------------------------------------------
 
@@ -196,11 +188,7 @@ class YocoForCausalLM(Execution, PreTrainedModel, GenerationMixin):
         for name, value in (("output_attentions", output_attentions), ("output_hidden_states", output_hidden_states)):
             if value:
                 raise ValueError(f"{name}=True is not offered by YOCO models.")
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give input_ids or inputs_embeds, one of them.")
-        tokens = input_ids if input_ids is not None else inputs_embeds
-        assert tokens is not None
-        self._check_tokens(input_ids, inputs_embeds)
+        tokens = check_tokens(input_ids, inputs_embeds, self.config)
         cache = self._check_cache(past_key_values)
         if labels is not None and targets is not None:
             raise ValueError("give labels or targets, not both.")
@@ -383,7 +371,7 @@ class YocoForCausalLM(Execution, PreTrainedModel, GenerationMixin):
         """
         if chunk_size is not None and chunk_size < 1:
             raise ValueError(f"chunk_size must be at least 1, got {chunk_size}.")
-        self._check_tokens(input_ids, None)
+        check_tokens(input_ids, None, self.config)
         if self._check_cache(cache) is None:
             raise ValueError("prefill needs a cache: model.new_cache(batch_size, max_tokens=...).")
         B, T = input_ids.shape
@@ -417,23 +405,6 @@ class YocoForCausalLM(Execution, PreTrainedModel, GenerationMixin):
         return self.output_projection(hidden)
 
     # -- checks ---------------------------------------------------------------------------------------------------
-
-    def _check_tokens(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> None:
-        if inputs_embeds is not None:
-            if inputs_embeds.dim() != 3 or inputs_embeds.shape[2] != self.config.hidden_size:
-                raise ValueError(
-                    f"inputs_embeds must be [B, T, {self.config.hidden_size}], got {list(inputs_embeds.shape)}."
-                )
-            return
-        assert input_ids is not None
-        if input_ids.dim() != 2 or input_ids.is_floating_point() or input_ids.dtype == torch.bool:
-            raise ValueError(f"input_ids must be [B, T] integers, got {input_ids.dtype} {list(input_ids.shape)}.")
-        # on a GPU a bad id ends the process, so it is worth the wait; one decoded token is the model's own
-        if input_ids.numel() and (input_ids.device.type == "cpu" or input_ids.shape[1] > 1):
-            low, high = (int(bound) for bound in input_ids.aminmax())
-            if low < 0 or high >= self.config.vocab_size:
-                bad = low if low < 0 else high
-                raise ValueError(f"input_ids has {bad}; allowed: 0..{self.config.vocab_size - 1} (vocab_size).")
 
     def _check_cache(self, cache: object) -> ModelCache | None:
         if cache is None:
@@ -482,15 +453,5 @@ class YocoForCausalLM(Execution, PreTrainedModel, GenerationMixin):
         wants_info = kwargs.pop("output_loading_info", False)
         kwargs.setdefault("ignore_mismatched_sizes", True)  # they are listed in `info` instead, and refused below
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
-        if wrong := sorted(info["mismatched_keys"]):
-            name, found, expected = wrong[0]
-            raise ValueError(
-                f"{pretrained_model_name_or_path}: {name} is {list(found)}, config.json asks for {list(expected)}."
-            )
-        for problem in ("missing_keys", "unexpected_keys"):
-            if names := sorted(info[problem]):
-                raise ValueError(
-                    f"{pretrained_model_name_or_path} has {len(names)} {problem.replace('_keys', '')} tensors: "
-                    f"{', '.join(names[:4])}{', ...' if len(names) > 4 else ''}."
-                )
+        refuse_incomplete(pretrained_model_name_or_path, info)
         return (model, info) if wants_info else model
