@@ -1,4 +1,4 @@
-"""Small models of every kind that YOCO has."""
+"""Small models: of every kind that YOCO has, and a LongLLaMA."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from oncelm import YocoConfig, YocoForCausalLM
+from oncelm import LongLlamaConfig, LongLlamaForCausalLM, YocoConfig, YocoForCausalLM
 
 VOCAB = 61
 
@@ -42,6 +42,29 @@ def make_model(kind: str, **changes: Any) -> YocoForCausalLM:
     }
     torch.manual_seed(0)
     model = YocoForCausalLM(YocoConfig(**settings))
+    for parameter in model.parameters():  # larger than the initialisation, so that every part shows in the logits
+        torch.nn.init.normal_(parameter, std=0.25)
+    return model.eval()
+
+
+def make_long(**changes: Any) -> LongLlamaForCausalLM:
+    """A LongLLaMA with windows of 16 tokens and memory in layers 1 and 2 of 3."""
+    settings = {
+        "vocab_size": VOCAB,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 16,
+        "last_context_length": 6,
+        "mem_layers": [1, 2],
+        "mem_dtype": None,
+        "pad_token_id": 0,
+        **changes,
+    }
+    torch.manual_seed(0)
+    model = LongLlamaForCausalLM(LongLlamaConfig(**settings))
     for parameter in model.parameters():  # larger than the initialisation, so that every part shows in the logits
         torch.nn.init.normal_(parameter, std=0.25)
     return model.eval()

@@ -160,7 +160,7 @@ class LongLlamaCache(Cache):
             for name, tensor in layer.state(self.remembered, self.local).items()
         }
         tensors["remembered"], tensors["local"] = torch.tensor(self.remembered), torch.tensor(self.local)
-        tensors["local_columns"] = torch.tensor(self.local_columns)
+        tensors["local_columns"] = torch.tensor([self.local_columns])
         return Snapshot(tensors, self.lengths, self.columns)
 
     def restore(self, snapshot: Snapshot) -> None:
