@@ -11,4 +11,13 @@ from oncelm.models import (
     load,
 )
 
-__all__ = ["LongLlamaConfig", "LongLlamaForCausalLM", "YocoConfig", "YocoForCausalLM", "build_model", "load", "load_tokenizer", "ops"]
+__all__ = [
+    "LongLlamaConfig",
+    "LongLlamaForCausalLM",
+    "YocoConfig",
+    "YocoForCausalLM",
+    "build_model",
+    "load",
+    "load_tokenizer",
+    "ops",
+]

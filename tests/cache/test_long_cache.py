@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ def read(model, tokens: torch.Tensor, splits: list[int], cache: LongLlamaCache, 
     borders = sorted({0, *splits, tokens.shape[1]})
     parts = [
         logits(model, tokens[:, a:b], past_key_values=cache, attention_mask=None if mask is None else mask[:, :b])
-        for a, b in zip(borders, borders[1:], strict=False)
+        for a, b in pairwise(borders)
     ]
     return torch.cat(parts, dim=1)
 
@@ -126,7 +127,8 @@ def test_attention_groups_cover_everything_once(T, heads, grouping) -> None:
             list(range(*kv.indices(H_kv)))[i // (queries // keys)] for i in range(queries)
         ]
         if grouping:
-            assert queries <= grouping[0] and at.stop - at.start <= grouping[1]
+            assert queries <= grouping[0]
+            assert at.stop - at.start <= grouping[1]
     assert (covered == 1).all()
 
 
@@ -285,9 +287,10 @@ def test_too_long_for_the_cache() -> None:
 def test_a_pass_that_fails_midway_leaves_the_cache_refused(monkeypatch) -> None:
     model = make_long()
     cache = model_copy(model, ids(2, 30))
-    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="out of memory"):
-        patch.setattr(model.model.layers[2], "forward", fail)
+    monkeypatch.setattr(model.model.layers[2], "forward", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
         read(model, ids(2, 30), [], cache)
+    monkeypatch.undo()
     with pytest.raises(ValueError, match="failed midway"):
         read(model, ids(2, 3), [], cache)
 
@@ -304,7 +307,7 @@ def test_a_full_disk_behind_disk_memory(monkeypatch, tmp_path) -> None:
     cache = model.new_cache(1, memory="disk", folder=tmp_path, block_tokens=20)
     read(model, ids(1, 24), [], cache)
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(OSError, match="no room for a block of memory .* No space left"):
+    with pytest.raises(OSError, match=r"no room for a block of memory .* No space left"):
         read(model, ids(1, 40), [], cache)
     with pytest.raises(ValueError, match="failed midway"):
         read(model, ids(1, 3), [], cache)
@@ -325,7 +328,9 @@ def test_a_full_disk_when_a_memory_is_saved(failure, monkeypatch, tmp_path: Path
     save_snapshot(model_copy(model, ids(2, 20)).snapshot(), tmp_path / "cache", model.fingerprint())
     before = (tmp_path / "cache").read_bytes()
     if failure is no_space:
-        monkeypatch.setattr("oncelm.cache.disk.save_file", lambda *a, **o: (_ for _ in ()).throw(OSError("No space left")))
+        monkeypatch.setattr(
+            "oncelm.cache.disk.save_file", lambda *a, **o: (_ for _ in ()).throw(OSError("No space left"))
+        )
     with failure(), pytest.raises(OSError, match="cannot write"):
         save_snapshot(cache.snapshot(), tmp_path / "cache", model.fingerprint())
     assert (tmp_path / "cache").read_bytes() == before

@@ -21,7 +21,7 @@ from oncelm.cli import main
 from oncelm.cli.generate import Printer
 from oncelm.data.tokenizers import train_bpe
 from oncelm.models.yoco.official import write_official
-from tests.models.small import make_model
+from tests.models.small import make_long, make_model
 
 TEXT = "Call me Ishmael. Some years ago, never mind how long precisely: \u00e9t\u00e9 \u65e5\u672c."
 
@@ -253,7 +253,7 @@ def test_a_bad_model_or_tokenizer(yoco, llama, tmp_path, capsys) -> None:
     assert_refused(capsys, bytes_too, "the tokenizer gives token 199, but the model knows 61 tokens only")
     for option in ("--save-cache", "--load-cache"):
         with_cache = ["--model", str(llama), *prompt, option, str(tmp_path / "x")]
-        assert_refused(capsys, with_cache, "need a YOCO model")
+        assert_refused(capsys, with_cache, "need a YOCO or LongLLaMA model")
 
 
 # -- text in pieces ---------------------------------------------------------------------------------------------------
@@ -321,3 +321,62 @@ def test_a_character_comes_whole_and_at_once() -> None:
             printer.put(torch.tensor([token]))
             shown.append(sys.stdout.getvalue())
     assert shown == ["a", "", "", "\u65e5", "b"]
+
+
+# -- LongLLaMA --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def long(tmp_path) -> Path:
+    """A LongLLaMA with windows of 16 tokens."""
+    folder = tmp_path / "long"
+    make_long(vocab_size=260).save_pretrained(folder)
+    load_tokenizer("bytes").save_pretrained(folder)
+    return folder
+
+
+def test_longllama(long, generate) -> None:
+    options = ("--prompt", TEXT * 3, "--max-new-tokens", "12")
+    wanted = generate(long, *options)
+    assert "warning" not in generate.summary
+    for memory in ("exact", "cpu", "disk"):
+        assert generate(long, *options, "--memory", memory) == wanted
+    model = make_long(vocab_size=260)
+    ids = load_tokenizer("bytes")(TEXT * 3, return_tensors="pt").input_ids
+    cache = model.new_cache(1)
+    model.prefill(ids[:, :-1], cache, last_context_length=3)
+    written = []
+    step = ids[:, -1:]
+    for _ in range(12):
+        step = model(step, past_key_values=cache).logits[:, -1].argmax(-1, keepdim=True)
+        written.append(step.item())
+    text = load_tokenizer("bytes").decode(written, skip_special_tokens=True)
+    assert generate(long, *options, "--last-context-length", "3") == text + "\n"
+
+
+def test_longllama_keeps_a_document(long, generate, tmp_path) -> None:
+    """Asked again without reading it again; saving changes nothing about what is written."""
+    file, few = str(tmp_path / "document.cache"), ("--max-new-tokens", "12")
+    assert generate(long, "--prompt", TEXT * 3, "--save-cache", file, *few) == generate(
+        long, "--prompt", TEXT * 3, *few
+    )
+    first, again = (generate(long, "--load-cache", file, "--prompt", "And then", *few) for _ in range(2))
+    assert first == again
+    assert generate(long, "--load-cache", file, "--prompt", "And then", "--memory", "cpu", *few) == first
+
+
+def test_longllama_options(long, llama, yoco, generate, capsys) -> None:
+    assert generate(llama, "--mem-layers", "0", "--prompt", TEXT, "--max-new-tokens", "5")
+    for model, arguments, message in (
+        (long, ["--prefill-chunk-size", "4"], "they read window by window"),
+        (long, ["--last-context-length", "17"], "from 1 to the window of 16, got 17"),
+        (long, ["--memory", "cpus"], "did you mean 'cpu'"),
+        (long, ["--mem-layers", "0"], "are not the checkpoint's"),
+        (llama, ["--memory", "cpu"], "with --mem-layers a LLaMA-family model becomes one"),
+        (llama, ["--mem-layers", "99"], "mem_layers must be layers of the model"),
+        (yoco, ["--mem-layers", "1"], "for LLaMA-family models"),
+    ):
+        assert main(["generate", "--model", str(model), "--prompt", TEXT, *arguments]) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1

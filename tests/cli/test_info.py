@@ -11,11 +11,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, MambaConfig, T5Config
 
 import oncelm
 from oncelm.cli import main
-from oncelm.cli.info import CACHE_LENGTHS, count_parameters, describe, empty_model, llama_cache_bytes
+from oncelm.cli.info import CACHE_LENGTHS, count_parameters, describe, empty_model, llama_cache_bytes, own_cache_bytes
 from oncelm.models.yoco.official import WEIGHTS, write_official
 from oncelm.models.yoco.presets import PRESETS, preset_config
 from oncelm.ops.dispatch import TABLE
-from tests.models.small import KINDS, make_model
+from tests.models.small import KINDS, make_long, make_model
 
 
 @pytest.fixture
@@ -133,3 +133,37 @@ def test_mistakes_are_one_line(tmp_path, capsys) -> None:
         assert message in captured.err
         assert captured.err.count("\n") == 1
         assert captured.out == ""
+
+
+# -- LongLLaMA --------------------------------------------------------------------------------------------------------
+
+
+def test_a_llama_folder_as_a_longllama(info, tmp_path, capsys) -> None:
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=16, num_hidden_layers=4, num_attention_heads=2,
+        max_position_embeddings=2048,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    shown = info(str(tmp_path), "--mem-layers", "1,3")
+    assert "LongLlamaForCausalLM (longllama)" in shown
+    assert "memory layers 1, 3, kept in the dtype of the model" in shown
+    assert "context length 2,048 tokens a window; memory has no limit" in shown
+    # float32: local 2048 tokens x 4 layers x 64 numbers, memory 2 layers x 64 numbers a token
+    assert "128K 66.0 MiB 128.0 MiB 1.9" in shown
+    for arguments, message in (
+        ([str(tmp_path), "--mem-layers", "4"], "mem_layers must be layers of the model, 0..3, got [4]"),
+        ([str(tmp_path), "--mem-layers", "one"], "as in 8,16,24; got 'one'"),
+        (["yoco-tiny", "--mem-layers", "1"], "yoco-tiny is a YOCO preset"),
+        (["--mem-layers", "1"], "--mem-layers goes with a MODEL"),
+    ):
+        assert main(["info", *arguments]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_a_longllama_cache_is_as_large_as_said() -> None:
+    model = make_long(mem_dtype="int8")
+    cache = model.new_cache(1, memory="cpu", block_tokens=64)
+    model(torch.ones(1, 70, dtype=torch.long), past_key_values=cache)  # 64 tokens in memory: one block
+    stored = sum(cache.layers[i].store.nbytes() for i in model.config.mem_layers)
+    local = own_cache_bytes(make_long(mem_layers=[]), 64, torch.float32)
+    assert own_cache_bytes(model, 64, torch.float32) - local == stored

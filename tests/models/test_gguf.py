@@ -70,7 +70,7 @@ def write(model: LlamaForCausalLM, file: Path, architecture: str = "llama", quan
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
     tokenizer = oncelm.load_tokenizer("bytes")
-    tokens = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().__getitem__) + ["Hi"]
+    tokens = [*sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().__getitem__), "Hi"]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("smollm")
     writer.add_token_list(tokens)

@@ -332,7 +332,9 @@ def test_memory_layers_are_the_checkpoints(tmp_path) -> None:
     make_long().save_pretrained(tmp_path)
     assert oncelm.load(tmp_path, mem_layers=[2, 1]).config.mem_layers == [2, 1]
     for load in (oncelm.load, LongLlamaForCausalLM.from_pretrained):
-        with pytest.raises(ValueError, match=r"mem_layers \[0\] are not the checkpoint's, which was trained with \[1, 2\]"):
+        with pytest.raises(
+            ValueError, match=r"mem_layers \[0\] are not the checkpoint's, which was trained with \[1, 2\]"
+        ):
             load(tmp_path, mem_layers=[0])
     with pytest.raises(ValueError, match="did you mean 'mem_layers'"):
         oncelm.load(tmp_path, mem_layer=[0])
@@ -354,7 +356,10 @@ def test_overrides_are_for_llamas(tmp_path) -> None:
     ("options", "message"),
     [
         ({"cross_batch_range": 1, "dataset_packing": 3}, "batch of 4 is not divisible by dataset_packing 3"),
-        ({"cross_batch_range": 1, "attention_mask": torch.tensor([[0] + [1] * 9] * 4)}, "crossbatch takes full rows only"),
+        (
+            {"cross_batch_range": 1, "attention_mask": torch.tensor([[0] + [1] * 9] * 4)},
+            "crossbatch takes full rows only",
+        ),
         ({"cross_batch_range": 1, "past_key_values": "cache"}, "it goes without past_key_values"),
         ({"last_context_length": 17}, "last_context_length must be from 1 to the window of 16"),
         ({"memory": "exakt", "use_cache": True}, "did you mean 'exact'"),

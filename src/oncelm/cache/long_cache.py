@@ -152,7 +152,7 @@ class LongLlamaCache(Cache):
     # -- copies and returns ---------------------------------------------------------------------------------------
 
     def snapshot(self) -> Snapshot:
-        """A copy, for this cache or another one of the same model with memory of any kind; `save_snapshot` writes it."""
+        """A copy, for a new cache of the same model with memory of any kind; `save_snapshot` writes it to a file."""
         assert not self._running, "snapshot of a cache whose forward pass failed"
         tensors = {
             f"layers.{i}.{name}": tensor

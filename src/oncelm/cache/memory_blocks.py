@@ -24,14 +24,12 @@ class Block:
     """k, v [N, H_kv, S, D] of S tokens a sequence; for int8 with a scale a token and head [N, H_kv, S, 1]."""
 
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, place: torch.device | Path) -> None:
-        allocate = _in_file if isinstance(place, Path) else _in_memory
-        self.k, self.v = (allocate(shape, dtype, place) for _ in "kv")  # type: ignore[operator]
+        self.k, self.v = (_allocate(shape, dtype, place) for _ in "kv")
         if dtype == torch.int8:
-            scales = (*shape[:-1], 1)
-            self.k_scale, self.v_scale = (allocate(scales, torch.float32, place) for _ in "kv")  # type: ignore[operator]
+            self.k_scale, self.v_scale = (_allocate((*shape[:-1], 1), torch.float32, place) for _ in "kv")
 
     def tensors(self) -> list[torch.Tensor]:
-        return [tensor for tensor in vars(self).values()]
+        return list(vars(self).values())
 
     def write(self, rows: slice, span: slice, k: torch.Tensor, v: torch.Tensor) -> None:
         """Store k, v [n, t, H_kv, D]."""
@@ -130,9 +128,11 @@ class MemoryBlocks:
         return sum(tensor.nbytes for block in self.blocks for tensor in block.tensors())
 
 
-def _in_memory(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    pinned = device.type == "cpu" and torch.cuda.is_available()  # pinned memory streams to a GPU at full speed
-    return torch.empty(shape, dtype=dtype, device=device, pin_memory=pinned)
+def _allocate(shape: tuple[int, ...], dtype: torch.dtype, place: torch.device | Path) -> torch.Tensor:
+    if isinstance(place, Path):
+        return _in_file(shape, dtype, place)
+    pinned = place.type == "cpu" and torch.cuda.is_available()  # pinned memory streams to a GPU at full speed
+    return torch.empty(shape, dtype=dtype, device=place, pin_memory=pinned)
 
 
 def _in_file(shape: tuple[int, ...], dtype: torch.dtype, folder: Path) -> torch.Tensor:

@@ -73,7 +73,7 @@ class MemoryIndex:
         return index
 
     def attend(self, q: torch.Tensor, rows: slice, held: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """(o [n, T, H, D], lse [n, T, H]) of q [n, T, H, D] over the nearest of `held` >= 1 tokens of sequences `rows`."""
+        """(o [n, T, H, D], lse [n, T, H]) of q [n, T, H, D] over the nearest of `held` >= 1 tokens of `rows`."""
         wide = torch.promote_types(q.dtype, torch.float32)
         o = torch.empty(q.shape, dtype=wide)
         lse = torch.empty(q.shape[:3], dtype=wide)

@@ -40,7 +40,9 @@ FORMATS = {"hf": "Hugging Face", "official": "official YOCO"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="SOURCE", help="the folder to read, of either format, a GGUF file, or a hub id")
+    parser.add_argument(
+        "source", metavar="SOURCE", help="the folder to read, of either format, a GGUF file, or a hub id"
+    )
     parser.add_argument("target", metavar="TARGET", help="the folder to write")
     parser.add_argument(
         "--to",

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from oncelm.cache import ModelCache
+    from oncelm.cache.long_cache import LongLlamaCache
 
 HELP = "continue a prompt, of any length, with a trained model"
 
@@ -36,6 +37,10 @@ examples:
       continue after the book and this prompt; the book is not read again
   oncelm generate --model yoco-3b-official/ --dtype bfloat16 --prompt-file book.txt
       a folder of the official YOCO code, with its tokenizer
+  oncelm generate --model long_llama_3b/ --prompt-file book.txt --memory cpu
+      LongLLaMA: the book's keys and values in CPU memory, streamed to the GPU
+  oncelm generate --model smollm2/ --mem-layers 8,16,24 --prompt-file book.txt --last-context-length 512
+      any LLaMA-family model as a LongLLaMA (it answers well once it is trained for that: docs/longllama.md)
 """
 
 
@@ -62,6 +67,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="tokens of the prompt read at a time (2048 on a CPU; on a GPU what its free memory allows, up to 32768)",
     )
+    parser.add_argument(
+        "--mem-layers", metavar="I,J,...", help="read a LLaMA-family model as a LongLLaMA with memory in these layers"
+    )
+    parser.add_argument(
+        "--last-context-length", type=int, metavar="N", help="LongLLaMA: tokens at the end that stay out of memory"
+    )
+    parser.add_argument("--memory", metavar="KIND", help="LongLLaMA: exact, cpu, disk or knn (exact: on the device)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (a GPU if there is one)")
     parser.add_argument("--dtype", help="float32, bfloat16 or float16 (as the weights are stored)")
     parser.add_argument(
@@ -82,16 +94,21 @@ def run(args: argparse.Namespace) -> int:
     from oncelm.utils.device import resolve_kv_dtype
 
     kv_dtype = resolve_kv_dtype(args.kv_dtype)
-    read_config(args.model)  # what is wrong with it shows before anything large is read
+    overrides: dict[str, Any] = {} if args.mem_layers is None else {"mem_layers": parse_layers(args.mem_layers)}
+    config = read_config(args.model, **overrides)  # what is wrong with it shows before anything large is read
+    check_memory_options(config, args)
     tokenizer = find_tokenizer(args.model, args.tokenizer)
-    model = load(args.model, args.device, args.dtype)
+    model = load(args.model, args.device, args.dtype, **overrides)
     ids = encode(text, tokenizer, model, add_special_tokens=args.load_cache is None)
     with quiet_transformers():
         if hasattr(model, "prefill"):
             read_and_write(model, tokenizer, ids, args, kv_dtype)
         elif args.save_cache or args.load_cache or kv_dtype is not None:
             kind = type(model).__name__
-            raise ValueError(f"--save-cache, --load-cache and --kv-dtype need a YOCO model; {args.model} is a {kind}.")
+            raise ValueError(
+                "--save-cache, --load-cache and --kv-dtype need a YOCO or LongLLaMA model; "
+                f"{args.model} is a {kind}."
+            )
         else:
             write_only(model, tokenizer, ids, args)
     return 0
@@ -112,6 +129,28 @@ def check_options(args: argparse.Namespace) -> None:
         raise ValueError("--top-p and --top-k choose what to draw from; give a --temperature above 0 with them.")
     if args.save_cache and Path(args.save_cache).is_dir():
         raise ValueError(f"--save-cache {args.save_cache} is a folder; name a file.")
+
+
+def parse_layers(text: str) -> list[int]:
+    """The layers in "8,16,24"."""
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() for part in parts):
+        raise ValueError(f"--mem-layers must be layer numbers with commas between, as in 8,16,24; got {text!r}.")
+    return [int(part) for part in parts]
+
+
+def check_memory_options(config: PreTrainedConfig, args: argparse.Namespace) -> None:
+    """Refuse options of LongLLaMA models with others, and the other way around."""
+    if config.model_type == "longllama":
+        if args.prefill_chunk_size is not None:
+            raise ValueError("--prefill-chunk-size is not for LongLLaMA models: they read window by window.")
+        return
+    for option in ("last_context_length", "memory"):
+        if getattr(args, option) is not None:
+            raise ValueError(
+                f"--{option.replace('_', '-')} is for LongLLaMA models, {args.model} is a model of type "
+                f"{config.model_type}; with --mem-layers a LLaMA-family model becomes one."
+            )
 
 
 def read_text(file: str) -> str:
@@ -158,7 +197,9 @@ def encode(
 
 
 def warn_if_long(model: PreTrainedModel, tokens: int) -> None:
-    """A longer prompt than the model was trained on works, but not always well."""
+    """A longer prompt than the model was trained on works, but not always well; memory layers have no such limit."""
+    if getattr(model.config, "mem_layers", None):
+        return
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit is not None and tokens > limit:
         print(
@@ -187,12 +228,13 @@ def read_and_write(
     earlier = kept.columns if kept is not None else 0
     total = earlier + ids.shape[1]
     warn_if_long(model, total)
-    cache = model.new_cache(1, total + args.max_new_tokens, kv_dtype)
+    own = {} if args.memory is None else {"memory": args.memory}
+    cache = model.new_cache(1, total + args.max_new_tokens, kv_dtype, **own)
     if kept is not None:
         cache.restore(kept)
         del kept
 
-    seconds = prefill(model, ids[:, :-1], cache, args.prefill_chunk_size)
+    seconds = prefill(model, ids[:, :-1], cache, args)
     if args.save_cache:
         save_document(model, ids[:, -1:], cache, args.save_cache)
     printer = Printer(tokenizer, ids[0, -1:].tolist())
@@ -205,29 +247,36 @@ def read_and_write(
     summarize(ids.shape[1], earlier, seconds, printer, cache.nbytes())
 
 
-def prefill(model: PreTrainedModel, ids: torch.Tensor, cache: ModelCache, chunk_size: int | None) -> float:
+def prefill(
+    model: PreTrainedModel, ids: torch.Tensor, cache: ModelCache | LongLlamaCache, args: argparse.Namespace
+) -> float:
     """Read ids [1, T] (T may be 0) into the cache; returns the seconds it took. A long read shows its progress."""
     from tqdm import tqdm
 
     tokens = ids.shape[1]
     if tokens == 0:
         return 0.0
+    option = "last_context_length" if model.config.model_type == "longllama" else "prefill_chunk_size"
+    own = {option.removeprefix("prefill_"): getattr(args, option)}
     start = time.perf_counter()
     with tqdm(total=tokens, desc="reading", unit=" tokens", unit_scale=True, delay=1, disable=None) as bar:
-        model.prefill(ids, cache, chunk_size, progress=lambda done: bar.update(done - bar.n))
+        model.prefill(ids, cache, **own, progress=lambda done: bar.update(done - bar.n))
     return time.perf_counter() - start
 
 
-def save_document(model: PreTrainedModel, last: torch.Tensor, cache: ModelCache, file: str) -> None:
+def save_document(model: PreTrainedModel, last: torch.Tensor, cache: ModelCache | LongLlamaCache, file: str) -> None:
     """Write the cache with the prompt's last token [1, 1] in it to `file`, and leave `cache` without that token."""
-    from oncelm.cache import save_snapshot
+    from oncelm.cache import ModelCache, save_snapshot
     from oncelm.utils.units import size
 
-    before = cache.snapshot(shared=False)
+    before = cache.snapshot(shared=False) if isinstance(cache, ModelCache) else None
     model.prefill(last, cache)
     save_snapshot(cache.snapshot(), file, model.fingerprint())
     print(f"saved        {cache.num_tokens:,} tokens in {file}, {size(Path(file).stat().st_size)}", file=sys.stderr)
-    cache.restore(before)
+    if before is None:
+        cache.crop(1)
+    else:
+        cache.restore(before)
 
 
 def write_only(

@@ -25,6 +25,8 @@ examples:
       how large is the preset, and its cache at a million tokens?
   oncelm info runs/book/model
       a Hugging Face folder; official YOCO folders and hub ids work as well
+  oncelm info smollm2/ --mem-layers 8,16,24
+      a LLaMA-family folder, as the LongLLaMA that it would be with these memory layers
 """
 
 CACHE_LENGTHS = {"4K": 4 << 10, "32K": 32 << 10, "128K": 128 << 10, "1M": 1 << 20}
@@ -33,12 +35,19 @@ SELF_DECODERS = {"gated_retention": "gated retention", "sliding_window": "slidin
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", nargs="?", metavar="MODEL", help="a model folder, a preset or a hub id")
+    parser.add_argument(
+        "--mem-layers",
+        metavar="I,J,...",
+        help="describe a LLaMA-family model as a LongLLaMA with memory in these layers",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
-    for table in installation() if args.model is None else describe(args.model):
+    if args.model is None and args.mem_layers is not None:
+        raise ValueError("--mem-layers goes with a MODEL.")
+    for table in installation() if args.model is None else describe(args.model, args.mem_layers):
         Console().print(table)
     return 0
 
@@ -107,12 +116,12 @@ def readable(name: str, value: Any) -> str:
 # -- a model ----------------------------------------------------------------------------------------------------------
 
 
-def describe(name: str) -> list[Table]:
-    """What a model folder, hub id or preset is."""
+def describe(name: str, mem_layers: str | None = None) -> list[Table]:
+    """What a model folder, hub id or preset is; as a LongLLaMA with these memory layers if some are named."""
     from oncelm.models.load import errors_in_one_line
     from oncelm.utils.units import size
 
-    config = find_config(name)
+    config = find_config(name, mem_layers)
     with errors_in_one_line(name):  # a model of another kind than causal language models
         model = empty_model(config)
     total, inner = count_parameters(model)
@@ -131,20 +140,24 @@ def describe(name: str) -> list[Table]:
     )
     shape.add_row("weights", weights + (f"; stored in {dtype_name(stored)}" if stored else ""))
     limit = getattr(text, "max_position_embeddings", None)
-    shape.add_row("context length", "not stated" if limit is None else f"{limit:,} tokens, as trained")
+    trained = "tokens a window; memory has no limit" if getattr(text, "mem_layers", None) else "tokens, as trained"
+    shape.add_row("context length", "not stated" if limit is None else f"{limit:,} {trained}")
     shape.add_row("tokenizer", tokenizer_of(name, text.vocab_size))
     return [shape, *cache_tables(model, text, stored)]
 
 
-def find_config(name: str) -> PreTrainedConfig:
+def find_config(name: str, mem_layers: str | None = None) -> PreTrainedConfig:
     """The configuration of a folder, preset or hub id."""
+    from oncelm.cli.generate import parse_layers
     from oncelm.models.load import read_config
     from oncelm.models.yoco.presets import PRESETS, preset_config
     from oncelm.utils.errors import unknown
 
     if Path(name).exists() or "/" in name:
-        return read_config(name)
+        return read_config(name, **({} if mem_layers is None else {"mem_layers": parse_layers(mem_layers)}))
     if name in PRESETS:
+        if mem_layers is not None:
+            raise ValueError(f"--mem-layers is for LLaMA-family models, {name} is a YOCO preset.")
         return preset_config(name)
     raise unknown("model", name, [*PRESETS, "a model folder", "a hub id"])
 
@@ -177,7 +190,11 @@ def parts(config: PreTrainedConfig) -> list[tuple[str, str]]:
         heads = (
             f" of {config.num_attention_heads} heads, {kv_heads(config)} key/value heads" if kv_heads(config) else ""
         )
-        return [("layers", f"{config.num_hidden_layers}{heads}"), ("width", width)]
+        rows = [("layers", f"{config.num_hidden_layers}{heads}"), ("width", width)]
+        if config.model_type == "longllama":
+            memory = f"layers {', '.join(map(str, config.mem_layers))}" if config.mem_layers else "no layers"
+            rows.insert(1, ("memory", f"{memory}, kept in {config.mem_dtype or 'the dtype of the model'}"))
+        return rows
     own = SELF_DECODERS[config.self_decoder]
     heads = f"{config.num_self_heads} heads of {config.self_head_dim}"
     if config.self_decoder == "sliding_window":
@@ -202,7 +219,7 @@ def cache_tables(model: PreTrainedModel, config: PreTrainedConfig, stored: torch
     if hasattr(model, "new_cache"):
         table = new_table(title, "|tokens", "|this model", "|Llama of this shape", "|Llama / this")
         for label, tokens in CACHE_LENGTHS.items():
-            own, llama = model.new_cache(1, tokens, dtype).nbytes(), llama_cache_bytes(config, tokens, dtype)
+            own, llama = own_cache_bytes(model, tokens, dtype), llama_cache_bytes(config, tokens, dtype)
             table.add_row(label, size(own), size(llama), f"{llama / own:.1f}")
         return [table]
     if (
@@ -214,6 +231,20 @@ def cache_tables(model: PreTrainedModel, config: PreTrainedConfig, stored: torch
     for label, tokens in CACHE_LENGTHS.items():
         table.add_row(label, size(llama_cache_bytes(config, tokens, dtype)))
     return [table]
+
+
+def own_cache_bytes(model: PreTrainedModel, tokens: int, dtype: torch.dtype) -> int:
+    """The cache that the model itself would make; of a LongLLaMA its memory and local caches, wherever they are."""
+    import torch
+
+    config = model.config
+    if config.model_type != "longllama":
+        return model.new_cache(1, tokens, dtype).nbytes()
+    per_token = 2 * config.num_key_value_heads * config.head_dim  # numbers, in one layer
+    local = min(tokens, config.max_position_embeddings) * per_token * config.num_hidden_layers * dtype.itemsize
+    kept = dtype if config.mem_dtype is None else getattr(torch, config.mem_dtype)
+    scales = 2 * config.num_key_value_heads * 4 if kept == torch.int8 else 0
+    return local + tokens * len(config.mem_layers) * (per_token * kept.itemsize + scales)
 
 
 def llama_cache_bytes(config: PreTrainedConfig, tokens: int, dtype: torch.dtype) -> int:

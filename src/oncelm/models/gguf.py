@@ -49,8 +49,8 @@ def read_gguf(
         fields = _fields(file)
         if fields.get("general.architecture") != "llama":
             raise ValueError(
-                f"{path} is a GGUF file of architecture {fields.get('general.architecture')!r}; only LLaMA-family models "
-                "('llama') can be read."
+                f"{path} is a GGUF file of architecture {fields.get('general.architecture')!r}; only LLaMA-family "
+                "models ('llama') can be read."
             )
         model, info = AutoModelForCausalLM.from_pretrained(
             file.parent, gguf_file=file.name, dtype=dtype or torch.float32, output_loading_info=True

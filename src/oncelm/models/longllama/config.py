@@ -15,7 +15,13 @@ from oncelm.utils.errors import check_choice, check_positive, unknown
 MEMORY_DTYPES = (*DTYPES, "int8")
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
 # Keys of LLaMA's older configurations and of the official LongLLaMA folders that mean nothing here, or are translated.
-_OLDER_KEYS = {"rope_theta", "rope_scaling", "partial_rotary_factor", "gradient_checkpoint_every_ith", "torch_attention"}
+_OLDER_KEYS = {
+    "rope_theta",
+    "rope_scaling",
+    "partial_rotary_factor",
+    "gradient_checkpoint_every_ith",
+    "torch_attention",
+}
 
 
 @strict
@@ -41,7 +47,7 @@ class LongLlamaConfig(LlamaConfig):
     model_type = "longllama"
     keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
 
-    mem_layers: list[int] | tuple[int, ...] | None = None
+    mem_layers: list[int] | tuple[int, ...] = ()
     mem_positionals: bool = True
     mem_dtype: str | None = "bfloat16"
     mem_attention_grouping: list[int] | tuple[int, ...] | None = None
@@ -56,13 +62,13 @@ class LongLlamaConfig(LlamaConfig):
                 raise unknown("LongLlamaConfig key", key, self.own_keys())
         for key in _OLDER_KEYS - {"rope_theta", "rope_scaling", "partial_rotary_factor"}:
             kwargs.pop(key, None)
-        self.mem_layers = list(self.mem_layers or [])
+        self.mem_layers = list(self.mem_layers)
         if self.mem_attention_grouping is not None:
             self.mem_attention_grouping = list(self.mem_attention_grouping)
         super().__post_init__(**kwargs)
         if self.last_context_length is None:
             self.last_context_length = max(1, min(1024, self.max_position_embeddings // 2))
-        self._check()
+        self._check(self.last_context_length)
 
     @classmethod
     def own_keys(cls) -> list[str]:
@@ -70,22 +76,22 @@ class LongLlamaConfig(LlamaConfig):
         skipped = {entry.name for entry in dataclasses.fields(LlamaConfig.__mro__[1])}
         return [entry.name for entry in dataclasses.fields(cls) if entry.name not in skipped]
 
-    def _check(self) -> None:
+    def _check(self, last_context_length: int) -> None:
         layers = self.num_hidden_layers
-        for layer in self.mem_layers or []:
+        for layer in self.mem_layers:
             if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < layers:
                 raise ValueError(f"mem_layers must be layers of the model, 0..{layers - 1}, got {self.mem_layers}.")
-        if len(set(self.mem_layers or [])) != len(self.mem_layers or []):
+        if len(set(self.mem_layers)) != len(self.mem_layers):
             raise ValueError(f"mem_layers must not repeat a layer, got {self.mem_layers}.")
         if self.mem_dtype is not None:
             check_choice("mem_dtype", self.mem_dtype, MEMORY_DTYPES)
         grouping = self.mem_attention_grouping
         if grouping is not None and (len(grouping) != 2 or min(grouping) < 1):
             raise ValueError(f"mem_attention_grouping must be (heads, queries), both at least 1, got {grouping}.")
-        if not 1 <= self.last_context_length <= self.max_position_embeddings:
+        if not 1 <= last_context_length <= self.max_position_embeddings:
             raise ValueError(
                 f"last_context_length must be from 1 to max_position_embeddings = {self.max_position_embeddings} "
-                f"(the window), got {self.last_context_length}."
+                f"(the window), got {last_context_length}."
             )
         check_positive(dataset_packing=self.dataset_packing)
         if self.cross_batch_range is not None and self.cross_batch_range < 0:
@@ -101,7 +107,7 @@ class LongLlamaConfig(LlamaConfig):
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> tuple[dict, dict]:
-        """A folder's config.json; that of a LLaMA-family model as a LongLLaMA's, to which the caller gives `mem_layers`."""
+        """A folder's config.json; that of a LLaMA-family model as a LongLLaMA's, the caller to give `mem_layers`."""
         settings, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         if settings.get("model_type") == LlamaConfig.model_type:
             settings = llama_settings(settings)
@@ -109,7 +115,7 @@ class LongLlamaConfig(LlamaConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As in Hugging Face, but keys given beside the dict are checked with it, and mem_layers must be the checkpoint's."""
+        """As in Hugging Face, but keys given beside the dict are checked too; mem_layers must be the checkpoint's."""
         given = {key: kwargs.pop(key) for key in cls.own_keys() if key in kwargs}
         check_mem_layers(config_dict.get("mem_layers"), given.get("mem_layers"))
         return super().from_dict({**config_dict, **given}, **kwargs)
@@ -127,5 +133,6 @@ def check_mem_layers(trained: Any, asked: Any) -> None:
     """Refuse other memory layers than a LongLLaMA checkpoint was trained with."""
     if trained and asked is not None and sorted(asked) != sorted(trained):
         raise ValueError(
-            f"mem_layers {list(asked)} are not the checkpoint's, which was trained with {list(trained)}; leave them out."
+            f"mem_layers {list(asked)} are not the checkpoint's, which was trained with {list(trained)}; "
+            "leave them out."
         )

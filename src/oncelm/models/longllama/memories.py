@@ -48,7 +48,10 @@ def new_layers(
     """A LocalKV for each layer without memory, and for each memory layer what `options` ask for."""
     heads, head_dim = config.num_key_value_heads, config.head_dim
     mem_dtype = dtype if config.mem_dtype is None else getattr(torch, config.mem_dtype)
-    grouping = None if config.mem_attention_grouping is None else tuple(config.mem_attention_grouping)
+    grouping = None
+    if config.mem_attention_grouping is not None:
+        heads_at_once, queries_at_once = config.mem_attention_grouping
+        grouping = (heads_at_once, queries_at_once)
 
     def store() -> MemoryStore:
         if options.memory == "knn":

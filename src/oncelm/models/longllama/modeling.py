@@ -181,7 +181,9 @@ class LongLlamaForCausalLM(PreTrainedModel, GenerationMixin):
         cache = self._check_cache(past_key_values)
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training and labels is None
-        counts = self._crossbatch(tokens, cache, attention_mask, cross_batch_range, cross_batch_stepping, dataset_packing)
+        counts = self._crossbatch(
+            tokens, cache, attention_mask, cross_batch_range, cross_batch_stepping, dataset_packing
+        )
         if cache is None and use_cache and counts is None:
             cache = self.new_cache(tokens.shape[0], memory=memory or "exact")
         inputs = reading.read_inputs(
@@ -196,17 +198,16 @@ class LongLlamaForCausalLM(PreTrainedModel, GenerationMixin):
         wanted = _Wanted(logits_to_keep if labels is None or logits_to_keep is not None else _NOTHING, inputs, tokens)
         # a cache holds values, not graphs: with gradients on, the earlier tokens' share would be missing silently
         with torch.set_grad_enabled(torch.is_grad_enabled() and cache is None):
-            loss = tokens.new_zeros((), dtype=torch.promote_types(self.dtype, torch.float32))
+            total = torch.zeros((), dtype=torch.promote_types(self.dtype, torch.float32), device=tokens.device)
             for columns, hidden in self._windows(tokens, inputs.real, cache, last_context_length, counts, memory):
                 if labels is not None and targets is not None:
-                    loss = loss + self._window_loss(hidden, columns, labels, targets)
+                    total = total + self._window_loss(hidden, columns, labels, targets)
                 wanted.take(columns, hidden)
-            if labels is None or targets is None:
-                loss = None
-            else:
-                loss = loss / (targets.sum().clamp_min(1) if num_items_in_batch is None else num_items_in_batch)
-            hidden = wanted.hidden()
-            logits = None if hidden is None else self.lm_head(hidden)
+            loss = None
+            if targets is not None:
+                loss = total / (targets.sum().clamp_min(1) if num_items_in_batch is None else num_items_in_batch)
+            kept = wanted.hidden()
+            logits = None if kept is None else self.lm_head(kept)
         output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
         wants_dict = self.config.return_dict if return_dict is None else return_dict
         return output if wants_dict else output.to_tuple()
@@ -276,7 +277,11 @@ class LongLlamaForCausalLM(PreTrainedModel, GenerationMixin):
     def _fresh_layers(self, counts: tuple[int, ...] | None) -> list[Any]:
         """Layer caches of a pass with gradients; crossbatch in the memory layers if there are counts."""
         return [
-            FreshLocal() if i not in self.config.mem_layers else FreshMemory() if counts is None else CrossbatchMemory(counts)
+            FreshLocal()
+            if i not in self.config.mem_layers
+            else FreshMemory()
+            if counts is None
+            else CrossbatchMemory(counts)
             for i in range(self.config.num_hidden_layers)
         ]
 
@@ -325,9 +330,11 @@ class LongLlamaForCausalLM(PreTrainedModel, GenerationMixin):
 
     def _last_context_length(self, given: int | None) -> int:
         length = self.config.last_context_length if given is None else given
+        assert length is not None, "the configuration sets it"
         if isinstance(length, bool) or not 1 <= length <= self.config.max_position_embeddings:
             raise ValueError(
-                f"last_context_length must be from 1 to the window of {self.config.max_position_embeddings}, got {length}."
+                f"last_context_length must be from 1 to the window of {self.config.max_position_embeddings}, "
+                f"got {length}."
             )
         return length
 

@@ -2,7 +2,7 @@
 
 Softmax over a set of keys is its output o and the logarithm of its denominator, lse = log sum_s exp(q.k_s). For two
 disjoint sets of keys, with w = exp(lse_i - logaddexp(lse_1, lse_2)), the output over both is w_1 o_1 + w_2 o_2: the
-"running softmax" of online attention (arXiv 1805.02867, 2205.14135). So keys may live anywhere, and come in blocks.
+"running softmax" of online attention (arXiv 1805.02867, 2205.14135). Keys may live anywhere, and come in blocks.
 
 Scores are float32 or wider, and no more than SCORE_ELEMENTS of them exist at a time. B rows, T queries, S keys, H heads,
 H_kv key/value heads, D head dimension.
@@ -113,7 +113,7 @@ def query_blocks(scores_per_query: int, T: int) -> Iterator[slice]:
 
 def _scores(q, keys, first, start, scale):
     """q [B, t, H, D], queries first, first + 1, ...; keys [B, H_kv, D, S] -> [B, H_kv, G * t, S], -inf where unseen."""
-    B, t, H, D = q.shape
+    _, t, H, D = q.shape
     H_kv, S = keys.shape[1], keys.shape[3]
     rows = (q * (D**-0.5 if scale is None else scale)).unflatten(2, (H_kv, -1)).permute(0, 2, 3, 1, 4)
     scores = rows.flatten(2, 3) @ keys

@@ -1,7 +1,7 @@
 """Crossbatch attention: the training form of memory layers (Focused Transformer, arXiv 2307.03170, section 3.2).
 
-Each row of a batch is one context. In a memory layer its queries see their own context causally and, whole, the contexts
-of the `n` rows before it, whose keys stand at local position 0. With `dataset_packing` rows a document, some of those
+Each row of a batch is one context. In a memory layer its queries see their own context causally and, whole, the
+contexts of some rows before it, whose keys stand at local position 0. With `dataset_packing` rows a document, some of those
 are earlier parts of the same document (positives) and the others parts of another one (negatives).
 """
 
@@ -96,7 +96,7 @@ def earlier_contexts(
         raise ValueError(f"dataset_packing must be at least 1, got {dataset_packing}.")
     if batch_size % dataset_packing:
         raise ValueError(
-            f"a batch of {batch_size} is not divisible by dataset_packing {dataset_packing} (rows that one document fills)."
+            f"a batch of {batch_size} is not divisible by dataset_packing {dataset_packing} (rows of one document)."
         )
     step = -(-(cross_batch_range + 1) // max(dataset_packing - 1, 1))
     counts = []

@@ -12,7 +12,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 
 def packed(q, k, first_k, v, counts, scale):
-    B, T, H, D = q.shape
+    B, T, H = q.shape[:3]
 
     def heads(*parts):
         return torch.cat([part.flatten(0, 1) for part in parts]).transpose(0, 1)[None]  # [1, H, rows * T, D]
@@ -24,7 +24,7 @@ def packed(q, k, first_k, v, counts, scale):
         heads(v, v),
         block_mask=_mask(counts, T, q.device),
         scale=scale,
-        enable_gqa=H != k.shape[2],
+        enable_gqa=k.shape[2] != H,
     )
     return out[0].transpose(0, 1).unflatten(0, (B, T))
 

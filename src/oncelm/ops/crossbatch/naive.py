@@ -6,7 +6,7 @@ import torch
 
 
 def gathered(q, k, first_k, v, counts, scale):
-    B, T, H, D = q.shape
+    _, T, H, D = q.shape
     wide = torch.promote_types(q.dtype, torch.float32)
     k, first_k, v = (x.to(wide).repeat_interleave(H // k.shape[2], dim=2) for x in (k, first_k, v))
     scale = D**-0.5 if scale is None else scale
