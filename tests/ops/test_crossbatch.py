@@ -64,7 +64,7 @@ def test_blocks_equal_the_definition(
     options |= {"dataset_packing": packing, "rope_theta": theta}
     cotangent = torch.randn(tensors[0].shape, dtype=torch.float64)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(partial, "SCORE_ELEMENTS", score_elements)
+        patch.setattr(partial, "SCORE_ELEMENTS", {"cpu": score_elements})
         found = outputs(tensors, cotangent, backend="blocks", **options)
     for value, expected in zip(found, outputs(tensors, cotangent, backend="naive", **options), strict=True):
         torch.testing.assert_close(value, expected, rtol=1e-9, atol=1e-9)
@@ -87,6 +87,13 @@ def test_on_a_gpu(backend) -> None:
     on_gpu = [x.detach().cuda().requires_grad_() for x in tensors]
     for value, wanted in zip(outputs(on_gpu, cotangent.cuda(), backend=backend, **OPTIONS), expected, strict=True):
         torch.testing.assert_close(value.cpu(), wanted, rtol=2e-3, atol=2e-3)
+
+
+def test_autocast_changes_only_what_comes_in() -> None:
+    q, k, v = (x.detach() for x in inputs(4, 8, 4, 2, 16, torch.float32))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = oncelm.ops.crossbatch_attention(q, k, v, **OPTIONS)
+    assert torch.equal(found, oncelm.ops.crossbatch_attention(q, k, v, **OPTIONS))
 
 
 def test_memory_of_one_context_at_a_time(monkeypatch) -> None:

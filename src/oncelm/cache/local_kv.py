@@ -15,7 +15,7 @@ class LocalKV(Rows):
     def attend(
         self, q: torch.Tensor, k: torch.Tensor, raw_k: torch.Tensor, v: torch.Tensor, window: Window
     ) -> torch.Tensor:
-        """Outputs [B, T, H, D] of the window's tokens; q [B, T, H, D], k [B, T, H_kv, D] are rotated, raw_k is unused."""
+        """Outputs [B, T, H, D] of the window's tokens; q [B, T, H, D] and k [B, T, H_kv, D] rotated, raw_k unused."""
         self.reserve(max(window.batch.ends) if window.fate == "local" else 0)
         outputs = []
         for group in window.batch.groups():

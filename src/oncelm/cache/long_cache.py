@@ -17,6 +17,7 @@ from transformers import Cache
 
 from oncelm.cache.batch import Batch
 from oncelm.cache.local_kv import LocalKV
+from oncelm.cache.memory_knn import MemoryIndex
 from oncelm.cache.memory_kv import MemoryKV
 from oncelm.cache.memory_remote import RemoteMemory
 from oncelm.cache.model_cache import Snapshot
@@ -94,6 +95,11 @@ class LongLlamaCache(Cache):
     def nbytes(self) -> int:
         """Bytes allocated, used or not, wherever they are."""
         return sum(layer.nbytes() for layer in self.layers)
+
+    def recall(self) -> dict[int, float]:
+        """Of a "knn" cache with `measure_recall`: layer -> share of the true nearest keys that its index found."""
+        stores = {i: getattr(layer, "store", None) for i, layer in enumerate(self.layers)}
+        return {i: s.found / s.wanted for i, s in stores.items() if isinstance(s, MemoryIndex) and s.wanted}
 
     @property
     def device(self) -> torch.device:

@@ -26,10 +26,18 @@ class MemoryIndex:
     Args:
         top_k: keys a query head sees; all of a memory that has no more.
         index: "flat", "ivf" or "hnsw".
+        measure_recall: search exactly as well, and count in `found` how many of the `wanted` keys the index found.
     """
 
     def __init__(
-        self, batch_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, top_k: int, index: str
+        self,
+        batch_size: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        top_k: int,
+        index: str,
+        measure_recall: bool = False,
     ) -> None:
         check_choice("memory index", index, INDEXES)
         if top_k < 1:
@@ -37,6 +45,7 @@ class MemoryIndex:
         self.faiss = _faiss()
         self.rows = Rows(batch_size, None, num_kv_heads, head_dim, dtype, torch.device("cpu"))
         self.top_k, self.kind = top_k, index
+        self.measure_recall, self.found, self.wanted = measure_recall, 0, 0
         self.indexes = [[self._new_index(head_dim) for _ in range(num_kv_heads)] for _ in range(batch_size)]
 
     def _new_index(self, head_dim: int) -> Any:
@@ -79,7 +88,7 @@ class MemoryIndex:
         lse = torch.empty(q.shape[:3], dtype=wide)
         for n, head, heads in self._heads(q, rows):
             queries = q[n - rows.start, :, heads].cpu().to(wide)  # [T, G, D]
-            places = self.search(queries.flatten(0, 1).float(), n, head, held)  # [T * G, top_k], -1 for none
+            places = self.search(queries.flatten(0, 1), n, head, held)  # [T * G, top_k], -1 for none
             keys, values = (x[n, :held, head].to(wide)[places.clamp_min(0)] for x in (self.rows.k, self.rows.v))
             scores = torch.einsum("rd,rkd->rk", queries.flatten(0, 1), keys) * q.shape[3] ** -0.5
             scores = scores.masked_fill(places < 0, -torch.inf)
@@ -91,21 +100,13 @@ class MemoryIndex:
 
     def search(self, queries: torch.Tensor, n: int, head: int, held: int) -> torch.Tensor:
         """Places [R, min(top_k, held)] of the keys nearest to queries [R, D]; -1 where the index found no more."""
-        _, places = self.indexes[n][head].search(queries.contiguous().numpy(), min(self.top_k, held))
-        return torch.from_numpy(places)
-
-    @torch.no_grad()
-    def recall(self, q: torch.Tensor, rows: slice, held: int) -> float:
-        """The share of the true `top_k` nearest keys that the index finds, over queries q [n, T, H, D]."""
-        found = wanted = 0
-        for n, head, heads in self._heads(q, rows):
-            queries = q[n - rows.start, :, heads].flatten(0, 1).cpu().float()
-            keys = self.rows.k[n, :held, head].float()
-            true = (queries @ keys.T).topk(min(self.top_k, held)).indices
-            places = self.search(queries, n, head, held)
-            found += int((true[:, :, None] == places[:, None]).any(-1).sum())
-            wanted += true.numel()
-        return found / wanted
+        count, queries = min(self.top_k, held), queries.float().contiguous()
+        places = torch.from_numpy(self.indexes[n][head].search(queries.numpy(), count)[1])
+        if self.measure_recall:
+            true = (queries @ self.rows.k[n, :held, head].float().T).topk(count).indices
+            self.found += int((true[:, :, None] == places[:, None]).any(-1).sum())
+            self.wanted += true.numel()
+        return places
 
     def _heads(self, q: torch.Tensor, rows: slice) -> Iterator[tuple[int, int, slice]]:
         """(sequence, key/value head, its query heads)."""

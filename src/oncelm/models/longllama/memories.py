@@ -27,6 +27,7 @@ class MemoryOptions:
     memory: str
     top_k: int
     index: str
+    measure_recall: bool
     block_tokens: int
     folder: Path | None
 
@@ -56,7 +57,7 @@ def new_layers(
     def store() -> MemoryStore:
         if options.memory == "knn":
             kept = torch.float32 if mem_dtype == torch.int8 else mem_dtype
-            return MemoryIndex(batch_size, heads, head_dim, kept, options.top_k, options.index)
+            return MemoryIndex(batch_size, heads, head_dim, kept, options.top_k, options.index, options.measure_recall)
         place: torch.device | Path = device
         if options.memory == "cpu":
             place = torch.device("cpu")

@@ -96,6 +96,7 @@ class LongLlamaForCausalLM(PreTrainedModel, GenerationMixin):
         memory: str = "exact",
         top_k: int = 128,
         index: str = "flat",
+        measure_recall: bool = False,
         block_tokens: int = 8192,
         folder: str | os.PathLike[str] | None = None,
     ) -> LongLlamaCache:
@@ -108,6 +109,7 @@ class LongLlamaForCausalLM(PreTrainedModel, GenerationMixin):
             memory: "exact" (on the device), "cpu" (in pinned CPU memory) or "disk" (in files), both streamed in blocks
                 and exactly equal to "exact"; "knn" (in CPU memory; a query sees the top_k keys that Faiss finds).
             top_k, index: of "knn": keys a query head sees; "flat", "ivf" or "hnsw".
+            measure_recall: of "knn": search exactly too, for `cache.recall()`.
             block_tokens: tokens in a block of "cpu" and "disk".
             folder: of "disk": where its files go (they vanish with the cache); None means the temporary folder.
         """
@@ -115,7 +117,7 @@ class LongLlamaForCausalLM(PreTrainedModel, GenerationMixin):
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}.")
         where = None if folder is None else Path(folder)
-        options = MemoryOptions(memory, top_k=top_k, index=index, block_tokens=block_tokens, folder=where)
+        options = MemoryOptions(memory, top_k, index, measure_recall, block_tokens, where)
         layers = new_layers(self.config, options, batch_size, max_tokens, dtype or self.dtype, self.device)
         return LongLlamaCache(layers, batch_size, max_tokens, self.config.max_position_embeddings)
 

@@ -4,19 +4,33 @@ Softmax over a set of keys is its output o and the logarithm of its denominator,
 disjoint sets of keys, with w = exp(lse_i - logaddexp(lse_1, lse_2)), the output over both is w_1 o_1 + w_2 o_2: the
 "running softmax" of online attention (arXiv 1805.02867, 2205.14135). Keys may live anywhere, and come in blocks.
 
-Scores are float32 or wider, and no more than SCORE_ELEMENTS of them exist at a time. B rows, T queries, S keys, H heads,
-H_kv key/value heads, D head dimension.
+Scores are float32 or wider, and no more than SCORE_ELEMENTS of them exist at a time. B rows, T queries, S keys, H
+heads, H_kv key/value heads, D head dimension.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 
-SCORE_ELEMENTS = 1 << 24  # 64 MiB in float32
+SCORE_ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 26}  # 64 and 256 MiB in float32
 
 
+def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Autocast would turn the float32 products back to bfloat16."""
+
+    @functools.wraps(function)
+    def wrapped(q: torch.Tensor, *args: Any, **options: Any) -> Any:
+        with torch.autocast(q.device.type, enabled=False):
+            return function(q, *args, **options)
+
+    return wrapped
+
+
+@_without_autocast
 def partial_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, start: int | None = None, scale: float | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -37,7 +51,7 @@ def partial_attention(
     o = torch.empty(B, T, H, D, dtype=wide, device=q.device)
     lse = torch.empty(B, T, H, dtype=wide, device=q.device)
     keys, values = k.to(wide).permute(0, 2, 3, 1), v.to(wide).transpose(1, 2)
-    for block in query_blocks(B * H * k.shape[1], T):
+    for block in _query_blocks(B * H * k.shape[1], T, q.device):
         scores = _scores(q[:, block].to(wide), keys, block.start, start, scale)  # [B, H_kv, G * t, S]
         top = scores.amax(-1, keepdim=True)
         denominator = scores.sub_(top).exp_().sum(-1, keepdim=True)
@@ -49,6 +63,7 @@ def partial_attention(
     return o, lse
 
 
+@_without_autocast
 def partial_attention_backward(
     grad: torch.Tensor,
     delta: torch.Tensor,
@@ -83,7 +98,7 @@ def partial_attention_backward(
         """[B, t, H, ...] -> [B, H_kv, G * t, ...]"""
         return x.unflatten(2, (H_kv, -1)).movedim(1, 3).flatten(2, 3)
 
-    for block in query_blocks(2 * B * H * S, T):
+    for block in _query_blocks(2 * B * H * S, T, q.device):
         queries, gradient = q[:, block].to(wide), rows(grad[:, block].to(wide))
         scores = _scores(queries, keys.transpose(2, 3), block.start, start, scale)
         weights = scores.sub_(rows(lse[:, block])[..., None]).exp_()
@@ -104,9 +119,9 @@ def join_attention(
     return o, lse
 
 
-def query_blocks(scores_per_query: int, T: int) -> Iterator[slice]:
+def _query_blocks(scores_per_query: int, T: int, device: torch.device) -> Iterator[slice]:
     """Slices of T queries, each small enough for SCORE_ELEMENTS."""
-    size = max(1, SCORE_ELEMENTS // max(1, scores_per_query))
+    size = max(1, SCORE_ELEMENTS.get(device.type, SCORE_ELEMENTS["cpu"]) // max(1, scores_per_query))
     for first in range(0, T, size):
         yield slice(first, min(first + size, T))
 

@@ -1,8 +1,8 @@
 """Crossbatch attention: the training form of memory layers (Focused Transformer, arXiv 2307.03170, section 3.2).
 
 Each row of a batch is one context. In a memory layer its queries see their own context causally and, whole, the
-contexts of some rows before it, whose keys stand at local position 0. With `dataset_packing` rows a document, some of those
-are earlier parts of the same document (positives) and the others parts of another one (negatives).
+contexts of some rows before it, whose keys stand at local position 0. With `dataset_packing` rows a document, some of
+those are earlier parts of the same document (positives) and the others parts of another one (negatives).
 """
 
 from __future__ import annotations
