@@ -61,12 +61,13 @@ def make_model(task: Task, width: int, seed: int) -> LongLlamaForCausalLM:
         hidden_size=width,
         intermediate_size=2 * width,
         num_hidden_layers=3,
-        num_attention_heads=2,
+        num_attention_heads=4,
         max_position_embeddings=task.context,
         last_context_length=task.context,
         mem_layers=[1],
         mem_positionals=False,  # as the paper's small models
         mem_dtype=None,
+        rope_parameters={"rope_type": "default", "rope_theta": 100.0},  # contexts are short
     )
     return LongLlamaForCausalLM(config)
 
