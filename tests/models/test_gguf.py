@@ -36,7 +36,7 @@ CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor 
 def make_llama() -> LlamaForCausalLM:
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=261,
+        vocab_size=262,
         hidden_size=64,
         intermediate_size=96,
         num_hidden_layers=2,
@@ -70,12 +70,12 @@ def write(model: LlamaForCausalLM, file: Path, architecture: str = "llama", quan
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
     tokenizer = oncelm.load_tokenizer("bytes")
-    tokens = [*sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().__getitem__), "Hi"]
+    tokens = [*sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().__getitem__), "Hi", "He"]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("smollm")
     writer.add_token_list(tokens)
-    writer.add_token_types([gguf.TokenType.CONTROL] * 4 + [gguf.TokenType.NORMAL] * 257)
-    writer.add_token_merges(["H i"])
+    writer.add_token_types([gguf.TokenType.CONTROL] * 4 + [gguf.TokenType.NORMAL] * 258)
+    writer.add_token_merges(["H i", "H e"])
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(2)
     writer.add_chat_template(CHAT_TEMPLATE)
