@@ -67,6 +67,7 @@ def make_model(task: Task, width: int, seed: int) -> LongLlamaForCausalLM:
         mem_layers=[1],
         mem_positionals=False,  # as the paper's small models
         mem_dtype=None,
+        initializer_range=width**-0.5,  # 0.02 is for wide models: here training would stand still at first
         rope_parameters={"rope_type": "default", "rope_theta": 100.0},  # contexts are short
     )
     return LongLlamaForCausalLM(config)

@@ -16,17 +16,18 @@ import torch
 
 from oncelm.cache.window import Running, attention_groups
 from oncelm.ops.attention.partial import partial_attention
+from oncelm.ops.quantize import dequantize_kv, quantize_kv
 
 BLOCK_TOKENS = 8192
 
 
 class Block:
-    """k, v [N, H_kv, S, D] of S tokens a sequence; for int8 with a scale a token and head [N, H_kv, S, 1]."""
+    """k, v [N, H_kv, S, D] of S tokens a sequence; for int8 with a scale a token and head [N, H_kv, S]."""
 
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, place: torch.device | Path) -> None:
         self.k, self.v = (_allocate(shape, dtype, place) for _ in "kv")
         if dtype == torch.int8:
-            self.k_scale, self.v_scale = (_allocate((*shape[:-1], 1), torch.float32, place) for _ in "kv")
+            self.k_scale, self.v_scale = (_allocate(shape[:-1], torch.float32, place) for _ in "kv")
 
     def tensors(self) -> list[torch.Tensor]:
         return list(vars(self).values())
@@ -34,23 +35,19 @@ class Block:
     def write(self, rows: slice, span: slice, k: torch.Tensor, v: torch.Tensor) -> None:
         """Store k, v [n, t, H_kv, D]."""
         for name, x in (("k", k), ("v", v)):
-            x = x.transpose(1, 2)
-            target = getattr(self, name)
+            target, x = getattr(self, name), x.transpose(1, 2)
             if target.dtype == torch.int8:
-                scale = x.float().abs().amax(-1, keepdim=True) / 127
-                getattr(self, f"{name}_scale")[rows, :, span] = scale.to(target.device)
-                x = (x.float() / scale.clamp_min(torch.finfo(torch.float32).tiny)).round()
+                x, scales = quantize_kv(x, torch.int8)
+                getattr(self, f"{name}_scale")[rows, :, span] = scales.to(target.device)
             target[rows, :, span] = x.to(target.device, target.dtype)
 
-    def read(
-        self, name: str, rows: slice, heads: slice, stop: int, device: torch.device, dtype: torch.dtype
-    ) -> torch.Tensor:
+    def read(self, name: str, rows: slice, stop: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
         """[n, stop, H_kv, D] on a device in a dtype."""
-        x = getattr(self, name)[rows, heads, :stop].to(device, non_blocking=True)
-        if x.dtype == torch.int8:
-            scale = getattr(self, f"{name}_scale")[rows, heads, :stop].to(device, non_blocking=True)
-            x = x.float() * scale
-        return x.to(dtype).transpose(1, 2)
+        x = getattr(self, name)[rows, :, :stop].to(device, non_blocking=True)
+        if x.dtype != torch.int8:
+            return x.to(dtype).transpose(1, 2)
+        scales = getattr(self, f"{name}_scale")[rows, :, :stop].to(device, non_blocking=True)
+        return dequantize_kv(x, scales, dtype).transpose(1, 2)
 
 
 class MemoryBlocks:
@@ -108,7 +105,7 @@ class MemoryBlocks:
             stop = min(self.shape[2], held - number * self.shape[2])
             if stop <= 0:
                 return
-            yield tuple(block.read(name, rows, slice(None), stop, device, dtype) for name in "kv")  # type: ignore[misc]
+            yield tuple(block.read(name, rows, stop, device, dtype) for name in "kv")  # type: ignore[misc]
 
     def contents(self, rows: slice, held: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """k, v [n, s, H_kv, D] of the first `held` tokens, block by block, on the CPU; int8 as float32."""
