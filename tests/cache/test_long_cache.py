@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from oncelm.cache import load_snapshot, save_snapshot
+from oncelm.cache import load_snapshot, memory_kv, save_snapshot
 from oncelm.cache.long_cache import LongLlamaCache
 from oncelm.cache.memory_kv import MemoryKV
 from oncelm.cache.window import attention_groups
@@ -67,6 +67,21 @@ def test_a_growing_cache_is_a_preallocated_one(poisoned_memory) -> None:
     model, tokens = make_long(), ids(2, 300)
     expected = read(model, tokens, [100, 101], model.new_cache(2, 300))
     assert torch.equal(read(model, tokens, [100, 101], model.new_cache(2)), expected)
+
+
+def test_decoding_through_the_decode_op(monkeypatch) -> None:
+    """On a GPU a kernel decodes all rows at once, memories of any length; here its PyTorch form does."""
+    model, tokens, mask = make_long(), ids(2, 60), torch.ones(2, 60, dtype=torch.long)
+    mask[1, :33] = 0
+    splits = [40, 41, 42, 45, 50]
+    expected = read(model, tokens, splits, model.new_cache(2), mask)
+    calls = []
+    original = memory_kv.decode_attention
+    monkeypatch.setattr(memory_kv, "has_decode_kernel", lambda q, k: True)
+    monkeypatch.setattr(memory_kv, "decode_attention", lambda *a, **o: calls.append(1) or original(*a, **o))
+    found = read(model, tokens, splits, model.new_cache(2), mask)
+    torch.testing.assert_close(found[mask.bool()], expected[mask.bool()], **same)
+    assert len(calls) >= 6
 
 
 def test_memory_dtypes() -> None:

@@ -103,7 +103,9 @@ def test_a_narrower_cache(kv_dtype, yoco, llama, generate, tmp_path, capsys) -> 
     assert generate(yoco, *loaded, *narrow) == wanted
     if kv_dtype != "bfloat16":
         assert_refused(capsys, ["--model", str(yoco), *loaded], "make the cache with model.new_cache")
-    assert_refused(capsys, ["--model", str(llama), "--prompt", "a", *narrow], "--kv-dtype need a YOCO model")
+    assert_refused(
+        capsys, ["--model", str(llama), "--prompt", "a", *narrow], "--kv-dtype need a YOCO or LongLLaMA model"
+    )
 
 
 def test_a_file_and_standard_input(yoco, generate, tmp_path, monkeypatch) -> None:
@@ -341,6 +343,7 @@ def test_longllama(long, generate) -> None:
     assert "warning" not in generate.summary
     for memory in ("exact", "cpu", "disk"):
         assert generate(long, *options, "--memory", memory) == wanted
+    generate(long, *options, "--kv-dtype", "int8")
     model = make_long(vocab_size=260)
     ids = load_tokenizer("bytes")(TEXT * 3, return_tensors="pt").input_ids
     cache = model.new_cache(1)
@@ -373,6 +376,7 @@ def test_longllama_options(long, llama, yoco, generate, capsys) -> None:
         (long, ["--memory", "cpus"], "did you mean 'cpu'"),
         (long, ["--mem-layers", "0"], "are not the checkpoint's"),
         (llama, ["--memory", "cpu"], "with --mem-layers a LLaMA-family model becomes one"),
+        (long, ["--kv-dtype", "float8"], "unknown mem_dtype 'float8_e4m3fn'"),
         (llama, ["--mem-layers", "99"], "mem_layers must be layers of the model"),
         (yoco, ["--mem-layers", "1"], "for LLaMA-family models"),
     ):

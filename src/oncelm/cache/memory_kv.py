@@ -15,7 +15,8 @@ import torch
 from oncelm.cache.local_kv import RawKeys
 from oncelm.cache.rows import Rows
 from oncelm.cache.window import Window, attention_groups, same_counts
-from oncelm.ops import global_attention
+from oncelm.ops import decode_attention, global_attention
+from oncelm.ops.attention import MOST_DECODED, has_decode_kernel
 
 
 class MemoryKV(Rows):
@@ -45,6 +46,8 @@ class MemoryKV(Rows):
         q [B, T, H, D] and k [B, T, H_kv, D] are rotated to their positions in the window, raw_k to position 0.
         """
         outputs = []
+        few = window.batch.cu_seqlens is None and 1 <= q.shape[1] <= MOST_DECODED and window.fate == "local"
+        at_once = few and self.grouping is None and has_decode_kernel(q, self.k)
         for group, held in window.groups():
             queries, keys, raw, values = (x[group.where] for x in (q, k, raw_k, v))
             start = held + group.start
@@ -53,19 +56,28 @@ class MemoryKV(Rows):
                 self.reserve(end)
                 self.k[group.rows, start:end], self.v[group.rows, start:end] = keys, values
                 keys, values = self.k[group.rows, :end], self.v[group.rows, :end]
-            out = torch.empty_like(queries)
-            for at, heads, kv in attention_groups(queries, keys.shape[2], self.grouping):
-                out[:, at, heads] = global_attention(
-                    queries[:, at, heads], keys[:, :, kv], values[:, :, kv], start=start + at.start
-                )
-            outputs.append(out)
+            if not at_once:
+                outputs.append(self._attend(queries, keys, values, start))
             if window.fate == "memory":
                 self.k[group.rows, start:end] = raw
             elif window.fate == "local":
                 stop = group.start + group.length
                 self.raw_keys.reserve(stop)
                 self.raw_keys.raw[group.rows, group.start : stop] = raw
+        if at_once:
+            seen = [held + end for held, end in zip(window.remembered, window.batch.ends, strict=True)]
+            return decode_attention(q, self.k, self.v, lengths=torch.tensor(seen, device=q.device))
         return window.batch.join(outputs)
+
+    def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, start: int) -> torch.Tensor:
+        """Outputs [B, T, H, D] of queries at slots start, start + 1, ..., as many at once as `grouping` allows."""
+        groups = list(attention_groups(q, k.shape[2], self.grouping))
+        if len(groups) == 1:
+            return global_attention(q, k, v, start=start)
+        out = torch.empty_like(q)
+        for at, heads, kv in groups:
+            out[:, at, heads] = global_attention(q[:, at, heads], k[:, :, kv], v[:, :, kv], start=start + at.start)
+        return out
 
     def spill(self, remembered: tuple[int, ...], local: tuple[int, ...]) -> None:
         """The local cache becomes memory: its values are in place, its keys turn back to position 0."""

@@ -80,7 +80,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--kv-dtype",
         default="auto",
         metavar="DTYPE",
-        help="what the global cache stores: auto (the model's), bfloat16, float8 or int8 (half of bfloat16's bytes)",
+        help="what the global cache or a LongLLaMA's memory stores: auto (the model's), bfloat16, int8 (half of its "
+        "bytes) or, YOCO alone, float8",
     )
     parser.add_argument("--save-cache", metavar="FILE", help="keep what was read in this file")
     parser.add_argument("--load-cache", metavar="FILE", help="go on from what was kept in this file")
@@ -97,6 +98,8 @@ def run(args: argparse.Namespace) -> int:
     overrides: dict[str, Any] = {} if args.mem_layers is None else {"mem_layers": parse_layers(args.mem_layers)}
     config = read_config(args.model, **overrides)  # what is wrong with it shows before anything large is read
     check_memory_options(config, args)
+    if kv_dtype is not None and config.model_type == "longllama":  # its cache grows in memory, and nowhere else
+        overrides["mem_dtype"], kv_dtype = str(kv_dtype).removeprefix("torch."), None
     tokenizer = find_tokenizer(args.model, args.tokenizer)
     model = load(args.model, args.device, args.dtype, **overrides)
     ids = encode(text, tokenizer, model, add_special_tokens=args.load_cache is None)
@@ -106,8 +109,7 @@ def run(args: argparse.Namespace) -> int:
         elif args.save_cache or args.load_cache or kv_dtype is not None:
             kind = type(model).__name__
             raise ValueError(
-                "--save-cache, --load-cache and --kv-dtype need a YOCO or LongLLaMA model; "
-                f"{args.model} is a {kind}."
+                f"--save-cache, --load-cache and --kv-dtype need a YOCO or LongLLaMA model; {args.model} is a {kind}."
             )
         else:
             write_only(model, tokenizer, ids, args)
