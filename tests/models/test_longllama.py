@@ -274,6 +274,19 @@ def test_gradient_checkpointing_changes_nothing(options) -> None:
         model.gradient_checkpointing_enable({"use_reentrant": True})
 
 
+@pytest.mark.parametrize("mode", ["train", "eval", "cache", "crossbatch"])
+@pytest.mark.parametrize("mem_dtype", [None, "int8"])
+def test_under_autocast(mode, mem_dtype) -> None:
+    """As the trainer runs it in bfloat16: windows, memory and evaluation too."""
+    model, tokens = make_long(mem_dtype=mem_dtype), ids(2, 16 if mode == "crossbatch" else 41)
+    options = {"cross_batch_range": 1} if mode == "crossbatch" else {}
+    expected = model(tokens, use_cache=False, **options).logits.detach()
+    gradients_on = mode in ("train", "crossbatch")
+    with torch.set_grad_enabled(gradients_on), torch.autocast("cpu", torch.bfloat16):
+        found = model(tokens, use_cache=mode == "cache", **options).logits
+    torch.testing.assert_close(found.detach().float(), expected, rtol=0.1, atol=0.6)
+
+
 def test_gradients_reach_through_memory() -> None:
     model, tokens = make_long(), ids(1, 40)
     embeddings = model.get_input_embeddings()(tokens).detach().requires_grad_()

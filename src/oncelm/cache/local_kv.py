@@ -16,6 +16,8 @@ class LocalKV(Rows):
         self, q: torch.Tensor, k: torch.Tensor, raw_k: torch.Tensor, v: torch.Tensor, window: Window
     ) -> torch.Tensor:
         """Outputs [B, T, H, D] of the window's tokens; q [B, T, H, D] and k [B, T, H_kv, D] rotated, raw_k unused."""
+        dtype = q.dtype
+        q, k, v = (x.to(self.k.dtype) for x in (q, k, v))  # autocast computes in another dtype than the model's
         self.reserve(max(window.batch.ends) if window.fate == "local" else 0)
         outputs = []
         for group in window.batch.groups():
@@ -26,7 +28,7 @@ class LocalKV(Rows):
             if group.start:
                 keys, values = self.k[group.rows], self.v[group.rows]
             outputs.append(global_attention(queries, keys, values, start=group.start))
-        return window.batch.join(outputs)
+        return window.batch.join(outputs).to(dtype)
 
     def spill(self, remembered: tuple[int, ...], local: tuple[int, ...]) -> None:
         """The window moves on: nothing to do, rows are overwritten."""

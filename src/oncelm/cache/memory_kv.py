@@ -45,6 +45,8 @@ class MemoryKV(Rows):
 
         q [B, T, H, D] and k [B, T, H_kv, D] are rotated to their positions in the window, raw_k to position 0.
         """
+        dtype = q.dtype
+        q, k, raw_k, v = (x.to(self.k.dtype) for x in (q, k, raw_k, v))  # autocast computes in another than the model's
         outputs = []
         few = window.batch.cu_seqlens is None and 1 <= q.shape[1] <= MOST_DECODED and window.fate == "local"
         at_once = few and self.grouping is None and has_decode_kernel(q, self.k)
@@ -66,8 +68,8 @@ class MemoryKV(Rows):
                 self.raw_keys.raw[group.rows, group.start : stop] = raw
         if at_once:
             seen = [held + end for held, end in zip(window.remembered, window.batch.ends, strict=True)]
-            return decode_attention(q, self.k, self.v, lengths=torch.tensor(seen, device=q.device))
-        return window.batch.join(outputs)
+            return decode_attention(q, self.k, self.v, lengths=torch.tensor(seen, device=q.device)).to(dtype)
+        return window.batch.join(outputs).to(dtype)
 
     def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, start: int) -> torch.Tensor:
         """Outputs [B, T, H, D] of queries at slots start, start + 1, ..., as many at once as `grouping` allows."""
