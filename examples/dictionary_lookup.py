@@ -60,11 +60,11 @@ def make_model(task: Task, width: int, seed: int) -> LongLlamaForCausalLM:
         vocab_size=task.symbols,
         hidden_size=width,
         intermediate_size=2 * width,
-        num_hidden_layers=3,
+        num_hidden_layers=4,
         num_attention_heads=4,
         max_position_embeddings=task.context,
         last_context_length=task.context,
-        mem_layers=[1],
+        mem_layers=[2],
         mem_positionals=False,  # as the paper's small models
         mem_dtype=None,
         initializer_range=width**-0.5,  # 0.02 is for wide models: here training would stand still at first

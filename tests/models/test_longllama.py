@@ -67,14 +67,21 @@ def test_recorded_greedy_continuations(name, memory, golden) -> None:
     torch.testing.assert_close(found[:, 1:], expected["continuation_logits"][:, :-1], **close)
 
 
-def test_older_checkpoints_with_a_rotary_buffer(golden, tmp_path) -> None:
+def test_checkpoints_of_the_hub(golden, tmp_path) -> None:
     source = golden / "longllama" / "base"
     tensors = load_file(source / "model.safetensors")
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
-    (tmp_path / "config.json").write_text((source / "config.json").read_text())
-    model = LongLlamaForCausalLM.from_pretrained(tmp_path)
-    assert model.fingerprint() == oncelm.load(source, device="cpu").fingerprint()
+    config = json.loads((source / "config.json").read_text())
+    config["auto_map"] = {  # the hub's folders bring code, which is not run
+        "AutoConfig": "configuration_longllama.LongLlamaConfig",
+        "AutoModelForCausalLM": "modeling_longllama.LongLlamaForCausalLM",
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    wanted = oncelm.load(source, device="cpu").fingerprint()
+    assert oncelm.load(tmp_path, device="cpu").fingerprint() == wanted
+    assert LongLlamaForCausalLM.from_pretrained(tmp_path).fingerprint() == wanted
+    assert type(AutoModelForCausalLM.from_pretrained(tmp_path)) is LongLlamaForCausalLM
 
 
 # -- windows ----------------------------------------------------------------------------------------------------------
