@@ -128,6 +128,8 @@ def test_loss_is_that_of_the_logits(T) -> None:
         with torch.set_grad_enabled(gradients):
             loss = model(tokens, labels=labels).loss
         torch.testing.assert_close(loss.detach(), expected, **same)
+    moved = torch.cat((labels[:, 1:], torch.full((2, 1), -100)), dim=1)
+    torch.testing.assert_close(model(tokens, targets=moved).loss.detach(), expected, **same)
     both = model(tokens, labels=labels, logits_to_keep=1)
     torch.testing.assert_close(both.logits.detach(), logits(model, tokens, logits_to_keep=1), **same)
 

@@ -145,6 +145,7 @@ class LongLlamaForCausalLM(PreTrainedModel, GenerationMixin):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        targets: torch.Tensor | None = None,
     ) -> CausalLMOutputWithPast | tuple:
         """Logits, loss, or both, of input of any length, cut into windows.
 
@@ -169,6 +170,7 @@ class LongLlamaForCausalLM(PreTrainedModel, GenerationMixin):
             num_items_in_batch: divide the summed loss by this instead of the number of targets (gradient accumulation).
             output_attentions, output_hidden_states: not offered; True is refused.
             return_dict: False returns a tuple.
+            targets: [B, T] labels that stand where they are predicted, for rows whose next token is elsewhere.
 
         Returns:
             CausalLMOutputWithPast with `loss`, `logits` [B, P, V] (zeros at padding) and `past_key_values`.
@@ -179,10 +181,13 @@ class LongLlamaForCausalLM(PreTrainedModel, GenerationMixin):
         for name, value in (("output_attentions", output_attentions), ("output_hidden_states", output_hidden_states)):
             if value:
                 raise ValueError(f"{name}=True is not offered by LongLLaMA models.")
+        if labels is not None and targets is not None:
+            raise ValueError("give labels or targets, not both.")
         tokens = check_tokens(input_ids, inputs_embeds, self.config)
         cache = self._check_cache(past_key_values)
+        has_loss = labels is not None or targets is not None
         if use_cache is None:
-            use_cache = self.config.use_cache and not self.training and labels is None
+            use_cache = self.config.use_cache and not self.training and not has_loss
         counts = self._crossbatch(
             tokens, cache, attention_mask, cross_batch_range, cross_batch_stepping, dataset_packing
         )
@@ -196,31 +201,30 @@ class LongLlamaForCausalLM(PreTrainedModel, GenerationMixin):
             None if cache is None else cache.lengths,
             0 if cache is None else cache.columns,
         )
-        targets = None if labels is None else reading.target_mask(labels, inputs, tokens.shape, self.config.vocab_size)
-        wanted = _Wanted(logits_to_keep if labels is None or logits_to_keep is not None else _NOTHING, inputs, tokens)
+        if has_loss:
+            targets = reading.read_targets(labels, targets, inputs, tokens.shape, self.config.vocab_size)
+        wanted = _Wanted(_NOTHING if has_loss and logits_to_keep is None else logits_to_keep, inputs, tokens)
         # a cache holds values, not graphs: with gradients on, the earlier tokens' share would be missing silently
         with torch.set_grad_enabled(torch.is_grad_enabled() and cache is None):
             total = torch.zeros((), dtype=torch.promote_types(self.dtype, torch.float32), device=tokens.device)
             for columns, hidden in self._windows(tokens, inputs.real, cache, last_context_length, counts, memory):
-                if labels is not None and targets is not None:
-                    total = total + self._window_loss(hidden, columns, labels, targets)
+                if targets is not None:
+                    total = total + self._window_loss(hidden, targets[:, columns])
                 wanted.take(columns, hidden)
             loss = None
             if targets is not None:
-                loss = total / (targets.sum().clamp_min(1) if num_items_in_batch is None else num_items_in_batch)
+                count = (targets != reading.IGNORE_INDEX).sum().clamp_min(1)
+                loss = total / (count if num_items_in_batch is None else num_items_in_batch)
             kept = wanted.hidden()
             logits = None if kept is None else self.lm_head(kept)
         output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
         wants_dict = self.config.return_dict if return_dict is None else return_dict
         return output if wants_dict else output.to_tuple()
 
-    def _window_loss(
-        self, hidden: torch.Tensor, columns: slice, labels: torch.Tensor, targets: torch.Tensor
-    ) -> torch.Tensor:
-        """Summed cross-entropy of a window's targets."""
-        following = labels[:, columns.start + 1 : columns.stop + 1]  # one column short in the last window
-        here = targets[:, columns.start : columns.start + following.shape[1]]
-        return linear_cross_entropy(hidden[:, : here.shape[1]][here], self.lm_head.weight, following[here])
+    def _window_loss(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Summed cross-entropy of a window's targets [B, t] from its hidden states [B, t, d]."""
+        counted = targets != reading.IGNORE_INDEX
+        return linear_cross_entropy(hidden[counted], self.lm_head.weight, targets[counted])
 
     def _windows(
         self,
