@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from oncelm import load, load_tokenizer
 from tests.models.test_longllama import make_llama
@@ -23,32 +21,6 @@ def run(script: str, *arguments: str | Path) -> str:
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
-
-
-def test_dictionary_lookup(tmp_path) -> None:
-    out = tmp_path / "lookup.jsonl"
-    options = ("--minutes", "0.05", "--words", "4", "--symbols", "64", "--width", "16", "--rows", "4")
-    run("dictionary_lookup.py", *options, "--lengths", "12,600", "--out", out)
-    lines = [json.loads(line) for line in out.read_text().splitlines()]
-    assert [line["length"] for line in lines] == [12, 600]
-    assert all(0 <= line["accuracy"] <= 1 for line in lines)
-
-
-def test_windows_read_in_parallel_are_those_read_in_turn(monkeypatch) -> None:
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    from dictionary_lookup import Task, make_model, read_dictionary
-
-    task = Task(words=4, symbols=20)
-    model = make_model(task, 16, seed=0).eval()
-    tokens = task.entries(12, torch.Generator().manual_seed(0)).view(-1, task.context)
-    cache = model.new_cache(1)
-    with torch.no_grad():
-        for window in tokens:
-            model(window[None], past_key_values=cache)
-            cache.spill()
-        read, expected = read_dictionary(model, tokens).tensors, cache.snapshot().tensors
-    for name in ("layers.2.memory_k", "layers.2.memory_v"):
-        torch.testing.assert_close(read[name], expected[name])
 
 
 def test_longllama_finetune(tmp_path) -> None:
