@@ -2,7 +2,7 @@
 
     oncelm convert SmolLM2-135M-Instruct.Q4_1.gguf smollm2
     python examples/longllama_finetune.py smollm2 books/ --out runs/long --mem-layers 8,16,24 --steps 200
-    oncelm eval passkey runs/long/model --lengths 4K,16K --out passkey.jsonl
+    oncelm generate --model runs/long/model --prompt-file book.txt
 
 Each .txt file is a document. Rows are windows of --window tokens, four of a document in each batch; the paper's mix of
 positives and negatives (docs/longllama.md).

@@ -22,7 +22,6 @@ VERBS = {
     "generate": "continue a prompt, of any length, with a trained model",
     "info": "describe a model, a preset, or this installation",
     "convert": "convert official YOCO folders and GGUF files to Hugging Face folders, and back",
-    "eval": "evaluate a model: passkey retrieval at any length",
     "bench": "measure prefill, decode, memory and training beside a Llama of the same shape",
 }
 

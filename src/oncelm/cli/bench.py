@@ -134,12 +134,13 @@ def check_options(args: argparse.Namespace) -> None:
 
 
 def parse_lengths(text: str) -> list[int]:
-    """ "4096,16K" as numbers; K is 1024, M is 1024 K."""
-    units = {"K": 1 << 10, "M": 1 << 20}
+    """ "4096,16384" as numbers."""
     try:
-        return [int(part.rstrip("KM")) * units.get(part[-1:], 1) for part in text.upper().replace(" ", "").split(",")]
+        return [int(part) for part in text.split(",")]
     except ValueError as error:
-        raise ValueError(f"--lengths takes whole numbers with commas between, as in 4096,16K; got {text!r}.") from error
+        raise ValueError(
+            f"--lengths takes whole numbers with commas between, as in 4096,16384; got {text!r}."
+        ) from error
 
 
 def make_subjects(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> list[Subject]:
