@@ -4,20 +4,20 @@
     python examples/longllama_finetune.py smollm2 books/ --out runs/long --mem-layers 8,16,24 --steps 200
     oncelm generate --model runs/long/model --prompt-file book.txt
 
-Each .txt file is a document. Rows are windows of --window tokens, four of a document in each batch; the paper's mix of
-positives and negatives (docs/longllama.md).
+DATA is whatever `oncelm train` takes: text files (each a document), JSONL, Parquet. Rows are windows of --window tokens,
+four of a document in each batch: the paper's mix of positives and negatives (docs/longllama.md).
 """
 
 from __future__ import annotations
 
 import argparse
 
-import numpy as np
-
 import oncelm
 from oncelm.cli.generate import parse_layers
-from oncelm.data.crossbatch import DocumentBatches
-from oncelm.data.dataset import read_text, text_files
+from oncelm.data.crossbatch import DocumentBatches, documents_of
+from oncelm.data.layout import find_corpus
+from oncelm.data.prepare import prepare
+from oncelm.data.tokens import open_tokens
 from oncelm.train.config import TrainConfig
 from oncelm.train.trainer import Trainer
 
@@ -27,7 +27,7 @@ PACKING, RANGE = 4, 3  # (positives, negatives): (0,0) (1,1) (2,1) (3,0)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="the folder of a LLaMA-family model with its tokenizer")
-    parser.add_argument("data", help="a folder of .txt files, one a document")
+    parser.add_argument("data", help="a text file or a folder of them, JSONL or Parquet")
     parser.add_argument("--out", required=True)
     parser.add_argument("--mem-layers", required=True, metavar="I,J,...")
     parser.add_argument("--window", type=int, default=2048)
@@ -53,7 +53,8 @@ def main() -> None:
     )
     if args.checkpointing:
         model.gradient_checkpointing_enable()
-    documents = [document_tokens(tokenizer, read_text(file)) for file in text_files(args.data)]
+    folder = prepare(find_corpus(args.data), tokenizer, bos=tokenizer.bos_token_id is not None)
+    documents = [document for source in open_tokens(folder).train for document in documents_of(source.stream)]
     batches = DocumentBatches(documents, args.window, PACKING, min_tokens=2 * args.window, held_out=args.held_out)
     config = TrainConfig(
         data=args.data,
@@ -73,13 +74,6 @@ def main() -> None:
         eval_every=None,
     )
     print(Trainer(model, batches, config, tokenizer).fit())
-
-
-def document_tokens(tokenizer, text: str) -> np.ndarray:
-    """A document's tokens between the tokenizer's marks of a text's start and end, where it has them."""
-    ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
-    marks = [[mark] if mark is not None else [] for mark in (tokenizer.bos_token_id, tokenizer.eos_token_id)]
-    return np.array([*marks[0], *ids, *marks[1]], dtype=np.uint32)
 
 
 if __name__ == "__main__":

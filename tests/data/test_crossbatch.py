@@ -8,7 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from oncelm.data.crossbatch import DocumentBatches
+from oncelm.data.crossbatch import DocumentBatches, documents_of
+from oncelm.data.layout import find_corpus
+from oncelm.data.prepare import prepare
+from oncelm.data.tokenizers import load_tokenizer
+from oncelm.data.tokens import open_tokens
 
 
 def make_documents(lengths: list[int]) -> list[np.ndarray]:
@@ -49,6 +53,19 @@ def test_a_step_depends_on_its_number_alone() -> None:
         one.batch(step, 2)  # another batch size in between
         assert torch.equal(one.batch(step, 4), batch)
     assert not torch.equal(DocumentBatches(documents, 6, 2, seed=2).batch(0, 4), expected[0])
+    for rows in (slice(0, 2), slice(1, 4), slice(2, 3), slice(4)):
+        assert torch.equal(one.batch(0, 4, rows), expected[0][rows])
+
+
+def test_documents_of_prepared_tokens(tmp_path) -> None:
+    texts = [f"Document {number}. " * (number + 1) for number in range(4)]
+    for number, text in enumerate(texts):
+        (tmp_path / f"{number}.txt").write_text(text)
+    tokenizer = load_tokenizer("bytes")
+    folder = prepare(find_corpus(tmp_path), tokenizer, tmp_path / "tokens")
+    found = [document for source in open_tokens(folder).train for document in documents_of(source.stream)]
+    assert [tokenizer.decode(document, skip_special_tokens=True) for document in found] == texts
+    assert all(document[-1] == tokenizer.eos_token_id for document in found)
 
 
 def test_an_epoch_gives_each_document_once() -> None:

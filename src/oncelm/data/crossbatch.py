@@ -17,6 +17,19 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from oncelm.data.tokens import ShardStream
+
+
+def documents_of(stream: ShardStream) -> list[np.ndarray]:
+    """The documents of prepared tokens (`open_tokens(folder).train[0].stream`), mapped from their files."""
+    documents = []
+    for shard in range(len(stream.shards)):
+        start = int(stream.bounds[shard])
+        for end in stream.document_ends(shard) + stream.bounds[shard]:
+            documents.append(stream.read(start, int(end)))
+            start = int(end)
+    return documents
+
 
 @dataclass
 class _Lane:
@@ -64,11 +77,12 @@ class DocumentBatches:
         self._drawn = 0  # documents given to lanes so far
         self._orders: dict[int, np.ndarray] = {}
 
-    def batch(self, step: int, batch_size: int) -> torch.Tensor:
+    def batch(self, step: int, batch_size: int, rows: slice | None = None) -> torch.Tensor:
         """int64 [B, T]: a pure function of (seed, step) for a given batch size.
 
-        Raises:
-            ValueError: batch_size is not a multiple of packing.
+        Args:
+            batch_size: of the whole step, over all ranks; a multiple of packing, as each rank's share must be.
+            rows: read these rows of the batch only; None: all.
         """
         if batch_size % self.packing:
             raise ValueError(f"a batch of {batch_size} is not divisible by packing {self.packing} (rows a document).")
@@ -76,12 +90,15 @@ class DocumentBatches:
             self._lanes, self._drawn = [_Lane() for _ in range(batch_size // self.packing)], 0
         new = self.packing * (self.seq_len - 1)  # tokens that a lane gives in a step
         self._extend((step + 1) * new + 1)
-        rows = []
-        for lane in self._lanes:
-            tokens = self._read(lane, step * new, (step + 1) * new + 1)
-            starts = np.arange(self.packing)[:, None] * (self.seq_len - 1)
-            rows.append(tokens[starts + np.arange(self.seq_len)])
-        return torch.from_numpy(np.concatenate(rows).astype(np.int64))
+        first, stop, _ = (rows or slice(None)).indices(batch_size)
+        first_lane = first // self.packing
+        starts = np.arange(self.packing)[:, None] * (self.seq_len - 1)
+        found = [
+            self._read(lane, step * new, (step + 1) * new + 1)[starts + np.arange(self.seq_len)]
+            for lane in self._lanes[first_lane : -(-stop // self.packing)]
+        ]
+        skipped = first_lane * self.packing
+        return torch.from_numpy(np.concatenate(found)[first - skipped : stop - skipped].astype(np.int64))
 
     def validation_batches(self, batch_size: int) -> Iterator[torch.Tensor]:
         """The held-out documents' whole rows, int64 [B, T], document by document; the last batch may be smaller."""
