@@ -4,8 +4,8 @@
     python examples/longllama_finetune.py smollm2 books/ --out runs/long --mem-layers 8,16,24 --steps 200
     oncelm generate --model runs/long/model --prompt-file book.txt
 
-DATA is whatever `oncelm train` takes: text files (each a document), JSONL, Parquet. Rows are windows of --window tokens,
-four of a document in each batch: the paper's mix of positives and negatives (docs/longllama.md).
+DATA is whatever `oncelm train` takes: text files (each a document), JSONL, Parquet. Rows are windows of --window
+tokens, four of a document in each batch: the mix of positives and negatives of the paper (docs/longllama.md).
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import os
 from itertools import pairwise
@@ -278,6 +279,19 @@ def model_copy(model, tokens: torch.Tensor) -> LongLlamaCache:
     cache = model.new_cache(len(tokens))
     read(model, tokens, [], cache)
     return cache
+
+
+@pytest.mark.parametrize("kind", ["exact", *REMOTE])
+def test_a_deep_copy_is_a_cache_of_its_own(kind) -> None:
+    needs_faiss(kind)
+    model, more = make_long(), ids(2, 20, seed=1)
+    cache = model.new_cache(2, **REMOTE.get(kind, {}))
+    read(model, ids(2, 45), [], cache)
+    copied = copy.deepcopy(cache)
+    read(model, more, [], cache)
+    torch.testing.assert_close(
+        read(model, more, [], copied), read(model, more, [], model_copy(model, ids(2, 45))), **same
+    )
 
 
 def test_crop() -> None:

@@ -42,7 +42,7 @@ class MemoryIndex:
         check_choice("memory index", index, INDEXES)
         if top_k < 1:
             raise ValueError(f"memory top_k must be at least 1, got {top_k}.")
-        self.faiss = _faiss()
+        _faiss()  # if it is missing, that shows at once
         self.rows = Rows(batch_size, None, num_kv_heads, head_dim, dtype, torch.device("cpu"))
         self.top_k, self.kind = top_k, index
         self.measure_recall, self.found, self.wanted = measure_recall, 0, 0
@@ -50,8 +50,8 @@ class MemoryIndex:
 
     def _new_index(self, head_dim: int) -> Any:
         if self.kind == "hnsw":
-            return self.faiss.IndexHNSWFlat(head_dim, HNSW_NEIGHBOURS, self.faiss.METRIC_INNER_PRODUCT)
-        return self.faiss.IndexFlatIP(head_dim)
+            return _faiss().IndexHNSWFlat(head_dim, HNSW_NEIGHBOURS, _faiss().METRIC_INNER_PRODUCT)
+        return _faiss().IndexFlatIP(head_dim)
 
     def append(self, rows: slice, k: torch.Tensor, v: torch.Tensor, at: int) -> None:
         """Remember k, v [n, t, H_kv, D] of sequences `rows`, which hold `at` tokens already."""
@@ -63,7 +63,7 @@ class MemoryIndex:
 
     def _extend(self, n: int, at: int, stop: int) -> None:
         for head, index in enumerate(self.indexes[n]):
-            if self.kind == "ivf" and isinstance(index, self.faiss.IndexFlatIP) and stop >= IVF_TRAINING_TOKENS:
+            if self.kind == "ivf" and isinstance(index, _faiss().IndexFlatIP) and stop >= IVF_TRAINING_TOKENS:
                 self.indexes[n][head] = self._inverted_file(self._keys(n, head, 0, stop))
             else:
                 index.add(self._keys(n, head, at, stop))
@@ -74,8 +74,8 @@ class MemoryIndex:
     def _inverted_file(self, keys: Any) -> Any:
         """An index of `keys` [S, D] by cells around centroids, of which a search reads one in eight."""
         cells = max(1, min(int(4 * len(keys) ** 0.5), len(keys) // 39))  # fewer keys a cell, and Faiss warns
-        space = self.faiss.IndexFlatIP(keys.shape[1])
-        index = self.faiss.IndexIVFFlat(space, keys.shape[1], cells, self.faiss.METRIC_INNER_PRODUCT)
+        space = _faiss().IndexFlatIP(keys.shape[1])
+        index = _faiss().IndexIVFFlat(space, keys.shape[1], cells, _faiss().METRIC_INNER_PRODUCT)
         index.train(keys)
         index.add(keys)
         index.nprobe = max(1, cells // 8)
