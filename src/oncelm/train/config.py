@@ -44,8 +44,14 @@ class TrainConfig:
 
     lr: float = 1e-3
     min_lr_ratio: float = 0.1  # the learning rate at the end, as a share of lr
+    min_lr: float | None = None  # the learning rate at the end itself; None: min_lr_ratio says it
     warmup_steps: int = 50
-    schedule: str = "cosine"
+    schedule: str = "cosine"  # or "linear", "polynomial", "warmup_stable_decay", "constant"
+    schedule_steps: int | None = None  # where the schedule ends; None: with the run. More than steps: stopped early
+    power: float = 1.0  # of schedule "polynomial"
+    decay_share: float = 0.2  # of the steps behind the warm-up, their last ones, that "warmup_stable_decay" decays in
+    optimizer: str = "adamw"  # or "muon", for the matrices of the layers
+    momentum: float = 0.95  # of "muon"
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     weight_decay: float = 0.1  # of matrices; not of embeddings, norms and biases
@@ -72,6 +78,7 @@ class TrainConfig:
         for name in field_names():
             object.__setattr__(self, name, _typed(name, getattr(self, name), hints[name]))
         check_choice("schedule", self.schedule, SCHEDULES)
+        check_choice("optimizer", self.optimizer, ("adamw", "muon"))
         check_choice("dtype", self.dtype, ("float32", "bfloat16"))
         check_positive(**{n: getattr(self, n) for n in _POSITIVE if getattr(self, n) is not None})
         for name, low, high in (
@@ -80,9 +87,12 @@ class TrainConfig:
             ("warmup_steps", 0, math.inf),
             ("weight_decay", 0, math.inf),
             ("min_lr_ratio", 0, 1),
+            ("min_lr", 0, self.lr),
+            ("decay_share", 0, 1),
+            ("momentum", 0, 1),
             ("validation_share", 0, 0.5),
         ):
-            if not low <= getattr(self, name) <= high:
+            if getattr(self, name) is not None and not low <= getattr(self, name) <= high:
                 raise ValueError(f"{name} must be from {low} to {high}, got {getattr(self, name)!r}.")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas must be at least 0 and below 1, got {self.betas}.")
@@ -92,6 +102,11 @@ class TrainConfig:
             raise ValueError("compile does not go with tensor_parallel: torch's compiler fails on its DTensors.")
         if self.tokenizer is not None and self.tokenizer.startswith("bpe:"):
             bpe_vocab_size(self.tokenizer)
+
+    @property
+    def end_lr_ratio(self) -> float:
+        """The learning rate at the end of the schedule, as a share of lr."""
+        return self.min_lr_ratio if self.min_lr is None else self.min_lr / self.lr
 
     @property
     def sequences_per_step(self) -> int:
@@ -118,6 +133,7 @@ class TrainConfig:
 _POSITIVE = (
     *("tensor_parallel", "chunk_parallel"),
     *("batch_size", "grad_accumulation", "steps", "max_seconds", "lr", "eps", "grad_clip"),
+    *("schedule_steps", "power", "decay_share"),
     *("log_every", "eval_every", "eval_batches", "save_every", "keep_checkpoints"),
     *("long_documents", "long_factor"),
 )

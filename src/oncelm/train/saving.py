@@ -34,12 +34,12 @@ Tensors = dict[str, Tensor]
 MODEL, OPTIMIZER = ".", "optimizer"  # folders of a checkpoint
 
 
-def tensors_to_save(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> dict[str, Tensors]:
+def tensors_to_save(model: PreTrainedModel, optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensors]:
     """The tensors themselves, this rank's parts of them, by folder and name; a tied one once."""
     named = model.state_dict(keep_vars=True)
     first = {id(tensor): name for name, tensor in reversed(named.items())}
     weights = {name: tensor.detach() for name, tensor in named.items() if first[id(tensor)] == name}
-    flat = get_optimizer_state_dict(model, optimizer, options=StateDictOptions(flatten_optimizer_state_dict=True))
+    flat = get_optimizer_state_dict(model, optimizers, options=StateDictOptions(flatten_optimizer_state_dict=True))
     # rates, betas and decays are the config's to say: only what was learned is saved
     return {MODEL: weights, OPTIMIZER: {name: value for name, value in flat.items() if isinstance(value, Tensor)}}
 

@@ -1,6 +1,6 @@
 """The training loop: on one rank or many, exactly resumable.
 
-    step s:  batch(s) -> loss, gradients -> clip -> AdamW at lr(s)         then, when due: log, evaluate, save
+    step s:  batch(s) -> loss, gradients -> clip -> optimizer at lr(s)         then, when due: log, evaluate, save
 
 A step depends on the weights, the optimizer's state and s, and on nothing else: batch, learning rate and random
 numbers are functions of s. Weights and state are in a checkpoint, so a resumed run repeats the losses of an
@@ -39,7 +39,7 @@ from oncelm.train.checkpoint import (
 from oncelm.train.config import TrainConfig
 from oncelm.train.interrupt import StopRequest
 from oncelm.train.metrics import Metrics, NoMetrics
-from oncelm.train.optimizer import build_optimizer
+from oncelm.train.optimizer import build_optimizers
 from oncelm.train.parallel.chunk import chunk_inputs
 from oncelm.train.parallel.ranks import Ranks
 from oncelm.train.parallel.shard import shard_model
@@ -118,7 +118,7 @@ class Trainer:
             )
         self.model = prepare_model(model, config, self.ranks)
         self.dataset, self.config, self.tokenizer = dataset, config, tokenizer
-        self.optimizer = build_optimizer(self.model, config)
+        self.optimizers = build_optimizers(self.model, config)
         self.out = Path(config.out)
         self.checkpoints = self.out / "checkpoints"
         self.saver = Saver(self.checkpoints, config.keep_checkpoints, self.ranks)
@@ -173,13 +173,16 @@ class Trainer:
         config = self.config
         factor = lr_factor(
             self.step,
-            config.planned_steps(self.step, self.seconds),
+            config.schedule_steps or config.planned_steps(self.step, self.seconds),
             schedule=config.schedule,
             warmup_steps=config.warmup_steps,
-            min_lr_ratio=config.min_lr_ratio,
+            min_lr_ratio=config.end_lr_ratio,
+            power=config.power,
+            decay_share=config.decay_share,
         )
-        for group in self.optimizer.param_groups:
-            group["lr"] = config.lr * factor
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = config.lr * factor
 
         self.model.train()
         self._seed_step()
@@ -202,8 +205,9 @@ class Trainer:
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         self._check_finite("loss", total.item(), self.step + 1)
         self._check_finite("gradient norm", norm.item(), self.step + 1)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         self.step += 1
         return {"loss": total.item(), "lr": config.lr * factor, "grad_norm": norm.item()}
 
@@ -272,7 +276,7 @@ class Trainer:
         if self.saver.step != self.step:
             # as they are now: training goes on meanwhile
             state = {"step": self.step, "seconds": self.seconds, "config": asdict(self.config)}
-            self.saver.save(self.step, tensors_to_save(self.model, self.optimizer), partial(self._write_rest, state))
+            self.saver.save(self.step, tensors_to_save(self.model, self.optimizers), partial(self._write_rest, state))
         return self.checkpoints / f"step-{self.step:06d}"
 
     def export(self) -> Path:
@@ -319,7 +323,7 @@ class Trainer:
     def _resume(self, folder: Path) -> None:
         # Checksums matched: what fails from here on is another model's checkpoint, not a damaged one.
         state = json.loads((folder / "trainer.json").read_text(encoding="utf-8"))
-        read_tensors(folder, tensors_to_save(self.model, self.optimizer), self.ranks)
+        read_tensors(folder, tensors_to_save(self.model, self.optimizers), self.ranks)
         self.step, self.seconds = state["step"], state["seconds"]
         self.saver.step = self.step
         now = json.loads(json.dumps(asdict(self.config)))  # as the checkpoint's went through JSON
