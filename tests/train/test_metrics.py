@@ -6,6 +6,7 @@ import builtins
 import json
 
 from oncelm.train.metrics import Metrics
+from oncelm.train.reports import open_reports
 
 
 def steps(out) -> list[int]:
@@ -13,7 +14,7 @@ def steps(out) -> list[int]:
 
 
 def write(out, start_step: int, last_step: int) -> None:
-    metrics = Metrics(out, start_step)
+    metrics = Metrics(out, start_step, open_reports(("tensorboard",), out, start_step, {}))
     for step in range(start_step + 1, last_step + 1):
         metrics.advance(1.0, planned_steps=10)
         metrics.log(step, {"loss": 1.0, "tokens_per_second": 5.0})

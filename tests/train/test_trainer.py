@@ -166,7 +166,7 @@ def test_a_nan_stops_the_run_and_keeps_the_last_checkpoint(make_model, dataset, 
 
     model.forward = poisoned
     config = make_config(eval_every=None)
-    with pytest.raises(FloatingPointError, match=r"^loss is nan at step 4; the last checkpoint is .*step-000002"):
+    with pytest.raises(FloatingPointError, match=r"^loss is nan at step 4; .*the last checkpoint is .*step-000002"):
         Trainer(model, dataset, config).fit()
     assert torch.isfinite(weights(model)).all()
     assert find_checkpoint(Path(config.out) / "checkpoints").name == "step-000002"

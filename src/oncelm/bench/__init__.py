@@ -15,7 +15,7 @@ from oncelm.bench.report import append_record, read_records, table
 from oncelm.bench.roofline import Ceilings, measure_ceilings
 from oncelm.bench.runner import run
 from oncelm.bench.subjects import Subject, Yoco
-from oncelm.bench.work import LlamaWork, Work, YocoWork
+from oncelm.models.work import LlamaWork, Work, YocoWork
 
 __all__ = [
     "CASES",

@@ -12,7 +12,7 @@ from oncelm.bench.gate import check_step
 from oncelm.bench.measure import PeakMemory, Timing, measure
 from oncelm.bench.roofline import Ceilings
 from oncelm.bench.subjects import Subject, Yoco
-from oncelm.bench.work import Work
+from oncelm.models.work import Work
 
 WARM_UP_TOKENS = 256
 DECODED_TOKENS = 8  # in one repeat of a decode measurement

@@ -18,7 +18,7 @@ from oncelm.bench.measure import Neighbours, PeakMemory, Timing, measure
 from oncelm.bench.ops_cases import OPS, Function, OpCase, Sizes
 from oncelm.bench.roofline import Ceilings, measure_ceilings
 from oncelm.bench.runner import Record
-from oncelm.bench.work import Work
+from oncelm.models.work import Work
 from oncelm.utils.environment import environment_report
 from oncelm.utils.errors import check_choice, check_positive
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 
-from oncelm.bench.work import Work, causal_pairs
+from oncelm.models.work import Work, causal_pairs
 from oncelm.ops import decode_attention, gated_retention, global_attention, linear_cross_entropy, window_attention
 
 Tensor = torch.Tensor

@@ -8,8 +8,8 @@ import torch
 from transformers import Cache, DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
-from oncelm.bench.work import LlamaWork
 from oncelm.models import YocoConfig
+from oncelm.models.work import LlamaWork
 
 SHAPE_KEYS = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from oncelm.bench.measure import measure
-from oncelm.bench.work import Work
+from oncelm.models.work import Work
 
 # [M, K] x [K, N] of the linear layers tried, and the bytes copied, which no cache holds
 LINEAR_SHAPES = {"cpu": ((2048, 2048, 2048), (8192, 1536, 512)), "cuda": ((8192, 8192, 8192), (16384, 4096, 4096))}

@@ -7,9 +7,9 @@ from typing import Any, Protocol
 import torch
 from transformers import PreTrainedModel
 
-from oncelm.bench.work import WorkCounts, YocoWork
 from oncelm.cache import ModelCache
 from oncelm.models import YocoConfig, YocoForCausalLM
+from oncelm.models.work import WorkCounts, YocoWork
 from oncelm.ops.quantize import LARGEST
 
 

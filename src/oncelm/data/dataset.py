@@ -129,6 +129,12 @@ class TokenDataset:
         epoch, index = divmod(drawn, len(blocks))
         return blocks, permute(index, len(blocks), self.seed, part, epoch)
 
+    def describe(self, k: int) -> str:
+        """Where row k of the run comes from, in words."""
+        blocks, block = self.locate(k)
+        start = blocks.start(block)
+        return f"tokens {start:,} to {start + self.seq_len:,} of source {blocks.name!r}"
+
     def validation_batches(self, batch_size: int) -> Iterator[torch.Tensor]:
         """All held-out sequences, int64 [B, T] each, always in the same order; the last batch may be smaller.
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from oncelm.train.reports import REPORTS
 from oncelm.train.schedule import SCHEDULES
 from oncelm.utils.errors import check_choice, check_positive, unknown
 
@@ -24,6 +25,7 @@ class TrainConfig:
     """Every setting of a run. A wrong type or value is a ValueError that names the setting."""
 
     data: str  # text (a file, a folder, a corpus with json/train.json) or the folder of prepared tokens
+    task: str = "pretrain"  # or "sft": conversations, of which only the assistant's tokens are learned
     out: str  # the run's folder: metrics, checkpoints and, at the end, the model
     tokenizer: str | None = None  # "bytes", "cl100k_base", "bpe:4096" (trained on the data) or a path;
     #                               None: the model folder's own, or "bytes" for a preset
@@ -70,6 +72,8 @@ class TrainConfig:
     eval_every: int | None = 200  # steps between evaluations; None: only at the end
     eval_batches: int = 20  # held-out batches in one evaluation, at most
     save_every: int | None = 500  # steps between checkpoints; None: only at the end
+    report: tuple[str, ...] = ("tensorboard",)  # beside metrics.jsonl; also "wandb"
+    peak_tflops: float | None = None  # of one device, for MFU; None: as known of GPUs in bfloat16
     keep_checkpoints: int = 2  # the newest ones kept
     resume: bool = False  # continue from the newest intact checkpoint in `out`, if there is one
 
@@ -78,6 +82,9 @@ class TrainConfig:
         for name in field_names():
             object.__setattr__(self, name, _typed(name, getattr(self, name), hints[name]))
         check_choice("schedule", self.schedule, SCHEDULES)
+        check_choice("task", self.task, ("pretrain", "sft"))
+        for report in self.report:
+            check_choice("report", report, REPORTS)
         check_choice("optimizer", self.optimizer, ("adamw", "muon"))
         check_choice("dtype", self.dtype, ("float32", "bfloat16"))
         check_positive(**{n: getattr(self, n) for n in _POSITIVE if getattr(self, n) is not None})
@@ -126,14 +133,14 @@ class TrainConfig:
 
     def to_yaml(self) -> str:
         """The settings as a recipe that `load_config` reads back."""
-        values = dataclasses.asdict(self) | {"betas": list(self.betas)}
+        values = {name: list(v) if isinstance(v, tuple) else v for name, v in dataclasses.asdict(self).items()}
         return yaml.safe_dump(values, sort_keys=False)
 
 
 _POSITIVE = (
     *("tensor_parallel", "chunk_parallel"),
     *("batch_size", "grad_accumulation", "steps", "max_seconds", "lr", "eps", "grad_clip"),
-    *("schedule_steps", "power", "decay_share"),
+    *("peak_tflops", "schedule_steps", "power", "decay_share"),
     *("log_every", "eval_every", "eval_batches", "save_every", "keep_checkpoints"),
     *("long_documents", "long_factor"),
 )
@@ -222,6 +229,10 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
         raise ValueError(f"{name} must be a dictionary with text keys, got {value!r}.")
     if typing.get_origin(hint) is tuple:
         kinds = typing.get_args(hint)
+        if kinds[1] is ...:
+            if not isinstance(value, list | tuple):
+                raise ValueError(f"{name} must be a list, as in [a, b] or [], got {value!r}.")
+            return tuple(_typed(name, item, kinds[0]) for item in value)
         if isinstance(value, list | tuple) and len(value) == len(kinds):
             return tuple(_typed(name, item, kind) for item, kind in zip(value, kinds, strict=True))
         raise ValueError(f"{name} must be a list of {len(kinds)} numbers, got {value!r}.")

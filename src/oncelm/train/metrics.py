@@ -1,4 +1,4 @@
-"""Where a run reports: metrics.jsonl, TensorBoard where it is installed, and a progress bar.
+"""Where a run reports: metrics.jsonl, a progress bar, and what `reports.py` has.
 
 A line of metrics.jsonl is `{"step": 40, "loss": 3.2, ...}` or `{"step": 200, "validation_loss": 3.1}`.
 """
@@ -6,20 +6,21 @@ A line of metrics.jsonl is `{"step": 40, "loss": 3.2, ...}` or `{"step": 200, "v
 from __future__ import annotations
 
 import json
-import logging
 import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
+from oncelm.train.reports import Report
 from oncelm.utils.files import atomic_file
 
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
-
-logger = logging.getLogger(__name__)
+# what the progress bar shows of the values of a step
+_SHOWN = {
+    **{"tokens_per_second": ("tokens/s", "{:,.0f}"), "grad_norm": ("norm", "{:.2f}"), "mfu": ("MFU", "{:.0%}")},
+    **{"memory_gib": ("GiB", "{:.1f}"), "data_wait": ("wait", "{:.1%}"), "validation_loss": ("validation", "{:.3f}")},
+}
 
 
 class Metrics:
@@ -29,13 +30,13 @@ class Metrics:
     those steps are about to be done again.
     """
 
-    def __init__(self, out: Path, start_step: int) -> None:
+    def __init__(self, out: Path, start_step: int, reports: Sequence[Report] = ()) -> None:
         self.path = out / "metrics.jsonl"
         kept = _lines_until(self.path, start_step) if start_step else []
         with atomic_file(self.path) as temporary:
             temporary.write_text("".join(kept), encoding="utf-8")
         self._file = self.path.open("a", encoding="utf-8")
-        self._tensorboard = _summary_writer(out / "tensorboard", start_step)
+        self._reports = reports
         # Without a terminal the bar is off, and a line is printed at each log instead.
         self._bar = tqdm(initial=start_step, desc="train", unit="step", disable=None, dynamic_ncols=True)
         self._shown: dict[str, str] = {}
@@ -47,24 +48,22 @@ class Metrics:
         self._bar.update()
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        """Write the values of `step`, the number of steps done, to the file and TensorBoard."""
+        """Write the values of `step`, the number of steps done, to the file and the reports."""
         self._file.write(json.dumps({"step": step} | values) + "\n")
         self._file.flush()
-        if self._tensorboard is not None:
-            for name, value in values.items():
-                self._tensorboard.add_scalar(name, value, step)
-        if "tokens_per_second" in values:
-            self._show(**{"tokens/s": f"{values['tokens_per_second']:,.0f}"})
-        if "validation_loss" in values:
-            self._show(validation=f"{values['validation_loss']:.3f}")
+        for report in self._reports:
+            report.log(step, values)
+        for name, (label, form) in _SHOWN.items():
+            if name in values:
+                self._show(**{label: form.format(values[name])})
         if self._bar.disable:
             print(f"step {step}: " + ", ".join(f"{k} {v:.4g}" for k, v in values.items()), file=sys.stderr)
 
     def close(self) -> None:
         self._bar.close()
         self._file.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
+        for report in self._reports:
+            report.close()
 
     def _show(self, **values: str) -> None:
         self._shown |= values
@@ -93,12 +92,3 @@ def _lines_until(path: Path, last_step: int) -> list[str]:
             break
         kept.append(line)
     return kept
-
-
-def _summary_writer(folder: Path, start_step: int) -> SummaryWriter | None:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        logger.warning("tensorboard is not installed: curves go to metrics.jsonl only")
-        return None
-    return SummaryWriter(str(folder), purge_step=start_step + 1)

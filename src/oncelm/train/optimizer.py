@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 from torch.optim import AdamW, Muon, Optimizer
+from transformers import PreTrainedModel
 
 from oncelm.train.config import TrainConfig
 
 
-def build_optimizers(model: nn.Module, config: TrainConfig) -> list[Optimizer]:
+def build_optimizers(model: PreTrainedModel, config: TrainConfig) -> list[Optimizer]:
     """Optimizers of all trainable parameters; embeddings, norms and biases are not decayed.
 
     "muon" orthogonalises the update of every matrix but embeddings and the output projection, and scales it to the
@@ -28,10 +31,16 @@ def build_optimizers(model: nn.Module, config: TrainConfig) -> list[Optimizer]:
         head = id(model.get_output_embeddings().weight)
         hidden = [p for p in decayed if p.ndim == 2 and id(p) != head]
         decayed = [p for p in decayed if p.ndim != 2 or id(p) == head]
-        scale = {"adjust_lr_fn": "match_rms_adamw"}
         optimizers.append(
-            Muon(hidden, lr=config.lr, weight_decay=config.weight_decay, momentum=config.momentum, **scale)
+            Muon(
+                hidden,
+                lr=config.lr,
+                weight_decay=config.weight_decay,
+                momentum=config.momentum,
+                adjust_lr_fn="match_rms_adamw",
+            )
         )
+    groups: list[dict[str, Any]]
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
     groups = [group for group in groups if group["params"]]
     adamw = AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)

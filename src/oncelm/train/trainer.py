@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 import numpy as np
 import torch
@@ -37,14 +37,17 @@ from oncelm.train.checkpoint import (
     list_checkpoints,
 )
 from oncelm.train.config import TrainConfig
+from oncelm.train.diagnose import find_not_finite
 from oncelm.train.interrupt import StopRequest
 from oncelm.train.metrics import Metrics, NoMetrics
 from oncelm.train.optimizer import build_optimizers
 from oncelm.train.parallel.chunk import chunk_inputs
 from oncelm.train.parallel.ranks import Ranks
 from oncelm.train.parallel.shard import shard_model
+from oncelm.train.reports import open_reports
 from oncelm.train.saving import Saver, read_tensors, tensors_to_save
 from oncelm.train.schedule import lr_factor
+from oncelm.train.watch import Watch
 from oncelm.utils.device import resolve_device
 from oncelm.utils.files import atomic_file, atomic_folder
 
@@ -57,7 +60,7 @@ logger = logging.getLogger(__name__)
 _FREE_TO_CHANGE = {
     *("out", "steps", "max_seconds", "device", "compile", "resume", "tokens"),
     *("tensor_parallel", "chunk_parallel", "activation_checkpointing"),
-    *("log_every", "eval_every", "eval_batches", "save_every", "keep_checkpoints"),
+    *("log_every", "eval_every", "eval_batches", "save_every", "keep_checkpoints", "report", "peak_tflops"),
 }
 
 
@@ -122,6 +125,7 @@ class Trainer:
         self.out = Path(config.out)
         self.checkpoints = self.out / "checkpoints"
         self.saver = Saver(self.checkpoints, config.keep_checkpoints, self.ranks)
+        self.watch = Watch(self.model.config, config, self.ranks)
         self.step = 0  # optimizer steps done
         self.seconds = 0.0  # the run has taken, earlier parts included
 
@@ -129,29 +133,27 @@ class Trainer:
         """Train to the end, or until SIGTERM or Ctrl-C, which saves a checkpoint and returns."""
         self._start_or_resume()
         loss = validation_loss = model_path = None
-        metrics: Metrics = Metrics(self.out, self.step) if self.ranks.is_main else NoMetrics()
+        metrics: Metrics = NoMetrics()
+        if self.ranks.is_main:
+            reports = open_reports(self.config.report, self.out, self.step, asdict(self.config))
+            metrics = Metrics(self.out, self.step, reports)
         try:
             with StopRequest() as stop:
                 stopping = False
                 started = time.perf_counter() - self.seconds
-                window_seconds, window_tokens = 0.0, 0  # since the last log, in training steps alone
                 while not stopping and not self._finished():
-                    before = time.perf_counter()
-                    step_values = self._train_step()
+                    with self.watch.step():
+                        step_values = self._train_step()
                     loss = step_values["loss"]
-                    now = time.perf_counter()
-                    stopping, self.seconds = self.ranks.agree(stop.requested or self.saver.failed, now - started)
-                    window_seconds += now - before
-                    window_tokens += self.config.tokens_per_step
+                    seconds = time.perf_counter() - started
+                    stopping, self.seconds = self.ranks.agree(stop.requested or self.saver.failed, seconds)
                     metrics.advance(loss, self.config.planned_steps(self.step, self.seconds))
                     if self._due(self.config.log_every):
                         step_values |= {
                             "tokens": self.step * self.config.tokens_per_step,
-                            "tokens_per_second": window_tokens / window_seconds,
                             "seconds": self.seconds,
                         }
-                        metrics.log(self.step, step_values)
-                        window_seconds, window_tokens = 0.0, 0
+                        metrics.log(self.step, step_values | self.watch.take())
                     if self._due(self.config.eval_every) and not self._finished():
                         self._log_validation(metrics)
                     if self._due(self.config.save_every):
@@ -189,22 +191,23 @@ class Trainer:
         total = torch.zeros((), device=self.ranks.device)
         count = config.sequences_per_step
         mine = self.ranks.rows(count)
-        batch = self.dataset.batch(self.step, count, mine)
+        with self.watch.waiting():
+            batch = self.dataset.batch(self.step, count, mine)
         # Losses are summed over tokens and ranks, and FSDP takes the mean of gradients over ranks: both come out here.
         targets = num_targets(count * batch.shape[1], count, self._borders(slice(count))) / self.ranks.shards
-        starts = range(mine.start, mine.stop, config.batch_size)
-        for start in starts:
-            rows = slice(start, min(start + config.batch_size, mine.stop))
+        parts = list(split_rows(mine, config.batch_size))
+        for rows in parts:
             if isinstance(self.model, FSDPModule):  # gradients are summed over the ranks once a step
-                self.model.set_requires_gradient_sync(start == starts[-1])
+                self.model.set_requires_gradient_sync(rows == parts[-1])
             loss = self._loss(batch[rows.start - mine.start : rows.stop - mine.start], targets, self._borders(rows))
             loss.backward()
             total += loss.detach()
         total = self.ranks.sum(total) / self.ranks.shards
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip or math.inf)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        self._check_finite("loss", total.item(), self.step + 1)
-        self._check_finite("gradient norm", norm.item(), self.step + 1)
+        for name, value in (("loss", total.item()), ("gradient norm", norm.item())):
+            if not math.isfinite(value):
+                self._stop_not_finite(name, value, self.step + 1, self._find_not_finite())
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -264,7 +267,8 @@ class Trainer:
     def _log_validation(self, metrics: Metrics) -> float | None:
         loss = self.evaluate()
         if loss is not None:
-            self._check_finite("validation loss", loss, self.step)
+            if not math.isfinite(loss):
+                self._stop_not_finite("validation loss", loss, self.step)
             metrics.log(self.step, {"validation_loss": loss})
         return loss
 
@@ -339,14 +343,47 @@ class Trainer:
     def _due(self, every: int | None) -> bool:
         return every is not None and self.step % every == 0
 
-    def _check_finite(self, name: str, value: float, step: int) -> None:
-        if not math.isfinite(value):
-            self.saver.wait()
-            kept = list_checkpoints(self.checkpoints)
-            last = f"the last checkpoint is {kept[-1][1]}" if kept else "no checkpoint had been saved"
-            raise FloatingPointError(
-                f"{name} is {value} at step {step}; {last}. A lower lr or more warmup_steps may help."
-            )
+    def _find_not_finite(self) -> str:
+        """Where in this step, which is computed once more, and in which sequences: a sentence. All ranks call it."""
+        self.model.zero_grad(set_to_none=True)
+        getattr(self.model, "compile_layers", lambda _: None)(False)  # compiled modules have no outputs to look at
+        self._seed_step()
+        count, found = self.config.sequences_per_step, []
+        mine = self.ranks.rows(count)
+        batch = self.dataset.batch(self.step, count, mine)
+        for rows in split_rows(mine, self.config.batch_size):
+            part, borders = batch[rows.start - mine.start : rows.stop - mine.start], self._borders(rows)
+            # every rank goes through all its parts: sharded layers need all ranks
+            where = find_not_finite(self.model, partial(self._loss, part, 1.0, borders))
+            if where is not None:
+                found.append((where, describe_rows(self.dataset, self.step, count, rows)))
+        every = [one for of_rank in self.ranks.gather(found) for one in of_rank]
+        if not every:
+            return "computed once more, the step is finite"
+        where, sequences = min(every, key=lambda one: one[0].stage)
+        return f"the first place is {where.place}, in {sequences}"
+
+    def _stop_not_finite(self, name: str, value: float, step: int, where: str | None = None) -> NoReturn:
+        self.saver.wait()
+        kept = list_checkpoints(self.checkpoints)
+        last = f"the last checkpoint is {kept[-1][1]}" if kept else "no checkpoint had been saved"
+        place = "" if where is None else f"{where}; "
+        raise FloatingPointError(
+            f"{name} is {value} at step {step}; {place}{last}. A lower lr or more warmup_steps may help."
+        )
+
+
+def split_rows(rows: slice, size: int) -> Iterator[slice]:
+    """`rows` in parts of `size`, the last one maybe smaller."""
+    for start in range(rows.start, rows.stop, size):
+        yield slice(start, min(start + size, rows.stop))
+
+
+def describe_rows(dataset: Batches, step: int, count: int, rows: slice) -> str:
+    """Sequences of a step's `count`, and what they are made of where the data tells (`describe`)."""
+    describe = getattr(dataset, "describe", None)
+    names = [f"{row}" + (f" ({describe(step * count + row)})" if describe else "") for row in range(count)[rows]]
+    return f"sequence{'s' * (len(names) > 1)} {', '.join(names)} of the step"
 
 
 def prepare_model(model: PreTrainedModel, config: TrainConfig, ranks: Ranks) -> PreTrainedModel:

@@ -90,6 +90,14 @@ class Ranks:
         dist.all_reduce(values, group=self.control)
         return bool(values[0] > 0), float(values[1])
 
+    def gather(self, value: T) -> list[T]:
+        """Every rank's `value`, on all of them."""
+        if self.control is None:
+            return [value]
+        values: list[Any] = [None] * self.rank.size
+        dist.all_gather_object(values, value, group=self.control)
+        return values
+
     def on_main(self, function: Callable[[], T]) -> T:
         """What `function` returns on the first rank, on all ranks; the first rank alone runs it.
 

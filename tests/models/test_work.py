@@ -10,9 +10,11 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from oncelm.bench import Ceilings, Work, work
+from oncelm.bench import Ceilings
 from oncelm.bench.peer import llama_config
 from oncelm.bench.subjects import default_config
+from oncelm.models import work
+from oncelm.models.work import Work
 from oncelm.models.yoco.presets import preset_config
 from tests.bench.conftest import tiny_llama, tiny_yoco
 

@@ -14,9 +14,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-from transformers import LlamaConfig
+from transformers import LlamaConfig, PreTrainedConfig
 
-from oncelm.models import YocoConfig
+from oncelm.models.yoco import YocoConfig
 
 # float32: weights read forward and backward, gradients written and read, three numbers of AdamW read and written
 TRAINING_BYTES = 4 * (2 + 2 + 6)
@@ -215,3 +215,10 @@ class YocoWork:
         """The last token has no target: cross-decoder and head run on T - 1."""
         linear, mixing = self._forward(B, T, wanted=T - 1, pairs=causal_pairs(T - 1))
         return Work(3 * linear, 3 * mixing, TRAINING_BYTES * self.weights)
+
+
+def count_work(config: PreTrainedConfig, element_size: int) -> WorkCounts | None:
+    """The costs of a model of that configuration; None where they are not known."""
+    if isinstance(config, YocoConfig):
+        return YocoWork(config, element_size)
+    return LlamaWork(config, element_size) if isinstance(config, LlamaConfig) else None
