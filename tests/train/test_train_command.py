@@ -64,7 +64,9 @@ def test_a_dry_run_prints_and_writes_nothing(book, tmp_path, capsys) -> None:
     shown = capsys.readouterr().out
     assert "seq_len: 16" in shown
     parameters = oncelm.models.build_model("yoco-tiny", vocab_size=260).num_parameters()
-    assert f"parameters       {parameters:,}" in shown
+    assert f"parameters       {parameters:,} (" in shown
+    assert "without embeddings)" in shown
+    assert "with checkpointing)" in shown
     assert "tokens per step  32" in shown
     assert "steps            5 (160 tokens)" in shown
     assert not out.exists()
@@ -76,6 +78,8 @@ def test_a_dry_run_prints_and_writes_nothing(book, tmp_path, capsys) -> None:
         (["--set", "sequence_length=8"], "unknown setting 'sequence_length'"),
         (["--set", "seq_len=100000"], "use seq_len of at most"),
         (["--config", "nowhere.yaml"], "No such file or directory: 'nowhere.yaml'"),
+        (["--model", "lama-tiny"], "did you mean 'llama-tiny'"),
+        (["--dry-run", "--processes", "3", "--set", "batch_size=8"], "do not divide among 3 processes"),
         (["--set", "model_overrides.vocab_size=50"], "knows 50 tokens only"),
     ],
 )
@@ -96,3 +100,10 @@ def test_help_teaches(capsys) -> None:
     with pytest.raises(SystemExit):
         main(["train", "--help"])
     assert "oncelm train book.txt --out runs/book" in capsys.readouterr().out
+
+
+def test_a_llama_preset_trains(book, tmp_path) -> None:
+    out = tmp_path / "run"
+    shape = ["model_overrides.num_hidden_layers=1", "model_overrides.hidden_size=32"]
+    assert main(["train", book, "--out", str(out), "--model", "llama-tiny", "--steps", "1", *QUICK, *shape]) == 0
+    assert oncelm.models.load(out / "model").config.model_type == "llama"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,7 +42,7 @@ examples:
   torchrun --nproc-per-node 8 -m oncelm train books/ --out runs/books --set chunk_parallel=2
       on 8 GPUs, each sequence split over 2 of them; the same batches, and so the same losses, as on one
   oncelm train books/ --out runs/books --dry-run
-      print what would be done: every setting, the parameters, the tokens in a step
+      print what would be done: every setting, parameters, memory, tokens (of N processes: --processes N)
 """
 
 
@@ -63,13 +64,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--resume", action="store_true", help="go on from the newest checkpoint in DIR, if there is one"
     )
-    parser.add_argument("--dry-run", action="store_true", help="print what would be done, and stop")
+    parser.add_argument("--dry-run", action="store_true", help="print what would be done and needed, and stop")
+    parser.add_argument("--processes", type=int, metavar="N", help="with --dry-run: as if torchrun had started N (1)")
 
 
 def run(args: argparse.Namespace) -> int:
     config = read_config(args)
     if args.dry_run:
-        print(describe(config))
+        print(describe(config, args.processes or int(os.environ.get("WORLD_SIZE", "1"))))
         return 0
 
     from oncelm.train.parallel.ranks import join_ranks
@@ -198,22 +200,30 @@ def make_tokenizer(config: TrainConfig, ranks: Ranks | None = None) -> PreTraine
 
 
 def make_model(config: TrainConfig, vocab_size: int) -> PreTrainedModel:
-    """The model the settings name: a folder's, or a new one of a preset."""
+    """The model the settings name: a folder's, or a new one of a preset, of YOCO or Llama."""
     from oncelm import models
+    from oncelm.models.llama import LLAMA_PRESETS, build_llama
+    from oncelm.models.yoco.presets import PRESETS
+    from oncelm.utils.errors import check_choice
 
-    if not Path(config.model).is_dir():
-        overrides: dict[str, Any] = {"vocab_size": vocab_size} | config.model_overrides
-        return models.build_model(config.model, seed=config.seed, **overrides)
-    if config.model_overrides:
-        raise ValueError(f"model_overrides change a preset, but model {config.model!r} is a folder; leave them out.")
-    return models.load(config.model)
+    if Path(config.model).is_dir():
+        if config.model_overrides:
+            raise ValueError(
+                f"model_overrides change a preset, but model {config.model!r} is a folder; leave them out."
+            )
+        return models.load(config.model)
+    check_choice("model", config.model, (*PRESETS, *LLAMA_PRESETS))
+    build = build_llama if config.model in LLAMA_PRESETS else models.build_model
+    overrides: dict[str, Any] = {"vocab_size": vocab_size} | config.model_overrides
+    return build(config.model, seed=config.seed, **overrides)
 
 
-def describe(config: TrainConfig) -> str:
+def describe(config: TrainConfig, processes: int) -> str:
     """What a run would do; nothing is written, and a preset's weights are not allocated."""
     import torch
 
     from oncelm.train.config import bpe_vocab_size
+    from oncelm.train.plan import describe_plan
 
     if config.tokenizer is not None and config.tokenizer.startswith("bpe:"):
         vocab_size = bpe_vocab_size(config.tokenizer)
@@ -222,17 +232,7 @@ def describe(config: TrainConfig) -> str:
     is_preset = not Path(config.model).is_dir()
     with torch.device("meta") if is_preset else contextlib.nullcontext():
         model = make_model(config, vocab_size)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    steps = f"{config.steps:,}" if config.steps else "as many as fit"
-    limit = f", at most {config.max_seconds:g} s" if config.max_seconds else ""
-    total = f" ({config.steps * config.tokens_per_step:,} tokens)" if config.steps else ""
-    return (
-        f"{config.to_yaml()}\n"
-        f"data             {describe_data(config.data)}\n"
-        f"parameters       {parameters:,}\n"
-        f"tokens per step  {config.tokens_per_step:,}\n"
-        f"steps            {steps}{limit}{total}"
-    )
+    return f"{config.to_yaml()}\n{describe_plan(config, model, describe_data(config.data), processes)}"
 
 
 def describe_data(data: str) -> str:

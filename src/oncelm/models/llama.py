@@ -1,0 +1,43 @@
+"""transformers' Llama by name: the Transformers of the paper's comparison (arXiv 2405.05254, section 4.3)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from oncelm.models.yoco.presets import PRESETS
+from oncelm.utils.errors import unknown
+
+
+def _twin(preset: dict[str, Any]) -> dict[str, Any]:
+    """The Transformer beside a YOCO: width, layers and heads the same, feed-forward 8/3 d to a multiple of 128."""
+    d, heads = preset["hidden_size"], preset["num_attention_heads"]
+    return {
+        "vocab_size": preset.get("vocab_size", 100288),
+        "hidden_size": d,
+        "intermediate_size": 128 * round(8 / 3 * d / 128),
+        "num_hidden_layers": preset["num_self_decoder_layers"] + preset["num_cross_decoder_layers"],
+        "num_attention_heads": heads,
+        "num_key_value_heads": preset.get("num_key_value_heads", heads),
+        "max_position_embeddings": preset["max_position_embeddings"],
+        "tie_word_embeddings": preset.get("tie_word_embeddings", False),
+    }
+
+
+LLAMA_PRESETS = {name.replace("yoco", "llama"): _twin(preset) for name, preset in PRESETS.items()}
+
+
+def build_llama(name: str, *, seed: int = 0, **overrides: Any) -> LlamaForCausalLM:
+    """A Llama of a preset with fresh weights drawn from `seed`, in float32, on the CPU or the default device."""
+    if name not in LLAMA_PRESETS:
+        raise unknown("preset", name, LLAMA_PRESETS)
+    known = LlamaConfig().to_dict()
+    for key in overrides:
+        if key not in known:
+            raise unknown("LlamaConfig key", key, known)
+    config = LlamaConfig(**{**LLAMA_PRESETS[name], **overrides})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(config)

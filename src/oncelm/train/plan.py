@@ -1,0 +1,136 @@
+"""What a run will take before it starts: parameters, memory of each process, steps and tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from transformers import LlamaConfig, PreTrainedConfig, PreTrainedModel
+
+from oncelm.models.yoco import YocoConfig
+from oncelm.train.config import TrainConfig
+from oncelm.utils.units import size
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one process.
+
+    Attributes:
+        weights, gradients, optimizer: the process's part of them.
+        gathered: the weights of one layer, and of what is outside of the layers, put together for computing.
+        activations: kept for the backward pass of one forward pass, with `activation_checkpointing` as it is set, and
+            the other way; None where the model's are not known.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    gathered: int
+    activations: int | None
+    activations_otherwise: int | None
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer + self.gathered + (self.activations or 0)
+
+
+def estimate_memory(model: PreTrainedModel, config: TrainConfig, processes: int) -> Memory:
+    """The memory of one of `processes`; kernels' own buffers and what an allocator cannot join come on top.
+
+    Raises:
+        ValueError: the settings do not divide among so many processes.
+    """
+    tensor, chunk = config.tensor_parallel, config.chunk_parallel
+    if processes % (tensor * chunk):
+        raise ValueError(
+            f"tensor_parallel {tensor} times chunk_parallel {chunk} must divide the number of processes, {processes}."
+        )
+    data = processes // (tensor * chunk)
+    if config.sequences_per_step % data:
+        raise ValueError(
+            f"the {config.sequences_per_step} sequences of a step do not divide among {data} processes that share them."
+        )
+    sequences = config.sequences_per_step // data
+    parameters = sum(p.numel() for p in model.parameters())
+    inner = sum(p.numel() for name, p in model.named_parameters() if ".layers." in f".{name}")
+    state = 2 * parameters
+    if config.optimizer == "muon":  # one number for each of a layer's matrices, not two
+        outer = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
+        state -= sum(p.numel() for p in model.parameters() if p.ndim == 2 and id(p) not in outer)
+    passes = -(-sequences // config.batch_size)
+    unsummed = processes > 1 and passes > 1  # gradients of the whole model, until the last forward pass of a step
+    element = 2 if config.dtype == "bfloat16" else 4
+    gathered = 0
+    if processes > 1:
+        layers = getattr(model.config, "num_hidden_layers", 1)
+        gathered = 2 * element * inner // layers // tensor + 4 * (parameters - inner) // tensor  # one ahead is gathered
+    tokens = min(config.batch_size, sequences) * -(-config.seq_len // chunk)
+    kept = [
+        activation_bytes(model.config, tokens, config.dtype, tensor, checkpointing)
+        for checkpointing in (config.activation_checkpointing, not config.activation_checkpointing)
+    ]
+    gradients = 4 * parameters // processes + (4 * parameters // tensor if unsummed else 0)
+    return Memory(4 * parameters // processes, gradients, 4 * state // processes, gathered, *kept)
+
+
+def activation_bytes(
+    config: PreTrainedConfig, tokens: int, dtype: str, tensor_parallel: int, checkpointing: bool
+) -> int | None:
+    """Bytes kept for the backward pass of one forward pass over `tokens` tokens; None for models not known.
+
+    Of each layer and token: the residual stream before both of its parts (float32), their normalised inputs (in
+    float32, and rounded), what mixes tokens (queries, keys and values as made and as rotated, gate, output), and four
+    of the feed-forward width: what plain PyTorch keeps; fused kernels keep less. With checkpointing: each layer's
+    input, and one layer's all.
+    """
+    if not isinstance(config, YocoConfig | LlamaConfig):
+        return None
+    d, f, e = config.hidden_size, config.intermediate_size, 2 if dtype == "bfloat16" else 4
+    head_dim = config.head_dim or d // config.num_attention_heads
+    if isinstance(config, LlamaConfig):
+        mixing = [3 * d + 3 * config.num_key_value_heads * head_dim] * config.num_hidden_layers
+    else:
+        retention = config.self_decoder == "gated_retention"
+        own = 12 * d if retention else 3 * d + 3 * config.self_kv_heads * config.self_head_dim
+        mixing = [own] * config.num_self_decoder_layers + [3 * d] * config.num_cross_decoder_layers
+    residual = 8 * d + (8 * d if e == 2 else 0)
+    layers = [residual + e * (2 * d + (inner + 4 * f) // tensor_parallel) for inner in mixing]
+    embeddings = 4 * d + 4 * d + e * d  # the stream's start; the last norm's input and output
+    shared = 0 if isinstance(config, LlamaConfig) else 3 * e * config.shared_kv_heads * head_dim
+    kept = 4 * d * len(layers) + max(layers) if checkpointing else sum(layers)
+    return tokens * (kept + embeddings + shared)
+
+
+def describe_plan(config: TrainConfig, model: PreTrainedModel, data: str, processes: int) -> str:
+    """All of it as text; `model` may be on the meta device."""
+    memory = estimate_memory(model, config, processes)
+    parameters = sum(p.numel() for p in model.parameters())
+    embedding = model.get_input_embeddings().weight.numel()
+    output = model.get_output_embeddings()
+    tied = output is None or output.weight is model.get_input_embeddings().weight
+    without = parameters - embedding - (0 if tied else output.weight.numel())
+    steps = f"{config.steps:,}" if config.steps else "as many as fit"
+    limit = f", at most {config.max_seconds:g} s" if config.max_seconds else ""
+    total = f" ({config.steps * config.tokens_per_step:,} tokens)" if config.steps else ""
+    lines = [
+        ("data", data),
+        ("parameters", f"{parameters:,} ({without:,} without embeddings)"),
+        ("tokens per step", f"{config.tokens_per_step:,}"),
+        ("steps", f"{steps}{limit}{total}"),
+        ("processes", f"{processes}"),
+        ("memory", f"about {size(memory.total)} each:"),
+        ("  weights", size(memory.weights)),
+        ("  gradients", size(memory.gradients)),
+        ("  optimizer", size(memory.optimizer)),
+    ]
+    if memory.gathered:
+        lines.append(("  gathered", size(memory.gathered)))
+    if memory.activations is not None and memory.activations_otherwise is not None:
+        other = "without" if config.activation_checkpointing else "with"
+        lines.append(
+            (
+                "  activations",
+                f"{size(memory.activations)} ({size(memory.activations_otherwise)} {other} checkpointing)",
+            )
+        )
+    return "\n".join(f"{name:<16} {value}" for name, value in lines)

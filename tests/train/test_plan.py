@@ -1,0 +1,94 @@
+"""What a run would take, against what one takes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from oncelm.models.yoco import YocoConfig, YocoForCausalLM
+from oncelm.train.optimizer import build_optimizers
+from oncelm.train.plan import activation_bytes, describe_plan, estimate_memory
+
+SHAPE = {
+    **{"vocab_size": 128, "hidden_size": 128, "intermediate_size": 384},
+    **{"num_attention_heads": 4, "num_key_value_heads": 2},
+}
+HALVES = {"num_self_decoder_layers": 2, "num_cross_decoder_layers": 2}
+WINDOW = {"num_self_heads": 4, "self_decoder": "sliding_window", "window_size": 64}
+
+
+def make(name: str):
+    if name == "llama":
+        return LlamaForCausalLM(LlamaConfig(**SHAPE, num_hidden_layers=4))
+    return YocoForCausalLM(YocoConfig(**SHAPE, **HALVES, **(WINDOW if name == "window" else {"num_self_heads": 2})))
+
+
+def kept_bytes(model, dtype: str) -> int:
+    """What autograd keeps of one forward pass over 2 x 256 tokens, but for the weights."""
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in weights:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    ids = torch.zeros(2, 256, dtype=torch.long)
+    with (
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+        torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"),
+    ):
+        model.train()(input_ids=ids, labels=ids, use_cache=False)
+    casts = sum(p.numel() for p in model.parameters() if p.ndim == 2) * 2 if dtype == "bfloat16" else 0
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) - casts
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["retention", "window", "llama"])
+def test_activations_are_about_what_autograd_keeps(name: str, dtype: str) -> None:
+    model = make(name)
+    estimate = activation_bytes(model.config, 512, dtype, 1, checkpointing=False)
+    # the plain form of retention keeps matrices of each of its chunks, too
+    assert estimate == pytest.approx(kept_bytes(model, dtype), rel=0.4 if name == "retention" else 0.25)
+    assert activation_bytes(model.config, 512, dtype, 1, checkpointing=True) < 0.6 * estimate
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_optimizer_state_is_what_there_will_be(make_config, optimizer: str) -> None:
+    model, config = make("retention"), make_config(optimizer=optimizer)
+    memory = estimate_memory(model, config, 1)
+    optimizers = build_optimizers(model, config)
+    model(input_ids=torch.zeros(1, 8, dtype=torch.long), labels=torch.zeros(1, 8, dtype=torch.long)).loss.backward()
+    for part in optimizers:
+        part.step()
+    states = (value for part in optimizers for state in part.state.values() for value in state.values())
+    assert memory.optimizer == sum(value.nbytes for value in states if value.ndim)
+    assert memory.weights == memory.gradients == sum(p.nbytes for p in model.parameters())
+    assert memory.gathered == 0
+
+
+def test_processes_share(make_config) -> None:
+    with torch.device("meta"):
+        model = make("window")
+    one, two = (estimate_memory(model, make_config(batch_size=4), processes) for processes in (1, 2))
+    assert two.weights == one.weights // 2
+    assert two.optimizer == one.optimizer // 2
+    assert two.activations == one.activations // 2
+    assert two.gathered > 0
+    accumulated = estimate_memory(model, make_config(batch_size=2, grad_accumulation=4), 2)
+    assert accumulated.gradients == 3 * one.gradients // 2  # its part, and the whole model's until they are summed
+    with pytest.raises(ValueError, match="must divide the number of processes, 3"):
+        estimate_memory(model, make_config(chunk_parallel=2), 3)
+    with pytest.raises(ValueError, match="do not divide among 3 processes"):
+        estimate_memory(model, make_config(batch_size=4), 3)
+
+
+def test_a_plan_in_words(make_config) -> None:
+    with torch.device("meta"):
+        model = make("retention")
+    shown = describe_plan(make_config(steps=None, max_seconds=60.0), model, "a book", 2)
+    without = model.num_parameters() - 2 * 128 * 128
+    assert f"parameters       {model.num_parameters():,} ({without:,} without embeddings)" in shown
+    assert "steps            as many as fit, at most 60 s" in shown
+    assert "processes        2" in shown
