@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch._dynamo.utils import counters
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from oncelm.models.yoco import execution
 from oncelm.models.yoco.model import PLAIN
@@ -140,6 +141,16 @@ def test_few_tokens_stay_plain() -> None:
     assert model.token_parts(torch.zeros(1, execution.MIN_TOKENS - 1, 32)) is PLAIN
     assert model.token_parts(torch.zeros(2, execution.MIN_TOKENS // 2, 32)) is not PLAIN
     assert model.compile_layers(False).token_parts(torch.zeros(1, 999, 32)) is PLAIN
+
+
+@pytest.mark.parametrize("kind", ["retention", "window"])
+def test_prefill_reads_no_value_but_to_check_the_ids(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU would have to be waited for. Fake tensors have no values: reading one is an error."""
+    model = make_model(kind)
+    monkeypatch.setattr(model, "_check_tokens", lambda *inputs: None)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        ids = mode.from_tensor(draw_ids(2, 50))
+        assert model.prefill(ids, model.new_cache(2, 50), chunk_size=20).shape == (2, VOCAB)
 
 
 def test_chunks_on_a_cpu_shrink_with_the_batch() -> None:

@@ -24,7 +24,7 @@ def check_tokens(input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | N
         raise ValueError(f"input_ids must be [B, T] integers, got {input_ids.dtype} {list(input_ids.shape)}.")
     # on a GPU a bad id ends the process, so it is worth the wait; one decoded token is the model's own
     if input_ids.numel() and (input_ids.device.type == "cpu" or input_ids.shape[1] > 1):
-        low, high = (int(bound) for bound in input_ids.aminmax())
+        low, high = torch.stack(input_ids.aminmax()).tolist()
         if low < 0 or high >= config.vocab_size:
             bad = low if low < 0 else high
             raise ValueError(f"input_ids has {bad}; allowed: 0..{config.vocab_size - 1} (vocab_size).")

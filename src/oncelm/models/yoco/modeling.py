@@ -379,29 +379,34 @@ class YocoForCausalLM(Execution, PreTrainedModel, GenerationMixin):
         device = input_ids.device
         inputs = reading.read_inputs(input_ids.shape, device, attention_mask, None, cache.lengths, cache.columns)
         cache.check_room(max(inputs.batch.lengths))
-        real = torch.ones(B, T, dtype=torch.bool, device=device) if inputs.real is None else inputs.real
-        if not bool(real.any(1).all()):
+        real = inputs.real
+        if real is not None and not bool(real.any(1).all()):
             raise ValueError("attention_mask leaves a row without any token.")
-        last = T - 1 - real.flip(1).int().argmax(1)  # column of each row's last token
-        hidden = torch.empty(B, self.config.hidden_size, dtype=self.dtype, device=device)
+        # column of each row's last token
+        lasts = [T - 1] * B if real is None else (T - 1 - real.flip(1).int().argmax(1)).tolist()
+        rows: list[int] = []  # whose last token has been read, and its hidden state
+        found: list[torch.Tensor] = []
+        # a GPU works behind this loop: without padding, nothing in it waits for a value
         for start in range(0, T, size):
             end = min(start + size, T)
             chunk = input_ids[:, start:end]
-            read = reading.read_inputs(
-                chunk.shape, chunk.device, real[:, start:end], None, cache.lengths, cache.columns
-            )
-            ending = (last >= start) & (last < end)
-            if bool(ending.all()) and read.real is None and bool((last == end - 1).all()):
+            mask = None if real is None else real[:, start:end]
+            read = reading.read_inputs(chunk.shape, device, mask, None, cache.lengths, cache.columns)
+            ending = [row for row, last in enumerate(lasts) if start <= last < end]
+            wanted = None
+            if read.real is None and lasts == [end - 1] * B:
                 wanted = read.batch.columns(slice(end - start - 1, end - start))
-            elif bool(ending.any()):
+            elif ending:
                 grid = torch.zeros_like(chunk, dtype=torch.bool)
-                grid[ending, last[ending] - start] = True
+                grid[ending, [lasts[row] - start for row in ending]] = True
                 wanted = read.select(grid)
-            else:
-                wanted = None
-            hidden[ending] = self._hidden(chunk, read, cache, wanted).flatten(0, 1)
+            rows += ending
+            found.append(self._hidden(chunk, read, cache, wanted).flatten(0, 1))
             if progress is not None:
                 progress(end)
+        hidden = torch.cat(found)
+        if rows != sorted(rows):
+            hidden = hidden[[rows.index(row) for row in range(B)]]
         return self.output_projection(hidden)
 
     # -- checks ---------------------------------------------------------------------------------------------------
