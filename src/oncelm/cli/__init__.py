@@ -22,6 +22,7 @@ VERBS = {
     "generate": "continue a prompt, of any length, with a trained model",
     "info": "describe a model, a preset, or this installation",
     "convert": "convert official YOCO folders and GGUF files to Hugging Face folders, and back",
+    "eval": "evaluate a model: needles, loss by position, in-context learning; write a report",
     "bench": "measure prefill, decode, memory and training beside a Llama of the same shape",
 }
 
@@ -82,6 +83,8 @@ def _run(arguments: list[str]) -> int:
     if known.verb not in VERBS:
         raise unknown("verb", known.verb, VERBS)
     module = importlib.import_module(f"oncelm.cli.{known.verb}")
+    if hasattr(module, "part"):  # a verb of several parts with options of their own, such as eval's tasks
+        module = module.part(arguments[1:])
     verb_parser = Parser(
         prog=f"oncelm {known.verb}",
         description=module.DESCRIPTION,

@@ -1,0 +1,255 @@
+"""`oncelm eval`: tasks that say how good a model is, and at what length; and reports of their results."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from types import UnionType
+from typing import TYPE_CHECKING, Any, get_args
+
+if TYPE_CHECKING:
+    from oncelm.eval import LanguageModel, Run, Table, Task
+
+HELP = "evaluate a model: needles, loss by position, in-context learning; write a report"
+
+DESCRIPTION = """\
+Ask a model the questions of a task and judge its answers. Nothing is fetched, and no other model judges.
+
+{tasks}
+  report        one HTML page of any number of runs, beside the papers' figures
+
+MODEL is a folder or hub id of any model that `oncelm generate` takes: YOCO (also the official code's folders) and, to
+compare, every causal language model of transformers; or a preset, with random weights, to try things out.
+
+Every sample is a line of the result file, on disk before the next one is asked. A run that was stopped or killed goes
+on when the same command is given again; a file of another configuration is refused. The same seed asks the same.
+
+examples:
+  oncelm eval needle runs/books/model --lengths 4K,16K,64K --strict
+      hide a number in a long text, 11 depths x 10 runs a length; each text is read once for all depths
+  oncelm eval nll runs/books/model --documents book.txt
+      loss by position of a document of any length
+  oncelm eval report runs/eval/*.jsonl --out report.html
+      tables, heatmaps and curves of several models and tasks, in one page
+  oncelm eval needle --help
+      the options of a task
+  oncelm eval my_task.py runs/books/model
+      a task of your own: docs/evaluation.md shows how to write one
+"""
+
+
+class part:
+    """What `oncelm eval ...` stands for: a task, the report, or this overview. cli/__init__.py asks it for options."""
+
+    def __init__(self, arguments: list[str]) -> None:
+        from oncelm.eval import TASKS, find_task
+
+        self.task: type[Task] | None = None
+        named = next((argument for argument in arguments if not argument.startswith("-")), None)
+        self.is_report = named == "report"
+        if self.is_report:
+            self.DESCRIPTION = REPORT
+        elif named is not None:
+            self.task = find_task(named) if named.endswith(".py") else _known(named)
+            self.DESCRIPTION = f"{self.task.name}: {self.task.summary}\n\n{_doc(self.task)}"
+        else:
+            lines = "\n".join(f"  {name:<13} {task.summary}" for name, task in TASKS.items())
+            self.DESCRIPTION = DESCRIPTION.format(tasks=lines)
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("task", metavar="TASK", help="see above, or a Python file" if self.task is None else "")
+        if self.is_report:
+            add_report_arguments(parser)
+        else:
+            parser.add_argument(
+                "model", metavar="MODEL", help="a Hugging Face or official YOCO folder, hub id, or preset"
+            )
+            if self.task is not None:
+                add_task_options(parser, self.task)
+            add_run_options(parser)
+
+    def run(self, args: argparse.Namespace) -> int:
+        if self.is_report:
+            return run_report(args)
+        assert self.task is not None  # argparse has asked for it
+        return run_task(self.task, args)
+
+
+def _known(name: str) -> type[Task]:
+    from oncelm.eval import TASKS
+    from oncelm.utils.errors import check_choice
+
+    check_choice("task", name, (*TASKS, "report"))
+    return TASKS[name]
+
+
+def _doc(task: type[Task]) -> str:
+    return " ".join((task.__doc__ or "").split())
+
+
+# -- a task -----------------------------------------------------------------------------------------------------------
+
+
+def add_task_options(parser: argparse.ArgumentParser, task: type[Task]) -> None:
+    """An option for every field of the task."""
+    group = parser.add_argument_group(f"options of {task.name}")
+    for name, kind, default, help in task.option_fields():
+        flag = f"--{name.replace('_', '-')}"
+        shown = "" if default in (None, "", False) else f" ({_show(default)})"
+        if kind is bool:
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, default=default, help=help)
+        else:
+            parse, metavar = _parser_of(name, kind)
+            group.add_argument(flag, type=parse, default=default, metavar=metavar, help=help + shown)
+
+
+def _parser_of(name: str, kind: Any) -> tuple[Any, str]:
+    """How an option's text is read, and how its value is shown in the help."""
+    from oncelm.eval.task import parse_tokens
+
+    if isinstance(kind, UnionType):  # int | None
+        kind = next(part for part in get_args(kind) if part is not type(None))
+    if get_args(kind):  # tuple[int, ...]
+        return _told(name, lambda text: tuple(parse_tokens(part) for part in text.split(","))), "N,N"
+    if kind is int:
+        return _told(name, parse_tokens), "N"
+    return kind, {float: "X", str: "TEXT"}.get(kind, "VALUE")
+
+
+def _told(name: str, parse: Any) -> Any:
+    """`parse`, with its error as argparse likes it."""
+
+    def call(text: str) -> Any:
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    return call
+
+
+def _show(value: Any) -> str:
+    from oncelm.eval.views import tokens
+
+    return ",".join(map(tokens, value)) if isinstance(value, tuple) else str(value)
+
+
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    run = parser.add_argument_group("the run")
+    run.add_argument("--out", metavar="FILE", help="the result file (runs/eval/TASK-MODEL.jsonl)")
+    run.add_argument("--seed", type=int, default=0, metavar="N", help="of everything random in the task (0)")
+    run.add_argument("--limit", type=int, metavar="N", help="stop after N samples; without it, the run goes on later")
+    run.add_argument(
+        "--beyond-trained-length", action="store_true", help="allow texts longer than the model was made for"
+    )
+    run.add_argument("--tokenizer", metavar="NAME", help="bytes, cl100k_base or a path (the model's)")
+    run.add_argument("--device", help="cpu, cuda, ... (a GPU if there is one)")
+    run.add_argument("--dtype", help="float32, bfloat16 or float16 (as the weights are stored)")
+
+
+def run_task(task_type: type[Task], args: argparse.Namespace) -> int:
+    from oncelm.eval import make_task, run
+    from oncelm.models.load import quiet_transformers
+    from oncelm.utils.errors import check_positive
+
+    options = {name: getattr(args, name) for name, *_ in task_type.option_fields()}
+    task = make_task(task_type, **options)  # what is wrong with the options shows before a model is loaded
+    if args.limit is not None:
+        check_positive(limit=args.limit)
+    out = Path(args.out or f"runs/eval/{task.name}-{Path(args.model).name}.jsonl")
+    if out.is_dir():
+        raise ValueError(f"--out {out} is a folder; name a file.")
+    model = load_model(args)
+    with quiet_transformers():
+        done = run(task, model, out, seed=args.seed, limit=args.limit, beyond_trained_length=args.beyond_trained_length)
+    print_views(task_type, done)
+    samples = done.samples.values()
+    if "prompt_tokens" in next(iter(samples), {}):
+        read, seconds, answer = (sum(s[n] for s in samples) for n in ("tokens_read", "read_seconds", "answer_seconds"))
+        print(f"read {read:,} tokens in {seconds:,.1f} s, answered in {answer:,.1f} s", file=sys.stderr)
+    print(f"{len(samples):,} samples in {out}; oncelm eval report {out} --out report.html shows them", file=sys.stderr)
+    return 0
+
+
+def load_model(args: argparse.Namespace) -> LanguageModel:
+    """The model and its tokenizer."""
+    from oncelm.cli.generate import find_tokenizer
+    from oncelm.eval import LanguageModel
+    from oncelm.models import build_model
+    from oncelm.models.load import load, read_config
+    from oncelm.models.yoco.presets import PRESETS
+    from oncelm.utils.device import resolve_device, resolve_dtype
+
+    if args.model in PRESETS and not Path(args.model).exists():
+        if args.tokenizer is None:
+            raise ValueError(f"preset {args.model} has no tokenizer; name one, such as --tokenizer bytes.")
+        print(f"oncelm: warning: {args.model} is a preset: its weights are random.", file=sys.stderr)
+        tokenizer = find_tokenizer(args.model, args.tokenizer)
+        model: Any = build_model(args.model, vocab_size=len(tokenizer))
+        model = model.to(resolve_device(args.device), resolve_dtype(args.dtype or "float32"))
+    else:
+        read_config(args.model)  # what is wrong with it shows before anything large is read
+        tokenizer = find_tokenizer(args.model, args.tokenizer)
+        model = load(args.model, args.device, args.dtype)
+    return LanguageModel(model, tokenizer, Path(args.model).name)
+
+
+def print_views(task: type[Task], done: Run) -> None:
+    """The tables of a run."""
+    from rich.console import Console
+
+    from oncelm.eval import Table
+
+    console = Console()
+    for view in task.views([done]) if done.samples else ():
+        if isinstance(view, Table):
+            console.print(_rich(view))
+
+
+def _rich(view: Table) -> Any:
+    from rich.table import Table as RichTable
+
+    drawn = RichTable(title=view.title, caption=view.note, caption_justify="left")
+    for i, name in enumerate(view.header):
+        drawn.add_column(name, justify="left" if i == 0 else "right")
+    for row in view.rows:
+        drawn.add_row(*row)
+    drawn.add_section()
+    for row in view.quoted:
+        drawn.add_row(*row, style="dim italic")
+    return drawn
+
+
+# -- reports ----------------------------------------------------------------------------------------------------------
+
+REPORT = """\
+One HTML page of result files: tables beside the papers' rows, heatmaps whose cells show their samples, curves. It
+needs nothing else, not even a network. Runs of one task on several models stand side by side; unfinished ones say so.
+
+examples:
+  oncelm eval report runs/eval/*.jsonl --out report.html
+  oncelm eval report runs/eval/needle-mine.jsonl --out report.html --png figures
+"""
+
+
+def add_report_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", nargs="+", metavar="FILE", help="result files")
+    parser.add_argument("--out", default="report.html", metavar="FILE", help="the page (report.html)")
+    parser.add_argument("--title", default="Evaluation", help="the page's title (Evaluation)")
+    parser.add_argument("--png", metavar="DIR", help="also write heatmaps and curves as PNG files into this folder")
+
+
+def run_report(args: argparse.Namespace) -> int:
+    from oncelm.eval import read_run, write_report
+    from oncelm.eval.page import sections_of
+    from oncelm.eval.plot import write_pngs
+
+    runs = [read_run(path) for path in args.runs]
+    write_report(runs, args.out, args.title)
+    print(f"{args.out}: {len(runs)} runs")
+    if args.png:
+        for name, views in sections_of(runs):
+            for path in write_pngs(views, args.png, name):
+                print(path)
+    return 0

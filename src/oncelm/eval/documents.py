@@ -1,0 +1,118 @@
+"""Texts to evaluate on: bundled ones by name, a file, or a folder of .txt and .jsonl files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from oncelm.data.corpora import CORPORA, load_corpus
+from oncelm.eval.model import Codec
+from oncelm.utils.errors import unknown
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text with a name for the record."""
+
+    name: str
+    text: str
+
+
+def read_documents(source: str) -> Iterator[Document]:
+    """The documents of a source, in order.
+
+    Args:
+        source: "sotu" (one document, in date order), "moby_dick" (the book as one document), or a path: a .txt file is
+            one document, each line of a .jsonl file is one ({"text": ...}); a folder is all such files in it, by name.
+
+    Raises:
+        ValueError: nothing there, nothing in it, not UTF-8 text, a line without text.
+    """
+    if source in CORPORA and not Path(source).exists():
+        yield Document(source, "\n\n".join(f"{part.title}\n\n{part.text}" for part in load_corpus(source)))
+        return
+    root = Path(source)
+    if not root.exists():
+        raise unknown("text", source, (*CORPORA, "a file or folder that exists"))
+    files = [root]
+    if root.is_dir():
+        files = sorted(file for file in root.rglob("*") if file.suffix in (".txt", ".jsonl") and file.is_file())
+        if not files:
+            raise ValueError(f"folder {source!r} holds no text: it has no .txt and no .jsonl file.")
+    for file in files:
+        yield from _read_file(file)
+
+
+def _read_file(file: Path) -> Iterator[Document]:
+    try:
+        text = file.read_bytes().decode("utf-8").removeprefix("\ufeff").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8 text: {error}") from error
+    if file.suffix != ".jsonl":
+        if text.strip():
+            yield Document(file.stem, text)
+        return
+    for number, line in enumerate(text.splitlines(), start=1):
+        try:
+            record = json.loads(line)
+            found = record["text"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"line {number} of {file} must be a JSON object with a key text: {error!r}.") from error
+        if found.strip():
+            yield Document(str(record.get("id", f"{file.stem}:{number}")), found)
+
+
+class Haystack:
+    """The tokens of a source as one endless row: from the last document it goes on at the first.
+
+    Text is encoded as far as it is asked for, once.
+    """
+
+    def __init__(self, source: str, codec: Codec) -> None:
+        self.source, self.codec = source, codec
+        self._pieces = (piece for document in read_documents(source) for piece in codec.stream(document.text + "\n"))
+        self._ids = np.empty(0, np.int32)
+        self._whole = False
+        self._sentence_ends: dict[int, bool] = {}
+
+    def take(self, start: int, count: int) -> np.ndarray:
+        """Ids start to start + count, int32 [count]. Text repeats only where there is no more of it."""
+        self._grow(start + count)
+        if not len(self._ids):
+            raise ValueError(f"the haystack {self.source!r} is empty: give a file or folder with text.")
+        if start + count <= len(self._ids):
+            return self._ids[start : start + count]
+        return self._ids[np.arange(start, start + count) % len(self._ids)]
+
+    def ends_before(self, place: int) -> bool:
+        """Whether all the text there is has fewer than `place` tokens."""
+        self._grow(place)
+        return len(self._ids) < place
+
+    def _grow(self, count: int) -> None:
+        parts = [self._ids]
+        have = len(self._ids)
+        while have < count and not self._whole:
+            piece = next(self._pieces, None)
+            if piece is None:
+                self._whole = True
+            else:
+                parts.append(piece)
+                have += len(piece)
+        self._ids = np.concatenate(parts)
+
+    def sentence_end(self, ids: np.ndarray, place: int, reach: int = 500) -> int:
+        """The last place at or before `place` where a sentence ends; `place` if there is none within `reach` tokens."""
+        if place in (0, len(ids)):
+            return place
+        for i in range(place, max(0, place - reach), -1):
+            token = int(ids[i - 1])
+            if token not in self._sentence_ends:
+                self._sentence_ends[token] = self.codec.decode([token]).rstrip().endswith((".", "!", "?"))
+            if self._sentence_ends[token]:
+                return i
+        return place

@@ -1,0 +1,294 @@
+"""A model under evaluation: its tokenizer's codec, and readers of one growing text each.
+
+Tasks know nothing of caches. A reader reads, marks a place, returns to it, writes greedily, scores given tokens;
+OnceLM's models and any other causal LM of transformers behave alike behind it.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import inspect
+import re
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+
+from oncelm.cache import ModelCache
+from oncelm.eval.examples import TokenScores
+
+LOGITS_AT_ONCE = 1 << 26  # elements alive while scoring: 256 MiB in float32
+READ_AT_ONCE = 8192  # tokens, of models without a prefill of their own
+PIECE_CHARACTERS = 1 << 16  # of a long text, encoded at a time
+_SAFE_CUT = re.compile(r"\n(?=\S)")  # byte-level tokenizers never merge a line break with a non-space after it
+
+
+class Codec:
+    """A tokenizer as tasks need it: plain text to ids and back, special tokens apart.
+
+    Attributes:
+        prefix: ids that the tokenizer puts before a text (`<s>`), int32 [0 or more].
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, vocab_size: int | None = None) -> None:
+        self.tokenizer, self.vocab_size = tokenizer, vocab_size
+        whole, plain = tokenizer("a").input_ids, tokenizer("a", add_special_tokens=False).input_ids
+        first = next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), 0)
+        self.prefix = self._ids(whole[:first])
+
+    def encode(self, text: str) -> np.ndarray:
+        """The ids of a text, without special tokens, int32 [T]."""
+        return self._ids(self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+
+    def stream(self, text: str) -> Iterator[np.ndarray]:
+        """The ids of a long text, a piece at a time: cut at line breaks, which tokens never span."""
+        start = 0
+        while start < len(text):
+            cut = _SAFE_CUT.search(text, start + PIECE_CHARACTERS)
+            end = cut.end() if cut else len(text)
+            yield self.encode(text[start:end])
+            start = end
+
+    def pair(self, before: str, after: str) -> tuple[np.ndarray, np.ndarray]:
+        """The ids of `before + after`, cut where `after` begins (a token across the border counts as `after`'s)."""
+        whole, head = self.encode(before + after), self.encode(before)
+        cut = common_prefix(whole, head)
+        return whole[:cut], whole[cut:]
+
+    def decode(self, ids: Iterable[int] | np.ndarray) -> str:
+        return self.tokenizer.decode(
+            [int(i) for i in ids], skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+
+    def check(self, text: str, what: str) -> None:
+        """ValueError unless the text survives encoding and decoding (white space at its ends aside)."""
+        back = self.decode(self.encode(text))
+        if back.strip() != text.strip():
+            raise ValueError(f"the tokenizer cannot encode {what}: {text!r} comes back as {back!r}.")
+
+    def fingerprint(self) -> str:
+        """A short hash of the vocabulary and of how a probe text is encoded."""
+        vocabulary = sorted(self.tokenizer.get_vocab().items())
+        probe = self.encode("It was 1851: \u201cCall me Ishmael.\u201d\n\n  x += 12345\u00e9").tolist()
+        return hashlib.blake2b(repr((vocabulary, probe)).encode(), digest_size=8).hexdigest()
+
+    def _ids(self, ids: list[int]) -> np.ndarray:
+        if self.vocab_size is not None and ids and max(ids) >= self.vocab_size:
+            raise ValueError(
+                f"the tokenizer gives token {max(ids)}, but the model knows {self.vocab_size} tokens only; "
+                "name the tokenizer it was trained with."
+            )
+        return np.array(ids, dtype=np.int32)
+
+
+class LanguageModel:
+    """A causal language model with its tokenizer.
+
+    `cache_options` go to the `new_cache` of OnceLM's models (LongLLaMA: memory="cpu"), `read_options` to `prefill`.
+
+    Attributes:
+        name: for tables; also part of what a result file belongs to.
+        longest: tokens of the longest text the model was made for; None where length is no matter.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        name: str,
+        cache_options: dict[str, Any] | None = None,
+        read_options: dict[str, Any] | None = None,
+    ) -> None:
+        self.model, self.name = model.eval(), name
+        self.cache_options, self.read_options = cache_options or {}, read_options or {}
+        config = model.config.get_text_config()
+        self.codec = Codec(tokenizer, config.vocab_size)
+        # a LongLLaMA's max_position_embeddings is the length of its windows
+        reads_windows = hasattr(config, "last_context_length")
+        self.longest: int | None = None if reads_windows else getattr(config, "max_position_embeddings", None)
+
+    def start(self, max_tokens: int) -> Reader:
+        """A reader with room for `max_tokens` tokens."""
+        if hasattr(self.model, "prefill") and hasattr(self.model, "new_cache"):
+            return OnceReader(self.model, max_tokens, self.cache_options, self.read_options)
+        return Reader(self.model, max_tokens)
+
+    def describe(self) -> dict[str, Any]:
+        """What results depend on, as plain JSON values."""
+        return {
+            "name": self.name,
+            "type": self.model.config.model_type,
+            "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "weights": _fingerprint(self.model),
+            "tokenizer": self.codec.fingerprint(),
+            **self.cache_options,
+            **self.read_options,
+        }
+
+
+class Reader:
+    """A model that reads one text, any causal LM of transformers: it keeps the model's own cache.
+
+    Attributes:
+        num_tokens: read so far.
+        max_tokens: that there is room for.
+    """
+
+    def __init__(self, model: PreTrainedModel, max_tokens: int) -> None:
+        self.model, self.max_tokens, self.num_tokens = model, max_tokens, 0
+        self.cache: Any = None
+        self._logits: torch.Tensor | None = None  # [1, V], behind the last token
+        ends = model.generation_config.eos_token_id if model.generation_config is not None else None
+        self._ends = {ends} if isinstance(ends, int) else set(ends or ())
+        self._keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
+
+    @torch.no_grad()
+    def read(self, ids: np.ndarray, progress: Callable[[int], object] | None = None) -> None:
+        """Append ids [T]; `progress` is told the number of tokens read so far, now and then."""
+        if len(ids):
+            self._check_room(len(ids))
+            self._logits = self._read(self._tensor(ids), progress)
+
+    @torch.no_grad()
+    def generate(self, max_new_tokens: int, is_complete: Callable[[list[int]], bool] = lambda ids: False) -> list[int]:
+        """Append the likeliest tokens, one by one, until one ends the text (it is left out) or `is_complete(ids)`."""
+        ids: list[int] = []
+        while len(ids) < max_new_tokens:
+            token = int(self._last().argmax())
+            if token in self._ends:
+                break
+            ids.append(token)
+            if len(ids) < max_new_tokens and is_complete(ids):
+                break
+            self._check_room(1)
+            self._logits = self._forward(self._tensor([token]), keep=1)[-1:]
+        return ids
+
+    @torch.no_grad()
+    def score(self, ids: np.ndarray, progress: Callable[[int], object] | None = None) -> TokenScores:
+        """Append ids [T]: how likely each of them was. Logits exist for a block of positions at a time only."""
+        self._check_room(len(ids))
+        scores = TokenScores(np.empty(len(ids), np.float32), np.empty(len(ids), bool))
+        size = max(1, min(LOGITS_AT_ONCE // self._last().shape[-1], READ_AT_ONCE))
+        for start in range(0, len(ids), size):
+            part = self._tensor(ids[start : start + size])
+            logits = self._forward(part)
+            targets = part[0]
+            for row, rows in ((start, self._last()), (start + 1, logits[:-1])):
+                if len(rows):
+                    wanted = targets[row - start : row - start + len(rows)]
+                    there = slice(row, row + len(rows))
+                    scores.log_likelihoods[there] = (
+                        -F.cross_entropy(rows.float(), wanted, reduction="none").cpu().numpy()
+                    )
+                    scores.greedy[there] = (rows.argmax(-1) == wanted).cpu().numpy()
+            self._logits = logits[-1:].clone()
+            if progress is not None:
+                progress(self.num_tokens)
+        return scores
+
+    def mark(self) -> Any:
+        """This place in the text, to return to: as often as needed, but never forward over an earlier one."""
+        return self.num_tokens, self._logits, self._save()
+
+    def rewind(self, mark: Any) -> None:
+        """Return to a mark."""
+        num_tokens, self._logits, saved = mark
+        self._load(saved, self.num_tokens - num_tokens)
+        self.num_tokens = num_tokens
+
+    # -- how transformers' caches do it -----------------------------------------------------------------------------
+
+    def _read(self, ids: torch.Tensor, progress: Callable[[int], object] | None) -> torch.Tensor:
+        for start in range(0, ids.shape[1], READ_AT_ONCE):
+            logits = self._forward(ids[:, start : start + READ_AT_ONCE], keep=1)[-1:].clone()
+            if progress is not None:
+                progress(self.num_tokens)
+        return logits
+
+    def _save(self) -> Any:
+        return None if self._crops() else copy.deepcopy(self.cache)
+
+    def _load(self, saved: Any, tokens_after: int) -> None:
+        if saved is not None:
+            self.cache = copy.deepcopy(saved)
+        elif tokens_after:
+            self.cache.crop(-tokens_after)
+
+    def _crops(self) -> bool:
+        """Whether the cache is nothing but keys and values of every token, so that its end can be cut off."""
+        if type(self.cache) is not DynamicCache:
+            return False
+        return all(type(layer).__name__ == "DynamicLayer" for layer in self.cache.layers)
+
+    # -- common -----------------------------------------------------------------------------------------------------
+
+    def _forward(self, ids: torch.Tensor, keep: int = 0) -> torch.Tensor:
+        """Append ids [1, t]: logits [t, V], or of the last `keep` tokens only where the model can leave the rest."""
+        options = {"logits_to_keep": keep} if self._keeps else {}
+        output = self.model(ids, past_key_values=self.cache, use_cache=True, **options)
+        self.cache = output.past_key_values
+        self.num_tokens += ids.shape[1]
+        return output.logits[0]
+
+    def _last(self) -> torch.Tensor:
+        if self._logits is None:
+            raise ValueError("nothing has been read yet: a model predicts only what follows at least one token.")
+        return self._logits
+
+    def _tensor(self, ids: Any) -> torch.Tensor:
+        return torch.from_numpy(np.array(ids, dtype=np.int64))[None].to(self.model.device)
+
+    def _check_room(self, count: int) -> None:
+        if self.num_tokens + count > self.max_tokens:
+            raise ValueError(f"a reader of {self.max_tokens} tokens has {self.num_tokens}; {count} more do not fit.")
+
+
+class OnceReader(Reader):
+    """The same for a model with a preallocated cache: prefill in chunks with early exit, rewind points."""
+
+    def __init__(
+        self, model: PreTrainedModel, max_tokens: int, cache_options: dict[str, Any], read_options: dict[str, Any]
+    ) -> None:
+        super().__init__(model, max_tokens)
+        self.cache, self.read_options = model.new_cache(1, max_tokens, **cache_options), read_options
+
+    def _read(self, ids: torch.Tensor, progress: Callable[[int], object] | None) -> torch.Tensor:
+        before = self.num_tokens
+        report = None if progress is None else lambda done: progress(before + done)
+        logits = self.model.prefill(ids, self.cache, progress=report, **self.read_options)
+        self.num_tokens += ids.shape[1]
+        return logits
+
+    def _save(self) -> Any:
+        # a rewind point copies no shared K/V: they stay where they are, and what follows overwrites them
+        return self.cache.snapshot(shared=False) if isinstance(self.cache, ModelCache) else copy.deepcopy(self.cache)
+
+    def _load(self, saved: Any, tokens_after: int) -> None:
+        if isinstance(self.cache, ModelCache):
+            self.cache.restore(saved)
+        else:
+            self.cache = copy.deepcopy(saved)
+
+
+def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
+    """How many leading elements two vectors share."""
+    length = min(len(a), len(b))
+    different = np.flatnonzero(a[:length] != b[:length])
+    return int(different[0]) if len(different) else length
+
+
+def _fingerprint(model: PreTrainedModel) -> str:
+    """A short hash of a sample of every parameter."""
+    if hasattr(model, "fingerprint"):
+        return model.fingerprint()
+    digest = hashlib.blake2b(digest_size=12)
+    for name, parameter in sorted(model.named_parameters()):
+        flat = parameter.detach().flatten()
+        digest.update(name.encode() + flat[:: max(1, flat.numel() // 64)].float().cpu().numpy().tobytes())
+    return digest.hexdigest()

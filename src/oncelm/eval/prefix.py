@@ -1,0 +1,71 @@
+"""From prompt to prompt, reading only what is new.
+
+Prompts in a row often begin alike: one haystack with its needle ever deeper, one document with many questions, one
+question with its choices. The reader stops where the next prompts part from this one, and marks the place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from oncelm.eval.examples import Example
+from oncelm.eval.model import LanguageModel, Reader, common_prefix
+
+WORTH_A_MARK = 32  # tokens: fewer are read again
+
+
+class PrefixReader:
+    """Holds one reader, and a stack of marks along the prompt that it read last."""
+
+    def __init__(self, model: LanguageModel) -> None:
+        self.model = model
+        self.reader: Reader | None = None
+        self.text = np.empty(0, np.int32)  # the last prompt
+        self.marks: list[tuple[int, Any]] = []  # (tokens before it, mark), ever deeper
+
+    def read(
+        self, example: Example, upcoming: Sequence[Example], progress: Callable[[int], object] | None = None
+    ) -> tuple[Reader, int]:
+        """A reader that has read the example's prompt and has room for what follows, and the tokens it had to read.
+
+        Args:
+            example: the one to read now.
+            upcoming: the ones to follow, as far as they are known.
+            progress: told the tokens of the prompt that are read so far.
+        """
+        prompt = example.prompt
+        shared = common_prefix(self.text, prompt)
+        while self.marks and self.marks[-1][0] > shared:
+            self.marks.pop()
+        branches = self._branches(example, upcoming)
+        needed = max(len(e.prompt) + e.room for e in (example, *(e for _, e in branches)))
+        if self.reader is None or not self.marks or self.reader.max_tokens < len(prompt) + example.room:
+            self.marks, self.reader = [], None  # what it held is freed first
+            self.reader = self.model.start(needed)
+            start = 0
+        else:
+            start, mark = self.marks[-1]
+            self.reader.rewind(mark)
+        at = start
+        for border in sorted({border for border, _ in branches if border > start}):
+            if border - at >= WORTH_A_MARK:
+                self.reader.read(prompt[at:border], progress)
+                at = border
+                self.marks.append((at, self.reader.mark()))
+        self.reader.read(prompt[at:], progress)
+        self.text = prompt
+        return self.reader, len(prompt) - start
+
+    @staticmethod
+    def _branches(example: Example, upcoming: Sequence[Example]) -> list[tuple[int, Example]]:
+        """How far each of the next examples goes along with this one; it ends with the first that does not."""
+        found, shared = [], len(example.prompt)
+        for later in upcoming:
+            shared = min(shared, common_prefix(example.prompt, later.prompt))
+            if shared < WORTH_A_MARK:
+                break
+            found.append((shared, later))
+        return found

@@ -1,0 +1,187 @@
+"""The file of a run: one JSON line for what was run, then one a sample, each with a checksum.
+
+    {"kind": "run", "configuration": {"task": ..., "options": ..., "seed": ..., "model": ...}, "environment": ..., ...}
+    {"kind": "sample", "index": 0, "prompt_hash": ..., "target": ..., "output": ..., "scores": ..., ...}
+    {"kind": "end", "samples": 110}
+
+A line is on disk when `append` returns. A run that was killed goes on from its file: a last line that was cut short is
+removed, any other damage is an error that names the line.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+FORMAT = 1
+HEAD = b'{"kind": "run", '  # how every result file begins
+
+
+@dataclass
+class Run:
+    """A result file's content.
+
+    Attributes:
+        configuration: what the results depend on; a file belongs to one.
+        header: the whole first line: also environment, time, versions.
+        samples: by index, in the order they were made.
+        complete: whether the run came to its end.
+    """
+
+    configuration: dict[str, Any]
+    header: dict[str, Any]
+    samples: dict[int, dict[str, Any]] = field(default_factory=dict)
+    complete: bool = False
+
+    @property
+    def label(self) -> str:
+        """The model's name."""
+        return self.configuration["model"]["name"]
+
+
+class Damaged(ValueError):
+    """A line that nobody wrote so."""
+
+
+def read_run(path: str | os.PathLike[str]) -> Run:
+    """The content of a result file, a last line that was cut short left out.
+
+    Raises:
+        ValueError: it is no result file, or damaged; the message names the line.
+    """
+    run, _ = _parse(Path(path))
+    return run
+
+
+@contextmanager
+def open_run(path: str | os.PathLike[str], header: dict[str, Any]) -> Iterator[ResultFile]:
+    """A result file to append to: a new one, or one of the same configuration.
+
+    Raises:
+        ValueError: the file is of another configuration, damaged, or being written by another process.
+    """
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with target.open("a+b") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ValueError(f"{target} is being written by another process.") from error
+        results = ResultFile(file)
+        if target.stat().st_size:
+            run, whole = _parse(target)
+            _check_same(target, run.configuration, header["configuration"])
+            file.truncate(whole)
+            results.run = run
+        else:
+            results.run = Run(header["configuration"], header)
+        if not results.run.header.get("kind"):  # new, or nothing but a cut first line
+            results.append({"kind": "run", "format": FORMAT, **header})
+            results.run.header = {"kind": "run", "format": FORMAT, **header}
+        yield results
+
+
+class ResultFile:
+    """An open, locked result file and what it holds."""
+
+    run: Run
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Write a line; it is on disk when this returns."""
+        text = json.dumps(record, allow_nan=False)
+        line = f'{text[:-1]}, "check": "{_check(text)}"}}\n'
+        self._file.write(line.encode())
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def add(self, sample: dict[str, Any]) -> None:
+        """Write a sample's line and keep the sample."""
+        self.append({"kind": "sample", **sample})
+        self.run.samples[sample["index"]] = sample
+
+
+def _check(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
+
+
+def _parse(path: Path) -> tuple[Run, int]:
+    """The content, and how many bytes of the file are whole lines."""
+    raw = path.read_bytes()
+    lines = raw.splitlines(keepends=True)
+    run: Run | None = None
+    whole = 0
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = _record(line)
+            run = _take(run, record)
+        except Damaged as error:
+            cut_header = number == 1 and (HEAD.startswith(line) or (line.startswith(HEAD) and not line.endswith(b"\n")))
+            if number == len(lines) and (run is not None or cut_header):
+                break  # the process was killed while it wrote this line
+            raise ValueError(f"line {number} of {path} is damaged: {error}. Restore the file or delete it.") from None
+        whole += len(line)
+    return run or Run({}, {}), whole
+
+
+def _record(line: bytes) -> dict[str, Any]:
+    if not line.endswith(b"\n"):
+        raise Damaged("it has no end")
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise Damaged(f"it is no JSON ({error})") from None
+    if not isinstance(record, dict) or "kind" not in record or "check" not in record:
+        raise Damaged("it is no line of a result file")
+    check = record.pop("check")
+    if check != _check(json.dumps(record)):
+        raise Damaged("its checksum does not fit")
+    return record
+
+
+def _take(run: Run | None, record: dict[str, Any]) -> Run:
+    kind = record["kind"]
+    if run is None:
+        if kind != "run":
+            raise Damaged("the first line must say what was run")
+        if record["format"] != FORMAT:
+            raise ValueError(f"a result file of format {record['format']}; this version reads format {FORMAT}.")
+        return Run(record["configuration"], record)
+    if kind == "sample":
+        sample = {key: value for key, value in record.items() if key != "kind"}
+        if sample["index"] in run.samples:
+            raise Damaged(f"sample {sample['index']} is there twice")
+        run.samples[sample["index"]] = sample
+    elif kind == "end":
+        run.complete = True
+    else:
+        raise Damaged(f"unknown kind {kind!r}")
+    return run
+
+
+def _check_same(path: Path, found: dict[str, Any], asked: dict[str, Any]) -> None:
+    """ValueError that names the first difference between two configurations."""
+    asked = json.loads(json.dumps(asked))  # tuples are lists in the file
+    if not found or found == asked:
+        return
+    name, here, there = next(_differences(found, asked, ""))
+    raise ValueError(
+        f"{path} belongs to another run: its {name} is {here!r}, this one's {there!r}. Name another file with --out."
+    )
+
+
+def _differences(a: Any, b: Any, name: str) -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(a, dict) and isinstance(b, dict):
+        for key in dict.fromkeys((*a, *b)):
+            yield from _differences(a.get(key), b.get(key), f"{name}.{key}" if name else key)
+    elif a != b:
+        yield name, a, b

@@ -1,0 +1,99 @@
+"""What a task is: from a seed to examples, from an output to scores. docs/evaluation.md shows how to add one."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import typing
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from typing import Any, ClassVar
+
+from oncelm.eval.examples import Example, Output, Scores
+from oncelm.eval.model import Codec
+from oncelm.eval.results import Run
+from oncelm.eval.statistics import estimate
+from oncelm.eval.views import Table, View, group, plain
+from oncelm.utils.errors import unknown
+
+
+class Task(ABC):
+    """A frozen dataclass whose fields, made by `option`, are its options on the command line and in `options()`.
+
+    Attributes:
+        name: on the command line.
+        summary: one line of help.
+        by: tags that the default table groups by.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    by: ClassVar[tuple[str, ...]] = ()
+
+    @abstractmethod
+    def examples(self, codec: Codec, seed: int) -> Iterable[Example]:
+        """The examples, always the same for a seed. Those whose prompts begin alike should follow each other."""
+
+    @abstractmethod
+    def score(self, example: Example, output: Output) -> Scores:
+        """Judge the output (text of a Generate, TokenScores of a Score): figures by name."""
+
+    def count(self) -> int | None:
+        """How many examples there are, if that is known before they are made."""
+        return None
+
+    def longest(self) -> int | None:
+        """Tokens of the longest text that a model will hold, if that is known before."""
+        return max(getattr(self, "lengths", ()), default=None)
+
+    @classmethod
+    def views(cls, runs: Sequence[Run]) -> list[View]:
+        """What a report shows of runs of this task."""
+        return default_views(cls.name, cls.by, runs)
+
+    def options(self) -> dict[str, Any]:
+        """The options as JSON values; two runs with the same ones ask the same questions."""
+        assert dataclasses.is_dataclass(self)
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+    @classmethod
+    def option_fields(cls) -> list[tuple[str, Any, Any, str]]:
+        """(name, type, default, help) of every option."""
+        types = typing.get_type_hints(cls)
+        assert dataclasses.is_dataclass(cls)
+        return [(f.name, types[f.name], f.default, f.metadata["help"]) for f in dataclasses.fields(cls)]
+
+
+def default_views(name: str, by: Sequence[str], runs: Sequence[Run]) -> list[View]:
+    """A table of the mean of each score by the tags `by`."""
+    scores = [sample["scores"] for run in runs for sample in run.samples.values()]
+    names = list(dict.fromkeys(n for s in scores for n, value in s.items() if not isinstance(value, list)))
+    rows: list[list[str]] = []
+    for run in runs:
+        for tags, samples in group(run.samples.values(), by).items():
+            found = [[s["scores"][n] for s in samples if n in s["scores"]] for n in names]
+            means = [plain(estimate(values)) if values else "" for values in found]
+            rows.append([run.label, *map(str, tags), str(len(samples)), *means])
+    return [Table(name, ["model", *by, "samples", *names], rows, note="Mean (95 % interval).")]
+
+
+def option(default: Any, help: str) -> Any:
+    """A field of a task that is an option: an int, float, str, bool or tuple of ints (tokens, such as 4K,32K)."""
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+def make_task(task: type[Task], **options: Any) -> Task:
+    """A task with options; ValueError for one that it does not have, with the nearest."""
+    known = [name for name, *_ in task.option_fields()]
+    for name in options:
+        if name not in known:
+            raise unknown(f"option of task {task.name}", name, known)
+    return task(**options)
+
+
+def parse_tokens(text: str) -> int:
+    """ "128K" as 131072: K is 1024, M is 1024 * 1024."""
+    match = re.fullmatch(r"(\d+)([KkMm]?)", text.strip())
+    if not match or not int(match[1]):
+        raise ValueError(f"a length is a number of tokens above 0, such as 4096, 128K or 1M; got {text!r}.")
+    return int(match[1]) << {"": 0, "k": 10, "m": 20}[match[2].lower()]

@@ -1,0 +1,155 @@
+"""Questions about long documents, from the public formats of GovReport, QMSum, Qasper and NarrativeQA.
+
+A folder holds one file a data set, named for it: `gov_report.jsonl`, `qmsum.jsonl`, `qasper.json`, `narrativeqa.jsonl`
+(any name that contains one of DATASETS; NarrativeQA's own release is its folder of `qaps.csv` and `tmp/*.content`).
+Each file may be in LongBench's form, SCROLLS' or ZeroSCROLLS', or in the data set's own.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# how a file's name says what it is: (part of the name, data set)
+DATASETS = (
+    ("gov_report", "GovReport"),
+    ("govreport", "GovReport"),
+    ("qmsum", "QMSum"),
+    ("qasper", "Qasper"),
+    ("narrative_qa", "NarrativeQA"),
+    ("narrativeqa", "NarrativeQA"),
+)
+
+
+@dataclass(frozen=True)
+class Question:
+    """`question` is "" where the answer is a summary of the document."""
+
+    dataset: str
+    document: str
+    question: str
+    answer: str
+
+
+def read_questions(folder: str) -> list[Question]:
+    """All questions of a folder, those about one document together, in the files' order.
+
+    Raises:
+        ValueError: no file of a known data set, a line in no known form, a split without answers.
+    """
+    root = Path(folder)
+    if not root.is_dir():
+        raise ValueError(f"data {folder!r} is no folder; it must hold files such as gov_report.jsonl or qasper.json.")
+    found: list[Question] = []
+    for file in sorted(root.rglob("*")):
+        name = file.name.lower() if file.name != "qaps.csv" else "narrativeqa.csv"
+        dataset = next((dataset for part, dataset in DATASETS if part in name), None)
+        if dataset and file.suffix in (".jsonl", ".json", ".csv"):
+            found += _grouped(_read_file(file, dataset))
+    if not found:
+        raise ValueError(
+            f"folder {folder!r} holds no file of a known data set: a name must contain one of "
+            f"{', '.join(part for part, _ in DATASETS)} and end in .jsonl or .json."
+        )
+    return found
+
+
+def _grouped(questions: Iterator[Question]) -> list[Question]:
+    """Questions about one document together."""
+    groups: dict[str, list[Question]] = {}
+    for question in questions:
+        groups.setdefault(question.document, []).append(question)
+    return [question for group in groups.values() for question in group]
+
+
+def _read_file(file: Path, dataset: str) -> Iterator[Question]:
+    if file.suffix == ".csv":
+        yield from _narrative_qa(file)
+        return
+    text = file.read_text(encoding="utf-8")
+    if file.suffix == ".json":
+        try:
+            content = json.loads(text)
+        except ValueError as error:
+            raise ValueError(f"{file} is not JSON: {error}") from error
+        records = list(content.values()) if isinstance(content, dict) else content
+        lines = [(f"entry {number} of {file}", record) for number, record in enumerate(records, start=1)]
+    else:
+        lines = [(f"line {n} of {file}", _json(line, n, file)) for n, line in enumerate(text.splitlines(), 1) if line]
+    for where, record in lines:
+        yield from _read_record(record, dataset, where)
+
+
+def _json(line: str, number: int, file: Path) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"line {number} of {file} is not JSON: {error}") from error
+
+
+def _read_record(record: Any, dataset: str, where: str) -> Iterator[Question]:
+    keys = set(record) if isinstance(record, dict) else set()
+    if {"context", "answers"} <= keys:  # LongBench
+        question = "" if dataset == "GovReport" else record.get("input", "")
+        if not record["answers"]:
+            raise ValueError(f"{where} has no answer.")
+        yield Question(dataset, record["context"], question, record["answers"][0])
+    elif {"input", "output"} <= keys:  # SCROLLS, ZeroSCROLLS
+        yield _scrolls(record, dataset, where)
+    elif {"report", "summary"} <= keys:
+        yield Question(dataset, record["report"], "", record["summary"])
+    elif {"meeting_transcripts", "specific_query_list"} <= keys:
+        turns = "\n".join(f"{turn['speaker']}: {turn['content']}" for turn in record["meeting_transcripts"])
+        for query in (*record.get("general_query_list", ()), *record["specific_query_list"]):
+            yield Question(dataset, turns, query["query"], query["answer"])
+    elif {"full_text", "qas"} <= keys:
+        yield from _qasper(record, dataset)
+    else:
+        raise ValueError(
+            f"{where} is in no known form; its keys are {sorted(keys)}. Known: context + answers (LongBench), input + "
+            "output (SCROLLS), report + summary (GovReport), meeting_transcripts (QMSum), full_text + qas (Qasper)."
+        )
+
+
+def _scrolls(record: dict[str, Any], dataset: str, where: str) -> Question:
+    text, answer = record["input"], record["output"]
+    if not answer:
+        raise ValueError(f"{where} has no output: this split is published without answers; use the validation split.")
+    if "document_start_index" in record:
+        document = text[record["document_start_index"] : record["document_end_index"]]
+        question = text[record["query_start_index"] : record["query_end_index"]]
+        return Question(dataset, document.strip(), "" if dataset == "GovReport" else question.strip(), answer)
+    if dataset == "GovReport":
+        return Question(dataset, text, "", answer)
+    question, _, document = text.partition("\n\n")
+    return Question(dataset, document, question, answer)
+
+
+def _qasper(paper: dict[str, Any], dataset: str) -> Iterator[Question]:
+    sections = "\n\n".join(
+        "\n".join([section["section_name"] or "", *section["paragraphs"]]) for section in paper["full_text"]
+    )
+    document = f"{paper['title']}\n\n{paper['abstract']}\n\n{sections}"
+    for question in paper["qas"]:
+        for given in question["answers"][:1]:
+            answer = given["answer"]
+            if answer.get("unanswerable"):
+                continue
+            yes_no = {True: "Yes", False: "No"}.get(answer.get("yes_no"), "")
+            text = answer.get("free_form_answer") or ", ".join(answer.get("extractive_spans") or ()) or yes_no
+            if text:
+                yield Question(dataset, document, question["question"], text)
+
+
+def _narrative_qa(file: Path) -> Iterator[Question]:
+    with file.open(encoding="utf-8", newline="") as lines:
+        for row in csv.DictReader(lines):
+            story = file.parent / "tmp" / f"{row['document_id']}.content"
+            if not story.is_file():
+                continue  # the release comes without the stories; those that were fetched are used
+            text = story.read_text(encoding="utf-8", errors="replace")
+            yield Question("NarrativeQA", text, row["question"], row["answer1"])
