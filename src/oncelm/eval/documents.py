@@ -56,7 +56,7 @@ def _read_file(file: Path) -> Iterator[Document]:
         if text.strip():
             yield Document(file.stem, text)
         return
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.rstrip("\n").split("\n"), start=1):
         try:
             record = json.loads(line)
             found = record["text"]

@@ -147,7 +147,7 @@ def _legend(view: Curves) -> str:
 def _about(run: Run, number: int) -> str:
     """What a run was, and its samples."""
     model, environment = run.configuration["model"], run.header["environment"]
-    options = ", ".join(f"{key} {value}" for key, value in run.configuration["options"].items())
+    options = ", ".join(f"{key} {_option(value)}" for key, value in run.configuration["options"].items())
     gpus = environment["gpus"]
     hardware = gpus[0]["name"] if run.header["device"].startswith("cuda") and gpus else environment["cpu"]
     facts = (
@@ -161,6 +161,10 @@ def _about(run: Run, number: int) -> str:
         f'<details data-run="{number}"><summary>{len(run.samples):,} samples of {html.escape(run.label)}</summary>'
         '<div class="scroll samples"></div></details>\n'
     )
+
+
+def _option(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _data(runs: Sequence[Run]) -> str:

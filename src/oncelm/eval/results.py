@@ -67,6 +67,7 @@ def open_run(path: str | os.PathLike[str], header: dict[str, Any]) -> Iterator[R
     Raises:
         ValueError: the file is of another configuration, damaged, or being written by another process.
     """
+    header = json.loads(json.dumps(header))  # as the file will have it: tuples are lists
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     with target.open("a+b") as file:
@@ -170,7 +171,6 @@ def _take(run: Run | None, record: dict[str, Any]) -> Run:
 
 def _check_same(path: Path, found: dict[str, Any], asked: dict[str, Any]) -> None:
     """ValueError that names the first difference between two configurations."""
-    asked = json.loads(json.dumps(asked))  # tuples are lists in the file
     if not found or found == asked:
         return
     name, here, there = next(_differences(found, asked, ""))

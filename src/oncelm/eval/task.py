@@ -95,5 +95,5 @@ def parse_tokens(text: str) -> int:
     """ "128K" as 131072: K is 1024, M is 1024 * 1024."""
     match = re.fullmatch(r"(\d+)([KkMm]?)", text.strip())
     if not match or not int(match[1]):
-        raise ValueError(f"a length is a number of tokens above 0, such as 4096, 128K or 1M; got {text!r}.")
+        raise ValueError(f"must be a whole number above 0, such as 20, 4096 or 128K; got {text!r}.")
     return int(match[1]) << {"": 0, "k": 10, "m": 20}[match[2].lower()]

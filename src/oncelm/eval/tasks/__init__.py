@@ -11,9 +11,12 @@ from oncelm.eval.tasks.in_context import Trec, WebQs
 from oncelm.eval.tasks.longppl import LongPpl
 from oncelm.eval.tasks.needle import MultiNeedle, Needle
 from oncelm.eval.tasks.nll import Nll
+from oncelm.eval.tasks.passkey import Passkey
 from oncelm.utils.errors import unknown
 
-TASKS: dict[str, type[Task]] = {task.name: task for task in (Needle, MultiNeedle, Nll, ArHit, LongPpl, Trec, WebQs)}
+TASKS: dict[str, type[Task]] = {
+    task.name: task for task in (Needle, MultiNeedle, Passkey, Nll, ArHit, LongPpl, Trec, WebQs)
+}
 
 
 def find_task(name: str) -> type[Task]:

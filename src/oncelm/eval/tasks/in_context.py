@@ -57,7 +57,8 @@ class InContext(Task):
         """The items of one split's file."""
 
     def examples(self, codec: Codec, seed: int) -> Iterator[Example]:
-        train, test = (self.read(find_split(self.data, split)) for split in ("train", "test"))
+        files = [find_split(self.data, split) for split in ("train", "test")]
+        train, test = map(self.read, files)
         shown = [codec.encode(self.form.format(item.question) + f" {item.answers[0]}\n\n") for item in train]
         asked = [codec.encode(self.form.format(item.question)) for item in test]
         count, longest = min(self.questions, len(test)), max(map(len, asked))
@@ -119,7 +120,7 @@ class Trec(InContext):
         if file.suffix == ".jsonl":
             return read_jsonl(file)
         items = []
-        for number, line in enumerate(file.read_text(encoding="latin-1").splitlines(), start=1):
+        for number, line in enumerate(_lines(file.read_text(encoding="latin-1")), start=1):
             match = re.fullmatch(r"([A-Z]+):(\w+) (.+)", line.strip())
             if not match or match[1] not in TREC_CLASSES:
                 raise ValueError(f"line {number} of {file} is no 'CLASS:subclass question' of TREC: {line[:60]!r}.")
@@ -176,7 +177,7 @@ def find_split(folder: str, split: str) -> Path:
 def read_jsonl(file: Path) -> list[Item]:
     """Lines of {"question": ..., "answers": [...]} (or "answer"), or of question, tab, list of answers."""
     items = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(_lines(file.read_text(encoding="utf-8")), start=1):
         try:
             if line.startswith("{"):
                 record = json.loads(line)
@@ -190,6 +191,11 @@ def read_jsonl(file: Path) -> list[Item]:
             ) from error
         items.append(Item(question, (answers,) if isinstance(answers, str) else tuple(answers)))
     return _some(items, file)
+
+
+def _lines(text: str) -> list[str]:
+    """Lines ended by line feeds only: a question may hold other separators of lines."""
+    return text.rstrip("\n").split("\n")
 
 
 def _some(items: list[Item], file: Path) -> list[Item]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import ClassVar
 
 import numpy as np
@@ -60,9 +61,13 @@ class Needle(Task):
         used = 0  # tokens of the haystack that earlier runs have shown
         for length in self.lengths:
             for count in self.needles:
-                for run in range(self.runs):
-                    yield from self._run(codec, haystack, used if self.strict else 0, seed, length, count, run)
-                    used += length
+                starts = [used + run * length if self.strict else 0 for run in range(self.runs)]
+                used += self.runs * length
+                runs = [self._run(codec, haystack, start, seed, length, count, run) for run, start in enumerate(starts)]
+                if self.strict or count > 1:
+                    yield from chain.from_iterable(runs)
+                else:  # all runs have one text: depth by depth, it is read once for all of them
+                    yield from chain.from_iterable(zip(*runs, strict=True))
 
     def _run(
         self, codec: Codec, haystack: Haystack, start: int, seed: int, length: int, count: int, run: int

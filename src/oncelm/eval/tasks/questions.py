@@ -79,7 +79,7 @@ def _read_file(file: Path, dataset: str) -> Iterator[Question]:
         records = list(content.values()) if isinstance(content, dict) else content
         lines = [(f"entry {number} of {file}", record) for number, record in enumerate(records, start=1)]
     else:
-        lines = [(f"line {n} of {file}", _json(line, n, file)) for n, line in enumerate(text.splitlines(), 1) if line]
+        lines = [(f"line {n} of {file}", _json(line, n, file)) for n, line in enumerate(text.split("\n"), 1) if line]
     for where, record in lines:
         yield from _read_record(record, dataset, where)
 

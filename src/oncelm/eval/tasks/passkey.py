@@ -1,0 +1,81 @@
+"""Passkey retrieval: a number stands once in a long, dull text, and is asked for at its end.
+
+The prompt is that of Landmark attention (arXiv 2305.16300), as LongLLaMA uses it (arXiv 2307.03170). It says how far
+back a model can look for one thing, and nothing about what else it understands.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from oncelm.eval.examples import Example, Generate, Output, Scores
+from oncelm.eval.model import Codec
+from oncelm.eval.papers import PASSKEY
+from oncelm.eval.results import Run
+from oncelm.eval.task import Task, option
+from oncelm.eval.views import View, by_column, tokens
+
+TASK = (
+    "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. "
+    "I will quiz you about the important information there.\n"
+)
+FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
+KEY = "\nThe pass key is {key}. Remember it. {key} is the pass key.\n"
+QUESTION = "\nWhat is the pass key? The pass key is"
+LARGEST_KEY = 50_000
+
+
+@dataclass(frozen=True)
+class Passkey(Task):
+    """The pass key stands at a random place of the filler in every trial."""
+
+    name: ClassVar[str] = "passkey"
+    summary: ClassVar[str] = "find a number in a long text of five sentences over and over"
+
+    lengths: tuple[int, ...] = option((4096, 16384, 32768), "tokens of prompt and answer together")
+    trials: int = option(20, "samples of each length")
+    max_new_tokens: int = option(10, "tokens of the answer")
+
+    def __post_init__(self) -> None:
+        for name in ("trials", "max_new_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+
+    def count(self) -> int:
+        return len(self.lengths) * self.trials
+
+    def examples(self, codec: Codec, seed: int) -> Iterator[Example]:
+        codec.check(KEY.format(key=1234567890), "the pass key")
+        start, filler, question = np.concatenate([codec.prefix, codec.encode(TASK)]), codec.encode(FILLER), QUESTION
+        for length in self.lengths:
+            places = np.sort(np.random.default_rng([seed, length]).random(self.trials))  # ever deeper: read once
+            for trial, place in enumerate(places.tolist()):
+                key = str(np.random.default_rng([seed, length, trial]).integers(1, LARGEST_KEY + 1))
+                hidden, asked = codec.encode(KEY.format(key=key)), codec.encode(question)
+                room = length - self.max_new_tokens - len(start) - len(hidden) - len(asked)
+                if room < len(filler):
+                    least = length - room + len(filler)
+                    raise ValueError(f"a context of {length} tokens is too short: a passkey prompt takes {least}.")
+                text = np.resize(filler, room)
+                at = round(room * place) // len(filler) * len(filler)  # between two sentences
+                prompt = np.concatenate([start, text[:at], hidden, text[at:], asked])
+                tags = {"context_length": length, "depth": round(100 * place, 1), "trial": trial}
+                yield Generate(prompt, key, self.max_new_tokens, tags=tags)
+
+    def score(self, example: Example, output: Output) -> Scores:
+        """Whether the answer starts with the pass key, and not with a number that only begins like it."""
+        assert isinstance(example, Generate)
+        assert isinstance(output, str)
+        found = re.match(r"\s*(\d+)", output)
+        return {"correct": float(found is not None and found[1] == example.target)}
+
+    @classmethod
+    def views(cls, runs: Sequence[Run]) -> list[View]:
+        quoted = {label: {length: f"{v:.3f}" for length, v in row.items()} for label, row in PASSKEY.items()}
+        note = "Share right (95 % interval), by tokens of context."
+        return [by_column(cls.name, runs, "correct", "context_length", head=tokens, quoted=quoted, note=note)]
