@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import subprocess
 from html.parser import HTMLParser
 
 import pytest
@@ -123,6 +125,30 @@ def test_no_runs_or_no_samples(runs, tmp_path) -> None:
     with pytest.raises(ValueError, match="needle on llama has no sample yet"):
         write_report(runs, tmp_path / "r.html")
     assert not (tmp_path / "r.html").exists()
+
+
+@pytest.mark.slow
+def test_tapping_a_cell_shows_its_samples(runs, tmp_path) -> None:
+    """In a real browser."""
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("no chromium here")
+    for number, sample in runs[1].samples.items():
+        sample["output"] = f"answer-{number}"
+    write_report(runs, tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    tap = "<script>document.querySelectorAll('table.map button')[7].click()</script></body>"  # the second run's second
+    (tmp_path / "tapped.html").write_text(page.replace("</body>", tap))
+    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", f"file://{tmp_path}/tapped.html"]
+    dom = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
+    shown = set(re.findall(r"<pre>output: (answer-\d+)</pre>", dom))
+    wanted = {
+        f"answer-{number}"
+        for number, sample in runs[1].samples.items()
+        if sample["tags"]["context_length"] == 512 and sample["tags"]["depth"] == 0
+    }
+    assert shown == wanted
+    assert len(wanted) == 2
 
 
 @pytest.mark.parametrize("points", [[], [(1, 2.0)], [(1, 2.0), (2, 2.0)], [(4096, 1.5), (1 << 20, 0.25)]])

@@ -1,4 +1,4 @@
-"""Curves as an SVG drawing."""
+"""Curves as an SVG drawing, and the colours of all pictures."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from collections.abc import Callable
 from oncelm.eval.views import Curves, tokens
 
 COLOURS = ("#1b6ca8", "#d9772b", "#3a9a5c", "#b2478f", "#8a6d3b", "#5b6570")
-WIDTH, HEIGHT = 640, 320
-LEFT, RIGHT, TOP, BOTTOM = 56, 16, 14, 44
+HEAT = ((230, 126, 67), (246, 242, 220), (104, 170, 214))  # 0, half, 1; told apart by colour-blind eyes too
+WIDTH, HEIGHT = 480, 300  # drawn small enough that letters are readable on a phone
+LEFT, RIGHT, TOP, BOTTOM = 48, 18, 22, 50
 
 
 def draw(view: Curves) -> str:
@@ -25,10 +26,10 @@ def draw(view: Curves) -> str:
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y_of(y):.1f}" y2="{y_of(y):.1f}"/>')
         parts.append(f'<text x="{LEFT - 6}" y="{y_of(y) + 4:.1f}" text-anchor="end">{y:g}</text>')
     for x in x_ticks:
-        parts.append(f'<text x="{x_of(x):.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{tokens(x)}</text>')
+        parts.append(f'<text x="{x_of(x):.1f}" y="{HEIGHT - BOTTOM + 20}" text-anchor="middle">{tokens(x)}</text>')
     middle = (LEFT + WIDTH - RIGHT) / 2
     parts.append(f'<text x="{middle}" y="{HEIGHT - 6}" text-anchor="middle">{html.escape(view.x_label)}</text>')
-    parts.append(f'<text x="{LEFT}" y="{TOP - 3}">{html.escape(view.y_label)}</text>')
+    parts.append(f'<text x="{LEFT}" y="{TOP - 8}">{html.escape(view.y_label)}</text>')
     for number, (label, series) in enumerate(view.series.items()):
         colour = COLOURS[number % len(COLOURS)]
         line = " ".join(f"{x_of(x):.1f},{y_of(y):.1f}" for x, y in series)
@@ -50,8 +51,8 @@ def _x_axis(xs: list[float], log: bool) -> tuple[Scale, list[float]]:
     ticks = sorted(set(xs))
     if log:
         powers = range(math.ceil(low - 1e-9), math.floor(high + 1e-9) + 1)
-        step = max(1, math.ceil(len(powers) / 8))
-        ticks = [2.0**power for power in powers[::step]] if len(powers) > 2 else ticks[:8]
+        step = max(1, math.ceil(len(powers) / 7))
+        ticks = [2.0**power for power in powers[::step]] if len(powers) > 2 else ticks[:7]
     span = (high - low) or 1.0
     return lambda x: LEFT + (scale(x) - low) / span * (WIDTH - LEFT - RIGHT), ticks
 

@@ -10,7 +10,7 @@ from importlib.resources import files
 from string import Template
 from typing import Any
 
-from oncelm.eval.chart import COLOURS, draw
+from oncelm.eval.chart import COLOURS, HEAT, draw
 from oncelm.eval.results import Run
 from oncelm.eval.task import default_views
 from oncelm.eval.tasks import TASKS
@@ -19,8 +19,6 @@ from oncelm.utils.files import atomic_file
 
 SHOWN_CHARACTERS = 400  # of a target or output
 SAMPLES_IN_PAGE = 5000  # of a run
-
-_LOW, _MIDDLE, _HIGH = (230, 126, 67), (246, 242, 220), (104, 170, 214)  # told apart by colour-blind eyes too
 
 
 def write_report(runs: Sequence[Run], path: str | os.PathLike[str], title: str = "Evaluation") -> None:
@@ -131,7 +129,8 @@ def _cell(view: Heatmap, run: int | None, x: float, y: float, value: float | Non
 
 def _colour(value: float) -> tuple[int, int, int]:
     """From low over middle to high."""
-    start, end, share = (_LOW, _MIDDLE, 2 * value) if value < 0.5 else (_MIDDLE, _HIGH, 2 * value - 1)
+    low, middle, high = HEAT
+    start, end, share = (low, middle, 2 * value) if value < 0.5 else (middle, high, 2 * value - 1)
     red, green, blue = (round(a + (b - a) * share) for a, b in zip(start, end, strict=True))
     return red, green, blue
 
@@ -159,7 +158,7 @@ def _about(run: Run, number: int) -> str:
     return (
         f"<p><b>{html.escape(run.label)}</b>{state}: {html.escape(facts)}</p>"
         f'<details data-run="{number}"><summary>{len(run.samples):,} samples of {html.escape(run.label)}</summary>'
-        '<div class="scroll samples"></div></details>\n'
+        '<div class="samples"></div></details>\n'
     )
 
 

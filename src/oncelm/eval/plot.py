@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from oncelm.eval.chart import HEAT
 from oncelm.eval.views import Curves, Heatmap, View, tokens
 from oncelm.utils.files import atomic_file
 
@@ -41,8 +42,11 @@ def write_pngs(views: Sequence[View], folder: str | os.PathLike[str], prefix: st
 
 
 def _heatmap(figure: Any, axes: Any, view: Heatmap) -> None:
+    from matplotlib.colors import LinearSegmentedColormap
+
     values = [[float("nan") if value is None else value for value in row] for row in view.values]
-    drawn = axes.imshow(values, vmin=0, vmax=1, cmap="RdYlBu", aspect="auto")
+    colours = LinearSegmentedColormap.from_list("heat", [[part / 255 for part in colour] for colour in HEAT])
+    drawn = axes.imshow(values, vmin=0, vmax=1, cmap=colours, aspect="auto")
     axes.set_xticks(range(len(view.xs)), [tokens(x) if view.x_tag == "context_length" else f"{x:g}" for x in view.xs])
     axes.set_yticks(range(len(view.ys)), [f"{y:g}" for y in view.ys])
     for row, cells in enumerate(view.values):

@@ -77,10 +77,10 @@ class ArHit(Task):
         header = ["model", "all", "AR-hit", "first occurrence", "share of hits"]
         quoted = [[name, *(f"{value:.3f}" for value in values), ""] for name, values in ABLATIONS_160M.items()]
         note = (
-            "Nats a token (95 % interval, of blocks). The published rows are 160M models with another tokenizer on "
-            "other text: compare differences between rows, not levels."
+            "Nats a token; in brackets the 95 % interval, of blocks. The published rows are of 160M models with "
+            "another tokenizer on other text: compare differences between rows, not levels."
         )
-        return [Table("ar-hit", header, rows, quoted, note)]
+        return [Table("loss of hits and of first occurrences", header, rows, quoted, note)]
 
 
 def _estimates(run: Run) -> list[Estimate | None]:

@@ -98,10 +98,18 @@ class InContext(Task):
                 for (length,), samples in group(run.samples.values(), ("context_length",)).items()
             }
             series[run.label] = [(length, float(mean)) for length, mean in sorted(means.items())]
-        note = "Exact match (95 % interval), by tokens of context."
+        note = "95 % interval in brackets."
         return [
-            by_column(cls.name, runs, "correct", "context_length", head=tokens, quoted=quoted, note=note),
-            Curves(f"{cls.name}: exact match", "context, tokens", "share right", series),
+            by_column(
+                "exact match, by tokens of context",
+                runs,
+                "correct",
+                "context_length",
+                head=tokens,
+                quoted=quoted,
+                note=note,
+            ),
+            Curves(f"{cls.name}, exact match", "context, tokens", "share right", series),
         ]
 
 

@@ -71,9 +71,9 @@ class LongPpl(Task):
                 rows.append([run.label, dataset, *(_perplexity(cells.get(length)) for length in lengths)])
                 series[f"{run.label}, {dataset}"] = [(length, math.exp(e.mean)) for length, e in sorted(cells.items())]
         header = ["model", "data", *map(tokens, lengths)]
-        note = "Perplexity of the answer's tokens (95 % interval, of questions), by tokens of context."
+        note = "Of the answer's tokens; in brackets the 95 % interval, of questions."
         return [
-            Table("longppl", header, rows, note=note),
+            Table("answer perplexity, by tokens of context", header, rows, note=note),
             Curves("answer perplexity", "context, tokens", "perplexity", series),
         ]
 

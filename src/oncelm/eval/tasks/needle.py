@@ -141,7 +141,7 @@ class Needle(Task):
 
     @classmethod
     def views(cls, runs: Sequence[Run]) -> list[View]:
-        found: list[View] = [_summary(cls.name, runs, {})]
+        found: list[View] = [_summary("share found, by length", runs, {})]
         for run in runs:
             mode = "strict" if run.configuration["options"]["strict"] else "paper's protocol"
             title = f"{run.label}, {mode}"
@@ -168,7 +168,7 @@ class MultiNeedle(Needle):
             there = [_only(run, length) for run in runs]
             quoted = MULTI_NEEDLE_128K if length == 128 << 10 else {}
             found.append(
-                _summary(f"{cls.name}, {tokens(length)} tokens, by number of needles", there, quoted, "needles")
+                _summary(f"share found at {tokens(length)} tokens, by number of needles", there, quoted, "needles")
             )
         for run in runs:
             found.append(heatmap(run, "correct", "needles", "depth", run.label, "needles", "depth, %"))
@@ -178,7 +178,7 @@ class MultiNeedle(Needle):
 def _summary(title: str, runs: Sequence[Run], quoted: dict, column: str = "context_length") -> Table:
     shown = {label: {key: f"{value:.2f}" for key, value in row.items()} for label, row in quoted.items()}
     head = tokens if column == "context_length" else str
-    note = "Share found (95 % interval)."
+    note = "95 % interval in brackets."
     return by_column(title, runs, "correct", column, head=head, quoted=shown, note=note)
 
 

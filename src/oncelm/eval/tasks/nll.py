@@ -79,7 +79,7 @@ class Nll(Task):
             rows.append([run.label, str(len(samples)), tokens(sum(weights)), plain(loss), f"{math.exp(loss.mean):.2f}"])
         header = ["model", "documents", "tokens", "nats a token", "perplexity"]
         return [
-            Table("nll", header, rows, note="Mean over tokens; interval: 95 %, of documents."),
+            Table("loss", header, rows, note="Mean over tokens; interval: 95 %, of documents."),
             Curves("loss at a position (windowed)", "position, tokens", "nats", windowed),
             Curves("loss up to a position (cumulative)", "position, tokens", "nats", cumulative),
         ]

@@ -77,5 +77,9 @@ class Passkey(Task):
     @classmethod
     def views(cls, runs: Sequence[Run]) -> list[View]:
         quoted = {label: {length: f"{v:.3f}" for length, v in row.items()} for label, row in PASSKEY.items()}
-        note = "Share right (95 % interval), by tokens of context."
-        return [by_column(cls.name, runs, "correct", "context_length", head=tokens, quoted=quoted, note=note)]
+        note = "95 % interval in brackets."
+        return [
+            by_column(
+                "share right, by length", runs, "correct", "context_length", head=tokens, quoted=quoted, note=note
+            )
+        ]
