@@ -34,7 +34,7 @@ def test_a_task_and_a_report(folder, tmp_path, capsys, haystack, monkeypatch) ->
     monkeypatch.chdir(tmp_path)
     options = ["--lengths", "300,400", "--depths", 2, "--runs", 1, "--haystack", haystack, "--device", "cpu"]
     assert evaluate("needle", folder, *options) == 0
-    assert "needle" in capsys.readouterr().out
+    assert "share found, by length" in capsys.readouterr().out
     out = tmp_path / "runs/eval/needle-tiny.jsonl"
     assert len(read_run(out).samples) == 4
     assert evaluate("needle", folder, *options) == 0

@@ -51,7 +51,8 @@ def test_one_needle(text, codec, length, depths, runs, strict, seed) -> None:
         assert (city, number) == (asked[1], example.target)
         assert 1 <= int(number) <= 50_000
         place, room = FOUND.search(prompt).start(), len(FOUND.sub("", prompt)) - len(asked[0])
-        wanted = room * example.tags["depth"] / 100
+        depth = min(np.linspace(0, 100, depths) if depths > 1 else [50], key=lambda d: abs(d - example.tags["depth"]))
+        wanted = room * depth / 100
         assert wanted - 60 < place <= wanted + 1  # moved back to the end of a sentence
         assert place in (0, room) or prompt[:place].rstrip().endswith(".")
     if depths > 1:
@@ -157,7 +158,7 @@ def test_needles_must_fit_the_cities(codec) -> None:
 def test_an_empty_haystack(content, codec, tmp_path) -> None:
     if content is not None:
         (tmp_path / "a.txt").write_text(content)
-    with pytest.raises(ValueError, match="is empty" if content is not None else "holds no text"):
+    with pytest.raises(ValueError, match="is empty" if content is not None else r"holds no \.txt"):
         prompts(codec, haystack=str(tmp_path))
 
 

@@ -1,8 +1,7 @@
-"""Texts to evaluate on: bundled ones by name, a file, or a folder of .txt and .jsonl files."""
+"""Texts to evaluate on: bundled ones by name, a file, or a folder of files, in the formats of training data."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from oncelm.data.corpora import CORPORA, load_corpus
+from oncelm.data.layout import find_corpus
+from oncelm.data.reading import DamagedText, Malformed, Piece, is_text, read, scan
 from oncelm.eval.model import Codec
 from oncelm.utils.errors import unknown
 
@@ -26,8 +27,8 @@ def read_documents(source: str) -> Iterator[Document]:
     """The documents of a source, in order.
 
     Args:
-        source: "sotu" (one document, in date order), "moby_dick" (the book as one document), or a path: a .txt file is
-            one document, each line of a .jsonl file is one ({"text": ...}); a folder is all such files in it, by name.
+        source: "sotu" (all addresses, in date order), "moby_dick" (the book), or a path: a .txt file is one document,
+            each line of a .jsonl file is one; a folder is all such files in it, as for `oncelm data`.
 
     Raises:
         ValueError: nothing there, nothing in it, not UTF-8 text, a line without text.
@@ -35,35 +36,23 @@ def read_documents(source: str) -> Iterator[Document]:
     if source in CORPORA and not Path(source).exists():
         yield Document(source, "\n\n".join(f"{part.title}\n\n{part.text}" for part in load_corpus(source)))
         return
-    root = Path(source)
-    if not root.exists():
+    if not Path(source).exists():
         raise unknown("text", source, (*CORPORA, "a file or folder that exists"))
-    files = [root]
-    if root.is_dir():
-        files = sorted(file for file in root.rglob("*") if file.suffix in (".txt", ".jsonl") and file.is_file())
-        if not files:
-            raise ValueError(f"folder {source!r} holds no text: it has no .txt and no .jsonl file.")
-    for file in files:
-        yield from _read_file(file)
+    for file in (file for part in find_corpus(source).sources for file in part.files):
+        for piece in scan(file):
+            yield from _read_piece(file, piece)
 
 
-def _read_file(file: Path) -> Iterator[Document]:
+def _read_piece(file: Path, piece: Piece) -> Iterator[Document]:
     try:
-        text = file.read_bytes().decode("utf-8").removeprefix("\ufeff").replace("\r\n", "\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not UTF-8 text: {error}") from error
-    if file.suffix != ".jsonl":
-        if text.strip():
-            yield Document(file.stem, text)
-        return
-    for number, line in enumerate(text.rstrip("\n").split("\n"), start=1):
-        try:
-            record = json.loads(line)
-            found = record["text"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"line {number} of {file} must be a JSON object with a key text: {error!r}.") from error
-        if found.strip():
-            yield Document(str(record.get("id", f"{file.stem}:{number}")), found)
+        for item in read(piece):
+            if isinstance(item, Malformed):
+                raise ValueError(f"line {item.line} of {file} is no document: {item.reason}.")
+            text = "".join(item.parts)
+            if text.strip():
+                yield Document(file.stem if is_text(str(file)) else f"{file.stem}:{item.line}", text)
+    except DamagedText as error:
+        raise ValueError(f"{file} is {error}; convert it to UTF-8 or leave it out.") from None
 
 
 class Haystack:

@@ -9,8 +9,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import inspect
-import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,12 +18,11 @@ import torch.nn.functional as F
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from oncelm.cache import ModelCache
+from oncelm.data.encoding import Encoder
 from oncelm.eval.examples import TokenScores
 
 LOGITS_AT_ONCE = 1 << 26  # elements alive while scoring: 256 MiB in float32
 READ_AT_ONCE = 8192  # tokens, of models without a prefill of their own
-PIECE_CHARACTERS = 1 << 16  # of a long text, encoded at a time
-_SAFE_CUT = re.compile(r"\n(?=\S)")  # byte-level tokenizers never merge a line break with a non-space after it
 
 
 class Codec:
@@ -36,22 +34,19 @@ class Codec:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, vocab_size: int | None = None) -> None:
         self.tokenizer, self.vocab_size = tokenizer, vocab_size
+        self._encoder = Encoder(tokenizer)
         whole, plain = tokenizer("a").input_ids, tokenizer("a", add_special_tokens=False).input_ids
         first = next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), 0)
         self.prefix = self._ids(whole[:first])
 
     def encode(self, text: str) -> np.ndarray:
-        """The ids of a text, without special tokens, int32 [T]."""
-        return self._ids(self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+        """The ids of a text, without special tokens, int32 [T]; text that spells one stays text."""
+        return self._ids(self._encoder.encode([text])[0])
 
     def stream(self, text: str) -> Iterator[np.ndarray]:
-        """The ids of a long text, a piece at a time: cut at line breaks, which tokens never span."""
-        start = 0
-        while start < len(text):
-            cut = _SAFE_CUT.search(text, start + PIECE_CHARACTERS)
-            end = cut.end() if cut else len(text)
-            yield self.encode(text[start:end])
-            start = end
+        """The ids of a long text, a piece at a time."""
+        for ids in self._encoder.encode_long([text]):
+            yield self._ids(ids)
 
     def pair(self, before: str, after: str) -> tuple[np.ndarray, np.ndarray]:
         """The ids of `before + after`, cut where `after` begins (a token across the border counts as `after`'s)."""
@@ -71,12 +66,10 @@ class Codec:
             raise ValueError(f"the tokenizer cannot encode {what}: {text!r} comes back as {back!r}.")
 
     def fingerprint(self) -> str:
-        """A short hash of the vocabulary and of how a probe text is encoded."""
-        vocabulary = sorted(self.tokenizer.get_vocab().items())
-        probe = self.encode("It was 1851: \u201cCall me Ishmael.\u201d\n\n  x += 12345\u00e9").tolist()
-        return hashlib.blake2b(repr((vocabulary, probe)).encode(), digest_size=8).hexdigest()
+        """A short hash of what ids depend on."""
+        return self._encoder.fingerprint()[:16]
 
-    def _ids(self, ids: list[int]) -> np.ndarray:
+    def _ids(self, ids: Sequence[int]) -> np.ndarray:
         if self.vocab_size is not None and ids and max(ids) >= self.vocab_size:
             raise ValueError(
                 f"the tokenizer gives token {max(ids)}, but the model knows {self.vocab_size} tokens only; "

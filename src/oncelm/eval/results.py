@@ -10,7 +10,6 @@ removed, any other damage is an error that names the line.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -19,6 +18,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 FORMAT = 1
 HEAD = b'{"kind": "run", '  # how every result file begins
@@ -70,11 +71,12 @@ def open_run(path: str | os.PathLike[str], header: dict[str, Any]) -> Iterator[R
     header = json.loads(json.dumps(header))  # as the file will have it: tuples are lists
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    with target.open("a+b") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ValueError(f"{target} is being written by another process.") from error
+    lock = FileLock(target.with_name(f".{target.name}.lock"), blocking=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise ValueError(f"{target} is being written by another process.") from None
+    with lock, target.open("a+b") as file:
         results = ResultFile(file)
         if target.stat().st_size:
             run, whole = _parse(target)
