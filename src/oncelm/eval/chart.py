@@ -60,7 +60,7 @@ def _x_axis(xs: list[float], log: bool) -> tuple[Scale, list[float]]:
 def _y_axis(ys: list[float]) -> tuple[Scale, list[float]]:
     low, high = min(ys), max(ys)
     if low == high:
-        low, high = low - 0.5, high + 0.5
+        high = low + 1
     rough = (high - low) / 5
     unit = 10 ** math.floor(math.log10(rough))
     step = next(unit * m for m in (1, 2, 5, 10) if unit * m >= rough)
