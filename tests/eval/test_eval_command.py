@@ -96,6 +96,8 @@ def test_help_teaches(task, capsys) -> None:
         (["needle", "MODEL", "--out", "."], "--out . is a folder"),
         (["longppl", "MODEL"], "needs a folder of questions: --data DIR"),
         (["needle", "yoco-tiny"], "has no tokenizer; name one"),
+        (["needle", "yoco-tiny", "--tokenizer", "bytes", "--memory", "cpu"], "preset yoco-tiny is a YOCO"),
+        (["needle", "MODEL", "--memory", "cpu"], "--memory is for LongLLaMA models"),
         (["report"], "required: FILE"),
         (["report", "no.jsonl"], "No such file"),
     ],

@@ -42,6 +42,8 @@ class FakeReader:
 
 
 class FakeModel:
+    shares = True
+
     def __init__(self) -> None:
         self.readers: list[FakeReader] = []
 

@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 import torch
 
+from oncelm import load_tokenizer
 from oncelm.eval import TASKS, Generate, LanguageModel, Task, make_task, option, read_run, run, runner
 from tests.eval.conftest import build
+from tests.models.small import make_long
 
 TIMES = ("read_seconds", "answer_seconds", "tokens_read")
 
@@ -40,6 +42,26 @@ def test_sharing_beginnings_changes_no_answer(kind, haystack, tmp_path, monkeypa
     read = [sum(s["tokens_read"] for s in done.samples.values()) for done in (shared, separate)]
     assert read[1] == sum(s["prompt_tokens"] for s in separate.samples.values())
     assert read[0] < 0.8 * read[1]  # one text, four depths, two runs
+
+
+def test_a_longllama_reads_every_text_in_one_go(haystack, tmp_path) -> None:
+    """What goes to memory depends on where a part of the text ends, so that sharing would change its answers."""
+    small = make_long(vocab_size=260, max_position_embeddings=64)
+    small.generation_config.eos_token_id = None
+    model = LanguageModel(small, load_tokenizer("bytes"), "long", {"memory": "cpu"}, {"last_context_length": 20})
+    done = run(needle(haystack), model, tmp_path / "run.jsonl")
+    examples = list(needle(haystack).examples(model.codec, 0))
+    for example, sample in zip(examples, done.samples.values(), strict=True):
+        assert sample["tokens_read"] == sample["prompt_tokens"] > 64
+        row = torch.tensor(example.prompt, dtype=torch.long)[None]
+        cache, written = small.new_cache(1, 700, memory="exact"), []
+        logits = small.prefill(row, cache, last_context_length=20)
+        for _ in range(example.max_new_tokens):
+            written.append(int(logits[-1].argmax()))
+            with torch.no_grad():
+                logits = small(torch.tensor([[written[-1]]]), past_key_values=cache).logits[0]
+        assert sample["output"] == model.codec.decode(written)
+    assert done.configuration["model"]["memory"] == "cpu"
 
 
 def test_a_finished_run_asks_nothing(haystack, tmp_path, language_models, monkeypatch) -> None:

@@ -7,7 +7,6 @@ OnceLM's models and any other causal LM of transformers behave alike behind it.
 from __future__ import annotations
 
 import copy
-import hashlib
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -20,6 +19,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from oncelm.cache import ModelCache
 from oncelm.data.encoding import Encoder
 from oncelm.eval.examples import TokenScores
+from oncelm.models.checks import fingerprint
 
 LOGITS_AT_ONCE = 1 << 26  # elements alive while scoring: 256 MiB in float32
 READ_AT_ONCE = 8192  # tokens, of models without a prefill of their own
@@ -86,6 +86,8 @@ class LanguageModel:
     Attributes:
         name: for tables; also part of what a result file belongs to.
         longest: tokens of the longest text the model was made for; None where length is no matter.
+        shares: whether a text may be read in parts without changing what the model makes of it. Not so in a LongLLaMA:
+            what moves to memory depends on where a part ends.
     """
 
     def __init__(
@@ -100,9 +102,9 @@ class LanguageModel:
         self.cache_options, self.read_options = cache_options or {}, read_options or {}
         config = model.config.get_text_config()
         self.codec = Codec(tokenizer, config.vocab_size)
+        self.shares = not hasattr(config, "last_context_length")
         # a LongLLaMA's max_position_embeddings is the length of its windows
-        reads_windows = hasattr(config, "last_context_length")
-        self.longest: int | None = None if reads_windows else getattr(config, "max_position_embeddings", None)
+        self.longest: int | None = getattr(config, "max_position_embeddings", None) if self.shares else None
 
     def start(self, max_tokens: int) -> Reader:
         """A reader with room for `max_tokens` tokens."""
@@ -117,7 +119,7 @@ class LanguageModel:
             "type": self.model.config.model_type,
             "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
             "dtype": str(self.model.dtype).removeprefix("torch."),
-            "weights": _fingerprint(self.model),
+            "weights": self.model.fingerprint() if hasattr(self.model, "fingerprint") else fingerprint(self.model, ()),
             "tokenizer": self.codec.fingerprint(),
             **self.cache_options,
             **self.read_options,
@@ -274,14 +276,3 @@ def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
     length = min(len(a), len(b))
     different = np.flatnonzero(a[:length] != b[:length])
     return int(different[0]) if len(different) else length
-
-
-def _fingerprint(model: PreTrainedModel) -> str:
-    """A short hash of a sample of every parameter."""
-    if hasattr(model, "fingerprint"):
-        return model.fingerprint()
-    digest = hashlib.blake2b(digest_size=12)
-    for name, parameter in sorted(model.named_parameters()):
-        flat = parameter.detach().flatten()
-        digest.update(name.encode() + flat[:: max(1, flat.numel() // 64)].float().cpu().numpy().tobytes())
-    return digest.hexdigest()

@@ -59,10 +59,9 @@ class PrefixReader:
         self.text = prompt
         return self.reader, len(prompt) - start
 
-    @staticmethod
-    def _branches(example: Example, upcoming: Sequence[Example]) -> list[tuple[int, Example]]:
+    def _branches(self, example: Example, upcoming: Sequence[Example]) -> list[tuple[int, Example]]:
         """How far each of the next examples goes along with this one; it ends with the first that does not."""
-        found, shared = [], len(example.prompt)
+        found, shared = [], len(example.prompt) if self.model.shares else 0
         for later in upcoming:
             shared = min(shared, common_prefix(example.prompt, later.prompt))
             if shared < WORTH_A_MARK:
