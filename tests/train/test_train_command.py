@@ -107,3 +107,23 @@ def test_a_llama_preset_trains(book, tmp_path) -> None:
     shape = ["model_overrides.num_hidden_layers=1", "model_overrides.hidden_size=32"]
     assert main(["train", book, "--out", str(out), "--model", "llama-tiny", "--steps", "1", *QUICK, *shape]) == 0
     assert oncelm.models.load(out / "model").config.model_type == "llama"
+
+
+def test_conversations_are_learned(tmp_path, capsys) -> None:
+    chats, out = tmp_path / "chats.jsonl", tmp_path / "run"
+    lines = [{"prompt": f"{i} and one?", "response": f"{i + 1}."} for i in range(40)]
+    chats.write_text("\n".join(map(json.dumps, lines)))
+    options = ["--set", "task=sft", "seq_len=64", "batch_size=4", "log_every=1", "lr=5e-3", "warmup_steps=1"]
+    command = ["train", str(chats), "--out", str(out), "--steps", "12", *options]
+    assert main([*command, "--dry-run"]) == 0
+    assert "conversations, 1 file(s)" in capsys.readouterr().out
+    assert main(command) == 0
+    losses = [line["loss"] for line in map(json.loads, (out / "metrics.jsonl").open()) if "loss" in line]
+    assert losses[-1] < 0.5 * losses[0]
+    assert (
+        main([*command[:2], "--out", str(tmp_path / "other"), "--model", "llama-tiny", "--steps", "1", *options]) == 2
+    )
+    assert 'task "sft" needs a model that takes cu_seqlens' in capsys.readouterr().err
+    chats.write_text("{}")
+    assert main([*command[:2], "--out", str(tmp_path / "third"), *options]) == 2
+    assert "chats.jsonl:1: neither messages nor" in capsys.readouterr().err

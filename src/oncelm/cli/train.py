@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from oncelm.data.read_ahead import ReadAhead
     from oncelm.data.tokens import TokenFolder
     from oncelm.train.config import TrainConfig
     from oncelm.train.parallel.ranks import Ranks
+    from oncelm.train.trainer import Batches
 
 HELP = "train a model on text: a file, a folder or a corpus of weighted sources"
 
@@ -39,6 +39,8 @@ examples:
       a preset with another shape
   oncelm train --out runs/books --resume
       go on with a stopped run, settings included
+  oncelm train chats.jsonl --out runs/chat --model runs/books/model --set task=sft lr=1e-5
+      supervised fine-tuning on conversations: only the assistant's tokens are learned
   torchrun --nproc-per-node 8 -m oncelm train books/ --out runs/books --set chunk_parallel=2
       on 8 GPUs, each sequence split over 2 of them; the same batches, and so the same losses, as on one
   oncelm train books/ --out runs/books --dry-run
@@ -74,13 +76,16 @@ def run(args: argparse.Namespace) -> int:
         print(describe(config, args.processes or int(os.environ.get("WORLD_SIZE", "1"))))
         return 0
 
+    from oncelm.data.read_ahead import ReadAhead
     from oncelm.train.parallel.ranks import join_ranks
     from oncelm.train.trainer import Trainer
 
     try:
         with join_ranks(config.device, tensor=config.tensor_parallel, chunk=config.chunk_parallel) as ranks:
             model, dataset, tokenizer = prepare(config, ranks)
-            with dataset:
+            with contextlib.ExitStack() as reading:
+                if isinstance(dataset, ReadAhead):
+                    reading.enter_context(dataset)
                 result = Trainer(model, dataset, config, tokenizer, ranks).fit()
     except FloatingPointError as error:
         print(f"oncelm: training stopped: {error}", file=sys.stderr)
@@ -109,16 +114,47 @@ def read_config(args: argparse.Namespace) -> TrainConfig:
     return load_config(recipe, args.set, values | {"resume": args.resume})
 
 
-def prepare(config: TrainConfig, ranks: Ranks) -> tuple[PreTrainedModel, ReadAhead, PreTrainedTokenizerBase]:
+def prepare(config: TrainConfig, ranks: Ranks) -> tuple[PreTrainedModel, Batches, PreTrainedTokenizerBase]:
     """The model, the data and the tokenizer that a run's settings name; only the first rank's model has values."""
     import inspect
 
     import torch
 
+    tokenizer = make_tokenizer(config, ranks)
+    dataset, largest_id = make_dataset(config, ranks, tokenizer)
+    with contextlib.nullcontext() if ranks.is_main else torch.device("meta"):
+        model = make_model(config, len(tokenizer))
+    vocab_size = model.config.vocab_size
+    if largest_id >= vocab_size:
+        raise ValueError(
+            f"tokenizer {config.tokenizer!r} gives token {largest_id}, but model {config.model!r} knows "
+            f"{vocab_size} tokens only; use the tokenizer it was made with."
+        )
+    if config.attends_within and "cu_seqlens" not in inspect.signature(model.forward).parameters:
+        setting = 'task "sft"' if config.task == "sft" else "within_documents"
+        raise ValueError(f"{setting} needs a model that takes cu_seqlens; {type(model).__name__} does not.")
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):  # for `generate`, once it is trained
+        setattr(model.config, name, getattr(tokenizer, name))
+        if model.generation_config is not None:
+            setattr(model.generation_config, name, getattr(tokenizer, name))
+    return model, dataset, tokenizer
+
+
+def make_dataset(config: TrainConfig, ranks: Ranks, tokenizer: PreTrainedTokenizerBase) -> tuple[Batches, int]:
+    """The data that the settings name, and the largest token in it."""
+    from oncelm.data.conversations import ConversationDataset, read_conversations
     from oncelm.data.dataset import TokenDataset
     from oncelm.data.read_ahead import ReadAhead
 
-    tokenizer = make_tokenizer(config, ranks)
+    if config.task == "sft":
+        conversations = ConversationDataset(
+            read_conversations(config.data, tokenizer, config.seq_len),
+            config.seq_len,
+            pad_id=tokenizer.pad_token_id or 0,
+            seed=config.seed,
+            validation_share=config.validation_share,
+        )
+        return conversations, conversations.largest_id
     tokens = ranks.main_first(lambda: open_data(config, tokenizer))
     dataset = TokenDataset(
         tokens.train,
@@ -129,21 +165,7 @@ def prepare(config: TrainConfig, ranks: Ranks) -> tuple[PreTrainedModel, ReadAhe
         long_documents=config.long_documents,
         long_factor=config.long_factor,
     )
-    with contextlib.nullcontext() if ranks.is_main else torch.device("meta"):
-        model = make_model(config, len(tokenizer))
-    vocab_size = model.config.vocab_size
-    if tokens.largest_id >= vocab_size:
-        raise ValueError(
-            f"tokenizer {config.tokenizer!r} gives token {tokens.largest_id}, but model {config.model!r} knows "
-            f"{vocab_size} tokens only; use the tokenizer it was made with."
-        )
-    if config.within_documents and "cu_seqlens" not in inspect.signature(model.forward).parameters:
-        raise ValueError(f"within_documents needs a model that takes cu_seqlens; {type(model).__name__} does not.")
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):  # for `generate`, once it is trained
-        setattr(model.config, name, getattr(tokenizer, name))
-        if model.generation_config is not None:
-            setattr(model.generation_config, name, getattr(tokenizer, name))
-    return model, ReadAhead(dataset, pin_memory=ranks.device.type == "cuda"), tokenizer
+    return ReadAhead(dataset, pin_memory=ranks.device.type == "cuda"), tokens.largest_id
 
 
 def open_data(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> TokenFolder:
@@ -232,18 +254,22 @@ def describe(config: TrainConfig, processes: int) -> str:
     is_preset = not Path(config.model).is_dir()
     with torch.device("meta") if is_preset else contextlib.nullcontext():
         model = make_model(config, vocab_size)
-    return f"{config.to_yaml()}\n{describe_plan(config, model, describe_data(config.data), processes)}"
+    return f"{config.to_yaml()}\n{describe_plan(config, model, describe_data(config), processes)}"
 
 
-def describe_data(data: str) -> str:
+def describe_data(config: TrainConfig) -> str:
     """What there is to train on, in words."""
+    from oncelm.data.conversations import conversation_files
     from oncelm.data.layout import find_corpus
     from oncelm.data.tokens import is_token_folder, open_tokens
     from oncelm.utils.units import size
 
-    if is_token_folder(data):
-        count = sum(source.stream.num_tokens for source in open_tokens(data).train)
+    if config.task == "sft":
+        files = conversation_files(config.data)
+        return f"conversations, {len(files)} file(s), {size(sum(file.stat().st_size for file in files))}"
+    if is_token_folder(config.data):
+        count = sum(source.stream.num_tokens for source in open_tokens(config.data).train)
         return f"{count:,} tokens, prepared"
-    corpus = find_corpus(data)
+    corpus = find_corpus(config.data)
     num_files = sum(len(source.files) for source in corpus.sources)
     return f"{len(corpus.train)} source(s), {num_files} file(s), {size(corpus.num_bytes())}"

@@ -25,7 +25,7 @@ class TrainConfig:
     """Every setting of a run. A wrong type or value is a ValueError that names the setting."""
 
     data: str  # text (a file, a folder, a corpus with json/train.json) or the folder of prepared tokens
-    task: str = "pretrain"  # or "sft": conversations, of which only the assistant's tokens are learned
+    task: str = "pretrain"  # or "sft": data holds conversations (.jsonl), of which the assistant's tokens are learned
     out: str  # the run's folder: metrics, checkpoints and, at the end, the model
     tokenizer: str | None = None  # "bytes", "cl100k_base", "bpe:4096" (trained on the data) or a path;
     #                               None: the model folder's own, or "bytes" for a preset
@@ -103,6 +103,12 @@ class TrainConfig:
                 raise ValueError(f"{name} must be from {low} to {high}, got {getattr(self, name)!r}.")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas must be at least 0 and below 1, got {self.betas}.")
+        if self.task == "sft" and self.long_documents is not None:
+            raise ValueError('long_documents is for task "pretrain": conversations are all seen alike.')
+        if self.task == "sft" and self.tokenizer is not None and self.tokenizer.startswith("bpe:"):
+            raise ValueError(
+                f"tokenizer {self.tokenizer!r} is made from text; name the one that the model was made with."
+            )
         if self.steps is None and self.max_seconds is None:
             raise ValueError("steps and max_seconds are both None: the run would not end; set one of them.")
         if self.compile and self.tensor_parallel > 1:
@@ -114,6 +120,11 @@ class TrainConfig:
     def end_lr_ratio(self) -> float:
         """The learning rate at the end of the schedule, as a share of lr."""
         return self.min_lr_ratio if self.min_lr is None else self.min_lr / self.lr
+
+    @property
+    def attends_within(self) -> bool:
+        """Whether a packed row's documents, or conversations, attend to themselves only."""
+        return self.within_documents or self.task == "sft"
 
     @property
     def sequences_per_step(self) -> int:

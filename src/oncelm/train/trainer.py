@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, Protocol
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ from torch.distributed.tensor import DTensor
 
 from oncelm.models.load import load, quiet_transformers
 from oncelm.models.yoco import YocoForCausalLM
+from oncelm.models.yoco.inputs import IGNORE_INDEX
 from oncelm.train.checkpoint import (
     delete_unfinished,
     find_checkpoint,
@@ -71,13 +72,24 @@ class Batches(Protocol):
         """int64 [B, T]: those rows of the step's batch, the same whatever was asked before."""
 
     def cu_seqlens(self, step: int, batch_size: int, rows: slice | None = None) -> Tensor:
-        """int32 [N + 1]: borders of the documents in those rows of the batch (asked for with `within_documents`)."""
+        """int32 [N + 1]: borders of the documents in those rows of the batch (asked for if `attends_within`)."""
 
     def validation_batches(self, batch_size: int) -> Iterator[Tensor]:
         """int64 [B, T] each, always the same ones in the same order; possibly none."""
 
     def validation_cu_seqlens(self, index: int, batch_size: int) -> Tensor:
         """int32 [N + 1]: borders of the documents in the validation batch of that index."""
+
+
+@runtime_checkable
+class Labelled(Protocol):
+    """What data has besides, of which not every token is learned (`oncelm.data.conversations`)."""
+
+    def labels(self, step: int, batch_size: int, rows: slice | None = None) -> Tensor:
+        """int64 [B, T]: what is learned of those rows of the step's batch, -100 for what is not."""
+
+    def validation_labels(self, index: int, batch_size: int) -> Tensor:
+        """int64 [B, T]: what counts of the validation batch of that index."""
 
 
 @dataclass(frozen=True)
@@ -194,12 +206,15 @@ class Trainer:
         with self.watch.waiting():
             batch = self.dataset.batch(self.step, count, mine)
         # Losses are summed over tokens and ranks, and FSDP takes the mean of gradients over ranks: both come out here.
-        targets = num_targets(count * batch.shape[1], count, self._borders(slice(count))) / self.ranks.shards
+        whole = slice(count)
+        targets = num_targets(count * batch.shape[1], count, self._borders(whole), self._labels(whole))
+        divisor = targets / self.ranks.shards
         parts = list(split_rows(mine, config.batch_size))
         for rows in parts:
             if isinstance(self.model, FSDPModule):  # gradients are summed over the ranks once a step
                 self.model.set_requires_gradient_sync(rows == parts[-1])
-            loss = self._loss(batch[rows.start - mine.start : rows.stop - mine.start], targets, self._borders(rows))
+            part = batch[rows.start - mine.start : rows.stop - mine.start]
+            loss = self._loss(part, divisor, self._borders(rows), self._labels(rows))
             loss.backward()
             total += loss.detach()
         total = self.ranks.sum(total) / self.ranks.shards
@@ -222,23 +237,34 @@ class Trainer:
 
     def _borders(self, rows: slice) -> Tensor | None:
         """Borders of the documents in these rows of the step's batch, if attention stays within documents."""
-        if not self.config.within_documents:
+        if not self.config.attends_within:
             return None
         return self.dataset.cu_seqlens(self.step, self.config.sequences_per_step, rows)
 
-    def _loss(self, rows: Tensor, divisor: float, cu_seqlens: Tensor | None = None) -> Tensor:
+    def _labels(self, rows: slice) -> Tensor | None:
+        """What is learned of these rows of the step's batch, if it is not every token."""
+        if not isinstance(self.dataset, Labelled):
+            return None
+        return self.dataset.labels(self.step, self.config.sequences_per_step, rows)
+
+    def _loss(
+        self, rows: Tensor, divisor: float, cu_seqlens: Tensor | None = None, labels: Tensor | None = None
+    ) -> Tensor:
         """The loss of [B, T] tokens, summed over this rank's targets, by `divisor`.
 
         cu_seqlens: borders of documents in the rows, one behind the other, that attend to themselves only.
+        labels: [B, T], -100 where nothing is learned; None: the tokens.
         """
         tokens = rows.to(self.ranks.device, non_blocking=True)
+        labels = tokens if labels is None else labels.to(self.ranks.device, non_blocking=True)
         if cu_seqlens is not None:
-            tokens, cu_seqlens = tokens.view(1, -1), cu_seqlens.to(self.ranks.device)
+            tokens, labels = tokens.view(1, -1), labels.view(1, -1)
+            cu_seqlens = cu_seqlens.to(self.ranks.device)
         if self.ranks.chunk.size > 1:
             assert self.ranks.chunk_group is not None
-            inputs = chunk_inputs(self.model.config, self.ranks.chunk_group, tokens, tokens, cu_seqlens)
+            inputs = chunk_inputs(self.model.config, self.ranks.chunk_group, tokens, labels, cu_seqlens)
         else:
-            inputs = {"input_ids": tokens, "labels": tokens}
+            inputs = {"input_ids": tokens, "labels": labels}
             inputs |= {} if cu_seqlens is None else {"cu_seqlens": cu_seqlens}
         with torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=self.config.dtype == "bfloat16"):
             return self.model(**inputs, num_items_in_batch=divisor, use_cache=False).loss
@@ -248,16 +274,17 @@ class Trainer:
         """Mean loss over the first `eval_batches` held-out batches; None where nothing is held out."""
         self.model.eval()
         sums = torch.zeros(2, device=self.ranks.device, dtype=torch.float64)  # loss, targets
-        size, within = self.config.batch_size, self.config.within_documents
+        size, within = self.config.batch_size, self.config.attends_within
         batches = enumerate(islice(self.dataset.validation_batches(size), self.config.eval_batches))
         while turn := list(islice(batches, self.ranks.data.size)):  # a batch for each data-parallel rank
             # where the last ones run out, a rank computes one for nothing: sharded layers need all ranks
             mine = min(self.ranks.data.index, len(turn) - 1)
             index, batch = turn[mine]
             borders = self.dataset.validation_cu_seqlens(index, size) if within else None
-            loss = self._loss(batch, 1.0, borders)
+            labels = self.dataset.validation_labels(index, size) if isinstance(self.dataset, Labelled) else None
+            loss = self._loss(batch, 1.0, borders, labels)
             if mine == self.ranks.data.index:
-                share = num_targets(batch.numel(), len(batch), borders) / self.ranks.chunk.size
+                share = num_targets(batch.numel(), len(batch), borders, labels) / self.ranks.chunk.size
                 sums += torch.tensor([loss.item(), share], device=sums.device, dtype=sums.dtype)
         if isinstance(self.model, FSDPModule):
             self.model.reshard()  # the outermost parameters stay gathered until a backward pass
@@ -354,7 +381,7 @@ class Trainer:
         for rows in split_rows(mine, self.config.batch_size):
             part, borders = batch[rows.start - mine.start : rows.stop - mine.start], self._borders(rows)
             # every rank goes through all its parts: sharded layers need all ranks
-            where = find_not_finite(self.model, partial(self._loss, part, 1.0, borders))
+            where = find_not_finite(self.model, partial(self._loss, part, 1.0, borders, self._labels(rows)))
             if where is not None:
                 found.append((where, describe_rows(self.dataset, self.step, count, rows)))
         every = [one for of_rank in self.ranks.gather(found) for one in of_rank]
@@ -401,6 +428,8 @@ def prepare_model(model: PreTrainedModel, config: TrainConfig, ranks: Ranks) -> 
     return model
 
 
-def num_targets(tokens: int, rows: int, cu_seqlens: Tensor | None) -> int:
-    """How many of the tokens are predicted: all but the first of each row, or of each document."""
+def num_targets(tokens: int, rows: int, cu_seqlens: Tensor | None, labels: Tensor | None) -> int:
+    """How many of the tokens are predicted: those with a label, or all but the first of each row or document."""
+    if labels is not None:
+        return int((labels != IGNORE_INDEX).sum())
     return tokens - (rows if cu_seqlens is None else len(cu_seqlens) - 1)

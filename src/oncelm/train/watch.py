@@ -33,7 +33,7 @@ class Watch:
         self.peak = config.peak_tflops or peak_tflops(ranks.device, config.dtype)
         work = count_work(model_config, element_size=4)
         # of whole rows: documents that attend to themselves only, and masked targets, take fewer
-        counted = work is not None and not config.within_documents and config.task == "pretrain"
+        counted = work is not None and not config.attends_within
         self.flops_per_step = work.train(config.sequences_per_step, config.seq_len).flops if work and counted else None
         self._steps, self._seconds, self._waited = 0, 0.0, 0.0
 

@@ -14,6 +14,7 @@ from torch.distributed.checkpoint import HuggingFaceStorageWriter
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from oncelm.data.conversations import Conversation, ConversationDataset
 from oncelm.data.dataset import TokenDataset
 from oncelm.models.yoco import YocoConfig, YocoForCausalLM
 from oncelm.models.yoco.model import FeedForward
@@ -101,6 +102,15 @@ def make_dataset() -> TokenDataset:
     return TokenDataset(np.arange(1000, dtype=np.uint32) ** 2 % 31, seq_len=16, seed=1)
 
 
+def make_conversations() -> ConversationDataset:
+    random = np.random.default_rng(0)
+    conversations = [
+        Conversation(random.integers(31, size=length).astype(np.uint32), np.arange(length) >= length // 2, f"line {i}")
+        for i, length in enumerate(random.integers(3, 14, size=80))
+    ]
+    return ConversationDataset(conversations, seq_len=16, seed=1)
+
+
 def train(options: dict, shape: dict, rank: int = -1, step: int = 0, event: Callable[[], None] | None = None) -> str:
     """Train; rank `rank` does `event` when it asks for the batch of `step`. Returns how it ended, in a few words."""
     try:
@@ -108,7 +118,7 @@ def train(options: dict, shape: dict, rank: int = -1, step: int = 0, event: Call
         with join_ranks("cpu", tensor=config.tensor_parallel, chunk=config.chunk_parallel) as ranks:
             with torch.device("cpu" if ranks.is_main else "meta"):
                 model = make_model(torch.float32, **shape)
-            dataset = make_dataset()
+            dataset = make_conversations() if config.task == "sft" else make_dataset()
             if event is not None and ranks.rank.index == rank:
                 batch = dataset.batch
                 dataset.batch = lambda asked, *rest: (event() if asked == step else None, batch(asked, *rest))[1]

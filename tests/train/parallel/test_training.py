@@ -72,6 +72,15 @@ def test_all_three_ways_together_in_bfloat16(options) -> None:
     assert logged(eight) == pytest.approx(logged(one), rel=0.02)
 
 
+@pytest.mark.parametrize("split", [{}, {"chunk_parallel": 2}], ids=str)
+def test_conversations_have_the_losses_of_one_rank(options, split: dict) -> None:
+    one, two = (options(name, task="sft", grad_accumulation=2, batch_size=2) for name in ("one", "two"))
+    assert run(1, one) == ["ended at 6"]
+    assert run(2, two | split) == ["ended at 6"] * 2
+    for value in ("loss", "grad_norm", "validation_loss"):
+        assert logged(two, value) == pytest.approx(logged(one, value), rel=1e-3)
+
+
 def test_one_two_and_one_rank_in_turn_see_the_same_batches(options) -> None:
     whole, parts = options("whole"), options("parts", resume=True)
     run(1, whole)
