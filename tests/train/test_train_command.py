@@ -33,8 +33,11 @@ def test_text_to_model_and_on_from_that_model(book, tmp_path, capsys) -> None:
     more = ["train", book, "--out", str(tmp_path / "more"), "--model", str(out / "model"), "--steps", "1"]
     assert main([*more, *QUICK, "--dry-run"]) == 0
     assert main([*more, *QUICK]) == 0  # with the tokenizer in the model's folder
-    assert main([*more, *QUICK, "model_overrides.hidden_size=8"]) == 2
-    assert "model_overrides change a preset" in capsys.readouterr().err
+    assert main([*more, *QUICK, "model_overrides.hidden_size=64"]) == 2
+    assert "do not fit the weights of the folder given: size mismatch" in capsys.readouterr().err
+    longer = ["train", book, "--out", str(tmp_path / "longer"), "--model", str(out / "model"), "--steps", "1"]
+    assert main([*longer, *QUICK, "model_overrides.rope_theta=640000"]) == 0
+    assert oncelm.models.load(tmp_path / "longer" / "model").config.rope_theta == 640_000
 
 
 def test_a_stopped_run_goes_on_with_its_own_settings_and_tokenizer(book, tmp_path, capsys, monkeypatch) -> None:

@@ -256,6 +256,28 @@ def test_a_checkpoint_loads_as_a_model(make_model, dataset, make_config) -> None
     assert torch.equal(weights(AutoModelForCausalLM.from_pretrained(folder)), weights(model))
 
 
+def test_a_file_asks_for_an_export(make_model, dataset, make_config, monkeypatch) -> None:
+    config = make_config(steps=4, save_every=None)
+    request, model = Path(config.out) / "export", Path(config.out) / "model"
+    seen = {}
+    batch = dataset.batch
+
+    def asked(step, *rest):
+        seen[step] = model.exists()
+        if step == 1:
+            request.touch()
+        return batch(step, *rest)
+
+    monkeypatch.setattr(dataset, "batch", asked)
+    Trainer(make_model(), dataset, config).fit()
+    assert seen == {0: False, 1: False, 2: True, 3: True}
+    assert not request.exists()
+    assert [folder.name for folder in sorted((Path(config.out) / "checkpoints").iterdir())] == [
+        "step-000002",
+        "step-000004",
+    ]
+
+
 def test_compile_is_for_any_model(make_model, dataset, make_config) -> None:
     yoco = build_model("yoco-tiny", vocab_size=32)
     llama = make_model()

@@ -26,7 +26,7 @@ once and kept; `oncelm data --help` has the formats.
 
 DIR receives metrics.jsonl and TensorBoard curves, checkpoints and, at the end, the model in DIR/model,
 which `oncelm generate --model DIR/model` reads. Ctrl-C saves a checkpoint; --resume goes on from it and
-repeats the run exactly as if it had never stopped.
+repeats the run exactly as if it had never stopped. `touch DIR/export` makes DIR/model now, while training goes on.
 
 examples:
   oncelm train book.txt --out runs/book
@@ -225,19 +225,42 @@ def make_model(config: TrainConfig, vocab_size: int) -> PreTrainedModel:
     """The model the settings name: a folder's, or a new one of a preset, of YOCO or Llama."""
     from oncelm import models
     from oncelm.models.llama import LLAMA_PRESETS, build_llama
+    from oncelm.models.load import read_config as model_config
     from oncelm.models.yoco.presets import PRESETS
     from oncelm.utils.errors import check_choice
 
     if Path(config.model).is_dir():
-        if config.model_overrides:
-            raise ValueError(
-                f"model_overrides change a preset, but model {config.model!r} is a folder; leave them out."
-            )
-        return models.load(config.model)
+        if model_config(config.model).model_type == "oncelm_yoco":
+            return with_settings(models.load(config.model), config.model_overrides)
+        return models.load(config.model, **config.model_overrides)
     check_choice("model", config.model, (*PRESETS, *LLAMA_PRESETS))
     build = build_llama if config.model in LLAMA_PRESETS else models.build_model
     overrides: dict[str, Any] = {"vocab_size": vocab_size} | config.model_overrides
     return build(config.model, seed=config.seed, **overrides)
+
+
+def with_settings(model: PreTrainedModel, overrides: dict[str, Any]) -> PreTrainedModel:
+    """A YOCO's weights under another configuration, such as a larger rope_theta; ValueError where they do not fit."""
+    import torch
+
+    from oncelm.models import YocoConfig
+
+    if not overrides:
+        return model
+    settings = {key: getattr(model.config, key) for key in YocoConfig.own_keys()}
+    with torch.device("meta"):
+        changed = type(model)(YocoConfig(**(settings | overrides)))
+    try:
+        changed.load_state_dict(model.state_dict(), assign=True)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[1].strip()
+        raise ValueError(
+            f"model_overrides {overrides} do not fit the weights of the folder given: {reason}; override what changes "
+            "no shape, as rope_theta and max_position_embeddings."
+        ) from None
+    changed.tie_weights()
+    changed.generation_config = model.generation_config
+    return changed
 
 
 def describe(config: TrainConfig, processes: int) -> str:

@@ -30,7 +30,7 @@ class TrainConfig:
     tokenizer: str | None = None  # "bytes", "cl100k_base", "bpe:4096" (trained on the data) or a path;
     #                               None: the model folder's own, or "bytes" for a preset
     model: str = "yoco-tiny"  # a preset, or the folder of a model to start from
-    model_overrides: dict[str, Any] = field(default_factory=dict)  # config keys that replace the preset's
+    model_overrides: dict[str, Any] = field(default_factory=dict)  # config keys that replace the preset's or folder's
     tokens: str | None = None  # where the text's tokens are kept; None: .oncelm beside the text
     bos: bool = False  # start every document with the tokenizer's bos token
     validation_share: float = 0.05  # of the data, from its end, never trained on; unused with a json/valid.json

@@ -136,13 +136,17 @@ class Trainer:
         self.optimizers = build_optimizers(self.model, config)
         self.out = Path(config.out)
         self.checkpoints = self.out / "checkpoints"
+        self.export_request = self.out / "export"  # a file that asks for an export behind the next step
         self.saver = Saver(self.checkpoints, config.keep_checkpoints, self.ranks)
         self.watch = Watch(self.model.config, config, self.ranks)
         self.step = 0  # optimizer steps done
         self.seconds = 0.0  # the run has taken, earlier parts included
 
     def fit(self) -> TrainResult:
-        """Train to the end, or until SIGTERM or Ctrl-C, which saves a checkpoint and returns."""
+        """Train to the end, or until SIGTERM or Ctrl-C, which saves a checkpoint and returns.
+
+        A file `out/export` asks for an export behind the step that is being computed; it is deleted then.
+        """
         self._start_or_resume()
         loss = validation_loss = model_path = None
         metrics: Metrics = NoMetrics()
@@ -158,7 +162,11 @@ class Trainer:
                         step_values = self._train_step()
                     loss = step_values["loss"]
                     seconds = time.perf_counter() - started
-                    stopping, self.seconds = self.ranks.agree(stop.requested or self.saver.failed, seconds)
+                    stopping, exporting, self.seconds = self.ranks.agree(
+                        stop.requested or self.saver.failed,
+                        self.ranks.is_main and self.export_request.exists(),
+                        seconds,
+                    )
                     metrics.advance(loss, self.config.planned_steps(self.step, self.seconds))
                     if self._due(self.config.log_every):
                         step_values |= {
@@ -170,6 +178,9 @@ class Trainer:
                         self._log_validation(metrics)
                     if self._due(self.config.save_every):
                         self.save()
+                    if exporting:
+                        logger.warning("exported after step %d: %s", self.step, self.export())
+                        self.ranks.on_main(self.export_request.unlink)
                 self.save()
                 if not stopping:
                     validation_loss = self._log_validation(metrics)

@@ -82,13 +82,13 @@ class Ranks:
             dist.all_reduce(values, group=self.mesh.get_group("shard"))
         return values
 
-    def agree(self, stop: bool, seconds: float) -> tuple[bool, float]:
-        """Whether any rank has to stop, and the first rank's clock: the same answer on all ranks."""
+    def agree(self, stop: bool, export: bool, seconds: float) -> tuple[bool, bool, float]:
+        """Whether any rank has to stop, or is asked to export, and the first rank's clock: the same on all ranks."""
         if self.control is None:
-            return stop, seconds
-        values = torch.tensor([float(stop), seconds if self.is_main else 0.0], dtype=torch.float64)
+            return stop, export, seconds
+        values = torch.tensor([float(stop), float(export), seconds if self.is_main else 0.0], dtype=torch.float64)
         dist.all_reduce(values, group=self.control)
-        return bool(values[0] > 0), float(values[1])
+        return bool(values[0] > 0), bool(values[1] > 0), float(values[2])
 
     def gather(self, value: T) -> list[T]:
         """Every rank's `value`, on all of them."""
