@@ -1,0 +1,143 @@
+"""Every recipe is a run that could start; the comparison and the length extension run in small."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from oncelm.cli import main
+from oncelm.data import tokenizers
+from oncelm.models.load import build_model
+from oncelm.models.yoco.presets import PRESETS
+from oncelm.train.config import load_config
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+SIZES = ("160m", "400m", "830m", "1.4b", "2.7b", "6.8b", "13b")
+
+
+@pytest.fixture
+def book(tmp_path) -> str:
+    path = tmp_path / "book.txt"
+    path.write_text("It was a bright cold day in April, and the clocks were striking.\n" * 200)
+    return str(path)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_tokenizer():
+    """cl100k_base takes seconds to build."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenizers, "load_tokenizer", functools.cache(tokenizers.load_tokenizer))
+        yield
+
+
+def dry_run(capsys, book: str, recipe: Path, *options: str) -> str:
+    assert main(["train", book, "--out", "unused", "--config", str(recipe), "--dry-run", *options]) == 0
+    return capsys.readouterr().out
+
+
+def windows(size: str) -> list[str]:
+    heads = PRESETS[f"yoco-{size}"]["num_attention_heads"]
+    return ["--set", "model_overrides.self_decoder=sliding_window", f"model_overrides.num_self_heads={heads}"]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_sizes_of_the_scaling_study(capsys, book, size: str) -> None:
+    recipe = RECIPES / "scaling" / f"{size}.yaml"
+    for options in ([], windows(size), ["--model", f"llama-{size}"]):
+        shown = dry_run(capsys, book, recipe, *options)
+        assert "tokens per step  262,144" in shown
+        assert "steps            40,000 (10,485,760,000 tokens)" in shown
+        if options:  # the comments name the same options
+            assert all(option in recipe.read_text() for option in options if option != "--set")
+
+
+def test_the_3b_run(capsys, book) -> None:
+    shown = dry_run(capsys, book, RECIPES / "yoco-3b.yaml", "--processes", "64")
+    assert "(2,829,133,824 without embeddings)" in shown
+    assert "tokens per step  4,194,304" in shown
+    config = load_config(RECIPES / "yoco-3b.yaml", values={"data": "a", "out": "b"})
+    assert config.end_lr_ratio == pytest.approx(0.04)
+    assert config.schedule_steps * config.tokens_per_step == pytest.approx(5e12, rel=1e-6)
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES.rglob("*.yaml")), ids=lambda recipe: recipe.stem)
+def test_every_recipe_is_valid(capsys, book, recipe: Path, tmp_path) -> None:
+    options = []
+    if recipe.parent.name == "length-extension":
+        build_model("yoco-tiny", vocab_size=260).save_pretrained(tmp_path / "model")
+        tokenizers.load_tokenizer("bytes").save_pretrained(tmp_path / "model")
+        options = ["--model", str(tmp_path / "model")]
+    shown = dry_run(capsys, book, recipe, *options)
+    if options:
+        assert "tokens per step  4,194,304" in shown
+
+
+SMALL = ["device=cpu", "dtype=float32", "compile=false", "seq_len=32", "batch_size=2", "grad_accumulation=1", "steps=2"]
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(RECIPES.parent / "src"), *sys.path]),
+        "OMP_NUM_THREADS": "1",
+    }
+
+
+@pytest.mark.slow
+def test_the_stages_of_length_extension_follow_each_other(book, tmp_path) -> None:
+    build_model("yoco-tiny", vocab_size=260).save_pretrained(tmp_path / "model")
+    tokenizers.load_tokenizer("bytes").save_pretrained(tmp_path / "model")
+    script, out = RECIPES / "length-extension" / "run.sh", tmp_path / "out"
+    settings = [*SMALL, "long_documents=null", "validation_share=0"]
+    command = [str(script), book, str(tmp_path / "model"), str(out), "--set", *settings]
+    variables = environment() | {"TRAIN": f"{sys.executable} -m oncelm train", "STAGES": "64k 1m"}
+    subprocess.run(command, env=variables, check=True, capture_output=True)
+    config = json.loads((out / "1m" / "model" / "config.json").read_text())
+    assert config["rope_theta"] == 80_000_000
+    assert f"model: {out / '64k' / 'model'}" in (out / "1m" / "config.yaml").read_text()
+    again = subprocess.run(command, env=variables, check=True, capture_output=True, text=True)
+    assert again.stdout == ""  # all stages are finished
+
+
+@pytest.fixture
+def compare(monkeypatch):
+    monkeypatch.syspath_prepend(str(RECIPES / "compare"))
+    import run
+
+    yield run
+    del sys.modules["run"]
+
+
+def test_the_compared_models_are_of_equal_size(compare) -> None:
+    from oncelm.models.llama import build_llama
+
+    sizes = []
+    for preset, shape in compare.SHAPES.values():
+        with torch.device("meta"):
+            model = (build_llama if preset.startswith("llama") else build_model)(preset, **shape)
+        sizes.append(model.num_parameters() - model.get_input_embeddings().weight.numel())
+        assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    assert min(sizes) > 30e6
+    assert max(sizes) < 1.05 * min(sizes)
+
+
+@pytest.mark.slow
+def test_the_comparison_runs_stops_and_goes_on(compare, book, tmp_path, monkeypatch, capsys) -> None:
+    for name, value in environment().items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(compare, "SHAPES", {"llama": ("llama-tiny", {}), "yoco-gret": ("yoco-tiny", {})})
+    out = tmp_path / "out"
+    settings = ["--set", *SMALL, "tokenizer=bytes", "log_every=1", "eval_every=1"]
+    compare.main([book, str(out), "--seconds", "0", *settings])
+    assert "not finished: llama, yoco-gret" in capsys.readouterr().out
+    compare.main([book, str(out), *settings])
+    assert "Llama                    held-out loss" in capsys.readouterr().out
+    lines = [json.loads(line) for line in (out / "summary.jsonl").read_text().splitlines()]
+    assert [(line["tokens"], line["finished"]) for line in lines] == [(128, True)] * 2
+    assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
