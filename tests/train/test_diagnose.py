@@ -79,13 +79,18 @@ def test_a_run_names_the_layer_and_the_sequences(make_model, dataset, make_confi
         trainer.fit()
 
 
-def test_ranks_tell_each_other(tmp_path) -> None:
+@pytest.mark.parametrize(
+    ("event", "place"),
+    [(cases.overflow, "the output of self_decoder.layers.0.ffn"), (cases.spoil_weight, "the weight self_decoder")],
+    ids=["output", "weight"],
+)
+def test_ranks_tell_each_other(tmp_path, event, place: str) -> None:
     options = {
         **{"data": "unused", "out": str(tmp_path), "seq_len": 16, "batch_size": 4, "steps": 6},
         **{"warmup_steps": 2, "log_every": 1, "save_every": 2, "eval_every": None},
     }
-    for ending in run_ranks(2, cases.train, options, {}, 1, 3, cases.overflow):
+    for ending in run_ranks(2, cases.train, options, {}, 1, 3, event):
         assert "FloatingPointError" in ending
-        assert "the first place is the output of self_decoder.layers.0.ffn" in ending
+        assert f"the first place is {place}" in ending
         assert "in sequences 2 " in ending  # rank 1 has the second half
         assert "step-000002" in ending

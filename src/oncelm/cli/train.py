@@ -71,8 +71,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from oncelm.utils.errors import check_positive
+
     config = read_config(args)
     if args.dry_run:
+        check_positive(**{"--processes": 1 if args.processes is None else args.processes})
         print(describe(config, args.processes or int(os.environ.get("WORLD_SIZE", "1"))))
         return 0
 

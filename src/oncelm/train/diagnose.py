@@ -30,10 +30,9 @@ def find_not_finite(model: nn.Module, compute: Callable[[], Tensor]) -> NotFinit
     Args:
         compute: a forward pass of `model` that returns the loss.
     """
-    for name, parameter in model.named_parameters():
-        if not _is_finite(parameter):
-            return NotFinite(WEIGHTS, f"the weight {name}")
-    found: list[NotFinite] = []
+    # What is found first stays; all of it is computed in any case, because other ranks may have to wait for this one.
+    bad = next((name for name, parameter in model.named_parameters() if not _is_finite(parameter)), None)
+    found = [NotFinite(WEIGHTS, f"the weight {bad}")] if bad else []
 
     def after(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:

@@ -179,8 +179,9 @@ class Trainer:
                     if self._due(self.config.save_every):
                         self.save()
                     if exporting:
-                        logger.warning("exported after step %d: %s", self.step, self.export())
-                        self.ranks.on_main(self.export_request.unlink)
+                        folder = self.export()
+                        self.ranks.on_main(partial(self.export_request.unlink, missing_ok=True))
+                        logger.warning("exported step %d to %s", self.step, folder)
                 self.save()
                 if not stopping:
                     validation_loss = self._log_validation(metrics)
@@ -250,13 +251,15 @@ class Trainer:
         """Borders of the documents in these rows of the step's batch, if attention stays within documents."""
         if not self.config.attends_within:
             return None
-        return self.dataset.cu_seqlens(self.step, self.config.sequences_per_step, rows)
+        with self.watch.waiting():
+            return self.dataset.cu_seqlens(self.step, self.config.sequences_per_step, rows)
 
     def _labels(self, rows: slice) -> Tensor | None:
         """What is learned of these rows of the step's batch, if it is not every token."""
         if not isinstance(self.dataset, Labelled):
             return None
-        return self.dataset.labels(self.step, self.config.sequences_per_step, rows)
+        with self.watch.waiting():
+            return self.dataset.labels(self.step, self.config.sequences_per_step, rows)
 
     def _loss(
         self, rows: Tensor, divisor: float, cu_seqlens: Tensor | None = None, labels: Tensor | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import signal
 from collections.abc import Callable
@@ -174,3 +175,10 @@ def overflow() -> None:
     """From now on, on this rank, feed-forward layers give infinities."""
     forward = FeedForward.forward
     FeedForward.forward = lambda self, x: forward(self, x) * float("inf")
+
+
+def spoil_weight() -> None:
+    """This rank's part of one weight becomes infinite."""
+    layer = next(module for module in gc.get_objects() if isinstance(module, FeedForward))
+    with torch.no_grad():
+        layer.fc2.weight.to_local().fill_(float("inf"))
