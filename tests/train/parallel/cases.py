@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import gc
 import os
 import signal
 from collections.abc import Callable
@@ -30,6 +29,8 @@ SHAPE = {
     **{"vocab_size": 32, "hidden_size": 32, "intermediate_size": 48, "num_self_decoder_layers": 2},
     **{"num_cross_decoder_layers": 2, "num_self_heads": 4, "num_attention_heads": 8, "num_key_value_heads": 2},
 }
+
+running: list[Trainer] = []  # of this process, for events that reach into it
 
 
 def make_model(dtype: torch.dtype = torch.float64, llama: bool = False, **options) -> PreTrainedModel:
@@ -123,7 +124,8 @@ def train(options: dict, shape: dict, rank: int = -1, step: int = 0, event: Call
             if event is not None and ranks.rank.index == rank:
                 batch = dataset.batch
                 dataset.batch = lambda asked, *rest: (event() if asked == step else None, batch(asked, *rest))[1]
-            result = Trainer(model, dataset, config, ranks=ranks).fit()
+            running.append(Trainer(model, dataset, config, ranks=ranks))
+            result = running[-1].fit()
     except (OSError, ValueError, FloatingPointError, SystemExit) as error:
         return f"{type(error).__name__}: {error}"
     return f"{'stopped' if result.interrupted else 'ended'} at {result.step}"
@@ -179,6 +181,5 @@ def overflow() -> None:
 
 def spoil_weight() -> None:
     """This rank's part of one weight becomes infinite."""
-    layer = next(module for module in gc.get_objects() if isinstance(module, FeedForward))
     with torch.no_grad():
-        layer.fc2.weight.to_local().fill_(float("inf"))
+        running[-1].model.self_decoder.layers[0].ffn.fc2.weight.to_local().fill_(float("inf"))
