@@ -168,7 +168,7 @@ def run_task(task_type: type[Task], args: argparse.Namespace) -> int:
         done = run(task, model, out, seed=args.seed, limit=args.limit, beyond_trained_length=args.beyond_trained_length)
     print_views(task_type, done)
     samples = done.samples.values()
-    if "prompt_tokens" in next(iter(samples), {}):
+    if "tokens_read" in next(iter(samples), {}):
         read, seconds, answer = (sum(s[n] for s in samples) for n in ("tokens_read", "read_seconds", "answer_seconds"))
         print(f"read {read:,} tokens in {seconds:,.1f} s, answered in {answer:,.1f} s", file=sys.stderr)
     print(f"{len(samples):,} samples in {out}; oncelm eval report {out} --out report.html shows them", file=sys.stderr)

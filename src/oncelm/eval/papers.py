@@ -43,3 +43,25 @@ WEBQS = {
 
 # Passkey retrieval by prompt length in tokens (LongLLaMA; its 100 % up to 16K are a figure).
 PASSKEY = {"LongLLaMA-3B": {100_000: 0.945, 256_000: 0.73}}
+
+# lm-eval, zero-shot: ARC-c, ARC-e, BoolQ, HellaSwag (acc_norm), OBQA, PIQA, Winogrande, SciQ, average (YOCO).
+YOCO_LM_EVAL: dict[str, tuple[float, ...]] = {
+    "OpenLLaMA-3B-v2 (1T)": (0.339, 0.676, 0.657, 0.700, 0.260, 0.767, 0.629, 0.924, 0.619),
+    "StableLM-base-alpha-3B-v2 (1T)": (0.324, 0.673, 0.646, 0.686, 0.264, 0.760, 0.621, 0.921, 0.612),
+    "YOCO-3B (1T)": (0.379, 0.731, 0.645, 0.689, 0.298, 0.763, 0.639, 0.924, 0.634),
+    "YOCO-3B (1.6T)": (0.396, 0.733, 0.644, 0.698, 0.300, 0.764, 0.631, 0.921, 0.636),
+    "YOCO-3B-1M": (0.413, 0.747, 0.638, 0.705, 0.300, 0.773, 0.651, 0.932, 0.645),
+}
+
+# lm-eval, zero-shot: anli r1, r2, r3, arc_challenge acc, norm, arc_easy acc, norm, boolq, hellaswag acc, norm,
+# openbookqa acc, norm, piqa acc, norm, record em, f1, rte, truthfulqa mc1, mc2, wic, winogrande, average (LongLLaMA).
+LONGLLAMA_LM_EVAL: dict[str, tuple[float, ...]] = {
+    "OpenLLaMA-3B": (
+        0.33, 0.32, 0.35, 0.34, 0.37, 0.69, 0.65, 0.68, 0.49, 0.67, 0.27, 0.40, 0.75, 0.76, 0.88, 0.89, 0.58, 0.22,
+        0.35, 0.48, 0.62, 0.53,
+    ),
+    "LongLLaMA-3B": (
+        0.32, 0.33, 0.35, 0.34, 0.37, 0.68, 0.63, 0.68, 0.48, 0.65, 0.28, 0.38, 0.73, 0.75, 0.87, 0.87, 0.60, 0.24,
+        0.38, 0.50, 0.60, 0.53,
+    ),
+}  # fmt: skip

@@ -57,15 +57,18 @@ def run(
         done = file.run.samples
         if file.run.complete:
             return file.run
-        reader = PrefixReader(model)
         total = task.count()
         if limit is not None:
             total = limit if total is None else min(limit, total)
+        own = task.answers(model, seed, done, limit, None if beyond_trained_length else model.longest)
+        if own is not None:
+            total, lines = own
         with tqdm(total=total, initial=len(done), desc=task.name, unit="sample", dynamic_ncols=True) as bar:
-            for index, example, upcoming in _with_upcoming(_left(task, model, seed, done, limit, out)):
-                if not beyond_trained_length:
-                    _check_length(len(example.prompt) + example.room, model)
-                file.add({"index": index, **_ask(task, model, reader, example, upcoming, bar)})
+            if own is None:
+                left = _left(task, model, seed, done, limit, out)
+                lines = _one_by_one(task, model, left, beyond_trained_length, bar)
+            for line in lines:
+                file.add(line)
                 bar.update()
         if limit is None:
             file.append({"kind": "end", "samples": len(done)})
@@ -87,6 +90,17 @@ def _left(
                 f"{out} belongs to another run: its sample {index} has another prompt, so the texts that it was made "
                 "of have changed. Name another file with --out."
             )
+
+
+def _one_by_one(
+    task: Task, model: LanguageModel, left: Iterator[tuple[int, Example]], beyond_trained_length: bool, bar: tqdm
+) -> Iterator[dict[str, Any]]:
+    """The lines of these examples."""
+    reader = PrefixReader(model)
+    for index, example, upcoming in _with_upcoming(left):
+        if not beyond_trained_length:
+            _check_length(len(example.prompt) + example.room, model)
+        yield {"index": index, **_ask(task, model, reader, example, upcoming, bar)}
 
 
 def _with_upcoming(items: Iterator[tuple[int, Example]]) -> Iterator[tuple[int, Example, list[Example]]]:

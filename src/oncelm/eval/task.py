@@ -6,14 +6,14 @@ import dataclasses
 import re
 import typing
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 from oncelm.eval.examples import Example, Output, Scores
-from oncelm.eval.model import Codec
+from oncelm.eval.model import Codec, LanguageModel
 from oncelm.eval.results import Run
 from oncelm.eval.statistics import estimate
-from oncelm.eval.views import Table, View, group, plain
+from oncelm.eval.views import Sample, Table, View, group, plain
 from oncelm.utils.errors import unknown
 
 
@@ -37,6 +37,15 @@ class Task(ABC):
     @abstractmethod
     def score(self, example: Example, output: Output) -> Scores:
         """Judge the output (text of a Generate, TokenScores of a Score): figures by name."""
+
+    def answers(
+        self, model: LanguageModel, seed: int, done: Mapping[int, Sample], limit: int | None, max_tokens: int | None
+    ) -> tuple[int, Iterator[Sample]] | None:
+        """Of a task that asks in batches of its own: how many samples it has, and the lines of those not `done`.
+
+        None: `examples` are asked one by one. Texts longer than `max_tokens` are refused.
+        """
+        return None
 
     def count(self) -> int | None:
         """How many examples there are, if that is known before they are made."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
+from oncelm.eval.harness.battery import AnyTasks, LongLlamaTable, YocoTable
 from oncelm.eval.task import Task
 from oncelm.eval.tasks.ar_hit import ArHit
 from oncelm.eval.tasks.in_context import Trec, WebQs
@@ -15,7 +16,8 @@ from oncelm.eval.tasks.passkey import Passkey
 from oncelm.utils.errors import unknown
 
 TASKS: dict[str, type[Task]] = {
-    task.name: task for task in (Needle, MultiNeedle, Passkey, Nll, ArHit, LongPpl, Trec, WebQs)
+    task.name: task
+    for task in (Needle, MultiNeedle, Passkey, Nll, ArHit, LongPpl, Trec, WebQs, YocoTable, LongLlamaTable, AnyTasks)
 }
 
 

@@ -1,0 +1,156 @@
+"""lm-eval's view of a model: its requests in, our scoring behind it.
+
+    lm_eval.simple_evaluate(model=OnceLM(LanguageModel(model, tokenizer, "mine")), tasks=["arc_easy"])
+
+Text becomes tokens as in lm-eval's own HFLM, and log-likelihoods equal HFLM's; what differs is what is computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import has_bos_prefix, normalize_gen_kwargs, postprocess_generated_text
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from tqdm import tqdm
+
+from oncelm.eval.examples import Generate
+from oncelm.eval.harness.scoring import Answer, Request, score_requests
+from oncelm.eval.model import LanguageModel
+from oncelm.eval.prefix import PrefixReader
+from oncelm.eval.runner import LOOK_AHEAD
+
+UNBOUNDED = 1 << 30  # tokens: of models that were made for any length
+GENERATED = 256  # tokens at most, where a task does not say
+
+
+class OnceLM(TemplateLM):
+    """A language model for lm-eval 0.4.13.
+
+    Args:
+        model: the model and its tokenizer.
+        max_length: tokens that a text may have; None means what the model was made for.
+        truncate: cut longer texts on the left, as HFLM does; False refuses them.
+    """
+
+    def __init__(self, model: LanguageModel, max_length: int | None = None, truncate: bool = True) -> None:
+        super().__init__()
+        self.model, self.truncate = model, truncate
+        self.tokenizer: Any = model.codec.tokenizer
+        self.max_length = max_length or model.longest or UNBOUNDED
+
+    # -- tokens, as HFLM makes them ---------------------------------------------------------------------------------
+
+    @property
+    def eot_token_id(self) -> int:
+        return self.tokenizer.eos_token_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        """Stands before a text without context."""
+        bos = self.tokenizer.bos_token_id
+        prefix = self.tokenizer.eos_token_id if bos is None else bos
+        if prefix is None:
+            raise ValueError("a text without context needs a tokenizer with a bos or eos token to stand before it.")
+        return prefix
+
+    @property
+    def tokenizer_name(self) -> str:
+        return self.tokenizer.name_or_path.replace("/", "__")
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        options = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
+        has_prefix = self.tokenizer.bos_token_id is not None or self.tokenizer.eos_token_id is not None
+        if add_special_tokens is None and has_prefix:  # a text that brings its <s> along gets no other
+            written = self.tokenizer.decode(self.prefix_token_id)
+            if has_bos_prefix(string, written):
+                options["add_special_tokens"] = False
+        return self.tokenizer.encode(string, **options)
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        return self.tokenizer.apply_chat_template(
+            chat_history,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+        )
+
+    # -- what lm-eval asks ------------------------------------------------------------------------------------------
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
+    ) -> list[Answer]:
+        asked = [self._request(context, continuation) for _, context, continuation in requests]
+        with tqdm(total=len(asked), desc="log-likelihoods", disable=disable_tqdm, dynamic_ncols=True) as bar:
+            answers = score_requests(self.model, asked, bar.update)
+        for (texts, _, _), answer in zip(requests, answers, strict=True):
+            if texts is not None:
+                self.cache_hook.add_partial("loglikelihood", texts, answer)
+        return answers
+
+    def _request(self, context: list[int], continuation: list[int]) -> Request:
+        whole = np.array(context + continuation, np.int32)
+        room = self.max_length + 1  # the last token is predicted, not read
+        if len(continuation) > self.max_length or (len(whole) > room and not self.truncate):
+            raise ValueError(
+                f"a text of {len(whole):,} tokens is longer than {self.model.name} was made for ({self.max_length:,}: "
+                "its max_position_embeddings); ask for a shorter one, or allow it with --beyond-trained-length."
+            )
+        return Request(whole[-room:][: -len(continuation)], whole[-len(continuation) :])
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        windows: list[tuple[None, list[int], list[int]]] = []
+        counts = []
+        for (text,) in (request.args for request in requests):
+            parts = get_rolling_token_windows(
+                token_list=self.tok_encode(text),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self.max_length,
+                context_len=1,
+            )
+            own = [(None, *make_disjoint_window(part)) for part in parts]
+            windows += own
+            counts.append(len(own))
+        answers = iter(self._loglikelihood_tokens(windows, disable_tqdm))
+        totals = [sum(next(answers)[0] for _ in range(count)) for count in counts]
+        for request, total in zip(requests, totals, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return totals
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        examples, stops = [], []
+        for context, options in (request.args for request in requests):
+            settings = normalize_gen_kwargs(options, GENERATED)
+            if settings["do_sample"]:
+                raise ValueError(f"generation is greedy here; the task asks for sampling: {options}.")
+            longest = self.max_length - settings["max_gen_toks"]
+            if longest < 1:
+                raise ValueError(
+                    f"the task asks for {settings['max_gen_toks']} new tokens; {self.model.name} has room for "
+                    f"{self.max_length} in all."
+                )
+            ids = np.array(self.tok_encode(context)[-longest:], np.int32)
+            examples.append(Generate(ids, "", settings["max_gen_toks"]))
+            stops.append([stop for stop in settings["until"] if stop])
+        order = sorted(range(len(examples)), key=lambda i: examples[i].prompt.tolist())
+        texts = [""] * len(examples)
+        prefix = PrefixReader(self.model)
+        for place, i in enumerate(tqdm(order, desc="generation", disable=disable_tqdm, dynamic_ncols=True)):
+            upcoming = [examples[later] for later in order[place + 1 : place + 1 + LOOK_AHEAD]]
+            texts[i] = self._write(prefix, examples[i], upcoming, stops[i])
+            self.cache_hook.add_partial("generate_until", requests[i].args, texts[i])
+        return texts
+
+    def _write(self, prefix: PrefixReader, example: Generate, upcoming: Sequence[Generate], stops: list[str]) -> str:
+        """The greedy continuation up to the first stop or end of text."""
+        end = self.tokenizer.eos_token_id
+
+        def is_complete(ids: list[int]) -> bool:
+            return ids[-1] == end or any(stop in self.model.codec.decode(ids) for stop in stops)
+
+        reader, _ = prefix.read(example, upcoming)
+        text = self.model.codec.decode(reader.generate(example.max_new_tokens, is_complete))
+        return postprocess_generated_text(text, stops, None)
