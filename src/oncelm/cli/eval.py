@@ -14,10 +14,11 @@ if TYPE_CHECKING:
 HELP = "evaluate a model: needles, loss by position, in-context learning; write a report"
 
 DESCRIPTION = """\
-Ask a model the questions of a task and judge its answers. Nothing is fetched, and no other model judges.
+Ask a model the questions of a task and judge its answers. No other model judges, and nothing is fetched, but for the
+questions of lm-eval's tasks (yoco-table, longllama-table, harness) where --data names no folder of them.
 
 {tasks}
-  report        one HTML page of any number of runs, beside the papers' figures
+  report          one HTML page of any number of runs, beside the papers' figures
 
 MODEL is a folder or hub id of any model that `oncelm generate` takes: YOCO (also the official code's folders) and, to
 compare, every causal language model of transformers; or a preset, with random weights, to try things out.
@@ -30,6 +31,8 @@ examples:
       hide a number in a long text, 11 depths x 10 runs a length; each text is read once for all depths
   oncelm eval nll runs/books/model --documents book.txt
       loss by position of a document of any length
+  oncelm eval yoco-table runs/books/model --data data/harness --limit 100
+      the paper's table: 100 questions of each of eight tasks, from a folder (recipes/eval_data.py builds it)
   oncelm eval report runs/eval/*.jsonl --out report.html
       tables, heatmaps and curves of several models and tasks, in one page
   oncelm eval needle --help
@@ -54,7 +57,7 @@ class part:
             self.task = find_task(named) if named.endswith(".py") else _known(named)
             self.DESCRIPTION = f"{self.task.name}: {self.task.summary}\n\n{_doc(self.task)}"
         else:
-            lines = "\n".join(f"  {name:<13} {task.summary}" for name, task in TASKS.items())
+            lines = "\n".join(f"  {name:<15} {task.summary}" for name, task in TASKS.items())
             self.DESCRIPTION = DESCRIPTION.format(tasks=lines)
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
