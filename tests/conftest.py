@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -36,3 +37,23 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: poison(empty(*args, **kwargs)))
     monkeypatch.setattr(torch, "empty_like", lambda *args, **kwargs: poison(empty_like(*args, **kwargs)))
+
+
+@pytest.fixture
+def exact_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's interpreter (3.7) truncates to bfloat16, and rounds 7.9 to 4 in float8: torch rounds in its place."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        return
+    from triton import language as tl
+    from triton.runtime import interpreter
+
+    convert = interpreter._convert_float
+    narrow = {tl.bfloat16: (torch.bfloat16, torch.uint16), tl.float8e4nv: (torch.float8_e4m3fn, torch.uint8)}
+
+    def rounded(data: Any, source: Any, target: Any, mode: Any) -> Any:
+        if source != tl.float32 or target not in narrow:
+            return convert(data, source, target, mode)
+        dtype, bits = narrow[target]
+        return torch.tensor(data).to(dtype).view(bits).numpy()
+
+    monkeypatch.setattr(interpreter, "_convert_float", rounded)

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 
 LARGEST = torch.finfo(torch.float8_e4m3fn).max
+SMALLEST_MAXIMUM = 1e-12  # that a row is taken to have: a row of zeros needs a scale too
 
 
 class Float8Rows(NamedTuple):
@@ -23,7 +24,7 @@ class Float8Rows(NamedTuple):
 def round_rows(x: torch.Tensor) -> Float8Rows:
     """x [..., K] of any floating dtype, rounded."""
     wide = x.float()
-    scales = wide.abs().amax(-1, keepdim=True).clamp(min=1e-12) / LARGEST
+    scales = wide.abs().amax(-1, keepdim=True).clamp(min=SMALLEST_MAXIMUM) / LARGEST
     return Float8Rows((wide / scales).to(torch.float8_e4m3fn), scales)
 
 

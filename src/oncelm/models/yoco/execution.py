@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from oncelm.models.yoco.config import YocoConfig
-from oncelm.models.yoco.linear import Linear
+from oncelm.models.yoco.linear import MIN_FLOAT8_TOKENS, Linear
 from oncelm.models.yoco.model import PLAIN, DecoderLayer, SelfDecoder, TokenParts
 from oncelm.ops.float8 import check_float8
 from oncelm.utils.errors import check_choice
@@ -66,16 +66,16 @@ def compiled(part: Callable, kind: str, gradients: bool) -> Callable:
 
 
 @functools.cache
-def compiled_parts(gradients: bool) -> TokenParts:
-    """All parts, each in the compiled form of its kind of layers."""
+def compiled_parts(parts: TokenParts, gradients: bool) -> TokenParts:
+    """The parts, each in the compiled form of its kind of layers."""
 
     def before(layer: DecoderLayer, *inputs: Any) -> Any:
-        return compiled(PLAIN.before, type(layer.mixer).__name__, gradients)(layer, *inputs)
+        return compiled(parts.before, type(layer.mixer).__name__, gradients)(layer, *inputs)
 
     def after(layer: DecoderLayer, *inputs: Any) -> Any:
-        return compiled(PLAIN.after, type(layer.mixer).__name__, gradients)(layer, *inputs)
+        return compiled(parts.after, type(layer.mixer).__name__, gradients)(layer, *inputs)
 
-    return TokenParts(before, after, compiled(PLAIN.keys_and_values, "cross_decoder", gradients), PLAIN.head)
+    return TokenParts(before, after, compiled(parts.keys_and_values, "cross_decoder", gradients), parts.head)
 
 
 def activation_bytes(config: YocoConfig, element_size: int) -> int:
@@ -106,7 +106,7 @@ def free_memory(device: torch.device) -> int:
 
 @functools.cache
 def has_fused_kernels(dtype: torch.dtype) -> bool:
-    """Whether fused.py computes in this dtype here: it needs Triton."""
+    """Whether fused.py and float8.py compute in this dtype here: they need Triton."""
     return dtype != torch.float64 and importlib.util.find_spec("triton") is not None
 
 
@@ -170,14 +170,16 @@ class Execution:
 
     def token_parts(self, x: torch.Tensor) -> TokenParts:
         """How to compute a layer's token-wise parts on x [B, T, d]."""
-        tokens = x.shape[0] * x.shape[1]
+        tokens, gradients = x.shape[0] * x.shape[1], torch.is_grad_enabled()
+        parts = PLAIN
+        if x.is_cuda and not gradients and has_fused_kernels(x.dtype):
+            if self.gemm == "float8" and tokens >= MIN_FLOAT8_TOKENS:
+                from oncelm.models.yoco.float8 import FLOAT8 as parts
+            elif 0 < tokens <= MOST_FUSED:
+                from oncelm.models.yoco.fused import FUSED as parts
         if self.compiles_layers and tokens >= MIN_TOKENS:
-            return compiled_parts(torch.is_grad_enabled())
-        if x.is_cuda and 0 < tokens <= MOST_FUSED and not torch.is_grad_enabled() and has_fused_kernels(x.dtype):
-            from oncelm.models.yoco.fused import FUSED
-
-            return FUSED
-        return PLAIN
+            return compiled_parts(parts, gradients)
+        return parts
 
     def prefill_chunk_size(self, batch_size: int = 1) -> int:
         """Tokens of each of `batch_size` rows that `prefill` reads at a time, unless told otherwise.

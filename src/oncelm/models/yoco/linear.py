@@ -7,7 +7,7 @@ such a layer (1.6 GB for the 3B preset). State dicts and saved models have the e
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Self
+from typing import NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -51,13 +51,29 @@ class XavierLinear(Linear):
         self.gain = gain
 
 
-def project(x: torch.Tensor, *linears: nn.Module) -> list[torch.Tensor]:
+class Rounded(NamedTuple):
+    """x [..., K] in its own dtype, for layers that multiply exactly, and rounded for the others."""
+
+    exact: torch.Tensor
+    rows: Float8Rows
+
+
+def rounded_weight(linear: nn.Module) -> Float8Rows | None:
+    """The float8 weight of a layer that has one."""
+    return linear.rounded if isinstance(linear, Linear) else None
+
+
+def project(x: torch.Tensor | Rounded, *linears: nn.Module) -> list[torch.Tensor]:
     """Several linear layers of one x [..., K]: [..., N] each. In float8, x is rounded once for all of them."""
-    rounded = [linear.rounded for linear in linears if isinstance(linear, Linear) and linear.rounded is not None]
-    if len(rounded) == len(linears) and _is_for_float8(x):
-        rows = round_rows(x)
-        return [linear_float8(rows, weight, x.dtype) for weight in rounded]
-    return [linear(x) for linear in linears]
+    weights = [rounded_weight(linear) for linear in linears]
+    if isinstance(x, torch.Tensor):
+        if all(weight is None for weight in weights) or not _is_for_float8(x):
+            return [linear(x) for linear in linears]
+        x = Rounded(x, round_rows(x))
+    return [
+        linear(x.exact) if weight is None else linear_float8(x.rows, weight, x.exact.dtype)
+        for linear, weight in zip(linears, weights, strict=True)
+    ]
 
 
 def _is_for_float8(x: torch.Tensor) -> bool:

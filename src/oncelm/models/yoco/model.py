@@ -22,7 +22,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from oncelm.cache import Batch, Memory, RetentionMemory, Selection, SharedMemory, WindowMemory
 from oncelm.models.yoco.config import YocoConfig
-from oncelm.models.yoco.linear import Linear, XavierLinear, project
+from oncelm.models.yoco.linear import Linear, Rounded, XavierLinear, project
 from oncelm.ops import apply_rope, rms_norm, rope_frequencies, rope_rotation, swiglu
 
 Tensors = tuple[torch.Tensor, ...]
@@ -47,7 +47,7 @@ class Mixer(nn.Module):
     pairing: str
     out_proj: nn.Linear
 
-    def before(self, h: torch.Tensor, rotation: torch.Tensor) -> tuple[Tensors, torch.Tensor | None]:
+    def before(self, h: torch.Tensor | Rounded, rotation: torch.Tensor) -> tuple[Tensors, torch.Tensor | None]:
         """h [B, T, d] -> what the memory is given (q, k, v [B, T, H, D], g [B, T, H]: some of them), and the output's
         gate [B, T, d], if there is one. rotation: [B or 1, T, D/2, 2]."""
         raise NotImplementedError
@@ -76,11 +76,11 @@ class GatedRetention(Mixer):
         self.gt_proj = XavierLinear(d, config.num_self_heads, gain=2**-2.5)
         self.out_proj = XavierLinear(d, d, gain=2**-1)
 
-    def before(self, h: torch.Tensor, rotation: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
-        *qkv, gate = project(h, self.q_proj, self.k_proj, self.v_proj, self.g_proj)
+    def before(self, h: torch.Tensor | Rounded, rotation: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
+        *qkv, gate, decay = project(h, self.q_proj, self.k_proj, self.v_proj, self.g_proj, self.gt_proj)
         q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in qkv)
         # the log decay stays float32: it is summed over the whole sequence
-        g = F.logsigmoid(self.gt_proj(h).float()) / self.gate_logit_normalizer
+        g = F.logsigmoid(decay.float()) / self.gate_logit_normalizer
         return (apply_rope(q, rotation, self.pairing), apply_rope(k, rotation, self.pairing), v, g), gate
 
     def mix(self, inputs: Tensors, memory: RetentionMemory, batch: Batch) -> torch.Tensor:
@@ -105,7 +105,7 @@ class SlidingWindowAttention(Mixer):
         self.v_proj = Linear(d, kv_dim)
         self.out_proj = Linear(d, d)
 
-    def before(self, h: torch.Tensor, rotation: torch.Tensor) -> tuple[Tensors, None]:
+    def before(self, h: torch.Tensor | Rounded, rotation: torch.Tensor) -> tuple[Tensors, None]:
         projected = project(h, self.q_proj, self.k_proj, self.v_proj)
         q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in projected)
         return (apply_rope(q, rotation, self.pairing), apply_rope(k, rotation, self.pairing), v), None
@@ -128,8 +128,9 @@ class CrossAttention(Mixer):
         self.q_proj = Linear(d, d)
         self.out_proj = Linear(d, d)
 
-    def before(self, h: torch.Tensor, rotation: torch.Tensor) -> tuple[Tensors, None]:
-        return (apply_rope(self.q_proj(h).unflatten(-1, (-1, self.head_dim)), rotation, self.pairing),), None
+    def before(self, h: torch.Tensor | Rounded, rotation: torch.Tensor) -> tuple[Tensors, None]:
+        (q,) = project(h, self.q_proj)
+        return (apply_rope(q.unflatten(-1, (-1, self.head_dim)), rotation, self.pairing),), None
 
     def mix(self, inputs: Tensors, memory: SharedMemory, batch: Batch) -> torch.Tensor:
         (q,) = inputs
