@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from oncelm.models.yoco.linear import Linear, XavierLinear
+from oncelm.models.yoco.linear import is_plain
 from oncelm.models.yoco.model import (
     PLAIN,
     CrossDecoder,
@@ -22,16 +22,6 @@ from oncelm.models.yoco.model import (
 from oncelm.ops.decode_linear import LARGEST_HEAD, linear_add, norm_linears, norm_swiglu
 
 __all__ = ["FUSED"]
-
-PLAIN_LINEARS = (nn.Linear, Linear, XavierLinear)
-
-
-def is_plain(*linears: nn.Module) -> bool:
-    """Whether nothing but a product with the weight happens in these layers."""
-    return all(
-        type(linear) in PLAIN_LINEARS and not linear._forward_hooks and not linear._forward_pre_hooks
-        for linear in linears
-    )
 
 
 def before(layer: DecoderLayer, x: torch.Tensor, rotation: torch.Tensor) -> tuple[Tensors, torch.Tensor | None]:

@@ -13,9 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from oncelm.ops.add_product import add_product_
 from oncelm.ops.float8 import Float8Rows, linear_float8, round_rows
 
 MIN_FLOAT8_TOKENS = 64  # in all rows; fewer are multiplied with the exact weights
+ADDING_DEVICES = ("cuda",)  # where `add_linear` adds in the product
 
 
 class Linear(nn.Linear):
@@ -74,6 +76,41 @@ def project(x: torch.Tensor | Rounded, *linears: nn.Module) -> list[torch.Tensor
         linear(x.exact) if weight is None else linear_float8(x.rows, weight, x.exact.dtype)
         for linear, weight in zip(linears, weights, strict=True)
     ]
+
+
+def is_plain(*linears: nn.Module) -> bool:
+    """Whether nothing but a product with the weight happens in these layers: no adapters, no hooks."""
+    return all(
+        type(linear) in (nn.Linear, Linear, XavierLinear)
+        and not linear._forward_hooks
+        and not linear._forward_pre_hooks
+        for linear in linears
+    )
+
+
+def add_linear(y: torch.Tensor, x: torch.Tensor, linear: nn.Module) -> torch.Tensor:
+    """y [..., N] + linear(x [..., K]). Without gradients on a GPU the sum may take y's place: it must be the caller's.
+
+    The matrix product then starts from y instead of zeros, which costs it next to nothing; a sum of its own reads two
+    tensors and writes a third.
+    """
+    if torch.is_grad_enabled() or not _can_add_in_place(y, x, linear):
+        return y + linear(x)
+    add_product_(y, x, linear.weight)
+    return y
+
+
+def _can_add_in_place(y: torch.Tensor, x: torch.Tensor, linear: nn.Module) -> bool:
+    if not is_plain(linear) or rounded_weight(linear) is not None:
+        return False
+    weight = linear.weight
+    return (
+        type(weight) is nn.Parameter  # not split over ranks
+        and y.device.type in ADDING_DEVICES
+        and y.device == weight.device
+        and y.dtype == x.dtype == weight.dtype
+        and not torch.is_autocast_enabled(y.device.type)
+    )
 
 
 def _is_for_float8(x: torch.Tensor) -> bool:

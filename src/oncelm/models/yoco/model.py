@@ -22,7 +22,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from oncelm.cache import Batch, Memory, RetentionMemory, Selection, SharedMemory, WindowMemory
 from oncelm.models.yoco.config import YocoConfig
-from oncelm.models.yoco.linear import Linear, Rounded, XavierLinear, project
+from oncelm.models.yoco.linear import Linear, Rounded, XavierLinear, add_linear, project
 from oncelm.ops import apply_rope, rms_norm, rope_frequencies, rope_rotation, swiglu
 
 Tensors = tuple[torch.Tensor, ...]
@@ -141,7 +141,7 @@ class CrossAttention(Mixer):
 
 
 class FeedForward(nn.Module):
-    """fc2(silu(fc1(x)) * gate(x))."""
+    """residual + fc2(silu(fc1(x)) * gate(x)); without gradients perhaps in residual's place."""
 
     def __init__(self, config: YocoConfig) -> None:
         super().__init__()
@@ -149,8 +149,8 @@ class FeedForward(nn.Module):
         self.gate = Linear(config.hidden_size, config.intermediate_size)
         self.fc2 = Linear(config.intermediate_size, config.hidden_size)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.fc2(swiglu(*project(x, self.fc1, self.gate)))
+    def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        return add_linear(residual, swiglu(*project(x, self.fc1, self.gate)), self.fc2)
 
 
 class DecoderLayer(GradientCheckpointingLayer):
@@ -170,7 +170,7 @@ class DecoderLayer(GradientCheckpointingLayer):
     def after(self, x: torch.Tensor, o: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:
         """From x, what `mixer.mix` gave, o [B, T, H, D], and the gate to the layer's output [B, T, d]."""
         x = x + self.mixer.after(o, gate)
-        return x + self.ffn(self.final_layer_norm(x))
+        return self.ffn(self.final_layer_norm(x), x)
 
     def forward(
         self,
