@@ -13,20 +13,33 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch.profiler import ProfilerActivity
+from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
+from triton.testing import do_bench
 
 from oncelm import bench
 from oncelm.bench.measure import PeakMemory, measure
 from oncelm.bench.plot import Panel, plot_by_length
-from oncelm.models import YocoForCausalLM
+from oncelm.models import YocoConfig, YocoForCausalLM
+from oncelm.models.yoco import linear
+from oncelm.models.yoco.execution import OPTIONS
 from oncelm.models.yoco.presets import preset_config
+from oncelm.ops import rms_norm, swiglu
+from oncelm.ops.float8 import Float8Rows, round_rows
 from oncelm.utils.environment import environment_report
 
-FORMS: dict[str, dict[str, Any]] = {"plain": {}, "compiled": {"compile": True}}
+APART = "compiled, residual sums apart"  # from the matrix products, where they are inside by default
 FLOAT8: dict[str, Any] = {"compile": True, "gemm": "float8"}
+FORMS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "compiled": {"compile": True},
+    APART: {"compile": True},
+    "float8": FLOAT8,
+}
 CHUNKS = (4096, 8192, 16384, 32768)
 TURNS = 3
 
@@ -49,9 +62,53 @@ def in_turns(model: YocoForCausalLM, length: int, write: Callable) -> None:
     for _ in range(TURNS):
         for name, options in FORMS.items():
             subject = bench.Yoco(model, length, **options)
-            runs[name] += measure(lambda: subject.prefill(ids), 3, model.device).runs  # noqa: B023
+            with mock.patch.object(linear, "ADDING_DEVICES", () if name == APART else linear.ADDING_DEVICES):
+                runs[name] += measure(lambda: subject.prefill(ids), 3, model.device).runs  # noqa: B023
     for name, found in runs.items():
         write("prefill in turns", form=name, length=length, chunk=length, runs=found)
+
+
+def rounding(config: YocoConfig, tokens: int, write: Callable) -> None:
+    """Milliseconds of each kernel that rounds its result to float8, and of what torch.compile makes of the same."""
+    from oncelm.ops import float8_triton as kernels
+
+    def rows(*width: int) -> torch.Tensor:
+        return torch.randn(1, tokens, *width, device="cuda", dtype=torch.bfloat16)
+
+    d, f, eps = config.hidden_size, config.intermediate_size, config.rms_norm_eps
+    weight = torch.randn(d, device="cuda", dtype=torch.bfloat16)
+
+    def norm(x: torch.Tensor) -> tuple[torch.Tensor, Float8Rows]:
+        normed = rms_norm(x, weight, eps)
+        return normed, round_rows(normed)
+
+    def add_norm(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, Float8Rows]:
+        return x + y, round_rows(rms_norm(x + y, weight, eps))
+
+    def gate_heads(o: torch.Tensor, gate: torch.Tensor) -> Float8Rows:
+        return round_rows(swiglu(gate, rms_norm(o, None, eps).flatten(2)))
+
+    heads = rows(config.num_self_heads, config.self_head_dim)
+    cases: dict[str, tuple[Callable, Callable, tuple[torch.Tensor, ...]]] = {
+        "norm": (norm, lambda x: kernels.norm_rows(x, weight, eps), (rows(d),)),
+        "sum and norm": (add_norm, lambda x, y: kernels.add_norm_rows(x, y, weight, eps), (rows(d), rows(d))),
+        "SwiGLU": (lambda x, gate: round_rows(swiglu(x, gate)), kernels.swiglu_rows, (rows(f), rows(f))),
+        "gated heads": (gate_heads, lambda o, gate: kernels.gate_heads_rows(o, gate, eps), (heads, rows(d))),
+    }
+    for name, (plain, kernel, inputs) in cases.items():
+        forms = {"compiled": torch.compile(plain, options=OPTIONS), "kernel": kernel}
+        flat = {form: tree_leaves(run(*inputs)) for form, run in forms.items()}
+        values, scales = flat["kernel"][-2:]
+        expected = flat["compiled"][-2].float() * flat["compiled"][-1]
+        error = ((values.float() * scales - expected).norm() / expected.norm()).item()
+        if not error < 0.03:  # where the last bit before rounding differs, an element takes the next float8 number
+            raise RuntimeError(f"{name}: the kernel differs from plain PyTorch by {error:.3g}.")
+        nbytes = sum(x.nbytes for x in (*inputs, *flat["kernel"]))
+        del flat, values, scales, expected
+        for form, run in forms.items():
+            milliseconds = do_bench(lambda: run(*inputs), return_mode="median")  # noqa: B023
+            rate = nbytes / milliseconds / 1e9
+            write("rounding", op=name, form=form, tokens=tokens, milliseconds=milliseconds, tb_per_s=rate, error=error)
 
 
 def by_chunk(model: YocoForCausalLM, length: int, write: Callable) -> None:
@@ -108,6 +165,7 @@ def main() -> None:
     lengths = [length for length in (8192, 32768, 131072, 524288, 1048576) if length <= args.longest]
     rows = by_length(bench.Yoco(model, compile=True), lengths, args.out)
     by_length(bench.Yoco(model, 8192, compile=True), lengths[-1:], args.out, "memory")
+    rounding(config, 32768, write)
     in_turns(model, 32768, write)
     by_chunk(model, 131072, write)
     profile(model, "compiled", FORMS["compiled"], 32768, write)
