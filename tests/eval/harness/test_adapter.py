@@ -57,9 +57,9 @@ def test_generation(both) -> None:
 
 
 def test_refusals(language_models) -> None:
-    lm = OnceLM(language_models("retention"), max_length=10, truncate=False)
-    with pytest.raises(ValueError, match=r"13 tokens is longer than retention was made for \(10"):
-        lm.loglikelihood(instances("loglikelihood", [("0123456789", "abc")]), disable_tqdm=True)
+    lm = OnceLM(language_models("retention"), max_length=10)
+    with pytest.raises(ValueError, match=r"continuation of 11 tokens is longer than retention reads \(10"):
+        lm.loglikelihood(instances("loglikelihood", [("0123456789", "abcdefghijk")]), disable_tqdm=True)
     with pytest.raises(ValueError, match="greedy"):
         lm.generate_until(instances("g", [("a", {"do_sample": True, "temperature": 1.0})]), disable_tqdm=True)
     with pytest.raises(ValueError, match="room for 10"):

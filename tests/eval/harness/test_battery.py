@@ -116,6 +116,44 @@ def test_any_tasks(language_models, questions, tmp_path) -> None:
     assert view.header == ["model", "task", "samples", "acc", "acc_norm"]
 
 
+def test_lm_evals_own_task(language_models, tmp_path, monkeypatch) -> None:
+    """As from the hub: lm-eval's own prompts and choice of examples."""
+    import datasets
+
+    rows = [
+        {"question": f"What is {i}?", "choices": {"text": ["x", "yy", "z"], "label": ["A", "B", "C"]}, "answerKey": "B"}
+        for i in range(4)
+    ]
+    split = datasets.Dataset.from_list(rows)
+    monkeypatch.setattr(datasets, "load_dataset", lambda **_: datasets.DatasetDict(train=split, test=split))
+    task = make_task(TASKS["yoco-table"], only="arc_easy", fewshot=2)
+    done = run(task, language_models("retention"), tmp_path / "r.jsonl")
+    assert [line["target"] for line in done.samples.values()] == ["yy"] * 4
+    shown = len("Question: What is 0?\nAnswer: yy\n\n")  # bytes are tokens
+    assert done.samples[0]["prompt_tokens"] == 3 * shown - 2
+
+
+def test_the_tables_tasks_are_lm_evals() -> None:
+    from lm_eval.tasks import TaskManager
+
+    known = set(TaskManager().all_tasks)
+    for name in ("yoco-table", "longllama-table"):
+        assert {task for _, task, _ in TASKS[name].columns} <= known
+
+
+def test_no_network(language_models, tmp_path, monkeypatch) -> None:
+    import datasets
+
+    def offline(**_):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(datasets, "load_dataset", offline)
+    with pytest.raises(ValueError, match=r"cannot load the data of arc_easy \(no route\).*--data"):
+        run(make_task(TASKS["harness"], only="arc_easy"), language_models("retention"), tmp_path / "r.jsonl")
+    with pytest.raises(ValueError, match="unknown task of lm-eval 'arc_eesy'; did you mean 'arc_easy'"):
+        run(make_task(TASKS["harness"], only="arc_eesy"), language_models("retention"), tmp_path / "s.jsonl")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

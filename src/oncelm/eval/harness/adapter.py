@@ -32,13 +32,12 @@ class OnceLM(TemplateLM):
 
     Args:
         model: the model and its tokenizer.
-        max_length: tokens that a text may have; None means what the model was made for.
-        truncate: cut longer texts on the left, as HFLM does; False refuses them.
+        max_length: tokens of a text, longer ones are cut on the left; None means what the model was made for.
     """
 
-    def __init__(self, model: LanguageModel, max_length: int | None = None, truncate: bool = True) -> None:
+    def __init__(self, model: LanguageModel, max_length: int | None = None) -> None:
         super().__init__()
-        self.model, self.truncate = model, truncate
+        self.model = model
         self.tokenizer: Any = model.codec.tokenizer
         self.max_length = max_length or model.longest or UNBOUNDED
 
@@ -92,14 +91,13 @@ class OnceLM(TemplateLM):
         return answers
 
     def _request(self, context: list[int], continuation: list[int]) -> Request:
-        whole = np.array(context + continuation, np.int32)
-        room = self.max_length + 1  # the last token is predicted, not read
-        if len(continuation) > self.max_length or (len(whole) > room and not self.truncate):
+        if len(continuation) > self.max_length:
             raise ValueError(
-                f"a text of {len(whole):,} tokens is longer than {self.model.name} was made for ({self.max_length:,}: "
-                "its max_position_embeddings); ask for a shorter one, or allow it with --beyond-trained-length."
+                f"a continuation of {len(continuation):,} tokens is longer than {self.model.name} reads "
+                f"({self.max_length:,})."
             )
-        return Request(whole[-room:][: -len(continuation)], whole[-len(continuation) :])
+        whole = np.array(context + continuation, np.int32)[-(self.max_length + 1) :]  # the last is predicted, not read
+        return Request(whole[: -len(continuation)], whole[-len(continuation) :])
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         windows: list[tuple[None, list[int], list[int]]] = []

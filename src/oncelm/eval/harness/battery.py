@@ -6,6 +6,7 @@ lm-eval gives the questions, the prompts and the judgement; a result file, resum
 from __future__ import annotations
 
 import contextlib
+import difflib
 import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -90,7 +91,7 @@ class Battery(Task):
         def lines() -> Iterator[Sample]:
             first = 0  # index of the task's first question
             for (name, task), size in zip(tasks.items(), sizes, strict=True):
-                yield from _ask_task(lm, model, name, task, first, done, limit)
+                yield from _ask_task(lm, model, name, task, first, done, limit, max_tokens)
                 first += size
 
         return total, lines()
@@ -100,7 +101,7 @@ class Battery(Task):
 
         ours = hasattr(model.model, "prefill") and hasattr(model.model, "new_cache")
         if self.scorer == "oncelm" or (self.scorer == "auto" and ours):
-            return OnceLM(model, max_tokens or UNBOUNDED, truncate=False)
+            return OnceLM(model, max_tokens or UNBOUNDED)
         from lm_eval.models.huggingface import HFLM
 
         return HFLM(
@@ -188,16 +189,20 @@ def _hub_tasks(names: Sequence[str], fewshot: int) -> dict[str, ConfigurableTask
 
     manager = TaskManager()
     for name in names:
-        if name not in manager.all_tasks:
-            raise unknown("task of lm-eval", name, manager.all_tasks)
+        if name not in manager.all_tasks:  # thousands: the nearest few are enough
+            raise unknown("task of lm-eval", name, difflib.get_close_matches(name, manager.all_tasks, 5, 0))
     try:
-        loaded = manager.load_task_or_group([{"task": name, "num_fewshot": fewshot} for name in names])
-    except (ConnectionError, OSError) as error:  # what `datasets` raises without a network
+        tasks = manager.load(list(names))["tasks"]
+    except (ConnectionError, OSError, ValueError) as error:  # `datasets` raises each of them without a network
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise ValueError(
-            f"the data of {', '.join(names)} cannot be fetched ({str(error).splitlines()[0]}); give a folder of "
-            "questions with --data (docs/evaluation.md: recipes/eval_data.py builds one)."
+            f"lm-eval cannot load the data of {', '.join(names)} ({reason}); without a network, give a folder of "
+            "questions with --data (docs/evaluation.md; recipes/eval_data.py builds one)."
         ) from error
-    return {name: loaded[name] for name in names}
+    for task in tasks.values():
+        if task.get_config("num_fewshot") != 0:  # where a task's own prompt has examples, it stays as it is
+            task.set_config(key="num_fewshot", value=fewshot)
+    return tasks
 
 
 # -- asking -----------------------------------------------------------------------------------------------------------
@@ -211,6 +216,7 @@ def _ask_task(
     offset: int,
     done: Mapping[int, Sample],
     limit: int | None,
+    max_tokens: int | None,
 ) -> Iterator[Sample]:
     """Lines of the questions of a task, numbered from `offset`, a block at a time."""
     with _quiet():
@@ -231,6 +237,12 @@ def _ask_task(
         start = time.perf_counter()
         kind = block[0][1][0].request_type  # all requests of a task are of one kind
         requests = [request for _, asked in block for request in asked]
+        longest = max(_tokens(model, request) for request in requests)
+        if max_tokens is not None and longest > max_tokens:
+            raise ValueError(
+                f"{name} has a text of {longest:,} tokens, longer than {model.name} was made for ({max_tokens:,}: its "
+                "max_position_embeddings); ask for fewer examples, or allow it with --beyond-trained-length."
+            )
         with _quiet():
             responses = iter(getattr(lm, kind)(requests, disable_tqdm=True))
         answered = [(index, asked, list(islice(responses, len(asked)))) for index, asked in block]
@@ -269,13 +281,19 @@ def _line(
     return {
         "index": index,
         "prompt_hash": _hash(model, asked),
-        "prompt_tokens": max(len(model.codec.encode(request.args[0])) for request in asked),
+        "prompt_tokens": max(_tokens(model, request) for request in asked),
         "tags": {"task": name},
         "target": _target(task, doc),
         "output": output,
         "scores": scores,
         "seconds": round(seconds, 6),
     }
+
+
+def _tokens(model: LanguageModel, request: Instance) -> int:
+    """Tokens of all the text of a request."""
+    text = "".join(part for part in request.args if isinstance(part, str))
+    return len(model.codec.prefix) + len(model.codec.encode(text))
 
 
 def _inside(asked: Sequence[Instance]) -> bool:
