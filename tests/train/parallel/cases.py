@@ -176,7 +176,7 @@ def split_vocabulary(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.
 def overflow() -> None:
     """From now on, on this rank, feed-forward layers give infinities."""
     forward = FeedForward.forward
-    FeedForward.forward = lambda self, x: forward(self, x) * float("inf")
+    FeedForward.forward = lambda self, *inputs: forward(self, *inputs) * float("inf")
 
 
 def spoil_weight() -> None:
