@@ -35,13 +35,14 @@ def softmax_kernel(logits, targets, losses, V, GRADIENT: tl.constexpr, BLOCK: tl
         higher = tl.maximum(high, tl.max(x, 0))
         total = total * tl.exp(high - higher) + tl.sum(tl.exp(x - higher), 0)
         high = higher
-    log_sum = high + tl.log(total)
-    tl.store(losses + row, log_sum - at_target)
+    # differences from the highest logit first: high + log(total) would round to a part of `high`, not of the result
+    tl.store(losses + row, tl.log(total) - (at_target - high))
     if GRADIENT:
+        inverse = 1.0 / total
         for start in range(0, V, BLOCK):
             v = start + column
             x = tl.load(logits + v, mask=v < V, other=float("-inf"), eviction_policy="evict_first").to(tl.float32)
-            gradient = tl.exp(x - log_sum) - tl.where(v == target, 1.0, 0.0)
+            gradient = tl.exp(x - high) * inverse - tl.where(v == target, 1.0, 0.0)
             tl.store(logits + v, gradient.to(logits.dtype.element_ty), mask=v < V, eviction_policy="evict_first")
 
 
