@@ -240,6 +240,9 @@ def test_a_source_without_a_document_is_an_error_with_the_first_reason(tmp_path,
     corpus = write_corpus(tmp_path, {"a": (1, TEXTS), "b": (1, [])})
     with pytest.raises(ValueError, match=r"source 'b' has no document in its 1 file.*b\.jsonl: the file is empty"):
         prepare.prepare(find_corpus(corpus), byte_tokenizer)
+    (corpus / "shards" / "b.jsonl").write_text("\n \n")
+    with pytest.raises(ValueError, match=r"source 'b' has no document in its 1 file.*; every line of them is blank"):
+        prepare.prepare(find_corpus(corpus), byte_tokenizer)
     (corpus / "shards" / "b.jsonl").write_bytes(bytes(range(256)) * 100)
     with pytest.raises(ValueError, match=r"source 'b' has no document.*b\.jsonl:1: not "):
         prepare.prepare(find_corpus(corpus), byte_tokenizer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,21 @@ def test_a_failure_keeps_the_old_folder(tmp_path: Path) -> None:
         write()
     assert [file.name for file in target.iterdir()] == ["a"]
     assert list(tmp_path.iterdir()) == [target]
+
+
+def test_permissions_are_the_usual_ones_and_other_threads_keep_theirs(tmp_path: Path, monkeypatch) -> None:
+    before = os.umask(0o027)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "umask", lambda mask: pytest.fail("the mask belongs to all threads"))
+            with atomic_file(tmp_path / "file") as file:
+                file.write_text("text")
+            with atomic_folder(tmp_path / "folder"):
+                pass
+    finally:
+        os.umask(before)
+    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o640
+    assert (tmp_path / "folder").stat().st_mode & 0o777 == 0o750
 
 
 def test_errors_name_the_nearest_choice() -> None:

@@ -103,13 +103,15 @@ def _read_files(root: Path, name: str) -> tuple[Path, ...]:
     entries = _read_json(listing)
     if not isinstance(entries, list) or not entries or not all(isinstance(entry, str) for entry in entries):
         raise ValueError(f"{listing} must hold a list of file names, got {entries!r:.60}.")
-    files = tuple(root / entry for entry in entries)
-    for entry, file in zip(entries, files, strict=True):
+    files: dict[Path, None] = {}  # in order
+    for entry in entries:
+        file = root / entry
         if not file.is_file():
             raise ValueError(f"{listing} names {entry!r}, but there is no file {str(file)!r}.")
-        if files.count(file) > 1:
+        if file in files:
             raise ValueError(f"{listing} names {entry!r} twice.")
-    return files
+        files[file] = None
+    return tuple(files)
 
 
 def _read_json(path: Path) -> Any:

@@ -376,10 +376,8 @@ def _write_manifest(
         if strict and problems:
             raise MalformedLine(problems[0])
         if not any(shard["documents"] for shard in shards):
-            raise ValueError(
-                f"source {source.name!r} has no document in its {len(source.files)} file(s); the first problem: "
-                f"{problems[0]}."
-            )
+            reason = f"the first problem: {problems[0]}" if problems else "every line of them is blank"
+            raise ValueError(f"source {source.name!r} has no document in its {len(source.files)} file(s); {reason}.")
         examples += problems[: KEPT_EXAMPLES - len(examples)]
         described[source] = {"name": source.name, "weight": source.weight, "shards": shards}
     manifest = {

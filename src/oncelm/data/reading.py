@@ -109,8 +109,9 @@ def read_text(path: Path) -> str:
 def sample_texts(files: Sequence[Path], characters: int = 1 << 28) -> Iterator[str]:
     """Text from the beginning of every file, to its share of `characters` by size: what a tokenizer is trained on."""
     sizes = {file: file.stat().st_size for file in files}
+    total = max(1, sum(sizes.values()))
     for file, size in sizes.items():
-        budget = max(1, characters * size // max(1, sum(sizes.values())))
+        budget = max(1, characters * size // total)
         try:
             for item in read(_whole(file)):
                 for part in item.parts if isinstance(item, Document) else ():

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -35,10 +35,10 @@ def _write_errors(target: Path) -> Iterator[None]:
         raise OSError(f"cannot write {target} ({free:,.0f} MiB free there): {reason}") from error
 
 
-def _current_umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _beside(target: Path) -> Path:
+    """A new name in the target's folder, which is made where it is not there."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    return target.with_name(f".{target.name}.{secrets.token_hex(8)}.tmp")
 
 
 @contextlib.contextmanager
@@ -48,15 +48,12 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     On any error (a full disk too) the temporary file is removed and `path` stays as it was.
     """
     target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
-    os.close(descriptor)
-    temporary = Path(name)
+    temporary = _beside(target)
     try:
         with _write_errors(target):
+            temporary.touch(exist_ok=False)
             yield temporary
         fsync_path(temporary)
-        temporary.chmod(0o666 & ~_current_umask())  # mkstemp makes it private
         temporary.replace(target)
         fsync_path(target.parent)
     finally:
@@ -71,15 +68,14 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     On any error the temporary folder is removed and `path` stays as it was.
     """
     target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp"))
+    temporary = _beside(target)
     try:
         with _write_errors(target):
+            temporary.mkdir()
             yield temporary
         for file in sorted(temporary.rglob("*")):
             fsync_path(file)
         fsync_path(temporary)
-        temporary.chmod(0o777 & ~_current_umask())
         aside = temporary.with_suffix(".old")
         if target.exists():
             target.replace(aside)
