@@ -8,7 +8,8 @@ import signal
 
 import pytest
 
-from oncelm.train.checkpoint import delete_unfinished, find_checkpoint, list_checkpoints, save_checkpoint
+from oncelm.train.checkpoint import find_checkpoint, list_checkpoints, save_checkpoint
+from oncelm.utils.files import clean_up
 
 
 def writer(text: str = "weights"):
@@ -88,7 +89,7 @@ def test_a_kill_during_a_save_leaves_the_one_before(tmp_path) -> None:
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     assert find_checkpoint(tmp_path).name == "step-000001"
     assert len(list(tmp_path.iterdir())) == 2
-    delete_unfinished(tmp_path)
+    clean_up(tmp_path)
     assert [folder.name for folder in tmp_path.iterdir()] == ["step-000001"]
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from torch.distributed.checkpoint import HuggingFaceStorageWriter
 from transformers import AutoModelForCausalLM
 
@@ -134,6 +135,20 @@ def test_a_run_does_not_write_over_another(make_model, dataset, make_config) -> 
     with pytest.raises(ValueError, match=r"already holds checkpoints; resume that run"):
         Trainer(make_model(), dataset, config).fit()
     assert find_checkpoint(before.parent) == before
+
+
+def test_a_run_does_not_touch_what_another_is_writing(make_model, dataset, make_config) -> None:
+    config = make_config()
+    half_written = Path(config.out) / "checkpoints" / f".step-000002.{0:016x}.tmp"
+    half_written.mkdir(parents=True)
+    with (
+        FileLock(Path(config.out) / ".lock"),
+        pytest.raises(ValueError, match=r"out '.*run' is being written by another run"),
+    ):
+        Trainer(make_model(), dataset, make_config(resume=True)).fit()
+    assert half_written.exists()
+    assert Trainer(make_model(), dataset, config).fit().step == 6
+    assert not half_written.exists()
 
 
 def test_a_checkpoint_of_another_model_is_an_error(make_model, dataset, make_config) -> None:

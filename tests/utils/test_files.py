@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 from pathlib import Path
 
 import pytest
 
 from oncelm.utils.errors import check_positive, unknown
-from oncelm.utils.files import atomic_file, atomic_folder
+from oncelm.utils.files import atomic_file, atomic_folder, clean_up
 
 
 def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
@@ -59,6 +60,33 @@ def test_a_failure_keeps_the_old_folder(tmp_path: Path) -> None:
         write()
     assert [file.name for file in target.iterdir()] == ["a"]
     assert list(tmp_path.iterdir()) == [target]
+
+
+@pytest.mark.parametrize("moves", [0, 1, 2])
+def test_killed_while_a_folder_is_replaced_the_old_or_the_new_one_is_there(tmp_path: Path, moves: int) -> None:
+    target = tmp_path / "model"
+    with atomic_folder(target) as temporary:
+        (temporary / "old").touch()
+    child = os.fork()
+    if child == 0:
+        replace = Path.replace
+        done = []
+
+        def replace_until_killed(self: Path, other: Path) -> None:
+            if len(done) == moves:
+                os.kill(os.getpid(), signal.SIGKILL)
+            done.append(replace(self, other))
+
+        Path.replace = replace_until_killed
+        with atomic_folder(target) as temporary:
+            (temporary / "new").touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    (tmp_path / ".config.tmp").touch()  # somebody else's
+    clean_up(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".config.tmp", "model"]
+    assert [path.name for path in target.iterdir()] == ["new" if moves == 2 else "old"]
+    clean_up(tmp_path / "nowhere")
 
 
 def test_permissions_are_the_usual_ones_and_other_threads_keep_theirs(tmp_path: Path, monkeypatch) -> None:

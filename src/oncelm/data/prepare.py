@@ -36,7 +36,7 @@ from oncelm.data.layout import Corpus, Source
 from oncelm.data.reading import DamagedText, Document, Malformed, Piece, is_text, read, scan
 from oncelm.utils.environment import usable_cores
 from oncelm.utils.errors import check_positive
-from oncelm.utils.files import atomic_file, atomic_folder
+from oncelm.utils.files import atomic_file, atomic_folder, clean_up
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -124,8 +124,8 @@ def prepare(
     shards = out / "shards"
     shards.mkdir(parents=True, exist_ok=True)
     with FileLock(out / ".lock"):
-        for leftover in shards.glob(".*.tmp"):  # of a killed run: nobody else is here
-            leftover.unlink()
+        clean_up(out)  # nobody else is here
+        clean_up(shards)
         pieces = _scan_all(corpus, out / "scan.json", workers)
         units = {source: _units(source, pieces, f"{FORMAT} {fingerprint} {bos}") for source in corpus.sources}
         _make_shards([unit for group in units.values() for unit in group], shards, encoder, bos, strict, workers)

@@ -89,9 +89,3 @@ def checksums(folder: Path) -> dict[str, str]:
 def _sha256(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def delete_unfinished(root: Path) -> None:
-    """Delete what a killed process left half written. Only for the one process that writes to `root`."""
-    for folder in root.glob(".step-*"):
-        shutil.rmtree(folder)

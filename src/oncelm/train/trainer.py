@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, Protocol, runtime_checkable
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -32,11 +33,7 @@ from torch.distributed.tensor import DTensor
 from oncelm.models.load import load, quiet_transformers
 from oncelm.models.yoco import YocoForCausalLM
 from oncelm.models.yoco.inputs import IGNORE_INDEX
-from oncelm.train.checkpoint import (
-    delete_unfinished,
-    find_checkpoint,
-    list_checkpoints,
-)
+from oncelm.train.checkpoint import find_checkpoint, list_checkpoints
 from oncelm.train.config import TrainConfig
 from oncelm.train.diagnose import find_not_finite
 from oncelm.train.interrupt import StopRequest
@@ -50,7 +47,7 @@ from oncelm.train.saving import Saver, read_tensors, tensors_to_save
 from oncelm.train.schedule import lr_factor
 from oncelm.train.watch import Watch
 from oncelm.utils.device import resolve_device
-from oncelm.utils.files import atomic_file, atomic_folder
+from oncelm.utils.files import atomic_file, atomic_folder, clean_up
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -146,7 +143,20 @@ class Trainer:
         """Train to the end, or until SIGTERM or Ctrl-C, which saves a checkpoint and returns.
 
         A file `out/export` asks for an export behind the step that is being computed; it is deleted then.
+
+        Raises:
+            ValueError: another run is writing to `out`, or has.
+            FloatingPointError: a loss or gradient is not finite.
+            OSError: a checkpoint could not be written.
         """
+        lock = FileLock(self.out / ".lock")
+        self.ranks.on_main(partial(self._claim, lock))
+        try:
+            return self._fit()
+        finally:
+            lock.release()
+
+    def _fit(self) -> TrainResult:
         self._start_or_resume()
         loss = validation_loss = model_path = None
         metrics: Metrics = NoMetrics()
@@ -348,6 +358,16 @@ class Trainer:
             self.tokenizer.save_pretrained(folder)
         (folder / "trainer.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
 
+    def _claim(self, lock: FileLock) -> None:
+        """Be the only run that writes to `out`, which another would take for what a killed one left."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise ValueError(
+                f"out {str(self.out)!r} is being written by another run; wait for its end or choose another folder."
+            ) from None
+
     def _start_or_resume(self) -> None:
         folder = self.ranks.on_main(self._choose_start)
         if folder is not None:
@@ -355,7 +375,8 @@ class Trainer:
 
     def _choose_start(self) -> Path | None:
         """Make the run's folder ready; the checkpoint to start from, or None. For the first rank alone."""
-        delete_unfinished(self.checkpoints)
+        clean_up(self.out)
+        clean_up(self.checkpoints)
         folder = find_checkpoint(self.checkpoints) if self.config.resume else None
         if folder is None and list_checkpoints(self.checkpoints):
             raise ValueError(

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from safetensors import SafetensorError
+
+_UNFINISHED = re.compile(r"\.(.+)\.[0-9a-f]{16}\.(tmp|old)")  # names that `_beside` and `atomic_folder` give
 
 
 def fsync_path(path: Path) -> None:
@@ -84,3 +87,18 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         shutil.rmtree(aside, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def clean_up(folder: Path) -> None:
+    """Clear away what killed processes left in `folder`; a folder that was being replaced comes back.
+
+    Only for the one process that writes there.
+    """
+    for path in list(folder.iterdir()) if folder.is_dir() else ():
+        if match := _UNFINISHED.fullmatch(path.name):
+            if match[2] == "old" and not (folder / match[1]).exists():
+                path.replace(folder / match[1])
+            elif path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
