@@ -5,6 +5,8 @@ from __future__ import annotations
 import builtins
 import json
 
+import pytest
+
 from oncelm.train.metrics import Metrics
 from oncelm.train.reports import open_reports
 
@@ -31,6 +33,13 @@ def test_a_resumed_run_takes_back_later_lines_and_half_lines(tmp_path) -> None:
 
 def test_a_half_line_of_an_earlier_step_is_dropped_too(tmp_path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n{"step": 2, "lo')
+    write(tmp_path, 3, 4)
+    assert steps(tmp_path) == [1, 4]
+
+
+@pytest.mark.parametrize("damage", [b"\0\0\0\n", b"\xff\n", b"{\n"])
+def test_a_line_that_a_power_cut_garbled_is_dropped(tmp_path, damage: bytes) -> None:
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1, "loss": 1.0}\n' + damage)
     write(tmp_path, 3, 4)
     assert steps(tmp_path) == [1, 4]
 

@@ -49,7 +49,9 @@ def test_written_settings_read_back_the_same(tmp_path) -> None:
         ("betas=[0.9,1.0]", "betas must be at least 0 and below 1"),
         ("steps=0", "steps must be a number above 0, got 0"),
         ("batch_size=-1", "batch_size must be a number above 0"),
-        ("lr=.nan", "lr must be a number above 0"),
+        ("lr=.nan", "lr must be a finite number, got nan"),
+        ("weight_decay=1e999", "weight_decay must be a finite number, got inf"),
+        ("long_factor=2", "long_factor is for long_documents"),
         ("seq_len=1", "seq_len must be from 2"),
         ("validation_share=0.9", "validation_share must be from 0 to 0.5"),
         ("schedule=cosin", "unknown schedule 'cosin'; did you mean 'cosine'"),
@@ -65,6 +67,10 @@ def test_written_settings_read_back_the_same(tmp_path) -> None:
 def test_a_wrong_setting_is_named(override: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load(override)
+
+
+def test_a_whole_number_may_be_written_as_a_float() -> None:
+    assert load("steps=1e4").steps == 10_000
 
 
 def test_data_and_out_are_needed() -> None:

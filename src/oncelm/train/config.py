@@ -109,6 +109,8 @@ class TrainConfig:
             raise ValueError(
                 f"tokenizer {self.tokenizer!r} is made from text; name the one that the model was made with."
             )
+        if self.long_factor != 1 and self.long_documents is None:
+            raise ValueError("long_factor is for long_documents: set it to the length from which a document is long.")
         if self.steps is None and self.max_seconds is None:
             raise ValueError("steps and max_seconds are both None: the run would not end; set one of them.")
         if self.compile and self.tensor_parallel > 1:
@@ -249,6 +251,10 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
         raise ValueError(f"{name} must be a list of {len(kinds)} numbers, got {value!r}.")
     if hint is float and type(value) is int:
         return float(value)
+    if hint is int and type(value) is float and value.is_integer():  # 1e4
+        return int(value)
+    if hint is float and type(value) is float and not math.isfinite(value):
+        raise ValueError(f"{name} must be a finite number, got {value!r}.")
     if hint is str and isinstance(value, os.PathLike):
         return os.fspath(value)
     if type(value) is not hint:

@@ -83,12 +83,15 @@ class NoMetrics(Metrics):
 
 
 def _lines_until(path: Path, last_step: int) -> list[str]:
-    """The complete lines of steps up to `last_step`; a killed process may have left half of one."""
+    """The complete lines of steps up to `last_step`; a killed process, or machine, may have left half of one."""
     if not path.exists():
         return []
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        if not line.endswith("\n") or json.loads(line)["step"] > last_step:
+    for line in path.read_bytes().splitlines(keepends=True):
+        try:
+            if not line.endswith(b"\n") or json.loads(line)["step"] > last_step:
+                break
+        except ValueError:
             break
-        kept.append(line)
+        kept.append(line.decode())
     return kept

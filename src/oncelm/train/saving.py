@@ -75,7 +75,9 @@ class Saver:
 
     def __init__(self, root: Path, keep: int, ranks: Ranks) -> None:
         self.root, self.keep, self.ranks = root, keep, ranks
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        # a new thread's GPU is the first one, on which every rank would then take memory
+        on_gpu = (torch.cuda.set_device, (ranks.device,)) if ranks.device.type == "cuda" else (None, ())
+        self._thread = ThreadPoolExecutor(1, "checkpoint", *on_gpu)
         self._writing: Future[None] | None = None
         self.step: int | None = None  # of the last checkpoint that was read, written or is being written
         # on a GPU into the same pinned memory each time
