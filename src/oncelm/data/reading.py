@@ -255,14 +255,15 @@ def _read_parquet(piece: Piece, progress: Callable[[int], None]) -> Iterator[Doc
         raise ImportError("reading .parquet needs pyarrow: pip install 'oncelm[data]'") from None
     row = 0
     try:
-        with parquet.ParquetFile(piece.path, memory_map=True, pre_buffer=False) as file:
+        # a part of a row group at a time, and few rows: documents may be of megabytes
+        with parquet.ParquetFile(piece.path, pre_buffer=False, buffer_size=1 << 20) as file:
             names = file.schema_arrow.names
             field = next((field for field in TEXT_FIELDS if field in names), None)
             if field is None:
                 yield Malformed(0, f"no column {' or '.join(TEXT_FIELDS)} among {', '.join(names)[:60]}")
                 return
             num_rows, told = file.metadata.num_rows, 0
-            for batch in file.iter_batches(batch_size=64, columns=[field], use_threads=False):
+            for batch in file.iter_batches(batch_size=8, columns=[field], use_threads=False):
                 for value in batch.column(0):
                     row += 1
                     try:
