@@ -132,6 +132,16 @@ class TrainConfig:
     def sequences_per_step(self) -> int:
         return self.batch_size * self.grad_accumulation
 
+    def sequences_of_each(self, processes: int) -> int:
+        """Sequences of a step that each of the processes takes which share them; ValueError if they do not divide."""
+        if self.sequences_per_step % processes:
+            raise ValueError(
+                f"the {self.sequences_per_step} sequences of a step (batch_size {self.batch_size} times "
+                f"grad_accumulation {self.grad_accumulation}) do not divide among {processes} processes; change one "
+                "of these numbers, or split each sequence as well (chunk_parallel)."
+            )
+        return self.sequences_per_step // processes
+
     @property
     def tokens_per_step(self) -> int:
         return self.sequences_per_step * self.seq_len

@@ -45,12 +45,7 @@ def estimate_memory(model: PreTrainedModel, config: TrainConfig, processes: int)
         raise ValueError(
             f"tensor_parallel {tensor} times chunk_parallel {chunk} must divide the number of processes, {processes}."
         )
-    data = processes // (tensor * chunk)
-    if config.sequences_per_step % data:
-        raise ValueError(
-            f"the {config.sequences_per_step} sequences of a step do not divide among {data} processes that share them."
-        )
-    sequences = config.sequences_per_step // data
+    sequences = config.sequences_of_each(processes // (tensor * chunk))
     parameters = sum(p.numel() for p in model.parameters())
     inner = sum(p.numel() for name, p in model.named_parameters() if ".layers." in f".{name}")
     state = 2 * parameters

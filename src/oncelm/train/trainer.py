@@ -123,11 +123,7 @@ class Trainer:
         ranks: Ranks | None = None,
     ) -> None:
         self.ranks = ranks or Ranks(resolve_device(None if config.device == "auto" else config.device))
-        if config.sequences_per_step % self.ranks.data.size:
-            raise ValueError(
-                f"the {config.sequences_per_step} sequences of a step (batch_size {config.batch_size} times "
-                f"grad_accumulation {config.grad_accumulation}) do not divide among {self.ranks.data.size} processes."
-            )
+        config.sequences_of_each(self.ranks.data.size)  # or a ValueError, before anything large happens
         self.model = prepare_model(model, config, self.ranks)
         self.dataset, self.config, self.tokenizer = dataset, config, tokenizer
         self.optimizers = build_optimizers(self.model, config)
