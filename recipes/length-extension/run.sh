@@ -18,3 +18,4 @@ for stage in ${STAGES:-64k 256k 1m}; do
     fi
     model=$out/$stage/model
 done
+echo "Finished: $model"

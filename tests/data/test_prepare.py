@@ -7,10 +7,12 @@ import json
 import multiprocessing
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
+from filelock import FileLock
 
 from oncelm.data import encoding, prepare, reading
 from oncelm.data.layout import find_corpus
@@ -286,6 +288,33 @@ def test_a_full_disk_keeps_the_shards_that_are_complete(
     folder = prepare.prepare(find_corpus(tmp_path), byte_tokenizer, tmp_path / "tokens")
     assert len(made()) == len(open_tokens(folder).train[0].stream.shards) - kept
     assert stream(folder).tolist() == expected(byte_tokenizer, TEXTS)
+
+
+def test_two_at_a_time_take_turns_and_the_second_says_that_it_waits(
+    tmp_path, write_jsonl, byte_tokenizer, made, caplog
+) -> None:
+    write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    folder = tmp_path / "tokens"
+    folder.mkdir()
+    lock = FileLock(folder / ".lock")
+    lock.acquire()
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(prepare.prepare, find_corpus(tmp_path), byte_tokenizer, folder)
+        deadline = time.monotonic() + 60
+        while not caplog.text and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert f"waiting for another process that prepares {folder}" in caplog.text
+        assert made() == []
+        lock.release()
+        waiting.result()
+    assert stream(folder).tolist() == expected(byte_tokenizer, TEXTS)
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path, write_jsonl, byte_tokenizer) -> None:
+    write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    (tmp_path / ".oncelm").write_text("a file, not a folder")
+    with pytest.raises(OSError, match=r"no place for tokens: .*\.oncelm.*; name one \(--out of oncelm data"):
+        prepare.prepare(find_corpus(tmp_path), byte_tokenizer)
 
 
 def test_damaged_folders_are_named(tmp_path, write_jsonl, byte_tokenizer) -> None:

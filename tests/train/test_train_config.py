@@ -8,7 +8,7 @@ import pytest
 
 from oncelm.train.config import load_config
 
-RECIPES = sorted(Path(__file__).parents[2].glob("recipes/*.yaml"))
+RECIPES = sorted(Path(__file__).parents[2].glob("recipes/**/*.yaml"))
 PLACES = {"data": "books", "out": "run"}
 
 

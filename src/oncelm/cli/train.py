@@ -79,6 +79,8 @@ def run(args: argparse.Namespace) -> int:
         print(describe(config, args.processes or int(os.environ.get("WORLD_SIZE", "1"))))
         return 0
 
+    import torch
+
     from oncelm.data.read_ahead import ReadAhead
     from oncelm.train.parallel.ranks import join_ranks
     from oncelm.train.trainer import Trainer
@@ -92,6 +94,13 @@ def run(args: argparse.Namespace) -> int:
                 result = Trainer(model, dataset, config, tokenizer, ranks).fit()
     except FloatingPointError as error:
         print(f"oncelm: training stopped: {error}", file=sys.stderr)
+        return 1
+    except torch.OutOfMemoryError as error:
+        print(
+            f"oncelm: {' '.join(str(error).split())[:160]}... Less memory is needed with a smaller batch_size (and a "
+            "larger grad_accumulation), activation_checkpointing=true or more processes; --dry-run estimates it.",
+            file=sys.stderr,
+        )
         return 1
     if not ranks.is_main:
         return 0

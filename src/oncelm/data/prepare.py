@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 import os
 import sys
 import threading
@@ -28,7 +29,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from oncelm.data.encoding import LONG_TEXT, Encoder
@@ -40,6 +41,8 @@ from oncelm.utils.files import atomic_file, atomic_folder, clean_up
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 FORMAT = 1
 MANIFEST = "tokens.json"
@@ -122,8 +125,13 @@ def prepare(
     fingerprint = encoder.fingerprint()
     out = default_folder(corpus, fingerprint) if folder is None else Path(folder)
     shards = out / "shards"
-    shards.mkdir(parents=True, exist_ok=True)
-    with FileLock(out / ".lock"):
+    try:
+        shards.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(
+            f"no place for tokens: {error}; name one (--out of oncelm data, the setting tokens of oncelm train)."
+        ) from error
+    with _turn(out):
         clean_up(out)  # nobody else is here
         clean_up(shards)
         pieces = _scan_all(corpus, out / "scan.json", workers)
@@ -135,7 +143,7 @@ def prepare(
 
 def prune(folder: Path) -> int:
     """Delete the shards that FOLDER/tokens.json does not name (of text or a tokenizer since replaced); bytes freed."""
-    with FileLock(folder / ".lock"):
+    with _turn(folder):
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         used = {shard["key"] for split in ("train", "valid") for s in manifest[split] for shard in s["shards"]}
         stale = [file for file in (folder / "shards").iterdir() if file.stem not in used]
@@ -143,6 +151,21 @@ def prune(folder: Path) -> int:
         for file in stale:
             file.unlink()
     return freed
+
+
+@contextmanager
+def _turn(folder: Path) -> Iterator[None]:
+    """While no other process prepares `folder`."""
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=2)
+    except Timeout:
+        logger.warning("waiting for another process that prepares %s", folder)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 # -- what there is to do ----------------------------------------------------------------------------------------------

@@ -57,7 +57,8 @@ class Metrics:
             if name in values:
                 self._show(**{label: form.format(values[name])})
         if self._bar.disable:
-            print(f"step {step}: " + ", ".join(f"{k} {v:.4g}" for k, v in values.items()), file=sys.stderr)
+            shown = (f"{k} {v:,.0f}" if v >= 1000 else f"{k} {v:.4g}" for k, v in values.items())
+            print(f"step {step}: " + ", ".join(shown), file=sys.stderr)
 
     def close(self) -> None:
         self._bar.close()

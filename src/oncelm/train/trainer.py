@@ -450,7 +450,9 @@ def prepare_model(model: PreTrainedModel, config: TrainConfig, ranks: Ranks) -> 
         raise ValueError(f"chunk_parallel is for YOCO models; this is a {type(model).__name__}: leave it at 1.")
     model.float()
     if config.activation_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        # renamed behind transformers 5.17
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     if config.compile:
         getattr(model, "compile_layers", model.compile)()
     if ranks.mesh is None:
