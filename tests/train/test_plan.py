@@ -84,6 +84,19 @@ def test_processes_share(make_config) -> None:
         estimate_memory(model, make_config(batch_size=4), 3)
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("llama", {"chunk_parallel": 2}, "chunk_parallel is for YOCO models"),
+        ("llama", {"tensor_parallel": 2}, "tensor_parallel is for YOCO models"),
+        ("window", {"tensor_parallel": 8}, "num_self_heads 4 does not divide"),
+    ],
+)
+def test_what_cannot_be_split_is_said_before_anything_is_done(make_config, name, options, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        estimate_memory(make(name), make_config(**options), 8)
+
+
 def test_a_plan_in_words(make_config) -> None:
     with torch.device("meta"):
         model = make("retention")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import logging
 import os
 import sys
 from pathlib import Path
@@ -194,13 +195,14 @@ def open_data(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> TokenF
                 f"data {config.data!r} was prepared with another tokenizer than {config.tokenizer!r}; leave tokenizer "
                 "out to use the one it has, or prepare the text again."
             )
+        if config.bos and not tokens.manifest["bos"]:
+            raise ValueError(f"data {config.data!r} was prepared without bos; prepare the text again with --bos.")
         return tokens
     tokens = open_tokens(prepare_tokens(find_corpus(config.data), tokenizer, config.tokens, bos=config.bos))
     malformed = tokens.manifest["malformed"]
     if malformed["count"]:
-        print(
-            f"left out {malformed['count']:,} malformed lines, the first: {malformed['examples'][0]}", file=sys.stderr
-        )
+        first = malformed["examples"][0]
+        logging.getLogger(__name__).warning("left out %s malformed lines, the first: %s", malformed["count"], first)
     return tokens
 
 

@@ -209,7 +209,7 @@ def _units(source: Source, pieces: dict[Path, list[Piece]], settings: str) -> li
                 groups[-1].append(piece)
             else:
                 groups.append([piece])
-            name_digest = hashlib.sha256(file.name.encode()).digest()
+            name_digest = hashlib.sha256(os.fsencode(file.name)).digest()
             full = sum(p.stop - p.start for p in groups[-1]) >= BYTES_IN_SHARD
             open_group = gather and not full and name_digest[0] % FILES_IN_SHARD != 0
     return [Unit(tuple(group), _key(group, settings)) for group in groups]

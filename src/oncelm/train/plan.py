@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from transformers import LlamaConfig, PreTrainedConfig, PreTrainedModel
 
-from oncelm.models.yoco import YocoConfig
+from oncelm.models.yoco import YocoConfig, YocoForCausalLM
 from oncelm.train.config import TrainConfig
+from oncelm.train.parallel.tensor import check_split
 from oncelm.utils.units import size
 
 
@@ -34,17 +35,26 @@ class Memory:
         return self.weights + self.gradients + self.optimizer + self.gathered + (self.activations or 0)
 
 
+def check_model(model: PreTrainedModel, config: TrainConfig) -> None:
+    """ValueError for a model that the settings cannot split."""
+    if config.chunk_parallel > 1 and not isinstance(model, YocoForCausalLM):
+        raise ValueError(f"chunk_parallel is for YOCO models; this is a {type(model).__name__}: leave it at 1.")
+    if config.tensor_parallel > 1:
+        check_split(model, config.tensor_parallel)
+
+
 def estimate_memory(model: PreTrainedModel, config: TrainConfig, processes: int) -> Memory:
     """The memory of one of `processes`; kernels' own buffers and what an allocator cannot join come on top.
 
     Raises:
-        ValueError: the settings do not divide among so many processes.
+        ValueError: the settings do not divide among so many processes, or the model cannot be split so.
     """
     tensor, chunk = config.tensor_parallel, config.chunk_parallel
     if processes % (tensor * chunk):
         raise ValueError(
             f"tensor_parallel {tensor} times chunk_parallel {chunk} must divide the number of processes, {processes}."
         )
+    check_model(model, config)
     sequences = config.sequences_of_each(processes // (tensor * chunk))
     parameters = sum(p.numel() for p in model.parameters())
     inner = sum(p.numel() for name, p in model.named_parameters() if ".layers." in f".{name}")

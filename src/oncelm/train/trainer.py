@@ -31,7 +31,6 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from oncelm.models.load import load, quiet_transformers
-from oncelm.models.yoco import YocoForCausalLM
 from oncelm.models.yoco.inputs import IGNORE_INDEX
 from oncelm.train.checkpoint import find_checkpoint, list_checkpoints
 from oncelm.train.config import TrainConfig
@@ -42,6 +41,7 @@ from oncelm.train.optimizer import build_optimizers
 from oncelm.train.parallel.chunk import chunk_inputs
 from oncelm.train.parallel.ranks import Ranks
 from oncelm.train.parallel.shard import shard_model
+from oncelm.train.plan import check_model
 from oncelm.train.reports import open_reports
 from oncelm.train.saving import Saver, read_tensors, tensors_to_save
 from oncelm.train.schedule import lr_factor
@@ -446,8 +446,7 @@ def describe_rows(dataset: Batches, step: int, count: int, rows: slice) -> str:
 
 def prepare_model(model: PreTrainedModel, config: TrainConfig, ranks: Ranks) -> PreTrainedModel:
     """`model`, or this rank's part of it, in float32 on this rank's device."""
-    if ranks.chunk.size > 1 and not isinstance(model, YocoForCausalLM):
-        raise ValueError(f"chunk_parallel is for YOCO models; this is a {type(model).__name__}: leave it at 1.")
+    check_model(model, config)
     model.float()
     if config.activation_checkpointing:
         # renamed behind transformers 5.17

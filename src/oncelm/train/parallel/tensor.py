@@ -28,20 +28,34 @@ from transformers import PreTrainedModel
 from oncelm.models.yoco import YocoForCausalLM
 
 
+def check_split(model: PreTrainedModel, ranks: int) -> None:
+    """ValueError for a model of another kind than YOCO, or whose heads, units or vocabulary do not divide."""
+    if not isinstance(model, YocoForCausalLM):
+        raise ValueError(f"tensor_parallel is for YOCO models; this is a {type(model).__name__}: leave it at 1.")
+    config = model.config
+    for name in ("num_self_heads", "num_attention_heads", "intermediate_size", "vocab_size"):
+        if getattr(config, name) % ranks:
+            raise ValueError(f"{name} {getattr(config, name)} does not divide among tensor_parallel {ranks} ranks.")
+    for name, heads in (
+        ("num_self_key_value_heads", config.self_kv_heads),
+        ("num_key_value_heads", config.shared_kv_heads),
+    ):
+        if heads % ranks and ranks % heads:
+            raise ValueError(
+                f"{name} {heads} neither divides among tensor_parallel {ranks} ranks nor divides their number."
+            )
+
+
 def split_layers(model: PreTrainedModel, mesh: DeviceMesh) -> None:
     """Turn the parameters of a YOCO model into DTensors over a one-dimensional mesh, and its modules to match.
 
     Raises:
-        ValueError: a model of another kind, or one whose heads, units or vocabulary do not divide among the ranks.
+        ValueError: it cannot be split so (`check_split`).
     """
-    if not isinstance(model, YocoForCausalLM):
-        raise ValueError(f"tensor_parallel is for YOCO models; this is a {type(model).__name__}: leave it at 1.")
     config, ranks = model.config, mesh.size()
-    for name in ("num_self_heads", "num_attention_heads", "intermediate_size", "vocab_size"):
-        if getattr(config, name) % ranks:
-            raise ValueError(f"{name} {getattr(config, name)} does not divide among tensor_parallel {ranks} ranks.")
-    self_kv = _keys_or_values(config.self_kv_heads, config.self_head_dim, "num_self_key_value_heads", ranks)
-    shared_kv = _keys_or_values(config.shared_kv_heads, config.head_dim, "num_key_value_heads", ranks)
+    check_split(model, ranks)
+    self_kv = _keys_or_values(config.self_kv_heads, config.self_head_dim, ranks)
+    shared_kv = _keys_or_values(config.shared_kv_heads, config.head_dim, ranks)
     by_rows = ColwiseParallel()  # torch's names go by the transposed weight
     by_columns = RowwiseParallel()
     plan: dict[str, ParallelStyle] = {
@@ -64,14 +78,8 @@ def split_layers(model: PreTrainedModel, mesh: DeviceMesh) -> None:
     model.tie_weights()
 
 
-def _keys_or_values(num_heads: int, head_dim: int, key: str, ranks: int) -> ParallelStyle:
-    if num_heads % ranks == 0:
-        return ColwiseParallel()
-    if ranks % num_heads:
-        raise ValueError(
-            f"{key} {num_heads} neither divides among tensor_parallel {ranks} ranks nor divides their number."
-        )
-    return _OneHead(num_heads, head_dim)
+def _keys_or_values(num_heads: int, head_dim: int, ranks: int) -> ParallelStyle:
+    return ColwiseParallel() if num_heads % ranks == 0 else _OneHead(num_heads, head_dim)
 
 
 class _Whole(ParallelStyle):
