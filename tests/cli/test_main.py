@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-
 import pytest
 
 from oncelm.cli import VERBS, main
@@ -36,7 +34,6 @@ def test_each_verb_teaches_with_examples(verb, capsys) -> None:
     shown = capsys.readouterr().out
     assert "examples:" in shown
     assert f"oncelm {verb}" in shown
-    assert VERBS[verb] == importlib.import_module(f"oncelm.cli.{verb}").HELP
 
 
 @pytest.mark.parametrize("arguments", [["generate"], ["convert", "a"], ["info", "a", "b"], ["info", "--nope"]])

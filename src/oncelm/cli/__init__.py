@@ -1,8 +1,7 @@
 """The `oncelm` command: one file per verb, each imported only when it is called.
 
-A verb's module has `HELP` (one line), `DESCRIPTION` (what it teaches on --help, with examples),
-`add_arguments(parser)` and `run(args)`. A user's mistake (ValueError, OSError) or a missing
-optional package (ImportError) is one line and exit status 2.
+A verb's module has `DESCRIPTION` (what it teaches on --help, with examples), `add_arguments(parser)` and `run(args)`.
+A user's mistake (ValueError, OSError) or a missing optional package (ImportError) is one line and exit status 2.
 """
 
 from __future__ import annotations

@@ -13,8 +13,6 @@ if TYPE_CHECKING:
     from oncelm.bench import Subject
     from oncelm.models import YocoConfig
 
-HELP = "measure prefill, decode, memory and training beside a Llama of the same shape"
-
 DESCRIPTION = """\
 Measure a YOCO and, in the same run, transformers' Llama of the same width, depth, heads and vocabulary.
 

@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-HELP = "convert official YOCO folders and GGUF files to Hugging Face folders, and back"
-
 DESCRIPTION = """\
 Convert a model from the official YOCO format (params.json, checkpoint.pth), or a training run's checkpoint, to a
 Hugging Face folder (config.json, model.safetensors), or from there to the official format. Logits stay the same.

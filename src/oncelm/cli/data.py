@@ -13,8 +13,6 @@ if TYPE_CHECKING:
     from oncelm.data.layout import Corpus
     from oncelm.data.tokens import ShardStream, TokenFolder
 
-HELP = "tokenize text for training, describe it, look at samples"
-
 DESCRIPTION = """\
 prepare   tokenizes DATA into memory-mapped shards, one thread a core. Stopped or killed at any moment, the same command
           goes on where it was; text that has not changed is never tokenized again. `oncelm train DATA` does the same
@@ -61,6 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sample.add_argument("--step", type=int, default=0, metavar="N", help="step to look at (0)")
     sample.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the run (0)")
     sample.add_argument("--count", type=int, default=3, metavar="N", help="sequences to print, from the first (3)")
+    sample.add_argument("--validation-share", type=float, default=0.05, metavar="X", help="held out (0.05)")
     sample.add_argument("--long-documents", type=int, metavar="T", help="as the setting of the same name")
     sample.add_argument("--long-factor", type=float, default=1.0, metavar="X", help="as the setting of the same name")
 
@@ -228,6 +227,7 @@ def run_sample(args: argparse.Namespace) -> int:
         args.seq_len,
         seed=args.seed,
         validation=tokens.valid,
+        validation_share=args.validation_share,
         long_documents=args.long_documents,
         long_factor=args.long_factor,
     )

@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from oncelm.bench.subjects import Subject
     from oncelm.models import YocoForCausalLM
 
-HELP = "train a small YOCO and a Transformer, read a long book, compare them"
-
 DESCRIPTION = """\
 Train a small YOCO and a Llama of the same size on 210 years of State of the Union addresses, half of
 --train-seconds each; read a whole novel with the YOCO, in chunks with early exit, and continue it; then measure both

@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING, Any, get_args
 if TYPE_CHECKING:
     from oncelm.eval import LanguageModel, Run, Table, Task
 
-HELP = "evaluate a model: needles, loss by position, in-context learning; write a report"
-
 DESCRIPTION = """\
 Ask a model the questions of a task and judge its answers. No other model judges, and nothing is fetched, but for the
 questions of lm-eval's tasks (yoco-table, longllama-table, harness) where --data names no folder of them.

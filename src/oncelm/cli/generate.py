@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from oncelm.cache import ModelCache
     from oncelm.cache.long_cache import LongLlamaCache
 
-HELP = "continue a prompt, of any length, with a trained model"
-
 DESCRIPTION = """\
 Read a prompt and write its continuation to standard output, token by token.
 

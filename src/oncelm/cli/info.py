@@ -11,8 +11,6 @@ if TYPE_CHECKING:
     from rich.table import Table
     from transformers import PreTrainedConfig, PreTrainedModel
 
-HELP = "describe a model, a preset, or this installation"
-
 DESCRIPTION = """\
 Without MODEL: versions, devices, which implementation computes each operation on which device, and the presets.
 With MODEL: its shape, parameters, bytes of weights and of cache at several lengths, context length and tokenizer.

@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from oncelm.train.parallel.ranks import Ranks
     from oncelm.train.trainer import Batches
 
-HELP = "train a model on text: a file, a folder or a corpus of weighted sources"
-
 DESCRIPTION = """\
 Train a language model on a text file, a folder of text (.txt, .jsonl, .jsonl.gz, .jsonl.zst, .parquet), a corpus
 whose json/train.json weighs its sources, or a folder of tokens that `oncelm data prepare` made. Text is tokenized

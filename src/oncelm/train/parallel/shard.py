@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers import PreTrainedModel
 
 from oncelm.train.parallel.ranks import Ranks
@@ -57,9 +57,3 @@ def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
     """The modules that transformers, too, keeps in one piece when it spreads a model over devices."""
     names = set(model._no_split_modules or ())
     return [module for module in model.modules() if type(module).__name__ in names]
-
-
-def sync_gradients(model: nn.Module, enabled: bool) -> None:
-    """Whether the next backward pass sums gradients over the ranks, as only the last of a step needs to."""
-    if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(enabled)
