@@ -89,7 +89,7 @@ def test_train_takes_a_folder_of_every_kind(kind, tmp_path) -> None:
     assert text.replace(bytes([254]), b"") == "".join(TEXTS).encode()
 
 
-def test_malformed_lines_are_shown_and_strict_stops(corpus, tmp_path, capsys) -> None:
+def test_malformed_lines_are_shown_and_strict_stops(corpus, tmp_path, capsys, caplog) -> None:
     with (corpus / "a.jsonl").open("a") as file:
         file.write("garbage\n")
     assert main(["data", "prepare", str(corpus)]) == 0
@@ -99,7 +99,7 @@ def test_malformed_lines_are_shown_and_strict_stops(corpus, tmp_path, capsys) ->
     assert main(["data", "prepare", str(corpus), "--strict"]) == 2
     assert capsys.readouterr().err.startswith(f"oncelm: error: {corpus / 'a.jsonl'}:41: not JSON")
     assert main(["train", str(corpus), "--out", str(tmp_path / "run"), *QUICK]) == 0
-    assert "left out 1 malformed lines, the first: " in capsys.readouterr().err
+    assert "left out 1 malformed lines, the first: " in caplog.text
 
 
 def test_unchanged_text_keeps_its_own_tokenizer_and_tokens(corpus, capsys) -> None:

@@ -33,7 +33,7 @@ def test_small_demo(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--lengths", "many"], "--lengths takes whole numbers"),
+        (["--lengths", "many"], "--lengths 'many': each of them must be a whole number"),
         (["--lengths", "1,64"], "--lengths must be at least 2 tokens"),
         (["--document", "no-such-file.txt"], "no-such-file.txt"),
     ],

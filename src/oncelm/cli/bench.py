@@ -58,7 +58,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="any other key of YocoConfig"
     )
     run = parser.add_argument_group("the run")
-    run.add_argument("--lengths", metavar="N,N", help=f"tokens ({DEFAULT_LENGTHS}; train: {LENGTHS['train']})")
+    run.add_argument(
+        "--lengths", metavar="N,N", help=f"tokens, such as 4096,16K ({DEFAULT_LENGTHS}; train: {LENGTHS['train']})"
+    )
     run.add_argument("--batch-size", type=int, default=1, metavar="N", help="sequences side by side (1)")
     run.add_argument("--dtype", help="float32 (default on a CPU), bfloat16 (on a GPU) or float16")
     run.add_argument(
@@ -132,13 +134,13 @@ def check_options(args: argparse.Namespace) -> None:
 
 
 def parse_lengths(text: str) -> list[int]:
-    """ "4096,16384" as numbers."""
+    """ "4096,16K" as numbers."""
+    from oncelm.eval.task import parse_tokens
+
     try:
-        return [int(part) for part in text.split(",")]
+        return [parse_tokens(part) for part in text.split(",")]
     except ValueError as error:
-        raise ValueError(
-            f"--lengths takes whole numbers with commas between, as in 4096,16384; got {text!r}."
-        ) from error
+        raise ValueError(f"--lengths {text!r}: each of them {error}") from error
 
 
 def make_subjects(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> list[Subject]:
