@@ -317,6 +317,20 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path, write_jsonl, byte_tok
         prepare.prepare(find_corpus(tmp_path), byte_tokenizer)
 
 
+def test_text_is_never_pruned_and_tokens_do_not_go_among_it(tmp_path, write_corpus, byte_tokenizer) -> None:
+    corpus = write_corpus(tmp_path, {"a": (1, TEXTS)})  # whose text is in corpus/shards
+    with pytest.raises(ValueError, match=r"folder .* is the text's own; name another"):
+        prepare.prepare(find_corpus(corpus), byte_tokenizer, corpus)
+    folder = prepare.prepare(find_corpus(corpus), byte_tokenizer, tmp_path / "tokens")
+    stale = folder / "shards" / f"{0:032x}.tokens"
+    stale.write_bytes(b"12")
+    other = folder / "shards" / "books-0.jsonl"
+    other.write_text("{}")
+    assert prune(folder) == 2
+    assert not stale.exists()
+    assert other.exists()
+
+
 def test_damaged_folders_are_named(tmp_path, write_jsonl, byte_tokenizer) -> None:
     write_jsonl(tmp_path / "a.jsonl", TEXTS)
     folder = prepare.prepare(find_corpus(tmp_path), byte_tokenizer, tmp_path / "tokens")

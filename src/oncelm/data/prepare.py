@@ -18,6 +18,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import sys
 import threading
 from array import array
@@ -112,7 +113,8 @@ def prepare(
         workers: threads; None: one a core.
 
     Raises:
-        ValueError: a source without any document, a tokenizer without eos, a malformed line with `strict`.
+        ValueError: a source without any document, a tokenizer without eos, a malformed line with `strict`; a `folder`
+            that is the text's.
         OSError: a file cannot be written. Complete shards are kept.
     """
     encoder = Encoder(tokenizer)
@@ -124,6 +126,8 @@ def prepare(
     check_positive(workers=workers)
     fingerprint = encoder.fingerprint()
     out = default_folder(corpus, fingerprint) if folder is None else Path(folder)
+    if out.resolve() == corpus.path.resolve():
+        raise ValueError(f"folder {str(out)!r} is the text's own; name another for its tokens.")
     shards = out / "shards"
     try:
         shards.mkdir(parents=True, exist_ok=True)
@@ -146,7 +150,9 @@ def prune(folder: Path) -> int:
     with _turn(folder):
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         used = {shard["key"] for split in ("train", "valid") for s in manifest[split] for shard in s["shards"]}
-        stale = [file for file in (folder / "shards").iterdir() if file.stem not in used]
+        ours = re.compile(r"([0-9a-f]{32})\.(tokens|documents|json)")
+        named = ((ours.fullmatch(file.name), file) for file in (folder / "shards").iterdir())
+        stale = [file for name, file in named if name and name[1] not in used]
         freed = sum(file.stat().st_size for file in stale)
         for file in stale:
             file.unlink()
