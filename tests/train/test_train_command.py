@@ -7,11 +7,13 @@ import os
 import signal
 
 import pytest
+import torch
 
 import oncelm.models
 from oncelm.cli import main
 from oncelm.data.read_ahead import ReadAhead
 from oncelm.train.checkpoint import list_checkpoints
+from oncelm.train.trainer import Trainer
 
 QUICK = ("--set", "seq_len=16", "batch_size=2", "log_every=1", "warmup_steps=1")
 
@@ -33,11 +35,35 @@ def test_text_to_model_and_on_from_that_model(book, tmp_path, capsys) -> None:
     more = ["train", book, "--out", str(tmp_path / "more"), "--model", str(out / "model"), "--steps", "1"]
     assert main([*more, *QUICK, "--dry-run"]) == 0
     assert main([*more, *QUICK]) == 0  # with the tokenizer in the model's folder
-    assert main([*more, *QUICK, "model_overrides.hidden_size=64"]) == 2
+    assert main([*more, *QUICK, "model_overrides.hidden_size=64", f"out={tmp_path / 'wide'}"]) == 2
     assert "do not fit the weights of the folder given: size mismatch" in capsys.readouterr().err
     longer = ["train", book, "--out", str(tmp_path / "longer"), "--model", str(out / "model"), "--steps", "1"]
     assert main([*longer, *QUICK, "model_overrides.rope_theta=640000"]) == 0
     assert oncelm.models.load(tmp_path / "longer" / "model").config.rope_theta == 640_000
+
+
+def test_a_new_run_leaves_the_tokenizer_of_another_alone(book, tmp_path, capsys) -> None:
+    out = tmp_path / "run"
+    assert main(["train", book, "--out", str(out), "--steps", "1", "--tokenizer", "bpe:280", *QUICK]) == 0
+    before = (out / "tokenizer" / "tokenizer.json").read_bytes()
+    (tmp_path / "other.txt").write_text("quite another text\n" * 100)
+    other = ["train", str(tmp_path / "other.txt"), "--out", str(out), "--steps", "1", "--tokenizer", "bpe:280", *QUICK]
+    assert main(other) == 2
+    assert "already holds checkpoints" in capsys.readouterr().err
+    assert (out / "tokenizer" / "tokenizer.json").read_bytes() == before
+    assert not list(tmp_path.glob(".oncelm/other*"))
+
+
+def test_memory_that_is_too_small_is_one_line(book, tmp_path, capsys, monkeypatch) -> None:
+    def fit(self):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has ...")
+
+    monkeypatch.setattr(Trainer, "fit", fit)
+    assert main(["train", book, "--out", str(tmp_path / "run"), *QUICK]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("oncelm: CUDA out of memory. Tried to allocate 2.00 GiB.")
+    assert "activation_checkpointing=true" in error
+    assert error.count("\n") == 1
 
 
 def test_a_stopped_run_goes_on_with_its_own_settings_and_tokenizer(book, tmp_path, capsys, monkeypatch) -> None:

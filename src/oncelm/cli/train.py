@@ -131,6 +131,10 @@ def prepare(config: TrainConfig, ranks: Ranks) -> tuple[PreTrainedModel, Batches
 
     import torch
 
+    from oncelm.train.checkpoint import check_new
+
+    if not config.resume:  # before a tokenizer takes the place of that run's, and text is tokenized for nothing
+        ranks.on_main(lambda: check_new(Path(config.out)))
     tokenizer = make_tokenizer(config, ranks)
     dataset, largest_id = make_dataset(config, ranks, tokenizer)
     with contextlib.nullcontext() if ranks.is_main else torch.device("meta"):

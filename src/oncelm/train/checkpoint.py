@@ -20,6 +20,7 @@ from pathlib import Path
 
 from oncelm.utils.files import atomic_folder
 
+FOLDER = "checkpoints"  # in that of a run
 MANIFEST = "manifest.json"
 _HASHING_THREADS = 8
 _NAME = re.compile(r"step-(\d{6,})")
@@ -55,6 +56,14 @@ def find_checkpoint(root: Path) -> Path | None:
     if checkpoints:
         raise ValueError(f"every checkpoint in {root} is damaged; delete that folder to start over.")
     return None
+
+
+def check_new(out: Path) -> None:
+    """ValueError where the folder of a new run already has checkpoints of another."""
+    if list_checkpoints(out / FOLDER):
+        raise ValueError(
+            f"out {str(out)!r} already holds checkpoints; resume that run (--resume) or choose another folder."
+        )
 
 
 def list_checkpoints(root: Path) -> list[tuple[int, Path]]:

@@ -32,7 +32,7 @@ from torch.distributed.tensor import DTensor
 
 from oncelm.models.load import load, quiet_transformers
 from oncelm.models.yoco.inputs import IGNORE_INDEX
-from oncelm.train.checkpoint import find_checkpoint, list_checkpoints
+from oncelm.train.checkpoint import FOLDER, check_new, find_checkpoint, list_checkpoints
 from oncelm.train.config import TrainConfig
 from oncelm.train.diagnose import find_not_finite
 from oncelm.train.interrupt import StopRequest
@@ -128,7 +128,7 @@ class Trainer:
         self.dataset, self.config, self.tokenizer = dataset, config, tokenizer
         self.optimizers = build_optimizers(self.model, config)
         self.out = Path(config.out)
-        self.checkpoints = self.out / "checkpoints"
+        self.checkpoints = self.out / FOLDER
         self.export_request = self.out / "export"  # a file that asks for an export behind the next step
         self.saver = Saver(self.checkpoints, config.keep_checkpoints, self.ranks)
         self.watch = Watch(self.model.config, config, self.ranks)
@@ -373,11 +373,9 @@ class Trainer:
         """Make the run's folder ready; the checkpoint to start from, or None. For the first rank alone."""
         clean_up(self.out)
         clean_up(self.checkpoints)
+        if not self.config.resume:
+            check_new(self.out)
         folder = find_checkpoint(self.checkpoints) if self.config.resume else None
-        if folder is None and list_checkpoints(self.checkpoints):
-            raise ValueError(
-                f"out {str(self.out)!r} already holds checkpoints; resume that run (--resume) or choose another folder."
-            )
         with atomic_file(self.out / "config.yaml") as temporary:
             temporary.write_text(self.config.to_yaml(), encoding="utf-8")
         return folder
