@@ -102,7 +102,7 @@ def test_the_stages_of_length_extension_follow_each_other(book, tmp_path) -> Non
     assert config["rope_theta"] == 80_000_000
     assert f"model: {out / '64k' / 'model'}" in (out / "1m" / "config.yaml").read_text()
     again = subprocess.run(command, env=variables, check=True, capture_output=True, text=True)
-    assert again.stdout == ""  # all stages are finished
+    assert again.stdout == f"Finished: {out / '1m' / 'model'}\n"
 
 
 @pytest.fixture
@@ -141,3 +141,20 @@ def test_the_comparison_runs_stops_and_goes_on(compare, book, tmp_path, monkeypa
     lines = [json.loads(line) for line in (out / "summary.jsonl").read_text().splitlines()]
     assert [(line["tokens"], line["finished"]) for line in lines] == [(128, True)] * 2
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_two_ranks_beside_one(book, tmp_path) -> None:
+    script, out = RECIPES / "many_gpus.py", tmp_path / "out"
+    tiny = ["device=cpu", "dtype=float32", "model=yoco-tiny", "seq_len=32", "batch_size=2", "steps=4"]
+    command = [sys.executable, str(script), book, str(out), "--only", "one", "data", "resumed", "--set", *tiny]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    records = [json.loads(line) for line in (out / "ranks.jsonl").read_text().splitlines()]
+    assert [(record["run"], record["processes"]) for record in records] == [("one", 1), ("data", 2), ("resumed", 1)]
+    assert all(len(record["losses"]) == 4 for record in records)
+    assert all(record["difference"] < 1e-4 for record in records[1:])
+    failing = [*command[:5], "one", "--set", *tiny, "seq_len=1"]
+    done = subprocess.run(failing, env=environment(), capture_output=True, text=True)
+    assert "failed" in done.stdout
+    assert "seq_len must be from 2" in done.stdout

@@ -109,8 +109,6 @@ class TrainConfig:
             raise ValueError(
                 f"tokenizer {self.tokenizer!r} is made from text; name the one that the model was made with."
             )
-        if self.long_factor != 1 and self.long_documents is None:
-            raise ValueError("long_factor is for long_documents: set it to the length from which a document is long.")
         if self.steps is None and self.max_seconds is None:
             raise ValueError("steps and max_seconds are both None: the run would not end; set one of them.")
         if self.compile and self.tensor_parallel > 1:
