@@ -76,7 +76,8 @@ class Saver:
     def __init__(self, root: Path, keep: int, ranks: Ranks) -> None:
         self.root, self.keep, self.ranks = root, keep, ranks
         # a new thread's GPU is the first one, on which every rank would then take memory
-        on_gpu = (torch.cuda.set_device, (ranks.device,)) if ranks.device.type == "cuda" else (None, ())
+        many = ranks.device.type == "cuda" and ranks.device.index is not None
+        on_gpu = (torch.cuda.set_device, (ranks.device,)) if many else (None, ())
         self._thread = ThreadPoolExecutor(1, "checkpoint", *on_gpu)
         self._writing: Future[None] | None = None
         self.step: int | None = None  # of the last checkpoint that was read, written or is being written
