@@ -361,7 +361,8 @@ class Trainer:
             lock.acquire(timeout=0)
         except Timeout:
             raise ValueError(
-                f"out {str(self.out)!r} is being written by another run; wait for its end or choose another folder."
+                f"out {str(self.out)!r} is being written by another run; wait for its end, choose another folder or, "
+                f"where there is none, delete {lock.lock_file}."
             ) from None
 
     def _start_or_resume(self) -> None:
