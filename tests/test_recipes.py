@@ -147,6 +147,7 @@ def test_the_comparison_runs_stops_and_goes_on(compare, book, tmp_path, monkeypa
 def test_two_ranks_beside_one(book, tmp_path) -> None:
     script, out = RECIPES / "many_gpus.py", tmp_path / "out"
     tiny = ["device=cpu", "dtype=float32", "model=yoco-tiny", "seq_len=32", "batch_size=2", "steps=4"]
+    tiny += ["model_overrides.num_self_heads=2", "model_overrides.vocab_size=512"]
     command = [sys.executable, str(script), book, str(out), "--only", "one", "data", "resumed", "--set", *tiny]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
