@@ -98,6 +98,10 @@ class Ruler(Task):
             f"{length - room + shortest} tokens."
         )
 
+    def decided(self, example: Example, text: str) -> bool:
+        """All answers are there."""
+        return self.score(example, text)["all"] == 1
+
     def score(self, example: Example, output: Output) -> Scores:
         """Which of the answers are somewhere in the output, in any case.
 
