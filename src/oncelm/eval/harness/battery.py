@@ -350,8 +350,9 @@ def accuracy_table(
         by_task = group(run.samples.values(), ("task",))
         values = [[s["scores"][metric] for s in by_task.get((task,), ())] for _, task, metric in columns]
         found.append([estimate(v) if v else None for v in values])
-        shots = run.configuration["options"]["fewshot"]
-        labels.append(run.label + (f", {shots}-shot" if shots else ""))
+        shots, scorer = (run.configuration["options"][name] for name in ("fewshot", "scorer"))
+        named = "" if scorer == "auto" else f", by {scorer}"
+        labels.append(run.label + (f", {shots}-shot" if shots else "") + named)
     rows = [
         [
             head,
