@@ -62,20 +62,22 @@ def run_harness(
     from lm_eval.models.huggingface import HFLM
 
     from oncelm.eval.harness.adapter import OnceLM
-    from oncelm.eval.harness.battery import SEED
+    from oncelm.eval.harness.battery import SEED, quiet
     from oncelm.eval.harness.folder import check_folder, folder_task
 
     check_positive(questions=questions, batch_size=batch_size, repeats=repeats)
     check_folder(data, tasks, fewshot)
     tokenizer: Any = model.codec.tokenizer
-    peer = HFLM(pretrained=model.model, tokenizer=tokenizer, batch_size=batch_size, max_length=model.longest)
+    with quiet():
+        peer = HFLM(pretrained=model.model, tokenizer=tokenizer, batch_size=batch_size, max_length=model.longest)
     scorers = {OURS: OnceLM(model), PEER: peer}
     environment = environment_report()
     records: list[Record] = []
     for name in tqdm(tasks, desc="harness", unit="task", dynamic_ncols=True):
-        task = folder_task(data, name, fewshot)
-        task.set_fewshot_seed(SEED)
-        task.build_all_requests(limit=questions)
+        with quiet():
+            task = folder_task(data, name, fewshot)
+            task.set_fewshot_seed(SEED)
+            task.build_all_requests(limit=questions)
         runs: dict[str, list[tuple[float, float]]] = {scorer: [] for scorer in scorers}
         with Neighbours() as others:
             answers, first = {}, {}
@@ -153,21 +155,19 @@ def harness_table(records: Sequence[Record]) -> Table:
         f"{first['fewshot']}-shot, {first['questions']} questions a task, {first['model']['name']}, {first['dtype']}"
     )
     drawn = Table(title=title)
-    for head in ("task", "scorer", "requests", "time", "CPU time", "/ OnceLM's", "CPU time / OnceLM's", "difference"):
+    for head in ("task", "scorer", "requests", "time", "/ ours", "CPU time", "/ ours", "difference"):
         drawn.add_column(head, justify="left" if head in ("task", "scorer") else "right")
     ours = {record["task"]: record for record in records if record["subject"] == OURS}
     for record in records:
         base = ours[record["task"]]
-        ratios = [""] * 2
-        if record is not base:
-            ratios = [f"{record[key] / base[key]:.2f}x" for key in ("seconds", "cpu_seconds")]
+        times = []
+        for key in ("seconds", "cpu_seconds"):
+            times += [show_seconds(record[key]), "" if record is base else f"{record[key] / base[key]:.2f}x"]
         drawn.add_row(
             record["task"],
             record["subject"],
             str(record["requests"]),
-            show_seconds(record["seconds"]),
-            show_seconds(record["cpu_seconds"]),
-            *ratios,
+            *times,
             f"{record['gate_errors']['largest_difference']:.1e}",
         )
     return drawn

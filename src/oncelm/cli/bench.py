@@ -172,15 +172,14 @@ def run_harness(
 ) -> list[dict[str, Any]]:
     from oncelm import bench
     from oncelm.eval.harness.battery import split_names
-    from oncelm.models.load import quiet_transformers
 
     if args.data is None:
         raise ValueError("harness needs a folder of questions: --data DIR; recipes/eval_data.py harness builds one.")
     given = {"questions": args.questions, "fewshot": args.fewshot, "batch_size": args.hflm_batch_size}
     options = {name: value for name, value in given.items() if value is not None}
     tasks = split_names(args.tasks or "") or bench.HARNESS_TASKS
-    with quiet_transformers():
-        return bench.run_harness(make_language_model(args, device, dtype), args.data, tasks, **options, **run_options)
+    model = make_language_model(args, device, dtype)
+    return bench.run_harness(model, args.data, tasks, **options, **run_options)
 
 
 def run_needle(
