@@ -128,18 +128,17 @@ def most_that_fits(
     Where not even the least number fits, it is the ids of the least and one unit fewer. Tokens grow about evenly with
     units, so a few guesses are enough; `guess` is the first.
     """
-    fits, fails = draft.least - 1, draft.most + 1  # the most units known to fit, the fewest known not to
     best = short = encode(draft.text(draft.least))
     if len(short) > room:
-        return short, fits
-    fits, slope = draft.least, 0.0  # tokens a unit
+        return short, draft.least - 1
+    fits, fails = draft.least, draft.most + 1  # the most units known to fit, the fewest known not to
     units = guess if guess > fits else 2 * fits + 16
     for attempt in range(200):
         units = min(max(units, fits + 1), fails - 1)
         if units == fits:
             break
         ids = encode(draft.text(units))
-        slope = max((len(ids) - len(short)) / (units - draft.least), 1e-3)
+        slope = max((len(ids) - len(short)) / (units - draft.least), 1e-3)  # tokens a unit
         if len(ids) <= room:
             best, fits = ids, units
         else:
