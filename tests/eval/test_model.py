@@ -64,6 +64,20 @@ def test_it_writes_the_likeliest_tokens(kind, language_models) -> None:
     assert stopped.generate(6, lambda so_far: len(so_far) == 2) == wanted[:2]
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_reader_reads_another_text(kind, language_models) -> None:
+    model, ids = language_models(kind), random_ids(20)
+    fresh, used = model.start(26), model.start(26)
+    used.read(random_ids(9, 3))
+    used.mark()
+    used.generate(5)
+    used.restart()
+    for reader in (fresh, used):
+        reader.read(ids)
+        assert reader.num_tokens == 20
+    assert used.generate(6) == fresh.generate(6)
+
+
 def test_end_of_text_ends_it(language_models) -> None:
     model, ids = language_models("retention"), random_ids(20)
     reader = model.start(30)

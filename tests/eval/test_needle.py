@@ -115,6 +115,16 @@ def test_the_judge() -> None:
         assert strict.score(example, output) == {"correct": exact, "contains": contains, "exact": exact}
 
 
+@given(st.text(alphabet="12 .\n", max_size=8), st.integers(0, 8), st.booleans())
+def test_what_is_decided_stays_so(text, more, strict) -> None:
+    task, example = make_task(TASKS["needle"], strict=strict), Generate(np.zeros(1, np.int32), "12", 9)
+    if task.decided(example, text[:more]):
+        assert task.score(example, text[:more]) == task.score(example, text)
+    assert task.decided(example, "12.")
+    assert task.decided(example, "1 12")
+    assert not task.decided(example, "12")
+
+
 def test_cities_are_many_and_unique() -> None:
     assert len(CITIES) == len(set(CITIES)) == 141  # 1 in 141: the ambiguity of the released code's list
 

@@ -39,6 +39,13 @@ def test_the_judge(output, right) -> None:
     assert make_task(TASKS["passkey"]).score(Generate(np.zeros(1, np.int32), "123", 9), output) == {"correct": right}
 
 
+@given(st.text(alphabet="12 .\n", max_size=8), st.integers(0, 8))
+def test_what_is_decided_stays_so(text, more) -> None:
+    task, example = make_task(TASKS["passkey"]), Generate(np.zeros(1, np.int32), "12", 9)
+    if task.decided(example, text[:more]):
+        assert task.score(example, text[:more]) == task.score(example, text)
+
+
 def test_too_short() -> None:
     task = make_task(TASKS["passkey"], lengths=(200,))
     with pytest.raises(ValueError, match=r"200 tokens is too short: a passkey prompt takes \d+"):

@@ -37,6 +37,10 @@ class FakeReader:
         self.valid = [place for place in self.valid if place <= mark]
         del self.text[mark:]
 
+    def restart(self) -> None:
+        self.text.clear()
+        self.valid.clear()
+
     def generate(self) -> None:
         self.text.append(-1)
 

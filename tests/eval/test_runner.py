@@ -44,6 +44,16 @@ def test_sharing_beginnings_changes_no_answer(kind, haystack, tmp_path, monkeypa
     assert read[0] < 0.8 * read[1]  # one text, four depths, two runs
 
 
+def test_writing_ends_when_the_verdict_cannot_change(haystack, tmp_path, language_models, monkeypatch) -> None:
+    model = language_models("retention")
+    written = run(needle(haystack), model, tmp_path / "all.jsonl")
+    monkeypatch.setattr(TASKS["needle"], "decided", lambda self, example, text: len(text) >= 3)
+    short = run(needle(haystack), model, tmp_path / "short.jsonl")
+    for whole, cut in zip(written.samples.values(), short.samples.values(), strict=True):
+        assert whole["output"].startswith(cut["output"])
+        assert len(cut["output"]) == 3 < len(whole["output"])
+
+
 def test_a_longllama_reads_every_text_in_one_go(haystack, tmp_path) -> None:
     """What goes to memory depends on where a part of the text ends, so that sharing would change its answers."""
     small = make_long(vocab_size=260, max_position_embeddings=64)

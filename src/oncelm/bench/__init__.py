@@ -7,7 +7,9 @@ rich.print(table(records))
 
 from oncelm.bench.cases import CASES
 from oncelm.bench.gate import GateError, check
+from oncelm.bench.harness import HARNESS_TASKS, harness_table, run_harness
 from oncelm.bench.measure import PeakMemory, Timing, measure
+from oncelm.bench.needle import needle_table, run_needle
 from oncelm.bench.ops import ops_table, run_ops
 from oncelm.bench.ops_cases import OPS
 from oncelm.bench.peer import Llama, llama_config
@@ -19,6 +21,7 @@ from oncelm.models.work import LlamaWork, Work, YocoWork
 
 __all__ = [
     "CASES",
+    "HARNESS_TASKS",
     "OPS",
     "Ceilings",
     "GateError",
@@ -32,12 +35,16 @@ __all__ = [
     "YocoWork",
     "append_record",
     "check",
+    "harness_table",
     "llama_config",
     "measure",
     "measure_ceilings",
+    "needle_table",
     "ops_table",
     "read_records",
     "run",
+    "run_harness",
+    "run_needle",
     "run_ops",
     "table",
 ]

@@ -38,7 +38,7 @@ class Conditions:
 @torch.no_grad()
 def prefill(subject: Subject, length: int, at: Conditions) -> dict[str, Any]:
     """Time from `length` tokens to the logits of the last one and a cache to go on with."""
-    ids = _random_ids(subject, at.batch_size, length)
+    ids = random_ids(subject, at.batch_size, length)
     subject.prefill(ids[:, :WARM_UP_TOKENS])
     with PeakMemory(subject.model.device) as peak:
         timing = measure(lambda: subject.prefill(ids), at.repeats, subject.model.device)
@@ -63,7 +63,7 @@ def decode(subject: Subject, length: int, at: Conditions) -> dict[str, Any]:
 @torch.no_grad()
 def memory(subject: Subject, length: int, at: Conditions) -> dict[str, Any]:
     """Bytes of the cache behind `length` tokens, and the peak of the prefill that fills it."""
-    ids = _random_ids(subject, at.batch_size, length)
+    ids = random_ids(subject, at.batch_size, length)
     subject.prefill(ids[:, :WARM_UP_TOKENS])
     with PeakMemory(subject.model.device) as peak:
         cache = subject.prefill(ids)[1]
@@ -76,7 +76,7 @@ def memory(subject: Subject, length: int, at: Conditions) -> dict[str, Any]:
 
 def train(subject: Subject, length: int, at: Conditions) -> dict[str, Any]:
     """Time of forward, backward and an AdamW step on sequences of `length` tokens; weights stay float32."""
-    ids = _random_ids(subject, at.batch_size, length)
+    ids = random_ids(subject, at.batch_size, length)
     model = subject.model.train()
     mixed = at.dtype != torch.float32
 
@@ -112,7 +112,8 @@ CASES: dict[str, Callable[[Subject, int, Conditions], dict[str, Any]]] = {
 }
 
 
-def _random_ids(subject: Subject, batch_size: int, length: int) -> torch.Tensor:
+def random_ids(subject: Subject, batch_size: int, length: int) -> torch.Tensor:
+    """The same ids [B, T] every time, on the subject's device."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(subject.model.config.vocab_size, (batch_size, length), generator=generator)
     return ids.to(subject.model.device)

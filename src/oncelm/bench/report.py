@@ -67,7 +67,7 @@ def table(records: Sequence[Record]) -> Table:
 Column = tuple[str, Callable[[Record], str], str | None]
 
 _TIME_COLUMNS: tuple[Column, ...] = (
-    ("time", lambda record: _seconds(record["seconds"]), "seconds"),
+    ("time", lambda record: show_seconds(record["seconds"]), "seconds"),
     ("tokens/s", lambda record: f"{record['tokens_per_second']:,.0f}", None),
     ("of roofline", lambda record: f"{record['roofline_share']:.0%}", None),
     ("runs", lambda record: str(record["repeats"]), None),
@@ -100,7 +100,8 @@ def _caption(records: Sequence[Record]) -> str:
     )
 
 
-def _seconds(seconds: float) -> str:
+def show_seconds(seconds: float) -> str:
+    """ "1.50 s" or "12.3 ms"."""
     return f"{seconds * 1e3:.3g} ms" if seconds < 1 else f"{seconds:.2f} s"
 
 

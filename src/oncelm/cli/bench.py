@@ -1,4 +1,4 @@
-"""`oncelm bench`: measured figures of a YOCO, beside a Llama of the same shape."""
+"""`oncelm bench`: measured figures of a YOCO, beside a Llama of the same shape or other implementations."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-    from oncelm.bench import Subject
-    from oncelm.models import YocoConfig
+    from oncelm.bench import Subject, Yoco
+    from oncelm.eval import LanguageModel
+    from oncelm.models import YocoConfig, YocoForCausalLM
 
 DESCRIPTION = """\
 Measure a YOCO and, in the same run, transformers' Llama of the same width, depth, heads and vocabulary.
@@ -21,6 +22,8 @@ Measure a YOCO and, in the same run, transformers' Llama of the same width, dept
   memory    bytes of the cache, and the peak of a prefill above the weights
   train     seconds of forward, backward and an AdamW step
   ops       each op by itself beside other implementations of it (no model; --op chooses)
+  harness   lm-eval's few-shot questions through our adapter, beside lm-eval's HFLM on the same model (needs --data)
+  needle    a grid of needles, and what a prefill of the tokens that it reads would take
 
 First both models must pass a correctness gate: prefill in chunks, decoding and the loss have to agree with the full
 forward. Each time is the median after a warm-up; a call longer than 20 s is measured once. It is shown beside the
@@ -41,14 +44,32 @@ examples:
       a preset (`oncelm info` lists them), on a GPU
   oncelm bench ops --op linear_cross_entropy --op window_attention
       two ops; each must agree with its definition in float64 first
+  oncelm bench harness --data data/harness --model yoco-160m --tokenizer cl100k_base --questions 3
+      5-shot ARC and HellaSwag; the scores must agree to 1e-4 first (recipes/eval_data.py builds the folder)
+  oncelm bench needle --model runs/books/model --lengths 131072
+      11 depths x 10 runs; a model that finds needles stops writing when it has
 """
 
-LENGTHS = {"train": "512,2048"}
+LENGTHS = {"train": "512,2048", "needle": "4096,16384"}
 DEFAULT_LENGTHS = "4096,16384,32768,65536"
+TIMED = ("prefill", "decode", "memory", "train")
+PEER_MAX_LENGTH = 32768
+BENCHMARKS = (*TIMED, "ops", "harness", "needle")
+
+# options that go with some benchmarks only
+GOES_WITH = {
+    **dict.fromkeys(("model", "hidden_size", "layers", "self_decoder", "set"), (*TIMED, "harness", "needle")),
+    **dict.fromkeys(("lengths", "prefill_chunk_size", "compile", "gemm"), (*TIMED, "needle")),
+    **dict.fromkeys(("batch_size", "peer_max_length", "kv_dtype", "no_peer"), TIMED),
+    "op": ("ops",),
+    "tokenizer": ("harness", "needle"),
+    **dict.fromkeys(("data", "tasks", "questions", "fewshot", "hflm_batch_size"), ("harness",)),
+    **dict.fromkeys(("depths", "runs", "strict"), ("needle",)),
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("benchmark", metavar="WHAT", help="prefill, decode, memory, train or ops")
+    parser.add_argument("benchmark", metavar="WHAT", help=f"{', '.join(BENCHMARKS[:-1])} or needle")
     shape = parser.add_argument_group("the model")
     shape.add_argument("--model", metavar="NAME", help="a preset, or the folder of a YOCO (default: the shape below)")
     shape.add_argument("--hidden-size", type=int, metavar="D", help="width (512)")
@@ -61,11 +82,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     run.add_argument(
         "--lengths", metavar="N,N", help=f"tokens, such as 4096,16K ({DEFAULT_LENGTHS}; train: {LENGTHS['train']})"
     )
-    run.add_argument("--batch-size", type=int, default=1, metavar="N", help="sequences side by side (1)")
+    run.add_argument("--batch-size", type=int, metavar="N", help="sequences side by side (1)")
     run.add_argument("--dtype", help="float32 (default on a CPU), bfloat16 (on a GPU) or float16")
     run.add_argument(
         "--kv-dtype",
-        default="auto",
         metavar="DTYPE",
         help="YOCO's global cache: auto (--dtype), bfloat16, float8, int8",
     )
@@ -79,11 +99,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     run.add_argument("--gemm", metavar="NAME", help="float8: YOCO's prefill multiplies in float8 (H100 or later)")
     run.add_argument("--no-peer", action="store_true", help="leave out Llama")
-    run.add_argument("--peer-max-length", type=int, default=32768, metavar="N", help="no Llama beyond this (32768)")
+    run.add_argument("--peer-max-length", type=int, metavar="N", help=f"no Llama beyond this ({PEER_MAX_LENGTH})")
     run.add_argument("--op", action="append", metavar="NAME", help="for ops: measure this one; may be repeated (all)")
     run.add_argument(
         "--out", "--output", metavar="FILE", help="append every measurement to this file, as a line of JSON"
     )
+    asked = parser.add_argument_group("harness and needle")
+    asked.add_argument("--tokenizer", metavar="NAME", help="bytes, cl100k_base or a path (the model's)")
+    asked.add_argument("--data", metavar="DIR", help="harness: folder of questions (recipes/eval_data.py harness)")
+    asked.add_argument("--tasks", metavar="A,B", help="harness: folders in it (arc_challenge,hellaswag)")
+    asked.add_argument("--questions", type=int, metavar="N", help="harness: of each task (8)")
+    asked.add_argument("--fewshot", type=int, metavar="N", help="harness: examples before each question (5)")
+    asked.add_argument("--hflm-batch-size", type=int, metavar="N", help="harness: requests HFLM scores at once (16)")
+    asked.add_argument("--depths", type=int, metavar="N", help="needle: depths of the grid (11)")
+    asked.add_argument("--runs", type=int, metavar="N", help="needle: runs at each depth (10)")
+    asked.add_argument("--strict", action="store_true", default=None, help="needle: no haystack text twice")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -93,7 +123,7 @@ def run(args: argparse.Namespace) -> int:
     from oncelm.utils.device import resolve_device, resolve_dtype
     from oncelm.utils.errors import check_choice
 
-    check_choice("benchmark", args.benchmark, [*bench.CASES, "ops"])
+    check_choice("benchmark", args.benchmark, BENCHMARKS)
     check_options(args)
     lengths = parse_lengths(args.lengths or LENGTHS.get(args.benchmark, DEFAULT_LENGTHS))
     device = resolve_device(args.device)
@@ -106,19 +136,24 @@ def run(args: argparse.Namespace) -> int:
     try:
         if args.benchmark == "ops":
             records = bench.run_ops(args.op, device=device, **run_options)
+        elif args.benchmark == "harness":
+            records = run_harness(args, device, dtype, run_options)
+        elif args.benchmark == "needle":
+            records = run_needle(args, device, dtype, lengths, run_options)
         else:
             records = bench.run(
                 args.benchmark,
                 make_subjects(args, device, dtype),
                 lengths,
-                batch_size=args.batch_size,
-                peer_max_length=args.peer_max_length,
+                batch_size=1 if args.batch_size is None else args.batch_size,
+                peer_max_length=PEER_MAX_LENGTH if args.peer_max_length is None else args.peer_max_length,
                 **run_options,
             )
     except bench.GateError as error:
         print(f"oncelm: correctness gate: {error}", file=sys.stderr)
         return 1
-    Console().print(bench.ops_table(records) if args.benchmark == "ops" else bench.table(records))
+    tables = {"ops": bench.ops_table, "harness": bench.harness_table, "needle": bench.needle_table}
+    Console().print(tables.get(args.benchmark, bench.table)(records))
     if args.out:
         print(f"Appended {len(records)} lines to {args.out}")
     return 0
@@ -126,11 +161,54 @@ def run(args: argparse.Namespace) -> int:
 
 def check_options(args: argparse.Namespace) -> None:
     """ValueError for an option that would be ignored."""
-    of_models = ("model", "hidden_size", "layers", "self_decoder", "set", "lengths", "prefill_chunk_size")
-    for name in of_models if args.benchmark == "ops" else ("op",):
-        if getattr(args, name):
+    for name, benchmarks in GOES_WITH.items():
+        if args.benchmark not in benchmarks and getattr(args, name) not in (None, False, []):
             what = "ops, which has no model" if args.benchmark == "ops" else args.benchmark
             raise ValueError(f"--{name.replace('_', '-')} does not go with `oncelm bench {what}`.")
+
+
+def run_harness(
+    args: argparse.Namespace, device: torch.device, dtype: torch.dtype, run_options: dict[str, Any]
+) -> list[dict[str, Any]]:
+    from oncelm import bench
+    from oncelm.eval.harness.battery import split_names
+
+    if args.data is None:
+        raise ValueError("harness needs a folder of questions: --data DIR; recipes/eval_data.py harness builds one.")
+    given = {"questions": args.questions, "fewshot": args.fewshot, "batch_size": args.hflm_batch_size}
+    options = {name: value for name, value in given.items() if value is not None}
+    tasks = split_names(args.tasks or "") or bench.HARNESS_TASKS
+    model = make_language_model(args, device, dtype)
+    return bench.run_harness(model, args.data, tasks, **options, **run_options)
+
+
+def run_needle(
+    args: argparse.Namespace,
+    device: torch.device,
+    dtype: torch.dtype,
+    lengths: list[int],
+    run_options: dict[str, Any],
+) -> list[dict[str, Any]]:
+    from oncelm import bench
+
+    model = make_language_model(args, device, dtype)
+    given = {"depths": args.depths, "runs": args.runs, "strict": args.strict}
+    options = {name: value for name, value in given.items() if value is not None}
+    subject = make_yoco(args, model.model)
+    return bench.run_needle(subject, model, lengths, **options, **run_options)
+
+
+def make_language_model(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> LanguageModel:
+    """The YOCO of the command line with its tokenizer, of as many tokens as that knows."""
+    from oncelm.cli.generate import find_tokenizer
+    from oncelm.eval import LanguageModel
+
+    is_folder = args.model is not None and Path(args.model).is_dir()
+    if args.tokenizer is None and not is_folder:
+        raise ValueError("a model without a folder has no tokenizer; name one, such as --tokenizer cl100k_base.")
+    tokenizer = find_tokenizer(args.model or "", args.tokenizer)
+    model = make_model(args, device, dtype, **({} if is_folder else {"vocab_size": len(tokenizer)}))
+    return LanguageModel(model, tokenizer, (args.model and Path(args.model).name) or "default shape")
 
 
 def parse_lengths(text: str) -> list[int]:
@@ -146,46 +224,65 @@ def parse_lengths(text: str) -> list[int]:
 def make_subjects(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> list[Subject]:
     """The YOCO of the command line and, unless --no-peer, its Llama."""
     import torch
-    from transformers import AutoModelForCausalLM
 
     from oncelm import bench
-    from oncelm.models import YocoForCausalLM, load
-    from oncelm.utils.device import resolve_kv_dtype
-    from oncelm.utils.errors import check_positive
 
     kept = torch.float32 if args.benchmark == "train" else dtype  # training computes in dtype, on float32 weights
-    chunk = {} if args.prefill_chunk_size is None else {"prefill_chunk_size": args.prefill_chunk_size}
-    check_positive(**chunk)
-    kv_dtype = resolve_kv_dtype(args.kv_dtype)
-
-    def fresh(config: Any) -> Any:
-        with device:
-            return AutoModelForCausalLM.from_config(config, dtype=kept).eval()
-
-    torch.manual_seed(0)
-    if args.model is not None and Path(args.model).is_dir():
-        refuse_shape_options(args, but=())
-        model = load(args.model, device, kept)
-        if not isinstance(model, YocoForCausalLM):
-            raise ValueError(f"model {args.model!r} is a {type(model).__name__}; bench measures YOCO models.")
-    else:
-        model = fresh(make_config(args))
-    compiled = args.compile
-    if compiled is None:
-        compiled = device.type == "cuda" and args.benchmark != "decode"
-    subjects: list[Subject] = [bench.Yoco(model, **chunk, compile=compiled, gemm=args.gemm, kv_dtype=kv_dtype)]
+    model = make_model(args, device, kept)
+    yoco = make_yoco(args, model)
+    subjects: list[Subject] = [yoco]
     if not args.no_peer:
         form = "model" if args.benchmark == "train" else "norms and feed-forward layers"
-        subjects.append(bench.Llama(fresh(bench.llama_config(model.config)), compile=form if compiled else ""))
+        peer = fresh(bench.llama_config(model.config), device, kept)
+        subjects.append(bench.Llama(peer, compile=form if yoco.compiled else ""))
     return subjects
 
 
-def make_config(args: argparse.Namespace) -> YocoConfig:
-    """The preset or the default shape, with the command line's changes."""
+def make_yoco(args: argparse.Namespace, model: Any) -> Yoco:
+    """The model as a subject, with the command line's ways to run it."""
+    from oncelm import bench
+    from oncelm.utils.device import resolve_kv_dtype
+    from oncelm.utils.errors import check_positive
+
+    chunk = {} if args.prefill_chunk_size is None else {"prefill_chunk_size": args.prefill_chunk_size}
+    check_positive(**chunk)
+    compiled = args.compile
+    if compiled is None:
+        compiled = model.device.type == "cuda" and args.benchmark != "decode"
+    kv_dtype = resolve_kv_dtype(args.kv_dtype or "auto")
+    return bench.Yoco(model, **chunk, compile=compiled, gemm=args.gemm, kv_dtype=kv_dtype)
+
+
+def make_model(args: argparse.Namespace, device: torch.device, dtype: torch.dtype, **changes: Any) -> YocoForCausalLM:
+    """The folder's, or one with random weights: the preset or the default shape, with the command line's changes."""
+    import torch
+
+    from oncelm.models import YocoForCausalLM, load
+
+    torch.manual_seed(0)
+    if args.model is None or not Path(args.model).is_dir():
+        return fresh(make_config(args, **changes), device, dtype)
+    refuse_shape_options(args, but=())
+    model = load(args.model, device, dtype)
+    if not isinstance(model, YocoForCausalLM):
+        raise ValueError(f"model {args.model!r} is a {type(model).__name__}; bench measures YOCO models.")
+    return model
+
+
+def fresh(config: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    """A model with random weights."""
+    from transformers import AutoModelForCausalLM
+
+    with device:
+        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+
+
+def make_config(args: argparse.Namespace, **changes: Any) -> YocoConfig:
+    """The preset or the default shape, with `changes` and then the command line's."""
     from oncelm.bench.subjects import default_config
     from oncelm.models.yoco.presets import preset_config
 
-    changes = parse_settings(args.set)
+    changes |= parse_settings(args.set)
     if args.self_decoder is not None:
         changes["self_decoder"] = args.self_decoder
     if args.model is not None:

@@ -31,6 +31,8 @@ examples:
       loss by position of a document of any length
   oncelm eval yoco-table runs/books/model --data data/harness --limit 100
       the paper's table: 100 questions of each of eight tasks, from a folder (recipes/eval_data.py builds it)
+  oncelm eval ruler runs/books/model --lengths 4K,16K --data data/ruler --samples 50
+      RULER's thirteen tasks; six of them need no --data
   oncelm eval report runs/eval/*.jsonl --out report.html
       tables, heatmaps and curves of several models and tasks, in one page
   oncelm eval needle --help

@@ -187,6 +187,11 @@ class Reader:
                 progress(self.num_tokens)
         return scores
 
+    def restart(self) -> None:
+        """Forget the text, to read another one."""
+        self.num_tokens, self._logits = 0, None
+        self._clear()
+
     def mark(self) -> Any:
         """This place in the text, to return to: as often as needed, but never forward over an earlier one."""
         return self.num_tokens, self._logits, self._save()
@@ -214,6 +219,9 @@ class Reader:
             self.cache = copy.deepcopy(saved)
         elif tokens_after:
             self.cache.crop(-tokens_after)
+
+    def _clear(self) -> None:
+        self.cache = None
 
     def _crops(self) -> bool:
         """Whether the cache is nothing but keys and values of every token, so that its end can be cut off."""
@@ -251,7 +259,8 @@ class OnceReader(Reader):
         self, model: PreTrainedModel, max_tokens: int, cache_options: dict[str, Any], read_options: dict[str, Any]
     ) -> None:
         super().__init__(model, max_tokens)
-        self.cache, self.read_options = model.new_cache(1, max_tokens, **cache_options), read_options
+        self.cache_options, self.read_options = cache_options, read_options
+        self._clear()
 
     def _read(self, ids: torch.Tensor, progress: Callable[[int], object] | None) -> torch.Tensor:
         before = self.num_tokens
@@ -269,6 +278,13 @@ class OnceReader(Reader):
             self.cache.restore(saved)
         else:
             self.cache = copy.deepcopy(saved)
+
+    def _clear(self) -> None:
+        if isinstance(self.cache, ModelCache):  # its memory, and what is recorded to decode in it, stay
+            self.cache.reset()
+        else:
+            self.cache = None  # freed before there is another one
+            self.cache = self.model.new_cache(1, self.max_tokens, **self.cache_options)
 
 
 def common_prefix(a: np.ndarray, b: np.ndarray) -> int:

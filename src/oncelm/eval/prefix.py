@@ -42,13 +42,16 @@ class PrefixReader:
             self.marks.pop()
         branches = self._branches(example, upcoming)
         needed = max(len(e.prompt) + e.room for e in (example, *(e for _, e in branches)))
-        if self.reader is None or not self.marks or self.reader.max_tokens < len(prompt) + example.room:
-            self.marks, self.reader = [], None  # what it held is freed first
-            self.reader = self.model.start(needed)
-            start = 0
-        else:
+        start = 0
+        if self.reader is not None and self.marks and self.reader.max_tokens >= len(prompt) + example.room:
             start, mark = self.marks[-1]
             self.reader.rewind(mark)
+        elif self.reader is not None and self.reader.max_tokens >= needed:
+            self.marks = []
+            self.reader.restart()
+        else:
+            self.marks, self.reader = [], None  # what it held is freed first
+            self.reader = self.model.start(needed)
         at = start
         for border in sorted({border for border, _ in branches if border > start}):
             if border - at >= WORTH_A_MARK:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import Any
 
@@ -132,7 +132,7 @@ def _ask(
         _wait(model)
         read = time.perf_counter()
         if isinstance(example, Generate):
-            output: Output = _write(model, reader, example)
+            output: Output = _write(task, model, reader, example)
         else:
             output = reader.score(example.continuation, progress)
     except torch.OutOfMemoryError as error:
@@ -154,11 +154,13 @@ def _ask(
     }
 
 
-def _write(model: LanguageModel, reader: Reader, example: Generate) -> str:
-    """The greedy continuation as text, up to `stop`."""
-    is_complete: Callable[[list[int]], bool] = lambda ids: False  # noqa: E731
-    if example.stop:
-        is_complete = lambda ids: example.stop in model.codec.decode(ids)  # noqa: E731
+def _write(task: Task, model: LanguageModel, reader: Reader, example: Generate) -> str:
+    """The greedy continuation as text, up to `stop` or until the task has seen enough."""
+
+    def is_complete(ids: list[int]) -> bool:
+        text = model.codec.decode(ids)
+        return (bool(example.stop) and example.stop in text) or task.decided(example, text)
+
     text = model.codec.decode(reader.generate(example.max_new_tokens, is_complete))
     return text.partition(example.stop)[0] if example.stop else text
 

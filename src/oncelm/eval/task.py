@@ -38,6 +38,10 @@ class Task(ABC):
     def score(self, example: Example, output: Output) -> Scores:
         """Judge the output (text of a Generate, TokenScores of a Score): figures by name."""
 
+    def decided(self, example: Example, text: str) -> bool:
+        """Whether nothing written after `text` could change the scores: a Generate's answer ends there."""
+        return False
+
     def answers(
         self, model: LanguageModel, seed: int, done: Mapping[int, Sample], limit: int | None, max_tokens: int | None
     ) -> tuple[int, Iterator[Sample]] | None:

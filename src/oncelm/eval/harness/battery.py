@@ -82,7 +82,7 @@ class Battery(Task):
     def answers(
         self, model: LanguageModel, seed: int, done: Mapping[int, Sample], limit: int | None, max_tokens: int | None
     ) -> tuple[int, Iterator[Sample]]:
-        with _quiet():
+        with quiet():
             tasks = self._load(seed)
             lm = self._scorer(model, max_tokens)
         sizes = [len(task.eval_docs) for task in tasks.values()]
@@ -219,7 +219,7 @@ def _ask_task(
     max_tokens: int | None,
 ) -> Iterator[Sample]:
     """Lines of the questions of a task, numbered from `offset`, a block at a time."""
-    with _quiet():
+    with quiet():
         task.build_all_requests(limit=limit)
     documents = ((doc_id, list(asked)) for doc_id, asked in groupby(task.instances, key=lambda one: one.doc_id))
     left = []
@@ -243,7 +243,7 @@ def _ask_task(
                 f"{name} has a text of {longest:,} tokens, longer than {model.name} was made for ({max_tokens:,}: its "
                 "max_position_embeddings); ask for fewer examples, or allow it with --beyond-trained-length."
             )
-        with _quiet():
+        with quiet():
             responses = iter(getattr(lm, kind)(requests, disable_tqdm=True))
         answered = [(index, asked, list(islice(responses, len(asked)))) for index, asked in block]
         seconds = (time.perf_counter() - start) / len(block)
@@ -317,7 +317,7 @@ def _hash(model: LanguageModel, asked: Sequence[Instance]) -> str:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Within, lm-eval and transformers speak of errors only, and lm-eval shows no bars."""
     try:
         import lm_eval.api.task
@@ -350,8 +350,9 @@ def accuracy_table(
         by_task = group(run.samples.values(), ("task",))
         values = [[s["scores"][metric] for s in by_task.get((task,), ())] for _, task, metric in columns]
         found.append([estimate(v) if v else None for v in values])
-        shots = run.configuration["options"]["fewshot"]
-        labels.append(run.label + (f", {shots}-shot" if shots else ""))
+        shots, scorer = (run.configuration["options"][name] for name in ("fewshot", "scorer"))
+        named = "" if scorer == "auto" else f", by {scorer}"
+        labels.append(run.label + (f", {shots}-shot" if shots else "") + named)
     rows = [
         [
             head,

@@ -13,12 +13,11 @@ from oncelm.eval.tasks.longppl import LongPpl
 from oncelm.eval.tasks.needle import MultiNeedle, Needle
 from oncelm.eval.tasks.nll import Nll
 from oncelm.eval.tasks.passkey import Passkey
+from oncelm.eval.tasks.ruler import Ruler
 from oncelm.utils.errors import unknown
 
-TASKS: dict[str, type[Task]] = {
-    task.name: task
-    for task in (Needle, MultiNeedle, Passkey, Nll, ArHit, LongPpl, Trec, WebQs, YocoTable, LongLlamaTable, AnyTasks)
-}
+_ALL = Needle, MultiNeedle, Passkey, Ruler, Nll, ArHit, LongPpl, Trec, WebQs, YocoTable, LongLlamaTable, AnyTasks
+TASKS: dict[str, type[Task]] = {task.name: task for task in _ALL}
 
 
 def find_task(name: str) -> type[Task]:

@@ -127,6 +127,10 @@ class Needle(Task):
             at = place
         return np.concatenate([*parts, text[at:], question])
 
+    def decided(self, example: Example, text: str) -> bool:
+        """The number has been found, and the first number written is whole."""
+        return str(example.target) in text and re.search(r"\d+\D", text) is not None
+
     def score(self, example: Example, output: Output) -> Scores:
         """`contains`: the number is somewhere in the answer, as in the paper; `exact`: it is the first one, whole."""
         assert isinstance(example, Generate)

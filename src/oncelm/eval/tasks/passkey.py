@@ -67,6 +67,10 @@ class Passkey(Task):
                 tags = {"context_length": length, "depth": round(100 * place, 1), "trial": trial}
                 yield Generate(prompt, key, self.max_new_tokens, tags=tags)
 
+    def decided(self, example: Example, text: str) -> bool:
+        """Something else than a digit is there, behind a number or instead of one."""
+        return re.match(r"\s*\d*[^\d\s]|\s*\d+\s", text) is not None
+
     def score(self, example: Example, output: Output) -> Scores:
         """Whether the answer starts with the pass key, and not with a number that only begins like it."""
         assert isinstance(example, Generate)
