@@ -85,6 +85,14 @@ def test_prefill_needs_a_cache_and_a_prompt(model) -> None:
         model.prefill(IDS[:, :0], model.new_cache(1, 8))
 
 
+def test_integers_of_any_width(model) -> None:
+    expected = model(IDS, labels=IDS, logits_to_keep=0)
+    found = model(IDS.to(torch.uint8), labels=IDS.int(), logits_to_keep=0)
+    torch.testing.assert_close((found.loss, found.logits), (expected.loss, expected.logits))
+    with pytest.raises(ValueError, match="labels must be integers"):
+        model(IDS, labels=IDS.float())
+
+
 def test_new_cache_sizes(model) -> None:
     with pytest.raises(ValueError, match="batch_size must be at least 1"):
         model.new_cache(0)

@@ -112,7 +112,7 @@ def test_residual_sums_inside_products_change_nothing(kind: str, compiling: bool
 @pytest.fixture
 def float8_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """Torch multiplies float8 on a CPU too, if slowly."""
-    monkeypatch.setattr(execution, "check_float8", lambda device: None)
+    monkeypatch.setattr(execution, "check_float8", lambda device, dtype: None)
 
 
 @pytest.mark.parametrize("kind", ["retention", "window"])

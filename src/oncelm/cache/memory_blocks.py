@@ -43,10 +43,11 @@ class Block:
 
     def read(self, name: str, rows: slice, stop: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
         """[n, stop, H_kv, D] on a device in a dtype."""
-        x = getattr(self, name)[rows, :, :stop].to(device, non_blocking=True)
+        ahead = device.type == "cuda"  # a GPU's own stream waits for the copy; a copy to the CPU would be read too soon
+        x = getattr(self, name)[rows, :, :stop].to(device, non_blocking=ahead)
         if x.dtype != torch.int8:
             return x.to(dtype).transpose(1, 2)
-        scales = getattr(self, f"{name}_scale")[rows, :, :stop].to(device, non_blocking=True)
+        scales = getattr(self, f"{name}_scale")[rows, :, :stop].to(device, non_blocking=ahead)
         return dequantize_kv(x, scales, dtype).transpose(1, 2)
 
 

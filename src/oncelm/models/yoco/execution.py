@@ -149,7 +149,8 @@ class Execution:
             this again after those.
 
         Raises:
-            ValueError: an unknown name; a device that cannot; sizes that are no multiples of 16.
+            ValueError: an unknown name; a device that cannot; another dtype than bfloat16; sizes that are no multiples
+                of 16.
         """
         layers = [
             module
@@ -158,7 +159,7 @@ class Execution:
         ]
         if gemm is not None:
             check_choice("gemm", gemm, ("float8",))
-            check_float8(self.device)
+            check_float8(self.device, self.dtype)
             if odd := [size for layer in layers for size in layer.weight.shape if size % 16]:
                 raise ValueError(
                     f"gemm='float8' needs layers whose sizes are multiples of 16; this model has {odd[0]}."

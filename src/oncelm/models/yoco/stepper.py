@@ -42,6 +42,7 @@ class Stepper:
         self.tokens.copy_(tokens)
         if self.reached != cache.lengths:
             self.positions.copy_(torch.tensor(cache.lengths)[:, None])
+        self.reached = None  # unless this step ends well
         batch = Batch((*cache.lengths,), (1,) * len(tokens), tuple(n + 1 for n in cache.lengths), self.positions)
         cache.begin()
         if self.graph is None and self.steps >= WARM_UP_STEPS and tokens.is_cuda:

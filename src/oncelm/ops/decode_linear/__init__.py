@@ -99,7 +99,8 @@ def linear_add(
     """
     M, K = x.shape
     assert gate is None or (head_dim <= LARGEST_HEAD and head_dim & (head_dim - 1) == 0), head_dim
-    y = torch.empty_like(residual)
+    y = x.new_empty(M, weight.shape[0], dtype=residual.dtype)
+    gate = None if gate is None else gate.contiguous()
     sizes = _sizes("linear_add_long" if M == 1 and K > LONG else "linear_add", M, K, smallest=head_dim)
     kernels.linear_add_kernel[(triton.cdiv(weight.shape[0], sizes["BLOCK_N"]),)](
         x.contiguous(), gate, eps, weight, residual.contiguous(), y, COUNT=weight.shape[0], HEAD=head_dim, **sizes
