@@ -29,7 +29,9 @@ from oncelm.ops.float8 import check_float8
 from oncelm.utils.errors import check_choice
 
 MIN_TOKENS = 64  # in all rows; for fewer, as in decoding, checking a compiled part's conditions costs what it saves
-MOST_FUSED = 16  # tokens in all rows that fused kernels compute: decoding, and the one wanted token of a prefill
+# bytes of a number -> tokens in all rows that fused kernels compute: decoding, and the one wanted token of a prefill.
+# In float32 more rows than these do not fit the registers
+MOST_FUSED = {2: 16, 4: 4}
 MAX_GRAPHS = 64  # of one part, over all models of a process
 # of inductor, without gradients: ten seconds more of compiling, a fifth less in its kernels (with them: over a minute)
 OPTIONS: dict[str, Any] = {"coordinate_descent_tuning": True}
@@ -176,7 +178,7 @@ class Execution:
         if x.is_cuda and not gradients and has_fused_kernels(x.dtype):
             if self.gemm == "float8" and tokens >= MIN_FLOAT8_TOKENS:
                 from oncelm.models.yoco.float8 import FLOAT8 as parts
-            elif 0 < tokens <= MOST_FUSED:
+            elif 0 < tokens <= MOST_FUSED[x.dtype.itemsize]:
                 from oncelm.models.yoco.fused import FUSED as parts
         if self.compiles_layers and tokens >= MIN_TOKENS:
             return compiled_parts(parts, gradients)
