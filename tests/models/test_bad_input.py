@@ -89,6 +89,8 @@ def test_integers_of_any_width(model) -> None:
     expected = model(IDS, labels=IDS, logits_to_keep=0)
     found = model(IDS.to(torch.uint8), labels=IDS.int(), logits_to_keep=0)
     torch.testing.assert_close((found.loss, found.logits), (expected.loss, expected.logits))
+    last = model.prefill(IDS.to(torch.uint8), model.new_cache(1, 8))
+    torch.testing.assert_close(last, model.prefill(IDS, model.new_cache(1, 8)))
     with pytest.raises(ValueError, match="labels must be integers"):
         model(IDS, labels=IDS.float())
 

@@ -303,7 +303,7 @@ class LongLlamaForCausalLM(CausalLM):
         Returns:
             Logits [B, V] of each sequence's last token.
         """
-        check_tokens(input_ids, None, self.config)
+        input_ids = check_tokens(input_ids, None, self.config)
         self._check_cache(cache)
         shape, device = input_ids.shape, input_ids.device
         inputs = reading.read_inputs(shape, device, attention_mask, None, cache.lengths, cache.columns)

@@ -325,7 +325,10 @@ class YocoForCausalLM(Execution, CausalLM):
             and cu_seqlens is None
             and (logits_to_keep is None or (isinstance(logits_to_keep, int) and logits_to_keep in (0, 1)))
             and not cache.recording
-            and (attention_mask is None or attention_mask.shape == (cache.batch_size, cache.columns + 1))
+            and (
+                attention_mask is None
+                or attention_mask.shape in (input_ids.shape, (cache.batch_size, cache.columns + 1))
+            )
             and (attention_mask is None or bool(attention_mask[:, -1].all()))
         )
 
@@ -357,7 +360,7 @@ class YocoForCausalLM(Execution, CausalLM):
         """
         if chunk_size is not None and chunk_size < 1:
             raise ValueError(f"chunk_size must be at least 1, got {chunk_size}.")
-        check_tokens(input_ids, None, self.config)
+        input_ids = check_tokens(input_ids, None, self.config)
         self._check_cache(cache)
         B, T = input_ids.shape
         size = chunk_size or self.prefill_chunk_size(B)
