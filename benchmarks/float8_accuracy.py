@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     if args.device == "cpu":
-        execution.check_float8 = lambda device: None  # it is refused there because it is slow
+        execution.check_float8 = lambda device, dtype: None  # it is refused there because it is slow
     trained = load(args.model, args.device, "bfloat16")
     text = "\n\n".join(document.text for document in load_corpus("sotu", first_year=FIRST_HELD_OUT_YEAR))
     ids = load_tokenizer(args.model)(text, verbose=False, return_tensors="pt").input_ids[0, : TEXTS * TOKENS]

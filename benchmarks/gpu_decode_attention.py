@@ -166,14 +166,6 @@ def gate_inputs(gate, dtype: torch.dtype, kept: torch.dtype | None) -> dict[str,
     return made
 
 
-def in_pages(x: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
-    """x [N, S, ...] as blocks of PAGE tokens, block i of it at place order[i]."""
-    blocks = x.view(torch.uint8).reshape(-1, PAGE, *x.shape[2:-1], x.shape[-1] * x.element_size())
-    paged = torch.empty_like(blocks)
-    paged[order] = blocks
-    return paged.view(x.dtype)
-
-
 def paged(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The same cache in blocks of PAGE tokens, in random order."""
     N, S = tensors["k"].shape[:2]

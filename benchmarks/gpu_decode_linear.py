@@ -135,7 +135,7 @@ def cases(rows: int, layers: list[Weights], head: torch.Tensor) -> dict[str, tup
             2 * D * D, LAYERS,
         ),
         "fc2": (
-            "linear_add",
+            "linear_add_long" if rows == 1 else "linear_add",
             lambda: [linear_add(fed, w.fc2, x) for w in layers],
             lambda: [F.linear(fed, w.fc2) for w in layers],
             2 * D * FFN, LAYERS,

@@ -1,14 +1,18 @@
 """Prefill of a whole model on one GPU: plain, compiled and in float8, by chunk and by length.
 
-    python benchmarks/gpu_full_model.py --out results.jsonl --plot prefill.png
+    python benchmarks/gpu_full_model.py --out results.jsonl --plot prefill.png [--only turns float8 ...]
 
 The forms take turns on the same prompt, because a GPU that has been busy for a second runs its matrix products a tenth
-slower than a cool one (power). Each form passes `oncelm.bench`'s gate first. One line of JSON a measurement.
+slower than a cool one (power). Each form passes `oncelm.bench`'s gate first. A part that
+fails leaves a line and does not cost the others. One line of JSON a measurement.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import sys
+import traceback
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -40,7 +44,9 @@ FORMS: dict[str, dict[str, Any]] = {
     APART: {"compile": True},
     "float8": FLOAT8,
 }
+LENGTHS = (8192, 32768, 131072, 524288, 1048576)
 CHUNKS = (4096, 8192, 16384, 32768)
+PARTS = ("lengths", "memory", "turns", "float8", "rounding", "chunks", "profile", "llama")
 TURNS = 3
 
 
@@ -146,15 +152,28 @@ def by_length(subject: bench.Subject, lengths: list[int], out: Path, benchmark: 
     return bench.run(benchmark, [subject], lengths, dtype=torch.bfloat16, repeats=2, on_record=keep)
 
 
+def beside_llama(config: YocoConfig, lengths: list[int], out: Path) -> list[dict]:
+    llama = make(AutoModelForCausalLM.from_config, bench.llama_config(config))
+    return by_length(bench.Llama(llama, compile="norms and feed-forward layers"), lengths, out)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--plot", type=Path)
-    parser.add_argument("--model", default="yoco-3b")
-    parser.add_argument("--longest", type=int, default=1 << 20)
+    parser.add_argument("--out", type=Path, required=True, help="JSONL file to append to")
+    parser.add_argument("--plot", type=Path, help="PNG of prefill by length")
+    parser.add_argument("--model", default="yoco-3b", help="a preset (default: %(default)s)")
+    parser.add_argument("--longest", type=int, default=1 << 20, help="tokens (default: %(default)s)")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="parts to run (default: all)")
     args = parser.parse_args()
+    if args.plot and importlib.util.find_spec("matplotlib") is None:
+        parser.error("--plot needs matplotlib")
+    if args.longest < LENGTHS[0]:
+        parser.error(f"--longest must be at least {LENGTHS[0]}, got {args.longest}")
     config, environment = preset_config(args.model), environment_report()
     model = make(AutoModelForCausalLM.from_config, config)
+    lengths = [length for length in LENGTHS if length <= args.longest]
+    chunk = max(length for length in LENGTHS[:2] if length <= args.longest)
+    rows: list[dict] = []
 
     def write(benchmark: str, **figures: Any) -> None:
         record = {"benchmark": benchmark, "model": args.model, "dtype": "bfloat16", **figures}
@@ -162,27 +181,36 @@ def main() -> None:
         bench.append_record(args.out, {**record, "time": time, "environment": environment})
         print(record, flush=True)
 
-    lengths = [length for length in (8192, 32768, 131072, 524288, 1048576) if length <= args.longest]
-    rows = by_length(bench.Yoco(model, compile=True), lengths, args.out)
-    by_length(bench.Yoco(model, 8192, compile=True), lengths[-1:], args.out, "memory")
-    rounding(config, 32768, write)
-    in_turns(model, 32768, write)
-    by_chunk(model, 131072, write)
-    profile(model, "compiled", FORMS["compiled"], 32768, write)
-    by_length(bench.Yoco(model, **FLOAT8), [32768, 131072, 524288], args.out)
-    profile(model, "float8", FLOAT8, 32768, write)
-    del model
-    llama = make(AutoModelForCausalLM.from_config, bench.llama_config(config))
-    rows += by_length(
-        bench.Llama(llama, compile="norms and feed-forward layers"), [n for n in lengths if n <= 131072], args.out
-    )
-    if args.plot:
+    parts: dict[str, Callable[[], object]] = {
+        "lengths": lambda: rows.extend(by_length(bench.Yoco(model, compile=True), lengths, args.out)),
+        "memory": lambda: by_length(bench.Yoco(model, 8192, compile=True), lengths[-1:], args.out, "memory"),
+        "turns": lambda: in_turns(model, chunk, write),
+        "float8": lambda: by_length(bench.Yoco(model, **FLOAT8), [n for n in lengths[1:] if n <= 524288], args.out),
+        "rounding": lambda: rounding(config, chunk, write),
+        "chunks": lambda: by_chunk(model, min(131072, lengths[-1]), write),
+        "profile": lambda: [profile(model, name, FORMS[name], chunk, write) for name in ("compiled", "float8")],
+        "llama": lambda: rows.extend(beside_llama(config, [n for n in lengths if n <= 131072], args.out)),
+    }
+    assert tuple(parts) == PARTS
+    failed = []
+    for name in (name for name in PARTS if name in args.only):
+        if name == "llama":
+            del model  # its memory
+        try:
+            parts[name]()
+        except Exception as error:  # one part must not cost the others
+            traceback.print_exc()
+            failed.append(name)
+            write("failure", part=name, failure=f"{type(error).__name__}: {error}"[:500])
+    if args.plot and rows:
         panels = (
             Panel("seconds", "prefill, seconds"),
             Panel("peak_bytes_above_weights", "peak memory above the weights, GiB", 2**-30),
         )
         named = [{**row, "model": row["subject"]} for row in rows if "error" not in row]
         plot_by_length(named, args.plot, f"prefill of {args.model}, bfloat16", panels)
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

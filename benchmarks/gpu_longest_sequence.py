@@ -28,6 +28,7 @@ from oncelm.train.parallel.ranks import Ranks
 from oncelm.train.trainer import prepare_model
 from oncelm.utils.environment import environment_report
 
+WARM_UP = (1024, 2048)  # tokens: the first length compiles for itself, the second for all others
 MULTIPLE = 1024  # tokens: lengths are rounded down to it
 MARGIN = 0.97  # of the predicted longest length: an allocator cannot use the last pieces
 
@@ -55,6 +56,8 @@ def one_step(model: PreTrainedModel, optimizers: list[torch.optim.Optimizer], le
 def search(model: PreTrainedModel, config: TrainConfig, start: int, longest_step: float) -> list[dict[str, Any]]:
     """A line for each length that was tried, `length`, `seconds` and `peak_bytes` or `error`, in ascending order."""
     optimizers = build_optimizers(model, config)
+    for length in WARM_UP:
+        one_step(model, optimizers, length)
     room = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
     found: list[dict[str, Any]] = []
 

@@ -72,20 +72,25 @@ def test_a_peer_that_fails_is_a_line_of_the_table(monkeypatch: pytest.MonkeyPatc
     def fails(q, k, v):
         raise RuntimeError("no kernel")
 
+    def broken(n):
+        raise AttributeError("another version")
+
     def missing(n):
         raise ImportError("not installed")
 
     def with_peers():
         case = make()
         case.peers.clear()
-        case.peers.update({"fails": lambda n: fails, "wrong": lambda n: lambda q, k, v: q, "missing": missing})
+        case.peers.update({"fails": lambda n: fails, "wrong": lambda n: lambda q, k, v: q})
+        case.peers.update({"broken": broken, "missing": missing})
         return case
 
     monkeypatch.setitem(OPS, "global_attention", with_peers)
     records = run_ops(["global_attention"], device=CPU, dtype=torch.float32, repeats=1)
     errors = {r["subject"]: r.get("error") for r in records if r["pass"] == "forward"}
     assert errors == {
-        "oncelm": None, "fails": "RuntimeError: no kernel", "wrong": errors["wrong"]
+        "oncelm": None, "fails": "RuntimeError: no kernel", "wrong": errors["wrong"],
+        "broken": "AttributeError: another version",
     }  # fmt: skip
     assert "differs from ours" in errors["wrong"]
     assert ops_table(records).row_count == len(records) + 1

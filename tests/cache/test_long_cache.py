@@ -325,8 +325,9 @@ def test_a_pass_that_fails_midway_leaves_the_cache_refused(monkeypatch) -> None:
     with pytest.raises(RuntimeError, match="out of memory"):
         read(model, ids(2, 30), [], cache)
     monkeypatch.undo()
-    with pytest.raises(ValueError, match="failed midway"):
-        read(model, ids(2, 3), [], cache)
+    for use in (lambda: read(model, ids(2, 3), [], cache), lambda: cache.crop(1), cache.snapshot):
+        with pytest.raises(ValueError, match="failed midway"):
+            use()
 
 
 def fail(*args: Any, **options: Any) -> None:

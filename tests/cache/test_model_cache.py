@@ -114,6 +114,56 @@ def test_rewind_points_end_when_their_keys_are_overwritten() -> None:
     cache.restore(early)
 
 
+def test_removing_nothing_forgets_nothing() -> None:
+    model = MODELS["retention"]
+    cache = model.new_cache(1, 30)
+    cache.record()
+    model(ids(1, 10), past_key_values=cache)
+    cache.crop(0)
+    cache.crop(3)
+    assert cache.lengths == (7,)
+
+
+def test_a_rewind_point_is_of_one_cache_and_one_text() -> None:
+    model = MODELS["retention"]
+    cache, other = model.new_cache(1, 60), model.new_cache(1, 60)
+    model.prefill(ids(1, 10), cache)
+    point = cache.snapshot(shared=False)
+    model.prefill(ids(1, 10, seed=1), other)
+    other.snapshot(shared=False)
+    with pytest.raises(ValueError, match="of another cache"):
+        other.restore(point)
+    model.prefill(ids(1, 10, seed=1), other)
+    cache.restore(other.snapshot())  # longer, and its keys take the place of the point's
+    with pytest.raises(ValueError, match="was overwritten"):
+        cache.restore(point)
+
+
+def test_nothing_of_an_earlier_text_is_left_after_reset() -> None:
+    model = MODELS["retention"]
+    cache = model.new_cache(2, 30)
+    model.prefill(ids(2, 20), cache)
+    cache.shared.k[:, :20], cache.shared.v[:, :20] = float("nan"), float("nan")
+    cache.reset()
+    mask = torch.ones(2, 10, dtype=torch.long)
+    mask[0, 2:] = 0
+    model.prefill(ids(2, 10), cache, attention_mask=mask)
+    assert model(ids(2, 1), past_key_values=cache).logits.isfinite().all()
+
+
+def test_room_is_counted_by_sequence() -> None:
+    model = MODELS["retention"]
+    cache, mask = model.new_cache(2, 20), torch.ones(2, 16, dtype=torch.long)
+    mask[1, 4:] = 0
+    model.prefill(ids(2, 16), cache, attention_mask=mask)
+    with pytest.raises(ValueError, match="has 16; 10 more do not fit"):
+        model.prefill(ids(2, 10), cache)
+    mask = torch.ones(2, 10, dtype=torch.long)
+    mask[0, 4:] = 0
+    model.prefill(ids(2, 10), cache, attention_mask=mask)
+    assert cache.lengths == (20, 14)
+
+
 def test_restore_checks_sizes() -> None:
     model = MODELS["retention"]
     cache = model.new_cache(1, 30)
@@ -150,8 +200,9 @@ def test_select_refuses_rows_that_are_not_there() -> None:
     cache = MODELS["retention"].new_cache(2, 4)
     with pytest.raises(ValueError, match=r"rows must be in 0\.\.1"):
         cache.select([2])
-    with pytest.raises(ValueError, match="at least one"):
-        cache.select([])
+    for rows in ([], torch.tensor([True, False]), [0.0], torch.tensor([[0]])):
+        with pytest.raises(ValueError, match="at least one row number"):
+            cache.select(rows)
 
 
 @kinds

@@ -208,7 +208,7 @@ def test_gpu_decoding_in_a_graph(dtype: torch.dtype) -> None:
         positions += 1
     first = SharedKV(N, S, H_kv, D, dtype, torch.device("cuda"))
     first.store_at(k, v, torch.arange(40, device="cuda").expand(N, 40))
-    expected = first.attend_at(q[:, -1:], torch.tensor([40], device="cuda"))
+    expected = first.attend_at(q[:, -1:], torch.tensor([40, 40], device="cuda"))
     torch.testing.assert_close(out[0], expected[0], rtol=1e-4, atol=1e-4)
 
 

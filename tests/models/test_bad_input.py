@@ -79,10 +79,20 @@ def test_prefill(model, arguments: dict, message: str) -> None:
 
 
 def test_prefill_needs_a_cache_and_a_prompt(model) -> None:
-    with pytest.raises(ValueError, match="prefill needs a cache"):
+    with pytest.raises(ValueError, match="prefill fills, must be a cache"):
         model.prefill(IDS, None)
     with pytest.raises(ValueError, match="input_ids is empty"):
         model.prefill(IDS[:, :0], model.new_cache(1, 8))
+
+
+def test_integers_of_any_width(model) -> None:
+    expected = model(IDS, labels=IDS, logits_to_keep=0)
+    found = model(IDS.to(torch.uint8), labels=IDS.int(), logits_to_keep=0)
+    torch.testing.assert_close((found.loss, found.logits), (expected.loss, expected.logits))
+    last = model.prefill(IDS.to(torch.uint8), model.new_cache(1, 8))
+    torch.testing.assert_close(last, model.prefill(IDS, model.new_cache(1, 8)))
+    with pytest.raises(ValueError, match="labels must be integers"):
+        model(IDS, labels=IDS.float())
 
 
 def test_new_cache_sizes(model) -> None:
@@ -98,6 +108,14 @@ def test_a_cache_of_another_model(model) -> None:
         model(IDS, past_key_values=other.new_cache(1, 8))
 
 
+@pytest.mark.parametrize("changes", [{"num_self_heads": 4}, {"self_decoder": "sliding_window"}, {"hidden_size": 64}])
+def test_a_cache_of_other_sizes_is_refused_unchanged(model, changes: dict) -> None:
+    cache = make_model("retention", **changes).new_cache(1, 8)
+    with pytest.raises(ValueError, match=f"made for a model with {next(iter(changes))}=.*belongs to another model"):
+        model(IDS, past_key_values=cache)
+    cache.check_whole()
+
+
 def test_a_failed_forward_leaves_the_cache_unusable_not_wrong(model, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = model.new_cache(1, 20)
     model.prefill(IDS, cache)
@@ -108,8 +126,14 @@ def test_a_failed_forward_leaves_the_cache_unusable_not_wrong(model, monkeypatch
         patch.setattr(model.cross_decoder.kv_layer_norm, "forward", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             model(IDS, past_key_values=cache)
-    with pytest.raises(ValueError, match="failed midway"):
-        model(IDS, past_key_values=cache)
+    for use in (
+        lambda: model(IDS, past_key_values=cache),
+        lambda: cache.crop(1),
+        cache.snapshot,
+        lambda: cache.select([0]),
+    ):
+        with pytest.raises(ValueError, match="failed midway"):
+            use()
     cache.restore(saved)
     torch.testing.assert_close(model(IDS, past_key_values=cache).logits, expected)
 

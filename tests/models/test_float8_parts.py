@@ -28,7 +28,7 @@ def draw_ids(*shape: int) -> torch.Tensor:
 
 
 def make(kind: str, monkeypatch: pytest.MonkeyPatch) -> YocoForCausalLM:
-    monkeypatch.setattr(execution, "check_float8", lambda device: None)
+    monkeypatch.setattr(execution, "check_float8", lambda device, dtype: None)
     model = make_model(kind, num_self_key_value_heads=None).bfloat16()
     for parameter in model.parameters():
         parameter.data.mul_(0.5)
@@ -79,3 +79,16 @@ def test_a_layer_with_an_exact_product_is_plain(monkeypatch) -> None:
         monkeypatch.setattr(YocoForCausalLM, "token_parts", lambda model, x: chosen if x.shape[1] > 1 else PLAIN)  # noqa: B023
         results.append(prefill(model, ids))
     assert torch.equal(*results)
+
+
+def test_a_hook_is_called_in_float8_too(monkeypatch) -> None:
+    from oncelm.models.yoco.float8 import FLOAT8
+
+    model, ids = make("retention", monkeypatch).set_gemm("float8"), draw_ids(1, 70)
+    monkeypatch.setattr(YocoForCausalLM, "token_parts", lambda model, x: FLOAT8 if x.shape[1] > 1 else PLAIN)
+    called = []
+    for name in ("mixer.q_proj", "ffn.fc2"):
+        layer = model.self_decoder.layers[0].get_submodule(name)
+        layer.register_forward_hook(lambda layer, inputs, output: called.append(layer))
+    prefill(model, ids)
+    assert len(called) == 2

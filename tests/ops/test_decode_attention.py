@@ -241,6 +241,13 @@ def test_compiled_graph_is_whole() -> None:
     torch.testing.assert_close(compiled(q, lengths), step(q, lengths))
 
 
+def test_no_sequences() -> None:
+    q, k, v, lengths = make([3])
+    for backend in ("sdpa", "naive"):
+        found = decode_attention(q[:0], k[:0], v[:0], lengths=lengths[:0], backend=backend)
+        assert found.shape == (0, *q.shape[1:])
+
+
 # -- on a GPU ---------------------------------------------------------------------------------------------------------
 
 needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")

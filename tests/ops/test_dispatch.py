@@ -38,5 +38,7 @@ def test_auto_skips_what_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> No
 def test_wrong_backends() -> None:
     with pytest.raises(ValueError, match="did you mean 'naive'"):
         choose("global_attention", "naiv", CPU)
+    with pytest.raises(ValueError, match="no implementation of global_attention runs on meta"):
+        choose("global_attention", "auto", torch.device("meta"))
     with pytest.raises(ValueError, match="runs on cuda, not on cpu"):
         choose("gated_retention", "triton", CPU)

@@ -39,4 +39,11 @@ def test_the_product_is_that_of_the_rounded_operands() -> None:
 
 def test_a_device_that_cannot_is_refused() -> None:
     with pytest.raises(ValueError, match="need an NVIDIA GPU"):
-        check_float8(torch.device("cpu"))
+        check_float8(torch.device("cpu"), torch.bfloat16)
+
+
+def test_only_bfloat16_comes_out(monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    check_float8(torch.device("cuda"), torch.bfloat16)
+    with pytest.raises(ValueError, match=r"need a model in bfloat16; this one is in torch\.float16"):
+        check_float8(torch.device("cuda"), torch.float16)

@@ -59,12 +59,23 @@ def test_only_the_slots_of_the_batch_change(backend):
     torch.testing.assert_close(states[1:4], before[1:4], atol=0, rtol=0)
 
 
+def test_slots_of_wider_inputs():
+    q, k, v, g, states = make(2, 1, 2, 16, 16, rows=3)
+    slots = torch.tensor([2, 0], device=DEVICE)
+    wide = states.clone()
+    expected = gated_retention_step(q, k, v, g, states, slots=slots, backend="naive")
+    found = gated_retention_step(*(x.double() for x in (q, k, v, g)), wide, slots=slots, backend="naive")
+    torch.testing.assert_close(found.float(), expected)
+    torch.testing.assert_close(wide, states)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"state": torch.zeros(2, 2, 16, 8)}, "state must be contiguous float32"),
         ({"state": torch.zeros(3, 2, 16, 16)}, "one row a sequence"),
         ({"g": torch.zeros(2, 1, 3)}, "do not fit together"),
+        ({"q": torch.zeros(2, 1, 2)}, "do not fit together"),
     ],
 )
 def test_shapes_that_do_not_fit_are_named(change, message):

@@ -248,7 +248,7 @@ def test_compiled_graph_is_whole():
     ],
 )
 def test_hopper_kernels_run_where_they_can(monkeypatch, dtype, K, V, capability, expected):
-    monkeypatch.setattr(kernels, "_capability", lambda index: capability)
+    monkeypatch.setattr(kernels.gpu, "capability", lambda index: capability)
     with FakeTensorMode():
         q, v = (torch.empty(1, 64, 2, D, dtype=dtype, device="cuda") for D in (K, V))
     for kernel in ("forward", "key_value", "query"):

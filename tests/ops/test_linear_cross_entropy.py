@@ -147,11 +147,21 @@ def test_operator_is_registered_properly() -> None:
     )
 
 
+def test_targets_of_any_integers() -> None:
+    hidden, weight, targets = torch.randn(5, 4), torch.randn(7, 4), torch.randint(7, (5,))
+    assert linear_cross_entropy(hidden, weight, targets.int()) == linear_cross_entropy(hidden, weight, targets)
+
+
 def test_bad_arguments() -> None:
     with pytest.raises(ValueError, match="do not fit"):
         linear_cross_entropy(torch.randn(5, 4), torch.randn(7, 3), torch.zeros(5, dtype=torch.long))
     with pytest.raises(ValueError, match=r"targets must be \[M\]"):
         linear_cross_entropy(torch.randn(5, 4), torch.randn(7, 4), torch.zeros(4, dtype=torch.long))
+    with pytest.raises(ValueError, match="targets must be"):
+        linear_cross_entropy(torch.randn(5, 4), torch.randn(7, 4), torch.zeros(5))
+    for outside in (-100, 7):
+        with pytest.raises(RuntimeError, match="out of bounds"):
+            linear_cross_entropy(torch.randn(1, 4), torch.randn(7, 4), torch.tensor([outside]))
     with pytest.raises(ValueError, match="unknown backend of linear_cross_entropy"):
         linear_cross_entropy(torch.randn(5, 4), torch.randn(7, 4), torch.zeros(5, dtype=torch.long), backend="nave")
 

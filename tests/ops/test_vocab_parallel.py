@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
+from torch.distributed.tensor import Shard, distribute_tensor
 
-from oncelm.ops import linear_cross_entropy
-from tests.train.parallel.cases import split_vocabulary
+from oncelm.ops import linear_cross_entropy, vocab_parallel_cross_entropy
+from oncelm.train.parallel.ranks import join_ranks
 from tests.train.ranks import run_ranks
+
+
+def split_vocabulary(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor):
+    """The loss of a weight split by rows, and both gradients in full."""
+    with join_ranks("cpu", tensor=int(os.environ["WORLD_SIZE"])) as ranks:
+        sharded = distribute_tensor(weight, ranks.mesh["tensor"], [Shard(0)]).requires_grad_()
+        hidden.requires_grad_()
+        loss = vocab_parallel_cross_entropy(hidden, sharded, targets)
+        (2 * loss).backward()
+        return loss.detach(), hidden.grad, sharded.grad.full_tensor()
 
 
 @pytest.mark.parametrize(("rows", "vocab_size"), [(7, 10), (1, 2), (0, 4), (5, 11)])
@@ -23,3 +36,8 @@ def test_loss_and_gradients(rows: int, vocab_size: int) -> None:
     for results in found:
         for result, expected in zip(results, (loss.detach(), hidden.grad, weight.grad), strict=True):
             torch.testing.assert_close(result, expected, atol=1e-12, rtol=1e-12)
+
+
+def test_a_rank_without_an_entry_is_refused() -> None:
+    with pytest.raises(AssertionError, match="a vocabulary of 1 leaves some of 2 ranks without an entry"):
+        run_ranks(2, split_vocabulary, torch.randn(3, 6), torch.randn(1, 6), torch.zeros(3, dtype=torch.long))

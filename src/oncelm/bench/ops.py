@@ -142,6 +142,11 @@ def _measure_case(
             function = load(sizes)
         except ImportError:
             continue
+        except Exception as error:
+            if who == OURS:
+                raise
+            records.append({"pass": "forward", "subject": who, "error": _reason(error)})
+            continue
         for what, (work, d_output) in passes.items():
             record: Record = {"pass": what, "subject": who}
             call = functools.partial(_results, function, tensors, d_output)
@@ -153,7 +158,7 @@ def _measure_case(
             except Exception as error:
                 if who == OURS:
                     raise
-                record["error"] = f"{type(error).__name__}: {error}".split("\n")[0][:200]  # it is the peer's to fail
+                record["error"] = _reason(error)  # it is the peer's to fail
             else:
                 floor = ceilings.floor_seconds(work)
                 record |= {"flops": work.flops, "bytes": work.bytes, "floor_seconds": floor}
@@ -161,6 +166,10 @@ def _measure_case(
             records.append(record)
             _free(device)
     return records
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".split("\n")[0][:200]
 
 
 def _figures(call: Callable[[], object], repeats: int, device: torch.device) -> Record:

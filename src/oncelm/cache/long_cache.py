@@ -1,7 +1,5 @@
 """The cache of a LongLLaMA model: a local cache in every layer, a memory behind it in the memory layers.
 
-It is a `transformers.Cache`, so Hugging Face `generate` takes it as `past_key_values`.
-
 Tokens are taken in by windows (`plan`). Into an empty local cache, all but the last `last_context_length` tokens go to
 memory, window by window, and the rest becomes the local cache. When a later window would make the local cache longer
 than a window, all that it held before moves to memory first. Layers without memory forget what moves.
@@ -9,11 +7,11 @@ than a window, all that it held before moves to memory first. Layers without mem
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from transformers import Cache
 
 from oncelm.cache.batch import Batch
 from oncelm.cache.local_kv import LocalKV
@@ -21,6 +19,7 @@ from oncelm.cache.memory_knn import MemoryIndex
 from oncelm.cache.memory_kv import MemoryKV
 from oncelm.cache.memory_remote import RemoteMemory
 from oncelm.cache.model_cache import Snapshot
+from oncelm.cache.sequence_cache import SequenceCache
 
 LongLayer = LocalKV | MemoryKV | RemoteMemory
 
@@ -57,43 +56,40 @@ def plan(T: int, local: int, window: int, last_context_length: int, keep: bool) 
         yield Piece(slice(first, stop), spill_first, fate)
 
 
-class LongLlamaCache(Cache):
+class LongLlamaCache(SequenceCache):
     """Cache for `batch_size` sequences of up to `max_tokens` tokens (None: as many as come).
 
     Attributes:
         layers: one LocalKV, MemoryKV or RemoteMemory a layer.
         remembered: tokens of each sequence in memory (padding is never held).
         local: tokens of each sequence in the local cache.
-        columns, local_columns: columns of (padded) input taken in so far, and those of the local cache.
+        local_columns: columns of (padded) input that the local cache holds.
         window: columns that the local cache holds at most.
     """
 
-    def __init__(self, layers: list[LongLayer], batch_size: int, max_tokens: int | None, window: int) -> None:
-        super().__init__(layers=layers)
-        self.max_tokens, self.window = max_tokens, window
+    after_failure = "make a new cache (model.new_cache(...)), and restore a snapshot into it if there is one."
+
+    def __init__(
+        self,
+        layers: list[LongLayer],
+        batch_size: int,
+        max_tokens: int | None,
+        window: int,
+        made_for: Mapping[str, Any],
+    ) -> None:
+        super().__init__(layers, max_tokens, made_for)
+        self.window = window
         self.remembered: tuple[int, ...] = (0,) * batch_size
         self.local: tuple[int, ...] = (0,) * batch_size
-        self.columns = self.local_columns = 0
-        self._running = False  # between begin and commit; still set when a forward pass failed midway
+        self.local_columns = 0
 
     # -- what it holds --------------------------------------------------------------------------------------------
 
     @property
-    def batch_size(self) -> int:
-        return len(self.local)
-
-    @property
     def lengths(self) -> tuple[int, ...]:
-        """Tokens taken in of each sequence."""
         return tuple(a + b for a, b in zip(self.remembered, self.local, strict=True))
 
-    @property
-    def num_tokens(self) -> int:
-        """Tokens taken in of the longest sequence."""
-        return max(self.lengths)
-
     def nbytes(self) -> int:
-        """Bytes allocated, used or not, wherever they are."""
         return sum(layer.nbytes() for layer in self.layers)
 
     def recall(self) -> dict[int, float]:
@@ -105,37 +101,14 @@ class LongLlamaCache(Cache):
     def device(self) -> torch.device:
         return self.layers[0].k.device
 
-    def __repr__(self) -> str:
-        capacity = "growing" if self.max_tokens is None else f"{self.max_tokens} tokens"
-        return (
-            f"LongLlamaCache({self.batch_size} x {capacity}, memory {list(self.remembered)}, local {list(self.local)}, "
-            f"{self.nbytes() / 2**20:.1f} MiB)"
-        )
-
     # -- a forward pass -------------------------------------------------------------------------------------------
 
-    def check_room(self, new_tokens: int) -> None:
-        """ValueError unless every sequence can take `new_tokens` more."""
-        if self._running:
-            raise ValueError(
-                "an earlier forward pass on this cache failed midway, so its state is undefined: make a new cache "
-                "(model.new_cache(...)), and restore a snapshot into it if there is one."
-            )
-        if self.max_tokens is not None and self.num_tokens + new_tokens > self.max_tokens:
-            raise ValueError(
-                f"the cache holds at most {self.max_tokens} tokens a sequence and has {self.num_tokens}; "
-                f"{new_tokens} more do not fit. Make it larger: model.new_cache({self.batch_size}, max_tokens=...)."
-            )
-
-    def reserve(self, new_tokens: int) -> None:
-        """Make room for `new_tokens` more in the memories on the device, once for all windows of a pass."""
+    def reserve(self, new_tokens: Sequence[int]) -> None:
+        """Make room for each sequence's `new_tokens` in the memories on the device, once for all windows of a pass."""
+        longest = max(held + new for held, new in zip(self.lengths, new_tokens, strict=True))
         for layer in self.layers:
             if isinstance(layer, MemoryKV):
-                layer.reserve(self.num_tokens + new_tokens)
-
-    def begin(self) -> None:
-        """Mark that layers are about to change; until `commit`, a failure leaves the cache unusable, not wrong."""
-        self._running = True
+                layer.reserve(longest)
 
     def commit(self) -> None:
         self._running = False
@@ -159,7 +132,7 @@ class LongLlamaCache(Cache):
 
     def snapshot(self) -> Snapshot:
         """A copy, for a new cache of the same model with memory of any kind; `save_snapshot` writes it to a file."""
-        assert not self._running, "snapshot of a cache whose forward pass failed"
+        self.check_whole()
         tensors = {
             f"layers.{i}.{name}": tensor
             for i, layer in enumerate(self.layers)
@@ -203,6 +176,7 @@ class LongLlamaCache(Cache):
         Raises:
             ValueError: some of them are in memory already; nothing has changed then.
         """
+        self.check_whole()
         remove = abs(int(tokens_to_remove))
         if remove > min(self.local):
             raise ValueError(
@@ -215,43 +189,11 @@ class LongLlamaCache(Cache):
 
     # -- batch rows -----------------------------------------------------------------------------------------------
 
-    def select(self, rows: Sequence[int] | torch.Tensor) -> None:
-        """Keep sequences `rows`, in that order, with repeats (beam search, dropping finished sequences)."""
-        index = torch.as_tensor(rows, device=self.device, dtype=torch.long)
-        chosen = index.tolist()
-        if not chosen or min(chosen) < 0 or max(chosen) >= self.batch_size:
-            raise ValueError(f"rows must be in 0..{self.batch_size - 1} and at least one, got {chosen}.")
-        if chosen == list(range(self.batch_size)):
-            return
+    def _select(self, index: torch.Tensor, rows: list[int]) -> None:
         for layer in self.layers:
             layer.keep_rows(index, self.remembered, self.local)
-        self.remembered = tuple(self.remembered[row] for row in chosen)
-        self.local = tuple(self.local[row] for row in chosen)
-
-    # -- names that Hugging Face generate calls -------------------------------------------------------------------
-
-    is_compileable = False
-    is_initialized = True
-    is_croppable = True
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Columns of (padded) input taken in so far."""
-        return self.columns
-
-    def get_max_length(self, layer_idx: int | None = None) -> int:
-        return -1 if self.max_tokens is None else self.max_tokens
-
-    def get_max_cache_shape(self, layer_idx: int = 0) -> int:
-        return self.get_max_length()
-
-    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        self.select(beam_idx)
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        self.select(indices)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self.select([row for row in range(self.batch_size) for _ in range(repeats)])
+        self.remembered = tuple(self.remembered[row] for row in rows)
+        self.local = tuple(self.local[row] for row in rows)
 
     def activate_past_recording(self) -> None:
         """Nothing to record: the local cache can be cropped as it is."""

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 
-from oncelm.cache.window import Running, attention_groups
-from oncelm.ops.attention.partial import partial_attention
+from oncelm.cache.window import attention_groups
+from oncelm.ops.attention.partial import join_attention, partial_attention
 from oncelm.ops.quantize import dequantize_kv, quantize_kv
 
 BLOCK_TOKENS = 8192
@@ -43,10 +43,11 @@ class Block:
 
     def read(self, name: str, rows: slice, stop: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
         """[n, stop, H_kv, D] on a device in a dtype."""
-        x = getattr(self, name)[rows, :, :stop].to(device, non_blocking=True)
+        ahead = device.type == "cuda"  # a GPU's own stream waits for the copy; a copy to the CPU would be read too soon
+        x = getattr(self, name)[rows, :, :stop].to(device, non_blocking=ahead)
         if x.dtype != torch.int8:
             return x.to(dtype).transpose(1, 2)
-        scales = getattr(self, f"{name}_scale")[rows, :, :stop].to(device, non_blocking=True)
+        scales = getattr(self, f"{name}_scale")[rows, :, :stop].to(device, non_blocking=ahead)
         return dequantize_kv(x, scales, dtype).transpose(1, 2)
 
 
@@ -87,15 +88,15 @@ class MemoryBlocks:
     def attend(self, q: torch.Tensor, rows: slice, held: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(o [n, T, H, D], lse [n, T, H]) of q [n, T, H, D] over the first `held` >= 1 tokens of sequences `rows`."""
         groups = list(attention_groups(q, self.shape[1], self.grouping))
-        totals = [Running() for _ in groups]
-        for k, v in self._stream(rows, held, q.device, torch.promote_types(q.dtype, torch.float32)):
-            for (at, heads, kv), total in zip(groups, totals, strict=True):
-                total.add(partial_attention(q[:, at, heads], k[:, :, kv], v[:, :, kv]))
-        o = torch.empty(q.shape, dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
-        lse = torch.empty(q.shape[:3], dtype=o.dtype, device=q.device)
-        for (at, heads, _), total in zip(groups, totals, strict=True):
-            assert total.total is not None, "attention over an empty memory"
-            o[:, at, heads], lse[:, at, heads] = total.total
+        wide = torch.promote_types(q.dtype, torch.float32)
+        o = torch.empty(q.shape, dtype=wide, device=q.device)
+        lse = torch.empty(q.shape[:3], dtype=wide, device=q.device)
+        for number, (k, v) in enumerate(self._stream(rows, held, q.device, wide)):
+            for at, heads, kv in groups:
+                part = partial_attention(q[:, at, heads], k[:, :, kv], v[:, :, kv])
+                if number:
+                    part = join_attention((o[:, at, heads], lse[:, at, heads]), part)
+                o[:, at, heads], lse[:, at, heads] = part
         return o, lse
 
     def _stream(

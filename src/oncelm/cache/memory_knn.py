@@ -93,7 +93,8 @@ class MemoryIndex:
             scores = torch.einsum("rd,rkd->rk", queries.flatten(0, 1), keys) * q.shape[3] ** -0.5
             scores = scores.masked_fill(places < 0, -torch.inf)
             denominator = scores.logsumexp(-1)
-            out = torch.einsum("rk,rkd->rd", (scores - denominator[:, None]).exp(), values)
+            weights = scores.softmax(-1).nan_to_num(0.0)  # NaN: the index found nothing at all
+            out = torch.einsum("rk,rkd->rd", weights, values)
             o[n - rows.start, :, heads] = out.view_as(queries)
             lse[n - rows.start, :, heads] = denominator.view(queries.shape[:2])
         return o.to(q.device), lse.to(q.device)

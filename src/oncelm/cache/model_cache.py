@@ -1,77 +1,78 @@
 """The cache of a whole model: what each self-decoder layer remembers, the shared K/V, and how far each sequence is.
 
-It is a `transformers.Cache`, so Hugging Face `generate` takes it as `past_key_values`, but nothing of it is per layer
-of the cross-decoder and nothing grows by concatenation.
+Nothing of it is per layer of the cross-decoder and nothing grows by concatenation.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
+from weakref import WeakSet
 
 import torch
-from transformers import Cache
 
 from oncelm.cache.batch import HISTORY, Batch
 from oncelm.cache.retention_state import RetentionState
+from oncelm.cache.sequence_cache import SequenceCache
 from oncelm.cache.shared_kv import SharedKV
 from oncelm.cache.window_kv import WindowKV
-from oncelm.ops.quantize import LARGEST
+from oncelm.ops.quantize import LARGEST, as_bytes
 
 LayerCache = RetentionState | WindowKV
+
+
+@dataclass(frozen=True, eq=False)
+class RewindPoint:
+    """A place of one cache whose shared K/V were not copied: valid for as long as that cache knows it."""
+
+    lengths: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Snapshot:
     """A copy of a cache at one moment: `tensors` by name ("layers.3.state", "shared.k" [N, tokens, H_kv, D]).
 
-    `tensors` has no shared K/V in a rewind point (`snapshot(shared=False)`), which only its own cache can return to.
+    `tensors` has no shared K/V with a rewind point (`snapshot(shared=False)`), which only its own cache can return to.
     """
 
     tensors: dict[str, torch.Tensor]
     lengths: tuple[int, ...]
     columns: int
-    rewind_point: int | None = None
+    rewind_point: RewindPoint | None = None
 
 
-class ModelCache(Cache):
+class ModelCache(SequenceCache):
     """Preallocated cache for `batch_size` sequences of up to `max_tokens` tokens (None: as many as come).
 
     Attributes:
         layers: one RetentionState or WindowKV a self-decoder layer.
         shared: the global key/value cache; None for a model without a cross-decoder.
         lengths: tokens held of each sequence (padding is never held).
-        columns: columns of padded input taken in so far; equals the lengths when nothing was padded.
     """
 
+    after_failure = "call cache.reset(), or cache.restore(snapshot)."
+    lengths: tuple[int, ...] = ()
+
     def __init__(
-        self, layers: list[LayerCache], shared: SharedKV | None, batch_size: int, max_tokens: int | None
+        self,
+        layers: list[LayerCache],
+        shared: SharedKV | None,
+        batch_size: int,
+        max_tokens: int | None,
+        made_for: Mapping[str, Any],
     ) -> None:
-        super().__init__(layers=layers)
+        super().__init__(layers, max_tokens, made_for)
         self.shared = shared
-        self.max_tokens = max_tokens
-        self.lengths: tuple[int, ...] = (0,) * batch_size
-        self.columns = 0
-        self._running = False  # between begin and commit; still set when a forward pass failed midway
+        self.lengths = (0,) * batch_size
         self._recording = False
         self._history: deque[Batch] = deque(maxlen=HISTORY)
-        self._rewind_points: dict[int, tuple[int, ...]] = {}
-        self._rewind_serial = 0
+        self._rewind_points: WeakSet[RewindPoint] = WeakSet()
 
     # -- what it holds --------------------------------------------------------------------------------------------
 
-    @property
-    def batch_size(self) -> int:
-        return len(self.lengths)
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens held of the longest sequence."""
-        return max(self.lengths)
-
     def nbytes(self) -> int:
-        """Bytes allocated, used or not."""
         return sum(tensor.nbytes for tensor in self.tensors().values())
 
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -85,30 +86,7 @@ class ModelCache(Cache):
     def device(self) -> torch.device:
         return next(iter(self.tensors().values())).device
 
-    def __repr__(self) -> str:
-        capacity = "growing" if self.max_tokens is None else f"{self.max_tokens} tokens"
-        return (
-            f"ModelCache({self.batch_size} x {capacity}, holds {list(self.lengths)}, {self.nbytes() / 2**20:.1f} MiB)"
-        )
-
     # -- a forward pass -------------------------------------------------------------------------------------------
-
-    def check_room(self, new_tokens: int) -> None:
-        """ValueError unless every sequence can take `new_tokens` more."""
-        if self._running:
-            raise ValueError(
-                "an earlier forward pass on this cache failed midway, so its state is undefined: "
-                "call cache.reset(), or cache.restore(snapshot)."
-            )
-        if self.max_tokens is not None and self.num_tokens + new_tokens > self.max_tokens:
-            raise ValueError(
-                f"the cache holds at most {self.max_tokens} tokens a sequence and has {self.num_tokens}; "
-                f"{new_tokens} more do not fit. Make it larger: model.new_cache({self.batch_size}, max_tokens=...)."
-            )
-
-    def begin(self) -> None:
-        """Mark that layers are about to change; until `commit`, a failure leaves the cache unusable, not wrong."""
-        self._running = True
 
     def commit(self, batch: Batch, columns: int) -> None:
         """All layers have taken in `batch`, which stood in `columns` columns of input."""
@@ -131,7 +109,7 @@ class ModelCache(Cache):
         With `shared=False` the shared K/V is not copied: a cheap rewind point for this cache alone (prefill a document
         once, ask it many questions). It stays valid until the cache is restored to, or cropped to, an earlier place.
         """
-        assert not self._running, "snapshot of a cache whose forward pass failed"
+        self.check_whole()
         held = {
             name: (tensor[:, : self.num_tokens] if name.startswith("shared.") else tensor).clone()
             for name, tensor in self.tensors().items()
@@ -139,9 +117,8 @@ class ModelCache(Cache):
         }
         point = None
         if not shared:
-            self._rewind_serial += 1
-            point = self._rewind_serial
-            self._rewind_points[point] = self.lengths
+            point = RewindPoint(self.lengths)
+            self._rewind_points.add(point)
         return Snapshot(held, self.lengths, self.columns, point)
 
     def restore(self, snapshot: Snapshot) -> None:
@@ -175,44 +152,39 @@ class ModelCache(Cache):
         for name, saved in snapshot.tensors.items():
             target = mine[name][:, :longest] if name.startswith("shared.") else mine[name]
             target.copy_(saved)
+        if snapshot.rewind_point is None:  # other keys and values may have taken the place of theirs
+            self._rewind_points.clear()
         self._set_lengths(snapshot.lengths, snapshot.columns)
         self._forget_history()
         self._running = False
 
     def _set_lengths(self, lengths: tuple[int, ...], columns: int) -> None:
         self.lengths, self.columns = lengths, columns
-        self._rewind_points = {
-            point: there
-            for point, there in self._rewind_points.items()
-            if all(a <= b for a, b in zip(there, lengths, strict=True))
-        }
+        self._rewind_points = WeakSet(
+            point for point in self._rewind_points if all(a <= b for a, b in zip(point.lengths, lengths, strict=True))
+        )
 
     def reset(self) -> None:
         """Forget everything; the memory stays allocated."""
         for name, tensor in self.tensors().items():
-            if not name.startswith("shared."):
-                tensor.zero_()
+            # rows behind those in use have never been written, unless a forward pass failed: a masked key has weight 0,
+            # but 0 times a NaN that an earlier text left there is NaN
+            used = tensor[:, : self.num_tokens] if name.startswith("shared.") and not self._running else tensor
+            as_bytes(used).zero_()
         self._set_lengths((0,) * self.batch_size, 0)
         self._forget_history()
         self._running = False
 
     # -- batch rows -----------------------------------------------------------------------------------------------
 
-    def select(self, rows: Sequence[int] | torch.Tensor) -> None:
-        """Keep sequences `rows`, in that order, with repeats (beam search, dropping finished sequences)."""
-        index = torch.as_tensor(rows, device=self.device, dtype=torch.long)
-        chosen = index.tolist()
-        if not chosen or min(chosen) < 0 or max(chosen) >= self.batch_size:
-            raise ValueError(f"rows must be in 0..{self.batch_size - 1} and at least one, got {chosen}.")
-        if chosen == list(range(self.batch_size)):
-            return
+    def _select(self, index: torch.Tensor, rows: list[int]) -> None:
         for layer in self.layers:
             for part in layer.tensor_names:
                 setattr(layer, part, getattr(layer, part)[index])
         if self.shared is not None:
             self.shared.select(index, self.num_tokens)
-        self.lengths = tuple(self.lengths[row] for row in chosen)
-        self._rewind_points = {}
+        self.lengths = tuple(self.lengths[row] for row in rows)
+        self._rewind_points = WeakSet()
         self._forget_history()
 
     # -- undoing the last forward passes (speculative and assisted decoding) ---------------------------------------
@@ -237,8 +209,12 @@ class ModelCache(Cache):
         """Undo the last `abs(tokens_to_remove)` tokens of every sequence (Hugging Face passes them negative).
 
         Raises:
-            ValueError: more than was taken in since `record()` or the last `crop`; nothing has changed then.
+            ValueError: more than was taken in since `record()` or the last `crop`, or a cache whose forward pass failed
+                midway; nothing has changed then.
         """
+        self.check_whole()
+        if not tokens_to_remove:
+            return
         asked = remove = abs(int(tokens_to_remove))  # some transformers pass a tensor
         passes: list[tuple[Batch, int]] = []  # (the part of a forward pass to keep, columns to take back), latest first
         for batch in reversed(self._history):
@@ -259,36 +235,13 @@ class ModelCache(Cache):
                 f"crop was asked to remove {asked} tokens and can undo {asked - remove}: "
                 "turn cache.record() on before the forward passes to undo."
             )
+        self.begin()
         for kept, back in passes:
             for layer in self.layers:
                 layer.rewind(kept)
             self._set_lengths(kept.ends, self.columns - back)
         self._forget_history()
-
-    # -- names that Hugging Face generate calls -------------------------------------------------------------------
-
-    is_compileable = False  # generate compiles forward itself only for its own static caches
-    is_initialized = True
-    is_croppable = True
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Columns of (padded) input taken in so far."""
-        return self.columns
-
-    def get_max_length(self, layer_idx: int | None = None) -> int:
-        return -1 if self.max_tokens is None else self.max_tokens
-
-    def get_max_cache_shape(self, layer_idx: int = 0) -> int:
-        return self.get_max_length()
-
-    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        self.select(beam_idx)
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        self.select(indices)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self.select([row for row in range(self.batch_size) for _ in range(repeats)])
+        self._running = False
 
     def activate_past_recording(self) -> None:
         self.record()

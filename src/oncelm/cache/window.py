@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 import torch
 
 from oncelm.cache.batch import Batch, Group
-from oncelm.ops.attention.partial import join_attention
 
 
 @dataclass(frozen=True)
@@ -80,14 +79,3 @@ def _split(first: int, stop: int, size: int) -> Iterator[slice]:
         border = min(stop, (first // size + 1) * size)
         yield slice(first, border)
         first = border
-
-
-class Running:
-    """A running softmax: joins attention over one set of keys after the other."""
-
-    def __init__(self) -> None:
-        self.total: tuple[torch.Tensor, torch.Tensor] | None = None
-
-    def add(self, part: tuple[torch.Tensor, torch.Tensor]) -> None:
-        """Take in (o [B, T, H, D], lse [B, T, H]) over further keys."""
-        self.total = part if self.total is None else join_attention(self.total, part)

@@ -28,7 +28,7 @@ def check_tokens(input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | N
         if low < 0 or high >= config.vocab_size:
             bad = low if low < 0 else high
             raise ValueError(f"input_ids has {bad}; allowed: 0..{config.vocab_size - 1} (vocab_size).")
-    return input_ids
+    return input_ids.long()
 
 
 def fingerprint(model: PreTrainedModel, keys: Iterable[str]) -> str:

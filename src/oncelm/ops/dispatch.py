@@ -147,7 +147,10 @@ def choose(op: str, backend: str, device: torch.device) -> Implementation:
     """The row that computes `op` on `device`; ValueError for an unknown, unsuited or missing backend."""
     rows = TABLE[op]
     if backend == "auto":
-        return next(row for row in rows if device.type in row.devices and row.available)
+        for row in rows:
+            if device.type in row.devices and row.available:
+                return row
+        raise ValueError(f"no implementation of {op} runs on {device.type}.")
     for row in rows:
         if row.backend == backend:
             if device.type not in row.devices:

@@ -42,8 +42,9 @@ def linear_float8(x: Float8Rows, weight: Float8Rows, dtype: torch.dtype) -> torc
     return out.unflatten(0, x.values.shape[:-1])
 
 
-def check_float8(device: torch.device) -> None:
-    """ValueError unless the device multiplies float8 rows: an NVIDIA GPU of compute capability 9.0 or more."""
+def check_float8(device: torch.device, dtype: torch.dtype) -> None:
+    """ValueError unless the device multiplies float8 rows to `dtype`: an NVIDIA GPU of compute capability 9.0 or more,
+    and bfloat16."""
     if device.type != "cuda":
         raise ValueError(f"float8 matrix products need an NVIDIA GPU (H100 or later); the model is on {device.type!r}.")
     major, minor = torch.cuda.get_device_capability(device)
@@ -52,3 +53,5 @@ def check_float8(device: torch.device) -> None:
         raise ValueError(
             f"float8 matrix products need compute capability 9.0 (H100) or more; {name} has {major}.{minor}."
         )
+    if dtype != torch.bfloat16:  # which is all that products with a scale a row give
+        raise ValueError(f"float8 matrix products need a model in bfloat16; this one is in {dtype}.")

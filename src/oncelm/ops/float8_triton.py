@@ -19,6 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
+from oncelm.ops import gpu
 from oncelm.ops.float8 import LARGEST, SMALLEST_MAXIMUM, Float8Rows
 
 __all__ = ["add_norm_rows", "gate_heads_rows", "norm_rows", "swiglu_rows"]
@@ -100,9 +101,10 @@ def _norm(x: Tensor, added: Tensor | None, weight: Tensor, eps: float) -> tuple[
     exact, (values, scales) = torch.empty_like(x), _rounded(x)
     K = x.shape[-1]
     block = triton.next_power_of_2(K)
-    norm_kernel[(x.numel() // K,)](
-        x, added, weight, exact, values, scales, eps, K=K, BLOCK=block, num_warps=_warps(block)
-    )
+    with gpu.on(x):
+        norm_kernel[(x.numel() // K,)](
+            x, added, weight, exact, values, scales, eps, K=K, BLOCK=block, num_warps=_warps(block)
+        )
     return exact, values, scales
 
 
@@ -121,7 +123,8 @@ def swiglu_rows_op(x: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
     values, scales = _rounded(x)
     K = x.shape[-1]
     block = triton.next_power_of_2(K)
-    swiglu_kernel[(x.numel() // K,)](x, gate, values, scales, K=K, BLOCK=block, num_warps=_warps(block))
+    with gpu.on(x):
+        swiglu_kernel[(x.numel() // K,)](x, gate, values, scales, K=K, BLOCK=block, num_warps=_warps(block))
     return values, scales
 
 
@@ -130,9 +133,10 @@ def gate_heads_rows_op(o: Tensor, gate: Tensor, eps: float) -> tuple[Tensor, Ten
     H, D = o.shape[-2:]
     values, scales = _rounded(gate)
     heads, block = triton.next_power_of_2(H), triton.next_power_of_2(D)
-    gate_heads_kernel[(o.numel() // (H * D),)](
-        o, gate, values, scales, eps, H=H, D=D, HEADS=heads, BLOCK=block, num_warps=_warps(heads * block)
-    )
+    with gpu.on(o):
+        gate_heads_kernel[(o.numel() // (H * D),)](
+            o, gate, values, scales, eps, H=H, D=D, HEADS=heads, BLOCK=block, num_warps=_warps(heads * block)
+        )
     return values, scales
 
 

@@ -27,13 +27,16 @@ def vocab_parallel_cross_entropy(hidden: Tensor, weight: DTensor, targets: Tenso
     """
     if tuple(weight.placements) != (Shard(0),):
         raise ValueError(f"weight must be split by rows over one axis of a mesh, got {weight.placements}.")
+    group = weight.device_mesh.get_group()
+    ranks = dist.get_world_size(group)
+    own_rows = -(-weight.shape[0] // ranks)  # of the first ranks; DTensor gives the last ones fewer
+    if own_rows * (ranks - 1) >= weight.shape[0]:
+        raise ValueError(f"a vocabulary of {weight.shape[0]} leaves some of {ranks} ranks without an entry.")
     local = weight.to_local()
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, local = hidden.to(dtype), local.to(dtype)
-    group = weight.device_mesh.get_group()
-    # DTensor gives the first ranks ceil(V / ranks) rows each
-    first = dist.get_rank(group) * -(-weight.shape[0] // dist.get_world_size(group))
+    first = dist.get_rank(group) * own_rows
     needs_gradients = torch.is_grad_enabled() and (hidden.requires_grad or local.requires_grad)
     return _VocabParallelCrossEntropy.apply(hidden, local, targets - first, group, needs_gradients)
 

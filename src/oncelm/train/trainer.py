@@ -30,8 +30,8 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from oncelm.models.inputs import IGNORE_INDEX
 from oncelm.models.load import load, quiet_transformers
-from oncelm.models.yoco.inputs import IGNORE_INDEX
 from oncelm.train.checkpoint import FOLDER, check_new, find_checkpoint, list_checkpoints
 from oncelm.train.config import TrainConfig
 from oncelm.train.diagnose import find_not_finite

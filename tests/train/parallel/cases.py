@@ -11,14 +11,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint import HuggingFaceStorageWriter
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from oncelm.data.conversations import Conversation, ConversationDataset
 from oncelm.data.dataset import TokenDataset
 from oncelm.models.yoco import YocoConfig, YocoForCausalLM
 from oncelm.models.yoco.model import FeedForward
-from oncelm.ops import vocab_parallel_cross_entropy
 from oncelm.train.config import TrainConfig
 from oncelm.train.parallel.chunk import chunk_inputs
 from oncelm.train.parallel.ranks import join_ranks
@@ -161,16 +160,6 @@ def _at_step_4(event: Callable[[], None]) -> None:
         return write_data(self, plan, planner)
 
     HuggingFaceStorageWriter.write_data = eventful
-
-
-def split_vocabulary(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor):
-    """The loss of a weight split by rows, and both gradients in full."""
-    with join_ranks("cpu", tensor=int(os.environ["WORLD_SIZE"])) as ranks:
-        sharded = distribute_tensor(weight, ranks.mesh["tensor"], [Shard(0)]).requires_grad_()
-        hidden.requires_grad_()
-        loss = vocab_parallel_cross_entropy(hidden, sharded, targets)
-        (2 * loss).backward()
-        return loss.detach(), hidden.grad, sharded.grad.full_tensor()
 
 
 def overflow() -> None:

@@ -15,7 +15,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from oncelm.cache.window import Window
 from oncelm.models.longllama.config import LongLlamaConfig
-from oncelm.ops import apply_rope, rms_norm, rope_frequencies, rope_rotation, swiglu
+from oncelm.models.rms_norm import RMSNorm
+from oncelm.ops import apply_rope, rope_frequencies, rope_rotation, swiglu
 
 
 class LayerMemory(Protocol):
@@ -26,18 +27,6 @@ class LayerMemory(Protocol):
     ) -> torch.Tensor:
         """q [B, T, H, D] and k [B, T, H_kv, D] rotated, raw_k as at position 0, v [B, T, H_kv, D] -> [B, T, H, D]."""
         ...
-
-
-class RMSNorm(nn.Module):
-    """RMSNorm with a learned weight [d]."""
-
-    def __init__(self, dim: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim))
-        self.eps = eps
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return rms_norm(x, self.weight, self.eps)
 
 
 class Attention(nn.Module):

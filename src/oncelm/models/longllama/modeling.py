@@ -9,23 +9,22 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
-from transformers.generation.configuration_utils import GenerationMode
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from oncelm.cache import Batch
 from oncelm.cache.fresh_memory import CrossbatchMemory, FreshLocal, FreshMemory
 from oncelm.cache.long_cache import LongLlamaCache, Piece, plan
 from oncelm.cache.window import Window
-from oncelm.models.checks import check_tokens, fingerprint, refuse_incomplete
+from oncelm.models import inputs as reading
+from oncelm.models.causal_lm import CausalLM, check_cache_size, refuse_outputs
+from oncelm.models.checks import check_tokens, fingerprint
 from oncelm.models.longllama.config import LongLlamaConfig
 from oncelm.models.longllama.memories import MemoryOptions, new_layers
-from oncelm.models.longllama.model import LongLlamaModel, RMSNorm
-from oncelm.models.yoco import inputs as reading
+from oncelm.models.longllama.model import LongLlamaModel
+from oncelm.models.rms_norm import RMSNorm
 from oncelm.ops import linear_cross_entropy
 from oncelm.ops.crossbatch import earlier_contexts
-from oncelm.utils.errors import unknown
 
 # Keys on which a memory's content depends, beside the weights; the others say how it is kept and read.
 _KEYS_OF_MEMORY = (
@@ -35,18 +34,18 @@ _KEYS_OF_MEMORY = (
 )  # fmt: skip
 
 
-class LongLlamaForCausalLM(PreTrainedModel, GenerationMixin):
-    """A LLaMA whose memory layers also attend to all earlier text (arXiv 2307.03170). Weights carry LLaMA's names."""
+class LongLlamaForCausalLM(CausalLM):
+    """A LLaMA whose memory layers also attend to all earlier text (arXiv 2307.03170). Weights carry LLaMA's names.
+
+    `from_pretrained` reads the folder of any LLaMA-family model; `mem_layers=[...]` says which layers get memory.
+    """
 
     config_class = LongLlamaConfig
     config: LongLlamaConfig
     base_model_prefix = "model"
-    main_input_name = "input_ids"
-    supports_gradient_checkpointing = True
-    _no_split_modules = ["DecoderLayer"]  # noqa: RUF012
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
     _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq"]  # noqa: RUF012 (a buffer of older checkpoints)
-    _supports_sdpa = True
+    cache_keys = ("num_hidden_layers", "num_key_value_heads", "head_dim", "mem_layers", "max_position_embeddings")
 
     def __init__(self, config: LongLlamaConfig) -> None:
         super().__init__(config)
@@ -74,16 +73,6 @@ class LongLlamaForCausalLM(PreTrainedModel, GenerationMixin):
 
     def set_output_embeddings(self, value: nn.Linear) -> None:
         self.lm_head = value
-
-    def _set_gradient_checkpointing(
-        self, enable: bool = True, gradient_checkpointing_func: Any = None, **kwargs: Any
-    ) -> None:
-        """transformers' hook. Memory reaches the layers through objects, and the reentrant variant loses the gradients
-        of whatever is not an argument: it is refused."""
-        options = getattr(gradient_checkpointing_func, "keywords", {})
-        if enable and options.get("use_reentrant"):
-            raise ValueError("gradient checkpointing of LongLLaMA needs use_reentrant=False (the default here).")
-        super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **kwargs)
 
     # -- caches ---------------------------------------------------------------------------------------------------
 
@@ -113,13 +102,12 @@ class LongLlamaForCausalLM(PreTrainedModel, GenerationMixin):
             block_tokens: tokens in a block of "cpu" and "disk".
             folder: of "disk": where its files go (they vanish with the cache); None means the temporary folder.
         """
-        for name, value in (("batch_size", batch_size), ("max_tokens", max_tokens)):
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}.")
+        check_cache_size(batch_size, max_tokens)
         where = None if folder is None else Path(folder)
         options = MemoryOptions(memory, top_k, index, measure_recall, block_tokens, where)
         layers = new_layers(self.config, options, batch_size, max_tokens, dtype or self.dtype, self.device)
-        return LongLlamaCache(layers, batch_size, max_tokens, self.config.max_position_embeddings)
+        window = self.config.max_position_embeddings
+        return LongLlamaCache(layers, batch_size, max_tokens, window, self._cache_settings())
 
     def fingerprint(self) -> str:
         """A short hash of the configuration and of a sample of every parameter: whose cache a file is."""
@@ -178,13 +166,13 @@ class LongLlamaForCausalLM(PreTrainedModel, GenerationMixin):
         Raises:
             ValueError: inputs that do not fit the model, the cache or each other; nothing has been changed then.
         """
-        for name, value in (("output_attentions", output_attentions), ("output_hidden_states", output_hidden_states)):
-            if value:
-                raise ValueError(f"{name}=True is not offered by LongLLaMA models.")
+        refuse_outputs("LongLLaMA", output_attentions=output_attentions, output_hidden_states=output_hidden_states)
         if labels is not None and targets is not None:
             raise ValueError("give labels or targets, not both.")
         tokens = check_tokens(input_ids, inputs_embeds, self.config)
-        cache = self._check_cache(past_key_values)
+        cache = past_key_values
+        if cache is not None:
+            self._check_cache(cache)
         has_loss = labels is not None or targets is not None
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training and not has_loss
@@ -247,12 +235,13 @@ class LongLlamaForCausalLM(PreTrainedModel, GenerationMixin):
         elif differentiable:
             layers = self._fresh_layers(None)
         else:
-            cache = cache or self.new_cache(B, memory=memory or "exact")
-            longest = T if real is None else int(real.sum(1).max())
-            cache.check_room(longest)
+            if cache is None:
+                cache = self.new_cache(B, memory=memory or "exact")
+            lengths = (T,) * B if real is None else tuple(real.sum(1).tolist())
+            cache.check_room(lengths)
             cache.begin()
             if len(pieces) > 1:
-                cache.reserve(longest)
+                cache.reserve(lengths)
             layers = cache.layers
         none = (0,) * B
         for index, piece in enumerate(pieces):
@@ -314,9 +303,8 @@ class LongLlamaForCausalLM(PreTrainedModel, GenerationMixin):
         Returns:
             Logits [B, V] of each sequence's last token.
         """
-        check_tokens(input_ids, None, self.config)
-        if self._check_cache(cache) is None:
-            raise ValueError("prefill needs a cache: model.new_cache(batch_size, max_tokens=...).")
+        input_ids = check_tokens(input_ids, None, self.config)
+        self._check_cache(cache)
         shape, device = input_ids.shape, input_ids.device
         inputs = reading.read_inputs(shape, device, attention_mask, None, cache.lengths, cache.columns)
         last = torch.full(shape[:1], shape[1] - 1, device=device)
@@ -343,21 +331,6 @@ class LongLlamaForCausalLM(PreTrainedModel, GenerationMixin):
                 f"got {length}."
             )
         return length
-
-    def _check_cache(self, cache: object) -> LongLlamaCache | None:
-        if cache is None:
-            return None
-        if not isinstance(cache, LongLlamaCache):
-            raise ValueError(
-                f"past_key_values must be a cache of this model (model.new_cache(...)), got {type(cache).__name__}: "
-                "it has no memory behind its keys and values."
-            )
-        if len(cache.layers) != self.config.num_hidden_layers:
-            raise ValueError(
-                f"the cache has {len(cache.layers)} layers, this model {self.config.num_hidden_layers}: "
-                "it belongs to another model."
-            )
-        return cache
 
     def _crossbatch(
         self,
@@ -389,41 +362,8 @@ class LongLlamaForCausalLM(PreTrainedModel, GenerationMixin):
         stepping = config.cross_batch_stepping if stepping is None else stepping
         return earlier_contexts(B, cross_batch_range, stepping, config.dataset_packing if packing is None else packing)
 
-    # -- Hugging Face generate ------------------------------------------------------------------------------------
-
-    def _prepare_cache_for_generation(
-        self,
-        generation_config: Any,
-        model_kwargs: dict,
-        generation_mode: GenerationMode,
-        batch_size: int,
-        max_cache_length: int,
-    ) -> None:
-        """generate's hook: a cache of the length that the generation needs."""
-        if generation_config.cache_implementation not in (None, "static", "dynamic"):
-            raise unknown("cache_implementation", generation_config.cache_implementation, ["static", "dynamic"])
-        if model_kwargs.get("past_key_values") is not None:
-            self._check_cache(model_kwargs["past_key_values"])
-            return
-        if generation_config.use_cache is False:
-            return
-        rows = max(generation_config.num_beams, generation_config.num_return_sequences) * batch_size
-        drafts = generation_mode == GenerationMode.ASSISTED_GENERATION  # they may run past the end before they are cut
-        model_kwargs["past_key_values"] = self.new_cache(
-            rows, None if drafts else max_cache_length, memory=model_kwargs.get("memory") or "exact"
-        )
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike | None, *args: Any, **kwargs: Any) -> Any:
-        """As in Hugging Face, but a missing, unexpected or wrong-size tensor is an error, not a warning.
-
-        The folder of any LLaMA-family model is read as a LongLLaMA; `mem_layers=[...]` says which layers get memory.
-        """
-        wants_info = kwargs.pop("output_loading_info", False)
-        kwargs.setdefault("ignore_mismatched_sizes", True)  # they are listed in `info` instead, and refused below
-        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
-        refuse_incomplete(pretrained_model_name_or_path, info)
-        return (model, info) if wants_info else model
+    def _generation_cache(self, batch_size: int, max_tokens: int | None, model_kwargs: dict) -> LongLlamaCache:
+        return self.new_cache(batch_size, max_tokens, memory=model_kwargs.get("memory") or "exact")
 
 
 _NOTHING = object()

@@ -29,7 +29,9 @@ from oncelm.ops.float8 import check_float8
 from oncelm.utils.errors import check_choice
 
 MIN_TOKENS = 64  # in all rows; for fewer, as in decoding, checking a compiled part's conditions costs what it saves
-MOST_FUSED = 16  # tokens in all rows that fused kernels compute: decoding, and the one wanted token of a prefill
+# bytes of a number -> tokens in all rows that fused kernels compute: decoding, and the one wanted token of a prefill.
+# In float32 more rows than these do not fit the registers
+MOST_FUSED = {2: 16, 4: 4}
 MAX_GRAPHS = 64  # of one part, over all models of a process
 # of inductor, without gradients: ten seconds more of compiling, a fifth less in its kernels (with them: over a minute)
 OPTIONS: dict[str, Any] = {"coordinate_descent_tuning": True}
@@ -149,7 +151,8 @@ class Execution:
             this again after those.
 
         Raises:
-            ValueError: an unknown name; a device that cannot; sizes that are no multiples of 16.
+            ValueError: an unknown name; a device that cannot; another dtype than bfloat16; sizes that are no multiples
+                of 16.
         """
         layers = [
             module
@@ -158,7 +161,7 @@ class Execution:
         ]
         if gemm is not None:
             check_choice("gemm", gemm, ("float8",))
-            check_float8(self.device)
+            check_float8(self.device, self.dtype)
             if odd := [size for layer in layers for size in layer.weight.shape if size % 16]:
                 raise ValueError(
                     f"gemm='float8' needs layers whose sizes are multiples of 16; this model has {odd[0]}."
@@ -175,7 +178,7 @@ class Execution:
         if x.is_cuda and not gradients and has_fused_kernels(x.dtype):
             if self.gemm == "float8" and tokens >= MIN_FLOAT8_TOKENS:
                 from oncelm.models.yoco.float8 import FLOAT8 as parts
-            elif 0 < tokens <= MOST_FUSED:
+            elif 0 < tokens <= MOST_FUSED[x.dtype.itemsize]:
                 from oncelm.models.yoco.fused import FUSED as parts
         if self.compiles_layers and tokens >= MIN_TOKENS:
             return compiled_parts(parts, gradients)

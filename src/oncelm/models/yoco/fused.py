@@ -9,13 +9,13 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from oncelm.models.rms_norm import RMSNorm
 from oncelm.models.yoco.linear import is_plain
 from oncelm.models.yoco.model import (
     PLAIN,
     CrossDecoder,
     DecoderLayer,
     GatedRetention,
-    RMSNorm,
     Tensors,
     TokenParts,
 )

@@ -61,8 +61,8 @@ class Rounded(NamedTuple):
 
 
 def rounded_weight(linear: nn.Module) -> Float8Rows | None:
-    """The float8 weight of a layer that has one."""
-    return linear.rounded if isinstance(linear, Linear) else None
+    """The float8 weight of a layer that has one, where nothing but the product happens."""
+    return linear.rounded if isinstance(linear, Linear) and is_plain(linear) else None
 
 
 def project(x: torch.Tensor | Rounded, *linears: nn.Module) -> list[torch.Tensor]:
@@ -79,11 +79,15 @@ def project(x: torch.Tensor | Rounded, *linears: nn.Module) -> list[torch.Tensor
 
 
 def is_plain(*linears: nn.Module) -> bool:
-    """Whether nothing but a product with the weight happens in these layers: no adapters, no hooks."""
+    """Whether nothing but a product with the weight, row by row in memory, happens in these layers: no adapters, no
+    hooks, no weights split over ranks."""
     return all(
         type(linear) in (nn.Linear, Linear, XavierLinear)
         and not linear._forward_hooks
         and not linear._forward_pre_hooks
+        and linear.bias is None
+        and type(linear.weight) is nn.Parameter
+        and linear.weight.is_contiguous()
         for linear in linears
     )
 
@@ -105,8 +109,7 @@ def _can_add_in_place(y: torch.Tensor, x: torch.Tensor, linear: nn.Module) -> bo
         return False
     weight = linear.weight
     return (
-        type(weight) is nn.Parameter  # not split over ranks
-        and y.device.type in ADDING_DEVICES
+        y.device.type in ADDING_DEVICES
         and y.device == weight.device
         and y.dtype == x.dtype == weight.dtype
         and not torch.is_autocast_enabled(y.device.type)

@@ -21,23 +21,12 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from oncelm.cache import Batch, Memory, RetentionMemory, Selection, SharedMemory, WindowMemory
+from oncelm.models.rms_norm import RMSNorm
 from oncelm.models.yoco.config import YocoConfig
 from oncelm.models.yoco.linear import Linear, Rounded, XavierLinear, add_linear, project
 from oncelm.ops import apply_rope, rms_norm, rope_frequencies, rope_rotation, swiglu
 
 Tensors = tuple[torch.Tensor, ...]
-
-
-class RMSNorm(nn.Module):
-    """RMSNorm with a learned weight [d]."""
-
-    def __init__(self, dim: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim))
-        self.eps = eps
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return rms_norm(x, self.weight, self.eps)
 
 
 class Mixer(nn.Module):

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
-from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
-from transformers.generation.configuration_utils import GenerationMode
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from oncelm.cache import (
@@ -27,29 +23,31 @@ from oncelm.cache import (
     WindowKV,
 )
 from oncelm.cache.shared_kv import STORED_DTYPES
-from oncelm.models.checks import check_tokens, fingerprint, refuse_incomplete
-from oncelm.models.yoco import inputs as reading
+from oncelm.models import inputs as reading
+from oncelm.models.causal_lm import CausalLM, check_cache_size, refuse_outputs
+from oncelm.models.checks import check_tokens, fingerprint
+from oncelm.models.rms_norm import RMSNorm
 from oncelm.models.yoco.config import YocoConfig
 from oncelm.models.yoco.execution import Execution
 from oncelm.models.yoco.linear import XavierLinear
-from oncelm.models.yoco.model import CrossDecoder, RMSNorm, SelfDecoder, run_layers
+from oncelm.models.yoco.model import CrossDecoder, SelfDecoder, run_layers
 from oncelm.models.yoco.stepper import stepper
 from oncelm.ops import linear_cross_entropy, vocab_parallel_cross_entropy
 from oncelm.ops.quantize import LARGEST
-from oncelm.utils.errors import check_choice, unknown
+from oncelm.utils.errors import check_choice
 
 
-class YocoForCausalLM(Execution, PreTrainedModel, GenerationMixin):
+class YocoForCausalLM(Execution, CausalLM):
     """A decoder-decoder language model (arXiv 2405.05254). Parameters carry the official checkpoint's names."""
 
     config_class = YocoConfig
     config: YocoConfig
     base_model_prefix = ""
-    main_input_name = "input_ids"
-    supports_gradient_checkpointing = True
-    _no_split_modules = ["DecoderLayer"]  # noqa: RUF012
     _tied_weights_keys = {"output_projection.weight": "embed_tokens.weight"}  # noqa: RUF012
-    _supports_sdpa = True
+    cache_keys = (
+        "self_decoder", "num_self_decoder_layers", "hidden_size", "num_self_heads", "self_kv_heads", "window_size",
+        "num_cross_decoder_layers", "num_attention_heads", "shared_kv_heads",
+    )  # fmt: skip
 
     def __init__(self, config: YocoConfig) -> None:
         super().__init__(config)
@@ -83,16 +81,6 @@ class YocoForCausalLM(Execution, PreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, value: nn.Linear) -> None:
         self.output_projection = value
 
-    def _set_gradient_checkpointing(
-        self, enable: bool = True, gradient_checkpointing_func: Any = None, **kwargs: Any
-    ) -> None:
-        """transformers' hook. The shared K/V reach the layers through the cache object, and the reentrant variant loses
-        the gradients of whatever is not an argument: it is refused."""
-        options = getattr(gradient_checkpointing_func, "keywords", {})
-        if enable and options.get("use_reentrant"):
-            raise ValueError("gradient checkpointing of YOCO needs use_reentrant=False (the default here).")
-        super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **kwargs)
-
     # -- caches ---------------------------------------------------------------------------------------------------
 
     def new_cache(
@@ -107,9 +95,7 @@ class YocoForCausalLM(Execution, PreTrainedModel, GenerationMixin):
                 in 8 bits, with a float32 scale a token and head; windows then keep the model's dtype. Retention states
                 are always float32.
         """
-        for name, value in (("batch_size", batch_size), ("max_tokens", max_tokens)):
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}.")
+        check_cache_size(batch_size, max_tokens)
         config, device = self.config, self.device
         dtype = dtype or self.dtype
         check_choice("dtype of a cache", dtype, STORED_DTYPES)
@@ -125,7 +111,7 @@ class YocoForCausalLM(Execution, PreTrainedModel, GenerationMixin):
         shared = None
         if config.num_cross_decoder_layers:
             shared = SharedKV(batch_size, max_tokens, config.shared_kv_heads, config.head_dim, dtype, device)
-        return ModelCache(layers, shared, batch_size, max_tokens)
+        return ModelCache(layers, shared, batch_size, max_tokens, self._cache_settings())
 
     def _fresh_cache(self) -> FreshCache:
         retention = self.config.self_decoder == "gated_retention"
@@ -185,11 +171,11 @@ class YocoForCausalLM(Execution, PreTrainedModel, GenerationMixin):
         Raises:
             ValueError: inputs that do not fit the model, the cache or each other; nothing has been changed then.
         """
-        for name, value in (("output_attentions", output_attentions), ("output_hidden_states", output_hidden_states)):
-            if value:
-                raise ValueError(f"{name}=True is not offered by YOCO models.")
+        refuse_outputs("YOCO", output_attentions=output_attentions, output_hidden_states=output_hidden_states)
         tokens = check_tokens(input_ids, inputs_embeds, self.config)
-        cache = self._check_cache(past_key_values)
+        cache = past_key_values
+        if cache is not None:
+            self._check_cache(cache)
         if labels is not None and targets is not None:
             raise ValueError("give labels or targets, not both.")
         if cache is not None and memory is not None:
@@ -284,7 +270,7 @@ class YocoForCausalLM(Execution, PreTrainedModel, GenerationMixin):
     ) -> torch.Tensor:
         """Final hidden states [B, P, d] at `wanted` (None: [1, 0, d]); a cache moves past the tokens."""
         if isinstance(memory, ModelCache):
-            memory.check_room(max(inputs.batch.lengths))
+            memory.check_room(inputs.batch.lengths)
             memory.begin()
         embeddings = self.embed(inputs.gather(tokens))
         past = self._fresh_cache() if memory is None else memory
@@ -316,7 +302,7 @@ class YocoForCausalLM(Execution, PreTrainedModel, GenerationMixin):
 
         `forward` does this by itself where it is given one token and a cache on a GPU.
         """
-        cache.check_room(1)
+        cache.check_room((1,) * cache.batch_size)
         if cache.shared is not None:
             cache.shared.reserve(cache.num_tokens + 1)
         return stepper(self, cache)(tokens, cache).clone()
@@ -339,7 +325,10 @@ class YocoForCausalLM(Execution, PreTrainedModel, GenerationMixin):
             and cu_seqlens is None
             and (logits_to_keep is None or (isinstance(logits_to_keep, int) and logits_to_keep in (0, 1)))
             and not cache.recording
-            and (attention_mask is None or attention_mask.shape == (cache.batch_size, cache.columns + 1))
+            and (
+                attention_mask is None
+                or attention_mask.shape in (input_ids.shape, (cache.batch_size, cache.columns + 1))
+            )
             and (attention_mask is None or bool(attention_mask[:, -1].all()))
         )
 
@@ -371,14 +360,13 @@ class YocoForCausalLM(Execution, PreTrainedModel, GenerationMixin):
         """
         if chunk_size is not None and chunk_size < 1:
             raise ValueError(f"chunk_size must be at least 1, got {chunk_size}.")
-        check_tokens(input_ids, None, self.config)
-        if self._check_cache(cache) is None:
-            raise ValueError("prefill needs a cache: model.new_cache(batch_size, max_tokens=...).")
+        input_ids = check_tokens(input_ids, None, self.config)
+        self._check_cache(cache)
         B, T = input_ids.shape
         size = chunk_size or self.prefill_chunk_size(B)
         device = input_ids.device
         inputs = reading.read_inputs(input_ids.shape, device, attention_mask, None, cache.lengths, cache.columns)
-        cache.check_room(max(inputs.batch.lengths))
+        cache.check_room(inputs.batch.lengths)
         real = inputs.real
         if real is not None and not bool(real.any(1).all()):
             raise ValueError("attention_mask leaves a row without any token.")
@@ -408,55 +396,3 @@ class YocoForCausalLM(Execution, PreTrainedModel, GenerationMixin):
         if rows != sorted(rows):
             hidden = hidden[[rows.index(row) for row in range(B)]]
         return self.output_projection(hidden)
-
-    # -- checks ---------------------------------------------------------------------------------------------------
-
-    def _check_cache(self, cache: object) -> ModelCache | None:
-        if cache is None:
-            return None
-        if not isinstance(cache, ModelCache):
-            raise ValueError(
-                f"past_key_values must be a cache of this model (model.new_cache(...)), got {type(cache).__name__}: "
-                "a per-layer key/value cache cannot hold retention states or one shared cache."
-            )
-        if len(cache.layers) != self.config.num_self_decoder_layers:
-            raise ValueError(
-                f"the cache has {len(cache.layers)} layers, this model's self-decoder "
-                f"{self.config.num_self_decoder_layers}: it belongs to another model."
-            )
-        return cache
-
-    # -- Hugging Face generate ------------------------------------------------------------------------------------
-
-    def _prepare_cache_for_generation(
-        self,
-        generation_config: Any,
-        model_kwargs: dict,
-        generation_mode: GenerationMode,
-        batch_size: int,
-        max_cache_length: int,
-    ) -> None:
-        """generate's hook: a preallocated cache of the length that the generation needs."""
-        if generation_config.cache_implementation not in (None, "static", "dynamic"):
-            raise unknown("cache_implementation", generation_config.cache_implementation, ["static", "dynamic"])
-        if model_kwargs.get("past_key_values") is not None:
-            self._check_cache(model_kwargs["past_key_values"])
-            return
-        if generation_config.use_cache is False:
-            return
-        rows = max(generation_config.num_beams, generation_config.num_return_sequences) * batch_size
-        drafts = generation_mode == GenerationMode.ASSISTED_GENERATION  # they may run past the end before they are cut
-        cache = self.new_cache(rows, None if drafts else max_cache_length)
-        cache.record(
-            bool(generation_config.is_assistant)
-        )  # a draft model's tokens are taken back when they are rejected
-        model_kwargs["past_key_values"] = cache
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike | None, *args: Any, **kwargs: Any) -> Any:
-        """As in Hugging Face, but a missing, unexpected or wrong-size tensor is an error, not a warning."""
-        wants_info = kwargs.pop("output_loading_info", False)
-        kwargs.setdefault("ignore_mismatched_sizes", True)  # they are listed in `info` instead, and refused below
-        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
-        refuse_incomplete(pretrained_model_name_or_path, info)
-        return (model, info) if wants_info else model

@@ -6,6 +6,7 @@ in beam search, is not worth a recording) and replayed from then on, at whatever
 
 from __future__ import annotations
 
+from functools import cache
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
@@ -42,6 +43,7 @@ class Stepper:
         self.tokens.copy_(tokens)
         if self.reached != cache.lengths:
             self.positions.copy_(torch.tensor(cache.lengths)[:, None])
+        self.reached = None  # unless this step ends well
         batch = Batch((*cache.lengths,), (1,) * len(tokens), tuple(n + 1 for n in cache.lengths), self.positions)
         cache.begin()
         if self.graph is None and self.steps >= WARM_UP_STEPS and tokens.is_cuda:
@@ -56,8 +58,12 @@ class Stepper:
 
     def _record(self) -> None:
         """Recording runs nothing: the cache and the positions are as before."""
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        graph, stream = torch.cuda.CUDAGraph(), _capture_stream(self.tokens.device)
+        # thread_local: what other threads ask of the GPU meanwhile is no error
+        with (
+            torch.cuda.device(stream.device),
+            torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"),
+        ):
             self._run()
         self.graph = graph
 
@@ -71,6 +77,12 @@ class Stepper:
         assert x is not None
         self.logits = model.token_parts(x).head(x, model.layer_norm, model.output_projection)[:, -1]
         self.positions += 1
+
+
+@cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """Of the model's GPU: torch's default is of whichever was current first, and would record nothing of another."""
+    return torch.cuda.Stream(device)
 
 
 _STEPPERS: WeakKeyDictionary[ModelCache, Stepper] = WeakKeyDictionary()

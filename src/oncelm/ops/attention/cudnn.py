@@ -15,6 +15,7 @@ from typing import Any
 import cudnn
 import torch
 
+from oncelm.ops import gpu
 from oncelm.ops.attention import varlen
 
 Tensor = torch.Tensor
@@ -43,8 +44,9 @@ def window_op(q: Tensor, k: Tensor, v: Tensor, window_size: int, scale: float) -
     plan = _plan(*(_layout(x) for x in (q, k, v, o)), window_size, scale)
     workspace = torch.empty(plan.workspace_bytes, dtype=torch.uint8, device=q.device)
     handle = _handle(q.device)
-    cudnn.set_stream(handle=handle, stream=torch.cuda.current_stream(q.device).cuda_stream)
-    plan.graph.execute(dict(zip(plan.tensors, (q, k, v, o, sums), strict=True)), workspace, handle=handle)
+    with gpu.on(q):
+        cudnn.set_stream(handle=handle, stream=torch.cuda.current_stream(q.device).cuda_stream)
+        plan.graph.execute(dict(zip(plan.tensors, (q, k, v, o, sums), strict=True)), workspace, handle=handle)
     return o, sums
 
 

@@ -40,14 +40,15 @@ def naive(q, k, v, lengths, block_tables, k_scale, v_scale, scale):
 
 def sdpa(q, k, v, lengths, block_tables, k_scale, v_scale, scale):
     """One key/value head after the other, so that no more than a head is ever copied or dequantised."""
-    N, T, _, D = q.shape
+    N, T, H, D = q.shape
     H_kv = k.shape[2]
+    group = H // H_kv
     capacity = _capacity(k, block_tables)
     if q.device.type == "cpu" and N:  # elsewhere the host would have to wait for the lengths
         capacity = min(capacity, max(int(lengths.max()), 1))
     seen = _seen(lengths, T, capacity)
-    queries = q.view(N, T, H_kv, -1, D).transpose(1, 2)  # [N, H_kv, T, group, D]
-    mask = seen[:, None, :, None].expand(N, 1, T, queries.shape[3], capacity).flatten(2, 3)
+    queries = q.view(N, T, H_kv, group, D).transpose(1, 2)  # [N, H_kv, T, group, D]
+    mask = seen[:, None, :, None].expand(N, 1, T, group, capacity).flatten(2, 3)
     outputs = []
     for head in range(H_kv):
         heads = slice(head, head + 1)
@@ -57,7 +58,7 @@ def sdpa(q, k, v, lengths, block_tables, k_scale, v_scale, scale):
         )
         rows = queries[:, heads].flatten(2, 3)  # the queries that share the head: [N, 1, T * group, D]
         outputs.append(F.scaled_dot_product_attention(rows, keys, values, attn_mask=mask, scale=scale))
-    o = torch.cat(outputs, 1).view(N, H_kv, T, -1, D).transpose(1, 2).reshape(q.shape)
+    o = torch.cat(outputs, 1).view(N, H_kv, T, group, D).transpose(1, 2).reshape(q.shape)
     return o.masked_fill(~seen.any(-1)[:, :, None, None], 0.0)
 
 

@@ -16,15 +16,14 @@ they stand; their scales multiply scores and weights.
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from oncelm.ops import gpu
 from oncelm.ops.attention import decode
 
 Tensor = torch.Tensor
@@ -219,15 +218,9 @@ def config(q: Tensor, k: Tensor, rows: int) -> Config:
     return found if rows <= 64 else Config(32, 8, 2, 1)
 
 
-@cache
 def _launches_early(index: int | None) -> bool:
     """Whether join_kernel may be launched before split_kernel has ended (programmatic dependent launch, Hopper on)."""
-    return torch.version.hip is None and torch.cuda.get_device_capability(index) >= (9, 0)
-
-
-@cache
-def _multiprocessors(index: int | None) -> int:
-    return torch.cuda.get_device_properties(index).multi_processor_count
+    return torch.version.hip is None and gpu.capability(index) >= (9, 0)
 
 
 def _decode(q, k, v, lengths, block_tables, k_scale, v_scale, scale, programs):
@@ -238,7 +231,7 @@ def _decode(q, k, v, lengths, block_tables, k_scale, v_scale, scale, programs):
     rows = T * group
     form = config(q, k, rows)
     if not programs:
-        programs = _multiprocessors(q.device.index) * form.programs if q.is_cuda else INTERPRETED_PROGRAMS
+        programs = gpu.multiprocessors(q.device.index) * form.programs if q.is_cuda else INTERPRETED_PROGRAMS
     o = q.new_empty(N, T, H, D)
     if o.numel() == 0:
         return o
@@ -251,7 +244,7 @@ def _decode(q, k, v, lengths, block_tables, k_scale, v_scale, scale, programs):
     def strides(x: Tensor | None) -> tuple[int, ...]:
         return (0, 0, 0) if x is None else x.stride()[:3]
 
-    with torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext():  # whichever is current
+    with gpu.on(q):
         split_kernel[(programs,)](
             q, k, v, k_scale, v_scale, lengths, block_tables, parts, lses, N, capacity, scale * LOG2_E,
             *strides(q), *strides(k), *strides(v), *strides(k_scale), *strides(v_scale),

@@ -46,6 +46,6 @@ class _Crossbatch(torch.autograd.Function):
 
 def _rounds(counts, device):
     """(rows, the rows they see) of round 1, 2, ...: index vectors."""
-    for distance in range(1, max(counts) + 1):
+    for distance in range(1, max(counts, default=0) + 1):
         rows = torch.tensor([row for row, count in enumerate(counts) if count >= distance], device=device)
         yield rows, rows - distance

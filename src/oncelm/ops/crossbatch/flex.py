@@ -5,7 +5,7 @@ Keys appear twice, at their own positions and at position 0, and are not gathere
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, lru_cache
 
 import torch
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
@@ -34,7 +34,7 @@ def _compiled():
     return torch.compile(flex_attention)
 
 
-@cache
+@lru_cache(maxsize=8)
 def _mask(counts, T, device):
     seen, tokens = torch.tensor(counts, device=device), len(counts) * T
 

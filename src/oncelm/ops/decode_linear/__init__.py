@@ -18,6 +18,7 @@ from collections.abc import Sequence
 import torch
 import triton
 
+from oncelm.ops import gpu
 from oncelm.ops.decode_linear import kernels
 
 __all__ = ["LARGEST_HEAD", "MOST_ROWS", "linear_add", "norm_linears", "norm_swiglu", "padded_rows"]
@@ -79,11 +80,12 @@ def norm_linears(
     ]
     sizes = _sizes("norm_linears", M, K)
     grid = sum(triton.cdiv(weight.shape[0], 2 * sizes["BLOCK_N"]) for weight in weights)
-    kernels.norm_linears_kernel[(grid,)](
-        x.contiguous(), norm_weight, eps, tuple(weights), tuple(outputs), rotation, decay_scale,
-        COUNTS=tuple(weight.shape[0] for weight in weights), KINDS=tuple(KINDS[kind].value for kind in kinds),
-        HALF=pairing == "half", PAIRS=1 if rotation is None else rotation.shape[1], **sizes,
-    )  # fmt: skip
+    with gpu.on(x):
+        kernels.norm_linears_kernel[(grid,)](
+            x.contiguous(), norm_weight, eps, tuple(weights), tuple(outputs), rotation, decay_scale,
+            COUNTS=tuple(weight.shape[0] for weight in weights), KINDS=tuple(KINDS[kind].value for kind in kinds),
+            HALF=pairing == "half", PAIRS=1 if rotation is None else rotation.shape[1], **sizes,
+        )  # fmt: skip
     return outputs
 
 
@@ -99,11 +101,13 @@ def linear_add(
     """
     M, K = x.shape
     assert gate is None or (head_dim <= LARGEST_HEAD and head_dim & (head_dim - 1) == 0), head_dim
-    y = torch.empty_like(residual)
+    y = x.new_empty(M, weight.shape[0], dtype=residual.dtype)
+    gate = None if gate is None else gate.contiguous()
     sizes = _sizes("linear_add_long" if M == 1 and K > LONG else "linear_add", M, K, smallest=head_dim)
-    kernels.linear_add_kernel[(triton.cdiv(weight.shape[0], sizes["BLOCK_N"]),)](
-        x.contiguous(), gate, eps, weight, residual.contiguous(), y, COUNT=weight.shape[0], HEAD=head_dim, **sizes
-    )
+    with gpu.on(x):
+        kernels.linear_add_kernel[(triton.cdiv(weight.shape[0], sizes["BLOCK_N"]),)](
+            x.contiguous(), gate, eps, weight, residual.contiguous(), y, COUNT=weight.shape[0], HEAD=head_dim, **sizes
+        )
     return y
 
 
@@ -112,9 +116,10 @@ def norm_swiglu(x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, gate
     M, K = x.shape
     y = x.new_empty(M, weight.shape[0])
     sizes = _sizes("norm_swiglu", M, K)
-    kernels.norm_swiglu_kernel[(triton.cdiv(weight.shape[0], sizes["BLOCK_N"]),)](
-        x.contiguous(), norm_weight, eps, weight, gate_weight, y, COUNT=weight.shape[0], **sizes
-    )
+    with gpu.on(x):
+        kernels.norm_swiglu_kernel[(triton.cdiv(weight.shape[0], sizes["BLOCK_N"]),)](
+            x.contiguous(), norm_weight, eps, weight, gate_weight, y, COUNT=weight.shape[0], **sizes
+        )
     return y
 
 

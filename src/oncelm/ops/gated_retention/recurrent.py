@@ -41,5 +41,5 @@ def step(
         return o.to(v.dtype)
     o, final_state = recurrent(q, k, v, g, scale, state[slots.clamp(min=0)])
     busy = slots >= 0
-    state[slots[busy]] = final_state[busy]
+    state[slots[busy]] = final_state[busy].to(state.dtype)
     return o.to(v.dtype)

@@ -41,10 +41,10 @@ def gated_retention_step(
     Raises:
         ValueError: shapes that do not fit together.
     """
-    N, _, H, K = q.shape
-    if k.shape != q.shape or v.shape[:3] != q.shape[:3] or g.shape != q.shape[:3]:
+    if q.dim() != 4 or v.dim() != 4 or k.shape != q.shape or v.shape[:3] != q.shape[:3] or g.shape != q.shape[:3]:
         shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v, g))
         raise ValueError(f"q, k [N, T, H, K], v [N, T, H, V] and g [N, T, H] do not fit together: {shapes}.")
+    N, _, H, K = q.shape
     if state.shape[1:] != (H, K, v.shape[3]) or state.dtype != torch.float32 or not state.is_contiguous():
         raise ValueError(
             f"state must be contiguous float32 [slots, {H}, {K}, {v.shape[3]}], got {state.dtype} {tuple(state.shape)}."

@@ -8,6 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
+from oncelm.ops import gpu
+
 
 @triton.jit
 def step_kernel(
@@ -54,8 +56,9 @@ def step(
     q, k, v, g = (x.contiguous() for x in (q, k, v, g))
     o = torch.empty_like(v)
     block = min(32, triton.next_power_of_2(V))
-    step_kernel[(N * H * triton.cdiv(V, block),)](
-        q, k, v, g, state, slots, o, scale, T,
-        H=H, K=K, V=V, KP=triton.next_power_of_2(K), BLOCK=block, num_warps=4,
-    )  # fmt: skip
+    with gpu.on(q):
+        step_kernel[(N * H * triton.cdiv(V, block),)](
+            q, k, v, g, state, slots, o, scale, T,
+            H=H, K=K, V=V, KP=triton.next_power_of_2(K), BLOCK=block, num_warps=4,
+        )  # fmt: skip
     return o

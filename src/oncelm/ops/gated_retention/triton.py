@@ -7,15 +7,14 @@ have shape functions, so a compiled or sharded model keeps one graph. Under TRIT
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 import triton
 
+from oncelm.ops import gpu
 from oncelm.ops.gated_retention import by_sequence, triton_backward, triton_forward
 from oncelm.ops.gated_retention import chunk as portable
 
@@ -94,7 +93,7 @@ def on_hopper(q: Tensor, v: Tensor) -> bool:
     """Whether the kernels of hopper.py take these inputs."""
     if hopper is None or not q.is_cuda or q.dtype == torch.float32 or min(q.shape[-1], v.shape[-1]) < 64:
         return False
-    return _capability(q.device.index)[0] == 9
+    return gpu.capability(q.device.index)[0] == 9
 
 
 def config(kernel: str, q: Tensor, v: Tensor) -> Config:
@@ -115,16 +114,6 @@ def group_size(q: Tensor, v: Tensor) -> int:
     return FULL_PRECISION_GROUP if q.dtype == torch.float32 else GROUPS[max(64, q.shape[-1], v.shape[-1])]
 
 
-@cache
-def _capability(index: int | None) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(index)
-
-
-@cache
-def _multiprocessors(index: int | None) -> int:
-    return torch.cuda.get_device_properties(index).multi_processor_count
-
-
 def segment_size(q: Tensor, v: Tensor, sequences: int) -> int:
     """Tokens a segment: a whole sequence where sequences, heads and blocks fill the device, else a part of it.
 
@@ -138,7 +127,7 @@ def segment_size(q: Tensor, v: Tensor, sequences: int) -> int:
         return whole
     chosen = config("forward", q, v)
     programs = sequences * H * (v.shape[-1] // chosen.block)
-    room = _multiprocessors(q.device.index) * (8 // chosen.num_warps)
+    room = gpu.multiprocessors(q.device.index) * (8 // chosen.num_warps)
     cost = {s: -(-programs * s // room) / s * (1.5 if s > 1 else 1.0) for s in range(1, 65)}
     segments = min(cost, key=cost.__getitem__)
     length = B * T // sequences if sequences else T
@@ -296,11 +285,6 @@ def mark_count(tokens: int, group: int, segments: int) -> int:
     return tokens // group + segments
 
 
-def _on(tensor: Tensor) -> contextlib.AbstractContextManager:
-    """Launches go to the tensor's device, whichever is current."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
-
-
 FORWARD = "(Tensor q, Tensor k, Tensor v, Tensor g, float scale, Tensor? initial_state, Tensor? cu_seqlens, int size)"
 BACKWARD = (
     "(Tensor q, Tensor k, Tensor v, Tensor g, float scale, Tensor? initial_state, Tensor? cu_seqlens, int size, "
@@ -310,7 +294,7 @@ BACKWARD = (
 
 def _forward(q, k, v, g, scale, initial_state, cu_seqlens, size):
     """o, the final state of each sequence, and what `segment_states` gives (empty if a sequence is one segment)."""
-    with _on(q):
+    with gpu.on(q):
         cut = plan(q, v, cu_seqlens, size)
         o = torch.empty_like(v)
         final = q.new_empty(cut.sequences, q.shape[2], q.shape[3], v.shape[3], dtype=torch.float32)
@@ -323,7 +307,7 @@ def _forward(q, k, v, g, scale, initial_state, cu_seqlens, size):
 
 def _backward(q, k, v, g, scale, initial_state, cu_seqlens, size, states, decays, d_o, d_final):
     """dq, dk, dv, dg and the initial states' gradient."""
-    with _on(q):
+    with gpu.on(q):
         B, T, H, K = q.shape
         V = v.shape[-1]
         cut = plan(q, v, cu_seqlens, size)

@@ -39,8 +39,10 @@ def linear_cross_entropy(
     """
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(f"hidden [M, d] and weight [V, d] do not fit: {tuple(hidden.shape)}, {tuple(weight.shape)}.")
-    if targets.shape != hidden.shape[:1]:
-        raise ValueError(f"targets must be [M] = [{hidden.shape[0]}], got {tuple(targets.shape)}.")
+    if targets.shape != hidden.shape[:1] or targets.is_floating_point() or targets.dtype == torch.bool:
+        raise ValueError(
+            f"targets must be [M] = [{hidden.shape[0]}] integers, got {targets.dtype} {tuple(targets.shape)}."
+        )
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)

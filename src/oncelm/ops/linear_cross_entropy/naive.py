@@ -12,8 +12,7 @@ def to_gradient(logits: torch.Tensor, targets: torch.Tensor, losses: torch.Tenso
     With `gradient`, logits [M, V] become d loss / d logits = softmax(logits) - one_hot(target).
     """
     log_probs = F.log_softmax(logits, dim=-1, dtype=losses.dtype)
-    losses.copy_(F.nll_loss(log_probs, targets, reduction="none"))
+    targets = targets.long()[:, None]
+    losses.copy_(-log_probs.gather(1, targets).squeeze(1))  # unlike nll_loss, it refuses -100 too
     if gradient:
-        probs = log_probs.exp_()
-        probs[torch.arange(len(targets), device=targets.device), targets] -= 1.0
-        logits.copy_(probs)
+        logits.copy_(log_probs.exp_().scatter_add_(1, targets, -losses.new_ones(1).expand(len(targets), 1)))

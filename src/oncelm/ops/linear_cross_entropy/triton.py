@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from oncelm.ops import gpu
 from oncelm.ops.linear_cross_entropy import naive
 
 LARGEST_BLOCK = 16384
@@ -54,4 +55,5 @@ def to_gradient(logits: torch.Tensor, targets: torch.Tensor, losses: torch.Tenso
     block = min(LARGEST_BLOCK, triton.next_power_of_2(V))
     warps = max(1, min(32, block // (32 * ELEMENTS_PER_THREAD)))
     if M:
-        softmax_kernel[(M,)](logits, targets, losses, V, GRADIENT=gradient, BLOCK=block, num_warps=warps)
+        with gpu.on(logits):
+            softmax_kernel[(M,)](logits, targets, losses, V, GRADIENT=gradient, BLOCK=block, num_warps=warps)

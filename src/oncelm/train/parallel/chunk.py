@@ -25,8 +25,8 @@ from torch.distributed import ProcessGroup
 
 from oncelm.cache.batch import Batch, Group
 from oncelm.cache.shared_kv import attend_by_group
+from oncelm.models.inputs import IGNORE_INDEX
 from oncelm.models.yoco import YocoConfig
-from oncelm.models.yoco.inputs import IGNORE_INDEX
 from oncelm.ops import gated_retention, window_attention
 from oncelm.train.parallel.communication import all_chunks, previous_tokens, state_before
 

@@ -141,13 +141,16 @@ def read_targets(
     assert given is not None
     if given.shape != shape[:2]:
         raise ValueError(f"labels must be [B, T] = {list(shape[:2])} as input_ids, got {list(given.shape)}.")
+    if given.is_floating_point() or given.dtype == torch.bool:
+        raise ValueError(f"labels must be integers, got {given.dtype}.")
+    given = given.long()
     if given.device.type == "cpu":  # on a GPU the answer would have to be waited for in every training step
         outside = (given != IGNORE_INDEX) & ((given < 0) | (given >= vocab_size))
         if bool(outside.any()):
             raise ValueError(f"labels has {given[outside][0]}; allowed: 0..{vocab_size - 1}, or -100 to ignore.")
     if labels is None:
         return given if inputs.real is None else given.masked_fill(~inputs.real, IGNORE_INDEX)
-    targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+    targets = F.pad(given[:, 1:], (0, 1), value=IGNORE_INDEX)
     if inputs.real is not None:
         targets = targets.masked_fill(~(inputs.real & F.pad(inputs.real[:, 1:], (0, 1))), IGNORE_INDEX)
     elif inputs.batch.cu_seqlens is not None:  # the last token of a packed sequence predicts nothing
