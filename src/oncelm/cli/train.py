@@ -7,6 +7,7 @@ import contextlib
 import logging
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,6 +74,7 @@ def run(args: argparse.Namespace) -> int:
     from oncelm.utils.errors import check_positive
 
     config = read_config(args)
+    check_model(config)
     if args.dry_run:
         check_positive(**{"--processes": 1 if args.processes is None else args.processes})
         print(describe(config, args.processes or int(os.environ.get("WORLD_SIZE", "1"))))
@@ -86,6 +88,7 @@ def run(args: argparse.Namespace) -> int:
 
     try:
         with join_ranks(config.device, tensor=config.tensor_parallel, chunk=config.chunk_parallel) as ranks:
+            config.sequences_of_each(ranks.data.size)  # before any text is prepared
             model, dataset, tokenizer = prepare(config, ranks)
             with contextlib.ExitStack() as reading:
                 if isinstance(dataset, ReadAhead):
@@ -129,16 +132,13 @@ def prepare(config: TrainConfig, ranks: Ranks) -> tuple[PreTrainedModel, Batches
     """The model, the data and the tokenizer that a run's settings name; only the first rank's model has values."""
     import inspect
 
-    import torch
-
     from oncelm.train.checkpoint import check_new
 
     if not config.resume:  # before a tokenizer takes the place of that run's, and text is tokenized for nothing
         ranks.on_main(lambda: check_new(Path(config.out)))
     tokenizer = make_tokenizer(config, ranks)
     dataset, largest_id = make_dataset(config, ranks, tokenizer)
-    with contextlib.nullcontext() if ranks.is_main else torch.device("meta"):
-        model = make_model(config, len(tokenizer))
+    model = (make_model if ranks.is_main else empty_model)(config, len(tokenizer))
     vocab_size = model.config.vocab_size
     if largest_id >= vocab_size:
         raise ValueError(
@@ -158,6 +158,7 @@ def prepare(config: TrainConfig, ranks: Ranks) -> tuple[PreTrainedModel, Batches
 def make_dataset(config: TrainConfig, ranks: Ranks, tokenizer: PreTrainedTokenizerBase) -> tuple[Batches, int]:
     """The data that the settings name, and the largest token in it."""
     from oncelm.data.conversations import ConversationDataset, read_conversations
+    from oncelm.data.crossbatch import CrossbatchDataset, sequence_tokens
     from oncelm.data.dataset import TokenDataset
     from oncelm.data.read_ahead import ReadAhead
 
@@ -171,15 +172,17 @@ def make_dataset(config: TrainConfig, ranks: Ranks, tokenizer: PreTrainedTokeniz
         )
         return conversations, conversations.largest_id
     tokens = ranks.main_first(lambda: open_data(config, tokenizer))
-    dataset = TokenDataset(
+    sequences = TokenDataset(
         tokens.train,
-        config.seq_len,
+        config.seq_len if config.packing is None else sequence_tokens(config.seq_len, config.packing),
         seed=config.seed,
         validation=tokens.valid,
         validation_share=config.validation_share,
         long_documents=config.long_documents,
         long_factor=config.long_factor,
+        min_tokens=config.min_tokens,
     )
+    dataset = sequences if config.packing is None else CrossbatchDataset(sequences, config.packing)
     return ReadAhead(dataset, pin_memory=ranks.device.type == "cuda"), tokens.largest_id
 
 
@@ -237,6 +240,37 @@ def make_tokenizer(config: TrainConfig, ranks: Ranks | None = None) -> PreTraine
     return load_tokenizer(kept)
 
 
+def check_model(config: TrainConfig) -> None:
+    """ValueError unless the model that the settings name fits their packing; nothing is read but its configuration."""
+    from oncelm.train.crossbatch import check_crossbatch
+
+    if config.packing is not None or "mem_layers" in config.model_overrides or Path(config.model).is_dir():
+        check_crossbatch(config, empty_model(replace(config, packing=None), vocab_size=1024).config)
+
+
+def empty_model(config: TrainConfig, vocab_size: int) -> PreTrainedModel:
+    """What `make_model` makes, without values (on the meta device): no weights are read."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from oncelm.models.load import read_config as model_config
+
+    with torch.device("meta"):
+        if not Path(config.model).is_dir():
+            return make_model(config, vocab_size)
+        found = model_config(config.model)
+        if found.model_type == "oncelm_yoco":
+            found = type(found)(**{key: getattr(found, key) for key in found.own_keys()} | config.model_overrides)
+        else:
+            found = model_config(config.model, **model_overrides(config))
+        return AutoModelForCausalLM.from_config(found)
+
+
+def model_overrides(config: TrainConfig) -> dict[str, Any]:
+    """The settings' own, and what packing sets."""
+    return config.model_overrides | ({} if config.packing is None else {"dataset_packing": config.packing})
+
+
 def make_model(config: TrainConfig, vocab_size: int) -> PreTrainedModel:
     """The model the settings name: a folder's, or a new one of a preset, of YOCO or Llama."""
     from oncelm import models
@@ -248,11 +282,10 @@ def make_model(config: TrainConfig, vocab_size: int) -> PreTrainedModel:
     if Path(config.model).is_dir():
         if model_config(config.model).model_type == "oncelm_yoco":
             return with_settings(models.load(config.model), config.model_overrides)
-        return models.load(config.model, **config.model_overrides)
+        return models.load(config.model, **model_overrides(config))
     check_choice("model", config.model, (*PRESETS, *LLAMA_PRESETS))
     build = build_llama if config.model in LLAMA_PRESETS else models.build_model
-    overrides: dict[str, Any] = {"vocab_size": vocab_size} | config.model_overrides
-    return build(config.model, seed=config.seed, **overrides)
+    return build(config.model, seed=config.seed, **{"vocab_size": vocab_size, **model_overrides(config)})
 
 
 def with_settings(model: PreTrainedModel, overrides: dict[str, Any]) -> PreTrainedModel:

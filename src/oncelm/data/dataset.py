@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from oncelm.data.sampler import Schedule, permute
-from oncelm.data.tokens import ArrayStream, ShardStream, Stream, TokenSource, split_by_length
+from oncelm.data.tokens import ArrayStream, Documents, ShardStream, Stream, TokenSource, split_by_length
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,7 @@ class TokenDataset:
         long_documents: documents of at least so many tokens are seen `long_factor` times as often as the others
             of their source; the shares of the sources stay. Needs prepared sources. None: all alike.
         long_factor: above 0.
+        min_tokens: documents of fewer tokens are left out, of what is held out too. Needs prepared sources.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class TokenDataset:
         validation_share: float = 0.05,
         long_documents: int | None = None,
         long_factor: float = 1.0,
+        min_tokens: int | None = None,
     ) -> None:
         if seq_len < 2:
             raise ValueError(f"seq_len must be at least 2 (one token and the next), got {seq_len}.")
@@ -84,6 +86,9 @@ class TokenDataset:
         self.seq_len, self.seed = seq_len, seed
         sources: Sequence[TokenSource[Stream]]
         sources = [TokenSource("text", 1.0, ArrayStream(tokens))] if isinstance(tokens, np.ndarray) else tokens
+        if min_tokens is not None:
+            sources = [_without_short(source, min_tokens) for source in sources]
+            validation = [_without_short(source, min_tokens) for source in validation]
         if validation:
             validation_share = 0.0
         train, held_out, weights = [], [], []
@@ -192,7 +197,7 @@ class TokenDataset:
 
     def _strata(self, blocks: Blocks, stop: int, threshold: int, factor: float) -> list[tuple[Blocks, float]]:
         """A source's long documents and its others, up to token `stop`, with their shares of the source."""
-        if not isinstance(blocks.stream, ShardStream):
+        if not isinstance(blocks.stream, ShardStream | Documents):
             raise ValueError("long_documents needs prepared sources, which know where documents begin.")
         streams = split_by_length(blocks.stream, stop, threshold)
         shares = [streams[0].num_tokens * factor, float(streams[1].num_tokens)]
@@ -202,3 +207,16 @@ class TokenDataset:
             if count:  # too few for one sequence are left out
                 parts.append((Blocks(name, stream, self.seq_len, 0, count), share / sum(shares)))
         return parts or [(blocks, 1.0)]
+
+
+def _without_short(source: TokenSource[Stream], min_tokens: int) -> TokenSource[Stream]:
+    """A source's documents of at least `min_tokens` tokens."""
+    if not isinstance(source.stream, ShardStream):
+        raise ValueError("min_tokens needs prepared sources, which know where documents begin.")
+    stream = split_by_length(source.stream, source.stream.num_tokens, min_tokens)[0]
+    if not stream.num_tokens:
+        raise ValueError(
+            f"source {source.name!r} has no document of min_tokens = {min_tokens} tokens; lower it, or leave the "
+            "source out."
+        )
+    return TokenSource(source.name, source.weight, stream)

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from oncelm.data.crossbatch import CrossbatchDataset
 from oncelm.data.dataset import TokenDataset
 
 
@@ -23,7 +24,7 @@ class ReadAhead:
         pin_memory: put batches into page-locked memory, from which a copy to a GPU does not wait (`non_blocking=True`).
     """
 
-    def __init__(self, dataset: TokenDataset, depth: int = 2, *, pin_memory: bool = False) -> None:
+    def __init__(self, dataset: TokenDataset | CrossbatchDataset, depth: int = 2, *, pin_memory: bool = False) -> None:
         self.dataset, self.depth, self.pin_memory = dataset, depth, pin_memory
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
         self._ahead: dict[tuple[Any, ...], Future[Tensor]] = {}  # by method, step, batch size, rows

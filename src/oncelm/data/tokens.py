@@ -139,6 +139,12 @@ class ShardStream:
         info = self.shards[shard]
         return _mapped(self.folder / f"{info['key']}.documents", "<i8", info["documents"])
 
+    def documents(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Where documents start and end, int64 [N] both, shard by shard."""
+        for shard in range(len(self.shards)):
+            ends = self.document_ends(shard) + self.bounds[shard]
+            yield np.concatenate([self.bounds[shard : shard + 1], ends])[:-1], ends
+
     def _tokens(self, shard: int) -> np.ndarray:
         info = self.shards[shard]
         return _mapped(self.folder / f"{info['key']}.tokens", self.dtype.str, info["tokens"])
@@ -198,22 +204,28 @@ class Spans:
             part += 1
 
 
-def split_by_length(stream: ShardStream, stop: int, threshold: int) -> tuple[Spans, Spans]:
+class Documents(Spans):
+    """Spans each of which is a document."""
+
+    def documents(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Where documents start and end."""
+        yield self.bounds[:-1], self.bounds[1:]
+
+
+def split_by_length(stream: ShardStream | Documents, stop: int, threshold: int) -> tuple[Documents, Spans]:
     """The documents of at least `threshold` tokens, and all others, each as a stream.
 
     Only what lies before token `stop` counts; a document that reaches beyond it is cut there. The index takes
     32 bytes a long document.
     """
     starts, lengths = [], []
-    for shard in range(len(stream.shards)):
-        ends = stream.document_ends(shard) + stream.bounds[shard]
-        ends = np.minimum(ends, stop)
-        begins = np.concatenate([stream.bounds[shard : shard + 1], ends])[:-1]
-        long = ends - begins >= threshold
+    for begins, ends in stream.documents():
+        found = np.minimum(ends, stop) - begins
+        long = found >= threshold
         starts.append(begins[long])
-        lengths.append((ends - begins)[long])
+        lengths.append(found[long])
     long_starts = np.concatenate(starts)
     long_lengths = np.concatenate(lengths)
     gap_starts = np.concatenate([[0], long_starts + long_lengths])
     gap_lengths = np.concatenate([long_starts, [stop]]) - gap_starts
-    return Spans(stream, long_starts, long_lengths), Spans(stream, gap_starts, gap_lengths)
+    return Documents(stream, long_starts, long_lengths), Spans(stream, gap_starts, gap_lengths)

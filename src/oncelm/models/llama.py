@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from oncelm.models.longllama import LongLlamaConfig, LongLlamaForCausalLM
 from oncelm.models.yoco.presets import PRESETS
 from oncelm.utils.errors import unknown
 
@@ -29,15 +30,22 @@ def _twin(preset: dict[str, Any]) -> dict[str, Any]:
 LLAMA_PRESETS = {name.replace("yoco", "llama"): _twin(preset) for name, preset in PRESETS.items()}
 
 
-def build_llama(name: str, *, seed: int = 0, **overrides: Any) -> LlamaForCausalLM:
-    """A Llama of a preset with fresh weights drawn from `seed`, in float32, on the CPU or the default device."""
+def build_llama(name: str, *, seed: int = 0, **overrides: Any) -> LlamaForCausalLM | LongLlamaForCausalLM:
+    """A Llama of a preset with fresh weights drawn from `seed`, in float32, on the CPU or the default device.
+
+    With `mem_layers` it is a LongLLaMA of that shape, and overrides are keys of LongLlamaConfig.
+    """
     if name not in LLAMA_PRESETS:
         raise unknown("preset", name, LLAMA_PRESETS)
-    known = LlamaConfig().to_dict()
-    for key in overrides:
-        if key not in known:
-            raise unknown("LlamaConfig key", key, known)
-    config = LlamaConfig(**{**LLAMA_PRESETS[name], **overrides})
+    settings = {**LLAMA_PRESETS[name], **overrides}
+    if "mem_layers" in overrides:
+        config, model_class = LongLlamaConfig(**settings), LongLlamaForCausalLM
+    else:
+        known = LlamaConfig().to_dict()
+        for key in overrides:
+            if key not in known:
+                raise unknown("LlamaConfig key", key, known)
+        config, model_class = LlamaConfig(**settings), LlamaForCausalLM
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return LlamaForCausalLM(config)
+        return model_class(config)

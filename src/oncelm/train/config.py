@@ -37,10 +37,12 @@ class TrainConfig:
     within_documents: bool = False  # attend within documents only, though several are packed into a sequence
     long_documents: int | None = None  # documents of so many tokens are seen `long_factor` times as often
     long_factor: float = 1.0
+    min_tokens: int | None = None  # documents of fewer tokens are left out
 
     seq_len: int = 512  # tokens in a sequence
-    batch_size: int = 8  # sequences in one forward pass of one process, at most
+    batch_size: int = 8  # sequences in one forward pass of one process, at most; with packing, exactly
     grad_accumulation: int = 1  # a step is this many times batch_size sequences, however many processes share them
+    packing: int | None = None  # LongLLaMA's crossbatch: rows, one behind the other, that hold one piece of a document
     steps: int | None = 1000  # optimizer steps; None: until max_seconds
     max_seconds: float | None = None  # stop here too, the schedule shortened to fit
 
@@ -105,6 +107,9 @@ class TrainConfig:
             raise ValueError(f"betas must be at least 0 and below 1, got {self.betas}.")
         if self.task == "sft" and self.long_documents is not None:
             raise ValueError('long_documents is for task "pretrain": conversations are all seen alike.')
+        if self.task == "sft" and self.min_tokens is not None:
+            raise ValueError('min_tokens is for task "pretrain": conversations are all kept.')
+        self._check_packing()
         if self.task == "sft" and self.tokenizer is not None and self.tokenizer.startswith("bpe:"):
             raise ValueError(
                 f"tokenizer {self.tokenizer!r} is made from text; name the one that the model was made with."
@@ -115,6 +120,29 @@ class TrainConfig:
             raise ValueError("compile does not go with tensor_parallel: torch's compiler fails on its DTensors.")
         if self.tokenizer is not None and self.tokenizer.startswith("bpe:"):
             bpe_vocab_size(self.tokenizer)
+
+    def _check_packing(self) -> None:
+        """What crossbatch does not go with; `oncelm.train.crossbatch` looks at the model."""
+        if self.packing is None:
+            return
+        if self.task == "sft":
+            raise ValueError('packing is for task "pretrain": the rows of a conversation see no others.')
+        if self.within_documents:
+            raise ValueError("packing does not go with within_documents: rows see each other's documents on purpose.")
+        for name in ("tensor_parallel", "chunk_parallel"):
+            if getattr(self, name) > 1:
+                raise ValueError(f"packing does not go with {name}, which is for YOCO models; leave it at 1.")
+        if self.batch_size % self.packing:
+            raise ValueError(
+                f"batch_size {self.batch_size} is not divisible by packing {self.packing}: the rows of one piece of a "
+                f"document see each other, so they are in one forward pass; try {-(-self.batch_size // self.packing)} "
+                f"times {self.packing}."
+            )
+        if self.model_overrides.get("dataset_packing", self.packing) != self.packing:
+            raise ValueError(
+                f"model_overrides.dataset_packing {self.model_overrides['dataset_packing']} contradicts packing "
+                f"{self.packing}, which sets it; leave it out."
+            )
 
     @property
     def end_lr_ratio(self) -> float:
@@ -130,19 +158,29 @@ class TrainConfig:
     def sequences_per_step(self) -> int:
         return self.batch_size * self.grad_accumulation
 
-    def sequences_of_each(self, processes: int) -> int:
-        """Sequences of a step that each of the processes takes which share them; ValueError if they do not divide."""
-        if self.sequences_per_step % processes:
-            raise ValueError(
-                f"the {self.sequences_per_step} sequences of a step (batch_size {self.batch_size} times "
-                f"grad_accumulation {self.grad_accumulation}) do not divide among {processes} processes; change one "
-                "of these numbers, or split each sequence as well (chunk_parallel)."
-            )
-        return self.sequences_per_step // processes
-
     @property
     def tokens_per_step(self) -> int:
         return self.sequences_per_step * self.seq_len
+
+    def sequences_of_each(self, processes: int) -> int:
+        """The sequences of a step that each of the processes that share them takes.
+
+        Raises:
+            ValueError: they do not divide; or with packing, a process would not get whole forward passes.
+        """
+        if self.packing is not None and self.grad_accumulation % processes:
+            raise ValueError(
+                f"with packing, the rows of a forward pass see each other, so each process takes whole ones: the "
+                f"{self.grad_accumulation} of a step (grad_accumulation) do not divide among {processes} processes; "
+                f"try a multiple, with a smaller batch_size."
+            )
+        if self.sequences_per_step % processes:
+            raise ValueError(
+                f"the {self.sequences_per_step} sequences of a step (batch_size {self.batch_size} times "
+                f"grad_accumulation {self.grad_accumulation}) do not divide among {processes} processes that share "
+                "them."
+            )
+        return self.sequences_per_step // processes
 
     def planned_steps(self, step: int, seconds: float) -> float:
         """Steps the whole run will take, `step` of them done in `seconds`: `steps`, or fewer where
@@ -163,7 +201,7 @@ _POSITIVE = (
     *("batch_size", "grad_accumulation", "steps", "max_seconds", "lr", "eps", "grad_clip"),
     *("peak_tflops", "schedule_steps", "power", "decay_share"),
     *("log_every", "eval_every", "eval_batches", "save_every", "keep_checkpoints"),
-    *("long_documents", "long_factor"),
+    *("long_documents", "long_factor", "min_tokens", "packing"),
 )
 
 

@@ -8,6 +8,7 @@ from transformers import LlamaConfig, PreTrainedConfig, PreTrainedModel
 
 from oncelm.models.yoco import YocoConfig, YocoForCausalLM
 from oncelm.train.config import TrainConfig
+from oncelm.train.crossbatch import describe_crossbatch
 from oncelm.train.parallel.tensor import check_split
 from oncelm.utils.units import size
 
@@ -120,6 +121,7 @@ def describe_plan(config: TrainConfig, model: PreTrainedModel, data: str, proces
     lines = [
         ("data", data),
         ("parameters", f"{parameters:,} ({without:,} without embeddings)"),
+        *(describe_crossbatch(config, model.config) if config.packing is not None else ()),
         ("tokens per step", f"{config.tokens_per_step:,}"),
         ("steps", f"{steps}{limit}{total}"),
         ("processes", f"{processes}"),

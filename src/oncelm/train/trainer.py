@@ -34,6 +34,7 @@ from oncelm.models.inputs import IGNORE_INDEX
 from oncelm.models.load import load, quiet_transformers
 from oncelm.train.checkpoint import FOLDER, check_new, find_checkpoint, list_checkpoints
 from oncelm.train.config import TrainConfig
+from oncelm.train.crossbatch import check_crossbatch
 from oncelm.train.diagnose import find_not_finite
 from oncelm.train.interrupt import StopRequest
 from oncelm.train.metrics import Metrics, NoMetrics
@@ -124,6 +125,7 @@ class Trainer:
     ) -> None:
         self.ranks = ranks or Ranks(resolve_device(None if config.device == "auto" else config.device))
         config.sequences_of_each(self.ranks.data.size)  # or a ValueError, before anything large happens
+        check_crossbatch(config, model.config)
         self.model = prepare_model(model, config, self.ranks)
         self.dataset, self.config, self.tokenizer = dataset, config, tokenizer
         self.optimizers = build_optimizers(self.model, config)

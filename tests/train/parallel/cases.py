@@ -15,7 +15,9 @@ from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from oncelm.data.conversations import Conversation, ConversationDataset
+from oncelm.data.crossbatch import CrossbatchDataset, sequence_tokens
 from oncelm.data.dataset import TokenDataset
+from oncelm.models.longllama import LongLlamaConfig, LongLlamaForCausalLM
 from oncelm.models.yoco import YocoConfig, YocoForCausalLM
 from oncelm.models.yoco.model import FeedForward
 from oncelm.train.config import TrainConfig
@@ -33,10 +35,14 @@ running: list[Trainer] = []  # of this process, for events that reach into it
 
 
 def make_model(dtype: torch.dtype = torch.float64, llama: bool = False, **options) -> PreTrainedModel:
+    """A YOCO, a Llama, or a LongLLaMA where options name `mem_layers`."""
     torch.manual_seed(0)
+    sizes = {"vocab_size": 32, "hidden_size": 32, "intermediate_size": 48}
+    sizes |= {"num_hidden_layers": 2, "num_attention_heads": 4}
+    if "mem_layers" in options:
+        return LongLlamaForCausalLM(LongLlamaConfig(**(sizes | options))).to(dtype)
     if llama:
-        sizes = {"vocab_size": 32, "hidden_size": 32, "intermediate_size": 48}
-        return LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=2, num_attention_heads=4, **options)).to(dtype)
+        return LlamaForCausalLM(LlamaConfig(**(sizes | options))).to(dtype)
     return YocoForCausalLM(YocoConfig(**(SHAPE | options))).to(dtype)
 
 
@@ -99,8 +105,11 @@ def sharded(tokens: torch.Tensor, labels: torch.Tensor, options: dict, tensor: i
         return ranks.sum(loss.detach()).item() / ranks.shards, gradients(model), norm.item()
 
 
-def make_dataset() -> TokenDataset:
-    return TokenDataset(np.arange(1000, dtype=np.uint32) ** 2 % 31, seq_len=16, seed=1)
+def make_dataset(packing: int | None = None) -> TokenDataset | CrossbatchDataset:
+    tokens = np.arange(1000, dtype=np.uint32) ** 2 % 31
+    if packing is not None:
+        return CrossbatchDataset(TokenDataset(tokens, seq_len=sequence_tokens(16, packing), seed=1), packing)
+    return TokenDataset(tokens, seq_len=16, seed=1)
 
 
 def make_conversations() -> ConversationDataset:
@@ -119,7 +128,7 @@ def train(options: dict, shape: dict, rank: int = -1, step: int = 0, event: Call
         with join_ranks("cpu", tensor=config.tensor_parallel, chunk=config.chunk_parallel) as ranks:
             with torch.device("cpu" if ranks.is_main else "meta"):
                 model = make_model(torch.float32, **shape)
-            dataset = make_conversations() if config.task == "sft" else make_dataset()
+            dataset = make_conversations() if config.task == "sft" else make_dataset(config.packing)
             if event is not None and ranks.rank.index == rank:
                 batch = dataset.batch
                 dataset.batch = lambda asked, *rest: (event() if asked == step else None, batch(asked, *rest))[1]

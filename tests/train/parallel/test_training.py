@@ -18,6 +18,10 @@ SHAPES = {
     "retention": {"tie_word_embeddings": True},
     "window": {"self_decoder": "sliding_window", "window_size": 5},
     "llama": {"llama": True},
+    "long": {
+        **{"mem_layers": [1], "max_position_embeddings": 16, "last_context_length": 8},
+        **{"cross_batch_range": 3, "cross_batch_stepping": True, "dataset_packing": 2, "mem_dtype": None},
+    },
 }
 
 
@@ -47,6 +51,7 @@ def run(size: int, options: dict, shape: str = "retention", *event) -> list[str]
     [
         ("retention", {}),
         ("llama", {}),
+        ("long", {"packing": 2}),
         ("window", {"chunk_parallel": 2}),
         pytest.param("retention", {"chunk_parallel": 2}, marks=pytest.mark.slow),
         pytest.param("retention", {"tensor_parallel": 2}, marks=pytest.mark.slow),
@@ -55,7 +60,7 @@ def run(size: int, options: dict, shape: str = "retention", *event) -> list[str]
     ids=str,
 )
 def test_losses_norms_and_evaluations_of_one_rank(options, shape: str, split: dict) -> None:
-    one = options("one", grad_accumulation=2, grad_clip=0.5)
+    one = options("one", grad_accumulation=2, grad_clip=0.5, packing=split.get("packing"))
     two = options("two", grad_accumulation=2, grad_clip=0.5, activation_checkpointing=True, **split)
     assert run(1, one, shape) == ["ended at 6"]
     assert run(2, two, shape) == ["ended at 6"] * 2
@@ -79,6 +84,13 @@ def test_conversations_have_the_losses_of_one_rank(options, split: dict) -> None
     assert run(2, two | split) == ["ended at 6"] * 2
     for value in ("loss", "grad_norm", "validation_loss"):
         assert logged(two, value) == pytest.approx(logged(one, value), rel=1e-3)
+
+
+def test_crossbatch_is_not_split_inside_a_forward_pass(options) -> None:
+    """Its rows see each other: on two ranks they would see fewer."""
+    (one, other) = run(2, options(batch_size=8, packing=2), "long")
+    assert "each process takes whole ones: the 1 of a step (grad_accumulation) do not divide among 2" in one
+    assert other == one
 
 
 def test_one_two_and_one_rank_in_turn_see_the_same_batches(options) -> None:
