@@ -1,6 +1,8 @@
-"""Batches of documents: every token in order, lane by lane, and the same for the same step."""
+"""Rows of documents: consecutive parts side by side, drawn as TokenDataset draws, the same for the same step."""
 
 from __future__ import annotations
+
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -8,92 +10,86 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from oncelm.data.crossbatch import DocumentBatches, documents_of
+from oncelm.data.crossbatch import CrossbatchDataset, sequence_tokens
+from oncelm.data.dataset import TokenDataset
 from oncelm.data.layout import find_corpus
 from oncelm.data.prepare import prepare
-from oncelm.data.tokenizers import load_tokenizer
+from oncelm.data.read_ahead import ReadAhead
 from oncelm.data.tokens import open_tokens
 
 
-def make_documents(lengths: list[int]) -> list[np.ndarray]:
-    """Document d's tokens say which document and which place: 1000 d + i."""
-    return [1000 * d + np.arange(length, dtype=np.uint32) for d, length in enumerate(lengths)]
+def make_dataset(seq_len: int, packing: int, tokens: int = 4000, **options) -> CrossbatchDataset:
+    """Tokens say where they stand."""
+    sequences = TokenDataset(np.arange(tokens, dtype=np.uint32), sequence_tokens(seq_len, packing), **options)
+    return CrossbatchDataset(sequences, packing)
 
 
 @settings(deadline=None, max_examples=40)
-@given(
-    lengths=st.lists(st.integers(1, 60), min_size=1, max_size=6),
-    seq_len=st.integers(2, 9),
-    packing=st.integers(1, 4),
-    lanes=st.integers(1, 3),
-    seed=st.integers(0, 3),
-)
-def test_lanes_are_documents_one_after_the_other(lengths, seq_len, packing, lanes, seed) -> None:
-    data = DocumentBatches(make_documents(lengths), seq_len, packing, seed=seed)
-    batches = [data.batch(step, packing * lanes) for step in range(6)]
-    for lane in range(lanes):
-        rows = torch.cat([batch[lane * packing : (lane + 1) * packing] for batch in batches])
-        assert torch.equal(rows[1:, 0], rows[:-1, -1])  # rows overlap by one token
-        stream = torch.cat((rows[:1, 0], rows[:, 1:].flatten()))
-        place = stream % 1000
-        document = stream // 1000
-        for i in range(1, len(stream)):  # the next token of the same document, or the first of another
-            ended = place[i - 1] == lengths[document[i - 1]] - 1
-            assert place[i] == (0 if ended else place[i - 1] + 1)
-            assert ended or document[i] == document[i - 1]
+@given(seq_len=st.integers(2, 9), packing=st.integers(1, 5), lanes=st.integers(1, 3), seed=st.integers(0, 3))
+def test_packing_rows_in_a_row_are_one_piece_of_text(seq_len, packing, lanes, seed) -> None:
+    data = make_dataset(seq_len, packing, seed=seed)
+    targets = Counter()
+    for step in range(5):
+        batch = data.batch(step, packing * lanes)
+        assert batch.shape == (packing * lanes, seq_len)
+        assert batch.dtype == torch.int64
+        for piece in batch.view(lanes, packing, seq_len):
+            first = int(piece[0, 0])
+            expected = first + np.arange(packing)[:, None] * (seq_len - 1) + np.arange(seq_len)
+            assert piece.tolist() == expected.tolist()  # rows overlap by one token
+        targets.update(batch[:, 1:].flatten().tolist())
+    assert set(targets.values()) == {1}  # no target twice in the first epoch
 
 
-def test_a_step_depends_on_its_number_alone() -> None:
-    documents = make_documents([50, 3, 80, 20, 9])
-    steps = [3, 0, 40, 7]
-    one = DocumentBatches(documents, 6, 2, seed=1)
-    expected = [one.batch(step, 4) for step in sorted(steps)]
-    for step, batch in zip(sorted(steps), expected, strict=True):
-        assert torch.equal(DocumentBatches(documents, 6, 2, seed=1).batch(step, 4), batch)
-        one.batch(step, 2)  # another batch size in between
-        assert torch.equal(one.batch(step, 4), batch)
-    assert not torch.equal(DocumentBatches(documents, 6, 2, seed=2).batch(0, 4), expected[0])
-    for rows in (slice(0, 2), slice(1, 4), slice(2, 3), slice(4)):
-        assert torch.equal(one.batch(0, 4, rows), expected[0][rows])
+def test_a_step_depends_on_its_number_alone_and_parts_of_it_are_parts() -> None:
+    used, fresh = make_dataset(6, 2, seed=1), make_dataset(6, 2, seed=1)
+    for step in (3, 0, 40, 7):
+        used.batch(step, 4)
+    whole = fresh.batch(11, 8)
+    assert torch.equal(used.batch(11, 8), whole)
+    assert not torch.equal(make_dataset(6, 2, seed=2).batch(11, 8), whole)
+    for rows in (slice(0, 4), slice(1, 4), slice(2, 3), slice(5, 8), slice(4)):
+        assert torch.equal(used.batch(11, 8, rows), whole[rows])
+    with ReadAhead(fresh) as ahead:
+        assert torch.equal(ahead.batch(11, 8, slice(2, 6)), whole[2:6])
+        assert ahead.describe(11 * 8 + 3) == fresh.describe(11 * 8 + 3)
+    first = int(whole[2, 0])
+    assert fresh.describe(11 * 8 + 3) == f"part 2 of 2 of tokens {first:,} to {first + 11:,} of source 'text'"
 
 
-def test_documents_of_prepared_tokens(tmp_path) -> None:
-    texts = [f"Document {number}. " * (number + 1) for number in range(4)]
-    for number, text in enumerate(texts):
-        (tmp_path / f"{number}.txt").write_text(text)
-    tokenizer = load_tokenizer("bytes")
-    folder = prepare(find_corpus(tmp_path), tokenizer, tmp_path / "tokens")
-    found = [document for source in open_tokens(folder).train for document in documents_of(source.stream)]
-    assert [tokenizer.decode(document, skip_special_tokens=True) for document in found] == texts
-    assert all(document[-1] == tokenizer.eos_token_id for document in found)
+def test_what_is_held_out_stays_whole() -> None:
+    data = make_dataset(6, 2, tokens=501, validation_share=0.2)
+    held_out = torch.cat(list(data.validation_batches(4)))
+    assert [len(batch) for batch in data.validation_batches(4)] == [2] * 5
+    assert held_out.shape == (10, 11)
+    seen = {int(token) for step in range(30) for token in data.batch(step, 4)[:, 1:].flatten()}
+    assert not seen & set(held_out[:, 1:].flatten().tolist())
+    assert [len(batch) for batch in data.validation_batches(1)] == [1] * 10  # fewer rows than a sequence has
 
 
-def test_an_epoch_gives_each_document_once() -> None:
-    data = DocumentBatches(make_documents([30, 30, 30, 30]), 6, 1)
-    seen = torch.cat([data.batch(step, 1)[:, 1:] for step in range(23)]).flatten()
-    assert sorted((seen[seen % 1000 == 29] // 1000).tolist()) == [0, 1, 2]
+def test_sources_have_their_weights_and_short_documents_are_left_out(tmp_path, write_corpus, byte_tokenizer) -> None:
+    """Documents of a source are all of one letter; capitals are in documents that are too short."""
+    texts = {"a": ["a" * 100, "A" * 20, "b" * 90], "c": ["c" * 500, "C" * 30]}
+    corpus = write_corpus(tmp_path / "corpus", {name: (weight, texts[name]) for name, weight in (("a", 3), ("c", 1))})
+    tokens = open_tokens(prepare(find_corpus(corpus), byte_tokenizer, tmp_path / "tokens"))
+    sequences = TokenDataset(tokens.train, sequence_tokens(4, 3), validation_share=0.1, min_tokens=50)
+    data = CrossbatchDataset(sequences, 3)
+    batch = data.batch(0, 3 * 400)
+    shown = "".join(byte_tokenizer.decode(row, skip_special_tokens=True) for row in batch)
+    assert shown.isalpha()
+    assert shown.islower()
+    from_c = ["c" in byte_tokenizer.decode(row) for row in batch[::3]]
+    assert sum(from_c) / len(from_c) == pytest.approx(0.25, abs=0.01)
+    held_out = "".join(byte_tokenizer.decode(row) for part in data.validation_batches(3) for row in part)
+    assert "b" in held_out
+    assert "c" in held_out
+    assert "C" not in held_out
 
 
-def test_held_out_and_short_documents() -> None:
-    data = DocumentBatches(make_documents([30, 2, 30, 17]), 6, 2, min_tokens=10, held_out=1)
-    seen = {int(token) // 1000 for step in range(20) for token in data.batch(step, 2).flatten()}
-    assert seen == {0, 2}
-    rows = torch.cat(list(data.validation_batches(2)))
-    assert rows[:, 0].tolist() == [3000, 3005, 3010]
-    assert [len(batch) for batch in data.validation_batches(2)] == [2, 1]
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"seq_len": 1}, "seq_len must be at least 2"),
-        ({"packing": 0}, "packing must be at least 1"),
-        ({"min_tokens": 100}, "has min_tokens = 100 tokens"),
-        ({"held_out": 3}, "held_out must be from 0 to the 2 documents"),
-    ],
-)
-def test_mistakes(change, message) -> None:
-    with pytest.raises(ValueError, match=message):
-        DocumentBatches(make_documents([20, 30]), **{"seq_len": 5, "packing": 2, **change})
+def test_mistakes() -> None:
     with pytest.raises(ValueError, match="a batch of 3 is not divisible by packing 2"):
-        DocumentBatches(make_documents([20, 30]), 5, 2).batch(0, 3)
+        make_dataset(5, 2).batch(0, 3)
+    sequences = TokenDataset(np.arange(100, dtype=np.uint32), 10)
+    for packing in (0, 2, 10):
+        with pytest.raises(ValueError, match=f"got packing {packing} and sequences of 10"):
+            CrossbatchDataset(sequences, packing)

@@ -225,6 +225,22 @@ def test_long_documents_need_documents() -> None:
         make_dataset(long_documents=10, long_factor=0.0)
 
 
+def test_short_documents_are_left_out(tokens) -> None:
+    dataset = TokenDataset(tokens.train[1:], 32, min_tokens=300)
+    plain = TokenDataset(tokens.train[1:], 32)
+    assert dataset.num_train_blocks < plain.num_train_blocks
+    for stream in (blocks.stream for blocks in dataset._train + dataset._validation):
+        starts = np.concatenate([[0], stream.document_starts(0, stream.num_tokens), [stream.num_tokens]])
+        assert np.diff(starts).min() >= 300
+    longer = TokenDataset(tokens.train[1:], 32, min_tokens=300, long_documents=600, long_factor=2.0)
+    names = set(source_names(longer, range(500)))
+    assert names <= {name + kind for name in ("b", "c") for kind in ("", " (long)")}
+    with pytest.raises(ValueError, match="source 'a' has no document of min_tokens = 100000 tokens"):
+        TokenDataset(tokens.train, 32, min_tokens=100_000)
+    with pytest.raises(ValueError, match="min_tokens needs prepared sources"):
+        make_dataset(min_tokens=10)
+
+
 def test_a_source_too_small_for_one_sequence_is_named(tokens) -> None:
     with pytest.raises(ValueError, match=r"source 'a' has \d+ tokens, fewer than seq_len=3000 needs"):
         TokenDataset(tokens.train, 3000)

@@ -17,6 +17,7 @@ from oncelm.models import work
 from oncelm.models.work import Work
 from oncelm.models.yoco.presets import preset_config
 from tests.bench.conftest import tiny_llama, tiny_yoco
+from tests.models.small import make_long
 
 B, T = 2, 256
 SHAPES = [
@@ -83,6 +84,34 @@ def test_yoco_decode():
         linear, mixing = counted(lambda: yoco.step(torch.zeros(B, 1, dtype=torch.long), cache))
     expected = yoco.work.decode(B, T)
     assert (linear, mixing) == (expected.linear, expected.mixing)
+
+
+def test_longllama_reads_windows_and_memory():
+    """With windows of one token, no kernel computes a masked pair."""
+    config = {"max_position_embeddings": 1, "last_context_length": 1, "mem_layers": [1, 2], "num_hidden_layers": 5}
+    model, tokens = make_long(**config), 24
+    costs, ids = work.LongLlamaWork(model.config, 4), torch.ones(B, tokens, dtype=torch.long)
+    with torch.no_grad():
+        cache = model.new_cache(B, max_tokens=tokens + 1)
+        for run, expected in (
+            (lambda: model.prefill(ids, cache), costs.prefill(B, tokens)),
+            (lambda: model(ids[:, :1], past_key_values=cache), costs.decode(B, tokens)),
+        ):
+            assert counted(run) == (expected.linear, expected.mixing)
+
+
+def test_longllama_trains_with_crossbatch(every_pair):
+    rows, length, layers = 8, 16, 3
+    shape = {"max_position_embeddings": length, "mem_layers": [1], "num_hidden_layers": layers}
+    model = make_long(cross_batch_range=3, cross_batch_stepping=True, dataset_packing=4, **shape).train()
+    expected = work.LongLlamaWork(model.config, 4).train(rows, length)
+    ids = torch.ones(rows, length, dtype=torch.long)
+    linear, mixing = counted(lambda: model(ids, labels=ids).loss.backward())
+    pairs = length**2 * (layers * rows + sum((0, 1, 2, 3, 0, 2, 3, 3)))
+    assert expected.mixing == 3 * 4 * 32 * pairs
+    recomputed = length**2 * (rows + sum((0, 1, 2, 3, 0, 2, 3, 3)))  # scores of the memory layer, once more backward
+    assert mixing == expected.mixing + 2 * 32 * recomputed
+    assert linear == pytest.approx(expected.linear, rel=0.01)  # a row's last token has no target
 
 
 def test_causal_pairs():

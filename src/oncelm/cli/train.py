@@ -172,17 +172,25 @@ def make_dataset(config: TrainConfig, ranks: Ranks, tokenizer: PreTrainedTokeniz
         )
         return conversations, conversations.largest_id
     tokens = ranks.main_first(lambda: open_data(config, tokenizer))
-    sequences = TokenDataset(
-        tokens.train,
-        config.seq_len if config.packing is None else sequence_tokens(config.seq_len, config.packing),
-        seed=config.seed,
-        validation=tokens.valid,
-        validation_share=config.validation_share,
-        long_documents=config.long_documents,
-        long_factor=config.long_factor,
-        min_tokens=config.min_tokens,
-    )
-    dataset = sequences if config.packing is None else CrossbatchDataset(sequences, config.packing)
+    options: dict[str, Any] = {
+        "seed": config.seed,
+        "validation": tokens.valid,
+        "validation_share": config.validation_share,
+        "long_documents": config.long_documents,
+        "long_factor": config.long_factor,
+        "min_tokens": config.min_tokens,
+    }
+    dataset: TokenDataset | CrossbatchDataset
+    if config.packing is None:
+        dataset = TokenDataset(tokens.train, config.seq_len, **options)
+    else:
+        length = sequence_tokens(config.seq_len, config.packing)
+        try:
+            dataset = CrossbatchDataset(TokenDataset(tokens.train, length, **options), config.packing)
+        except ValueError as error:
+            raise ValueError(
+                f"packing {config.packing} rows of {config.seq_len} takes sequences of {length}: {error}"
+            ) from error
     return ReadAhead(dataset, pin_memory=ranks.device.type == "cuda"), tokens.largest_id
 
 

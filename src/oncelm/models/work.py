@@ -16,7 +16,9 @@ from typing import Protocol
 
 from transformers import LlamaConfig, PreTrainedConfig
 
+from oncelm.models.longllama import LongLlamaConfig
 from oncelm.models.yoco import YocoConfig
+from oncelm.ops.crossbatch import earlier_contexts
 
 # float32: weights read forward and backward, gradients written and read, three numbers of AdamW read and written
 TRAINING_BYTES = 4 * (2 + 2 + 6)
@@ -112,6 +114,53 @@ class LlamaWork:
         layers, d = self.config.num_hidden_layers, self.config.hidden_size
         mixing = 4 * d * B * layers * causal_pairs(T)
         return Work(3 * 2 * B * T * self.weights, 3 * mixing, TRAINING_BYTES * self.weights)
+
+
+@dataclass(frozen=True)
+class LongLlamaWork(LlamaWork):
+    """The costs of a LongLLaMA: w tokens a window, M memory layers, which see everything; the others see the window.
+
+    Tokens kept out of memory at the end of a prefill (`last_context_length`) are counted as one more window.
+    """
+
+    config: LongLlamaConfig
+
+    def _pairs(self, T: int) -> int:
+        """(query, key) pairs in all layers of T tokens read from the start."""
+        w, memory = self.config.max_position_embeddings, len(self.config.mem_layers)
+        local = T // w * causal_pairs(w) + causal_pairs(T % w)
+        return memory * causal_pairs(T) + (self.config.num_hidden_layers - memory) * local
+
+    def _read(self, S: int) -> int:
+        """Keys that one token behind S others meets in all layers; one without memory has half a window on average."""
+        memory = len(self.config.mem_layers)
+        local = min(S + 1, (self.config.max_position_embeddings + 1) // 2)
+        return memory * (S + 1) + (self.config.num_hidden_layers - memory) * local
+
+    def prefill(self, B: int, T: int) -> Work:
+        """As a Llama's; only the memory layers keep all that they have seen."""
+        layers, kept = self.config.num_hidden_layers, len(self.config.mem_layers)
+        return Work(
+            linear=2 * B * (T * layers * self.layer + self.head),
+            mixing=4 * self.config.hidden_size * B * self._pairs(T),
+            bytes=(self.weights + B * T * kept * self.cached) * self.element_size,
+        )
+
+    def decode(self, B: int, S: int) -> Work:
+        return Work(
+            linear=2 * B * self.weights,
+            mixing=4 * self.config.hidden_size * B * self._read(S),
+            bytes=(self.weights + B * self._read(S) * self.cached) * self.element_size,
+        )
+
+    def train(self, B: int, T: int) -> Work:
+        """One forward and backward pass on B rows: with crossbatch, the memory layers also meet whole rows before."""
+        c = self.config
+        pairs = B * self._pairs(T)
+        if c.cross_batch_range and c.mem_layers:
+            seen = sum(earlier_contexts(B, c.cross_batch_range, c.cross_batch_stepping, c.dataset_packing))
+            pairs += len(c.mem_layers) * seen * T * T
+        return Work(3 * 2 * B * T * self.weights, 3 * 4 * c.hidden_size * pairs, TRAINING_BYTES * self.weights)
 
 
 @dataclass(frozen=True)
@@ -221,4 +270,6 @@ def count_work(config: PreTrainedConfig, element_size: int) -> WorkCounts | None
     """The costs of a model of that configuration; None where they are not known."""
     if isinstance(config, YocoConfig):
         return YocoWork(config, element_size)
+    if isinstance(config, LongLlamaConfig):
+        return LongLlamaWork(config, element_size)
     return LlamaWork(config, element_size) if isinstance(config, LlamaConfig) else None

@@ -1,4 +1,4 @@
-"""What a run with `packing` asks of its model, and what its rows will see: LongLLaMA's crossbatch (arXiv 2307.03170)."""
+"""What a run with `packing` asks of its model, and what its rows see: LongLLaMA's crossbatch (arXiv 2307.03170)."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ def check_crossbatch(config: TrainConfig, model: PreTrainedConfig) -> None:
     if config.packing is None:
         if trains_crossbatch:
             raise ValueError(
-                f"this LongLLaMA trains with crossbatch (cross_batch_range {model.cross_batch_range}): set packing, the "
-                f"rows that hold one piece of a document (it had {model.dataset_packing}), or "
+                f"this LongLLaMA trains with crossbatch (cross_batch_range {model.cross_batch_range}): set packing, "
+                f"the rows that hold one piece of a document (it had {model.dataset_packing}), or "
                 "model_overrides.cross_batch_range=0 to train without."
             )
         return

@@ -34,7 +34,9 @@ class Watch:
         work = count_work(model_config, element_size=4)
         # of whole rows: documents that attend to themselves only, and masked targets, take fewer
         counted = work is not None and not config.attends_within
-        self.flops_per_step = work.train(config.sequences_per_step, config.seq_len).flops if work and counted else None
+        self.flops_per_step = None
+        if work is not None and counted:  # pass by pass: the rows of a pass may see each other
+            self.flops_per_step = config.grad_accumulation * work.train(config.batch_size, config.seq_len).flops
         self._steps, self._seconds, self._waited = 0, 0.0, 0.0
 
     @contextlib.contextmanager
