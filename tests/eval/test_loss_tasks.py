@@ -67,6 +67,35 @@ def test_streamed_loss_is_that_of_one_full_forward(kind, language_models, tmp_pa
     assert len(windowed) == len(bucket_edges(len(expected[0]))) - 1
 
 
+def test_the_same_tokens_with_ever_more_in_view(language_models, tmp_path) -> None:
+    lines = [json.dumps({"text": text}) for text in (TEXT[:500], TEXT[:100], TEXT[20:450])]
+    documents = tmp_path / "docs.jsonl"
+    documents.write_text("\n".join(lines))
+    model = language_models("llama")
+    task = make_task(TASKS["context-nll"], documents=str(documents), contexts=(40, 300), scored=50)
+    done = run(task, model, tmp_path / "run.jsonl")
+    expected = []
+    for name, text in (("docs:1", TEXT[:500]), ("docs:3", TEXT[20:450])):
+        ids = model.codec.encode(text)[:350]
+        for context in (0, 40, 300):
+            direct = losses(model, ids[300 - max(1, context) :])[-50:]
+            expected.append(({"document": name, "context": context}, pytest.approx(direct.mean(), abs=1e-4)))
+    assert [(s["tags"], s["scores"]["loss"]) for s in done.samples.values()] == expected
+    table, drawn = task.views([done])
+    assert table.header == ["model", "0", "40", "300"]
+    mean = (expected[0][1].expected + expected[3][1].expected) / 2
+    assert table.rows[0][1].startswith(f"{math.exp(mean):.2f} (")
+    assert [x for x, _ in drawn.series[done.label]] == [1, 40, 300]
+    with pytest.raises(ValueError, match=r"no document of .* has 9,050 tokens"):
+        list(
+            make_task(TASKS["context-nll"], documents=str(documents), contexts=(9000,), scored=50).examples(
+                model.codec, 0
+            )
+        )
+    with pytest.raises(ValueError, match="scored must be at least 1"):
+        make_task(TASKS["context-nll"], scored=0)
+
+
 def test_lengths_of_documents(language_models, tmp_path) -> None:
     lines = [json.dumps({"text": TEXT[:n]}) for n in (50, 300, 700)]
     (tmp_path / "docs.jsonl").write_text("\n".join(lines))

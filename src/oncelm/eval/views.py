@@ -115,6 +115,12 @@ def plain(e: Estimate) -> str:
     return f"{e.mean:.3f}{_interval(e, '.3f')}"
 
 
+def perplexity(e: Estimate) -> str:
+    """Of a mean loss in nats: "5.43 (5.31-5.56)"."""
+    interval = "" if math.isnan(e.low) else f" ({math.exp(e.low):.2f}-{math.exp(e.high):.2f})"
+    return f"{math.exp(e.mean):.2f}{interval}"
+
+
 def _interval(e: Estimate, form: str) -> str:
     return "" if math.isnan(e.low) else f" ({e.low:{form}}-{e.high:{form}})"
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from oncelm.eval.harness.battery import AnyTasks, LongLlamaTable, YocoTable
 from oncelm.eval.task import Task
 from oncelm.eval.tasks.ar_hit import ArHit
+from oncelm.eval.tasks.context_nll import ContextNll
 from oncelm.eval.tasks.in_context import Trec, WebQs
 from oncelm.eval.tasks.longppl import LongPpl
 from oncelm.eval.tasks.needle import MultiNeedle, Needle
@@ -16,7 +17,10 @@ from oncelm.eval.tasks.passkey import Passkey
 from oncelm.eval.tasks.ruler import Ruler
 from oncelm.utils.errors import unknown
 
-_ALL = Needle, MultiNeedle, Passkey, Ruler, Nll, ArHit, LongPpl, Trec, WebQs, YocoTable, LongLlamaTable, AnyTasks
+_ALL = (
+    *(Needle, MultiNeedle, Passkey, Ruler, Nll, ContextNll, ArHit, LongPpl, Trec, WebQs),
+    *(YocoTable, LongLlamaTable, AnyTasks),
+)
 TASKS: dict[str, type[Task]] = {task.name: task for task in _ALL}
 
 

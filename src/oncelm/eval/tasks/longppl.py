@@ -16,7 +16,7 @@ from oncelm.eval.results import Run
 from oncelm.eval.statistics import Estimate, estimate
 from oncelm.eval.task import Task, option
 from oncelm.eval.tasks.questions import Question, read_questions
-from oncelm.eval.views import Curves, Table, View, group, tokens
+from oncelm.eval.views import Curves, Table, View, group, perplexity, tokens
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,9 @@ class LongPpl(Task):
         for run in runs:
             for (dataset,), samples in group(run.samples.values(), ("dataset",)).items():
                 cells = {length: _loss(there) for (length,), there in group(samples, ("context_length",)).items()}
-                rows.append([run.label, dataset, *(_perplexity(cells.get(length)) for length in lengths)])
+                rows.append(
+                    [run.label, dataset, *(perplexity(cells[length]) if length in cells else "" for length in lengths)]
+                )
                 series[f"{run.label}, {dataset}"] = [(length, math.exp(e.mean)) for length, e in sorted(cells.items())]
         header = ["model", "data", *map(tokens, lengths)]
         note = "Of the answer's tokens; in brackets the 95 % interval, of questions."
@@ -80,9 +82,3 @@ class LongPpl(Task):
 
 def _loss(samples: Sequence[dict]) -> Estimate:
     return estimate([s["scores"]["loss"] for s in samples], [s["scores"]["tokens"] for s in samples])
-
-
-def _perplexity(e: Estimate | None) -> str:
-    if e is None:
-        return ""
-    return f"{math.exp(e.mean):.2f}" + ("" if math.isnan(e.low) else f" ({math.exp(e.low):.2f}-{math.exp(e.high):.2f})")

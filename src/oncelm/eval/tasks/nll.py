@@ -47,7 +47,7 @@ class Nll(Task):
     def examples(self, codec: Codec, seed: int) -> Iterator[Example]:
         found = 0
         for document in read_documents(self.documents):
-            ids = _first(codec, document.text, self.max_tokens)
+            ids = first_ids(codec, document.text, self.max_tokens)
             if len(ids) < max(2, self.min_tokens):
                 continue
             found += 1
@@ -104,7 +104,7 @@ def curves(samples: Sequence[dict]) -> tuple[Points, Points]:
     return windowed, list(zip(last.tolist(), means.tolist(), strict=True))
 
 
-def _first(codec: Codec, text: str, count: int | None) -> np.ndarray:
+def first_ids(codec: Codec, text: str, count: int | None) -> np.ndarray:
     """The first `count` ids of a document (None: all), with what the tokenizer puts before every text."""
     parts, have = [codec.prefix], len(codec.prefix)
     for piece in codec.stream(text):
