@@ -6,9 +6,10 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from oncelm.bench import Ceilings, Llama, Yoco, llama_config, runner
+from oncelm.bench import Ceilings, Llama, LongLlama, Yoco, llama_config, runner
 from oncelm.bench.subjects import default_config
 from oncelm.models import YocoConfig, YocoForCausalLM
+from tests.models.small import make_long
 
 
 def tiny_config(**changes) -> YocoConfig:
@@ -23,6 +24,10 @@ def tiny_yoco(**changes) -> Yoco:
 def tiny_llama(**changes) -> Llama:
     torch.manual_seed(0)
     return Llama(LlamaForCausalLM(llama_config(tiny_config(**changes))).eval())
+
+
+def tiny_long(**changes) -> LongLlama:
+    return LongLlama(make_long(**{"max_position_embeddings": 96, "last_context_length": 32, **changes}))
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ import torch
 from oncelm.bench import CASES, append_record, read_records, table
 from oncelm.cache import SharedKV
 from oncelm.cli import main
+from tests.models.test_longllama import make_llama
 
 TINY = ["--hidden-size", "64", "--layers", "2", "--set", "vocab_size=97", "--device", "cpu", "--repeats", "1"]
 
@@ -59,6 +60,21 @@ def test_a_folder_is_measured(tmp_path, quick_ceilings, capsys):
     assert main([*command, "--device", "cpu"]) == 0
     assert main([*command, "--layers", "2"]) == 2
     assert "--layers does not go with --model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("benchmark", ["prefill", "decode", "memory"])
+def test_a_llama_folder_as_a_longllama_beside_itself(benchmark, tmp_path, quick_ceilings, capsys):
+    make_llama().save_pretrained(tmp_path / "llama")
+    command = ["bench", benchmark, "--model", str(tmp_path / "llama"), "--mem-layers", "1", "--device", "cpu"]
+    assert main([*command, "--lengths", "64", "--repeats", "1", "--out", str(tmp_path / "out.jsonl")]) == 0
+    long, plain = map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())
+    assert (long["subject"], plain["subject"]) == ("LongLLaMA", "Llama")
+    assert long["parameters"] == plain["parameters"]
+    assert long["shape"]["mem_layers"] == [1]
+    assert main([*command, "--kv-dtype", "int8"]) == 2
+    assert "--kv-dtype is for YOCO models" in capsys.readouterr().err
+    assert main(["bench", "train", *command[2:]]) == 2
+    assert "--mem-layers does not go with `oncelm bench train`" in capsys.readouterr().err
 
 
 def test_a_subject_out_of_memory_is_a_record(monkeypatch, tmp_path, quick_ceilings, capsys):

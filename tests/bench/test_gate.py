@@ -7,11 +7,12 @@ import torch
 
 from oncelm.bench import GateError, check, run
 from oncelm.cache import RetentionState, SharedKV
-from tests.bench.conftest import tiny_llama, tiny_yoco
+from oncelm.cache.memory_kv import MemoryKV
+from tests.bench.conftest import tiny_llama, tiny_long, tiny_yoco
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("make", [tiny_yoco, tiny_llama])
+@pytest.mark.parametrize("make", [tiny_yoco, tiny_llama, tiny_long])
 def test_sound_subjects_pass(make, dtype):
     subject = make()
     subject.model.to(dtype)
@@ -22,6 +23,18 @@ def test_a_cache_that_loses_tokens_is_refused(monkeypatch):
     monkeypatch.setattr(SharedKV, "append", lambda self, k, v, batch: None)
     with pytest.raises(GateError, match="YOCO's prefill differs from plain PyTorch's"):
         check(tiny_yoco(), torch.float32)
+
+
+def test_a_memory_that_is_not_seen_is_refused(monkeypatch):
+    attend = MemoryKV.attend
+
+    def forgetful(self, q, k, raw_k, v, window):
+        self.k.zero_()
+        return attend(self, q, k, raw_k, v, window)
+
+    monkeypatch.setattr(MemoryKV, "attend", forgetful)
+    with pytest.raises(GateError, match="LongLLaMA's prefill differs"):
+        check(tiny_long(), torch.float32)
 
 
 def test_a_state_that_is_not_carried_over_is_refused_even_in_bfloat16(monkeypatch):

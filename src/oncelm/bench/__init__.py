@@ -8,6 +8,7 @@ rich.print(table(records))
 from oncelm.bench.cases import CASES
 from oncelm.bench.gate import GateError, check
 from oncelm.bench.harness import HARNESS_TASKS, harness_table, run_harness
+from oncelm.bench.long import LongLlama, plain_config
 from oncelm.bench.measure import PeakMemory, Timing, measure
 from oncelm.bench.needle import needle_table, run_needle
 from oncelm.bench.ops import ops_table, run_ops
@@ -27,6 +28,7 @@ __all__ = [
     "GateError",
     "Llama",
     "LlamaWork",
+    "LongLlama",
     "PeakMemory",
     "Subject",
     "Timing",
@@ -41,6 +43,7 @@ __all__ = [
     "measure_ceilings",
     "needle_table",
     "ops_table",
+    "plain_config",
     "read_records",
     "run",
     "run_harness",

@@ -50,7 +50,7 @@ def check(subject: Subject, dtype: torch.dtype, batch_size: int = 2, training: b
     ids = torch.randint(model.config.vocab_size, (batch_size, PROMPT + STEPS), generator=generator).to(model.device)
     with torch.compiler.set_stance("force_eager"):
         full = subject.full(ids).float()
-        loss = model(ids, labels=ids, use_cache=False).loss
+        loss = subject.loss(ids)
     with torch.compiler.set_stance("force_eager" if training else "default"):
         last, cache = subject.prefill(ids[:, :PROMPT], room=STEPS, chunk_size=CHUNK)
         decoded = [subject.step(ids[:, i : i + 1], cache) for i in range(PROMPT, PROMPT + STEPS)]

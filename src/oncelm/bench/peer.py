@@ -73,6 +73,9 @@ class Llama:
     def full(self, ids: torch.Tensor) -> torch.Tensor:
         return self.model(ids, use_cache=False).logits
 
+    def loss(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.model(ids, labels=ids, use_cache=False).loss
+
     def prefill(self, ids: torch.Tensor, room: int = 0, chunk_size: int | None = None) -> tuple[torch.Tensor, Cache]:
         cache = DynamicCache(config=self.model.config)  # it grows, whatever the room
         for chunk in ids.split(chunk_size or ids.shape[1], dim=1):

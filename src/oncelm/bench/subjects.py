@@ -35,6 +35,10 @@ class Subject(Protocol):
         """Logits [B, T, V] of one pass over all of `ids`, in plain PyTorch: what faster ways are compared with."""
         ...
 
+    def loss(self, ids: torch.Tensor) -> torch.Tensor:
+        """Mean loss of the same pass, as training computes it."""
+        ...
+
     def prefill(self, ids: torch.Tensor, room: int = 0, chunk_size: int | None = None) -> tuple[torch.Tensor, Any]:
         """Read `ids` from the start: logits [B, V] of the last token, and a cache with room for `room` more.
 
@@ -119,6 +123,9 @@ class Yoco:
         logits = self.model(ids, use_cache=False).logits
         self.model.compile_layers(self.compiled).set_gemm(gemm)
         return logits
+
+    def loss(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.model(ids, labels=ids, use_cache=False).loss
 
     def prefill(
         self, ids: torch.Tensor, room: int = 0, chunk_size: int | None = None

@@ -12,10 +12,10 @@ if TYPE_CHECKING:
 
     from oncelm.bench import Subject, Yoco
     from oncelm.eval import LanguageModel
-    from oncelm.models import YocoConfig, YocoForCausalLM
+    from oncelm.models import YocoConfig
 
 DESCRIPTION = """\
-Measure a YOCO and, in the same run, transformers' Llama of the same width, depth, heads and vocabulary.
+Measure a YOCO (or a LongLLaMA) and, in the same run, transformers' Llama of the same width, depth, heads, vocabulary.
 
   prefill   seconds until the last token's logits and a cache are there
   decode    seconds of one token behind a context of each length
@@ -42,6 +42,8 @@ examples:
       another shape, by itself
   oncelm bench memory --model yoco-3b --device cuda --lengths 131072,524288 --peer-max-length 131072
       a preset (`oncelm info` lists them), on a GPU
+  oncelm bench decode --model smollm2 --mem-layers 8,16,24 --lengths 131072,524288 --peer-max-length 524288
+      a LLaMA-family folder as a LongLLaMA, beside itself without memory, which keeps all keys of all layers
   oncelm bench ops --op linear_cross_entropy --op window_attention
       two ops; each must agree with its definition in float64 first
   oncelm bench harness --data data/harness --model yoco-160m --tokenizer cl100k_base --questions 3
@@ -61,6 +63,7 @@ GOES_WITH = {
     **dict.fromkeys(("model", "hidden_size", "layers", "self_decoder", "set"), (*TIMED, "harness", "needle")),
     **dict.fromkeys(("lengths", "prefill_chunk_size", "compile", "gemm"), (*TIMED, "needle")),
     **dict.fromkeys(("batch_size", "peer_max_length", "kv_dtype", "no_peer"), TIMED),
+    "mem_layers": ("prefill", "decode", "memory"),
     "op": ("ops",),
     "tokenizer": ("harness", "needle"),
     **dict.fromkeys(("data", "tasks", "questions", "fewshot", "hflm_batch_size"), ("harness",)),
@@ -71,7 +74,10 @@ GOES_WITH = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("benchmark", metavar="WHAT", help=f"{', '.join(BENCHMARKS[:-1])} or needle")
     shape = parser.add_argument_group("the model")
-    shape.add_argument("--model", metavar="NAME", help="a preset, or the folder of a YOCO (default: the shape below)")
+    shape.add_argument(
+        "--model", metavar="NAME", help="a preset, or the folder of a YOCO or LongLLaMA (default: the shape below)"
+    )
+    shape.add_argument("--mem-layers", metavar="I,J,...", help="read the folder of a LLaMA-family model as a LongLLaMA")
     shape.add_argument("--hidden-size", type=int, metavar="D", help="width (512)")
     shape.add_argument("--layers", type=int, metavar="L", help="layers, half of them self-decoder (12)")
     shape.add_argument("--self-decoder", metavar="KIND", help="gated_retention (default) or sliding_window")
@@ -226,9 +232,14 @@ def make_subjects(args: argparse.Namespace, device: torch.device, dtype: torch.d
     import torch
 
     from oncelm import bench
+    from oncelm.models import LongLlamaForCausalLM
 
     kept = torch.float32 if args.benchmark == "train" else dtype  # training computes in dtype, on float32 weights
     model = make_model(args, device, kept)
+    if isinstance(model, LongLlamaForCausalLM):
+        refuse_yoco_options(args)
+        peer = [] if args.no_peer else [bench.Llama(fresh(bench.plain_config(model.config), device, kept))]
+        return [bench.LongLlama(model), *peer]
     yoco = make_yoco(args, model)
     subjects: list[Subject] = [yoco]
     if not args.no_peer:
@@ -253,19 +264,25 @@ def make_yoco(args: argparse.Namespace, model: Any) -> Yoco:
     return bench.Yoco(model, **chunk, compile=compiled, gemm=args.gemm, kv_dtype=kv_dtype)
 
 
-def make_model(args: argparse.Namespace, device: torch.device, dtype: torch.dtype, **changes: Any) -> YocoForCausalLM:
+def make_model(args: argparse.Namespace, device: torch.device, dtype: torch.dtype, **changes: Any) -> Any:
     """The folder's, or one with random weights: the preset or the default shape, with the command line's changes."""
     import torch
 
-    from oncelm.models import YocoForCausalLM, load
+    from oncelm.cli.generate import parse_layers
+    from oncelm.models import LongLlamaForCausalLM, YocoForCausalLM, load
 
     torch.manual_seed(0)
     if args.model is None or not Path(args.model).is_dir():
         return fresh(make_config(args, **changes), device, dtype)
     refuse_shape_options(args, but=())
-    model = load(args.model, device, dtype)
-    if not isinstance(model, YocoForCausalLM):
-        raise ValueError(f"model {args.model!r} is a {type(model).__name__}; bench measures YOCO models.")
+    memory: dict[str, Any] = {} if args.mem_layers is None else {"mem_layers": parse_layers(args.mem_layers)}
+    model = load(args.model, device, dtype, **memory)
+    read_by_windows = isinstance(model, LongLlamaForCausalLM) and args.benchmark in GOES_WITH["mem_layers"]
+    if not isinstance(model, YocoForCausalLM) and not read_by_windows:
+        raise ValueError(
+            f"model {args.model!r} is a {type(model).__name__}; `oncelm bench {args.benchmark}` measures YOCO models "
+            f"({', '.join(GOES_WITH['mem_layers'])} also LLaMA-family models as LongLLaMA, with --mem-layers)."
+        )
     return model
 
 
@@ -298,6 +315,13 @@ def refuse_shape_options(args: argparse.Namespace, but: tuple[str, ...]) -> None
         if name not in but and getattr(args, name):
             option = f"--{name.replace('_', '-')}"
             raise ValueError(f"{option} does not go with --model {args.model}, which fixes it; leave one of them out.")
+
+
+def refuse_yoco_options(args: argparse.Namespace) -> None:
+    """A LongLLaMA has its own cache: ValueError for options that would be ignored."""
+    for name in ("prefill_chunk_size", "kv_dtype", "gemm", "compile"):
+        if getattr(args, name) is not None:
+            raise ValueError(f"--{name.replace('_', '-')} is for YOCO models; {args.model} is read as a LongLLaMA.")
 
 
 def parse_settings(settings: list[str]) -> dict[str, Any]:
