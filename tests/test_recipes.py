@@ -17,6 +17,7 @@ from oncelm.data import tokenizers
 from oncelm.models.load import build_model
 from oncelm.models.yoco.presets import PRESETS
 from oncelm.train.config import load_config
+from tests.models.test_longllama import make_llama
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 SIZES = ("160m", "400m", "830m", "1.4b", "2.7b", "6.8b", "13b")
@@ -72,11 +73,17 @@ def test_every_recipe_is_valid(capsys, book, recipe: Path, tmp_path) -> None:
     options = []
     if recipe.parent.name == "length-extension":
         build_model("yoco-tiny", vocab_size=260).save_pretrained(tmp_path / "model")
+    elif recipe.parent.name == "longllama":
+        make_llama(vocab_size=260, num_hidden_layers=30).save_pretrained(tmp_path / "model")
+    if (tmp_path / "model").exists():
         tokenizers.load_tokenizer("bytes").save_pretrained(tmp_path / "model")
         options = ["--model", str(tmp_path / "model")]
     shown = dry_run(capsys, book, recipe, *options)
-    if options:
+    if recipe.parent.name == "length-extension":
         assert "tokens per step  4,194,304" in shown
+    elif recipe.parent.name == "longllama":
+        assert "(positives, negatives) (0,0) (1,1) (2,1) (3,0)" in shown
+        assert f"tokens per step  {262_144 if recipe.stem == '3b' else 32_768:,}" in shown
 
 
 SMALL = ["device=cpu", "dtype=float32", "compile=false", "seq_len=32", "batch_size=2", "grad_accumulation=1", "steps=2"]
@@ -159,3 +166,35 @@ def test_two_ranks_beside_one(book, tmp_path) -> None:
     done = subprocess.run(failing, env=environment(), capture_output=True, text=True)
     assert "failed" in done.stdout
     assert "seq_len must be from 2" in done.stdout
+
+
+@pytest.mark.slow
+def test_the_evidence_of_longllama_is_gathered_and_goes_on(book, tmp_path, monkeypatch, capfd) -> None:
+    for name, value in environment().items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.syspath_prepend(str(RECIPES / "longllama"))
+    import evidence
+
+    model, out = tmp_path / "model", tmp_path / "out"
+    make_llama(vocab_size=260, num_hidden_layers=24, hidden_size=16).save_pretrained(model)
+    tokenizers.load_tokenizer("bytes").save_pretrained(model)
+    small = ["dtype=float32", "seq_len=32", "batch_size=8", "min_tokens=100", "steps=2", "eval_batches=1"]
+    small += ["model_overrides.max_position_embeddings=128"]
+    command = [str(model), book, str(out), "--lengths", "500", "--trials", "1", "--contexts", "300", "--device", "cpu"]
+    command += ["--bench-lengths", "256", "--knn-length", "600", "--set", *small]
+    assert evidence.main([*command, "--only", "passkey"]) == 1  # there is nothing to ask yet
+    assert "the same command tries them again" in capfd.readouterr().err
+    assert evidence.main(command) == 0
+    assert {path.stem for path in out.glob("*.done")} == {step.__name__ for step in evidence.STEPS}
+    assert json.loads((out / "trained" / "model" / "config.json").read_text())["cross_batch_range"] == 15
+    for name in ("passkey-untrained", "passkey-llama", "passkey-trained", "context-nll-trained"):
+        assert '"kind": "end"' in (out / f"{name}.jsonl").read_text()
+    exact, cpu = [json.loads(line) for line in (out / "knn.jsonl").read_text().splitlines()][:2]
+    assert cpu["kl_to_exact"] == pytest.approx(exact["kl_to_exact"], abs=1e-6)
+    for name in ("prefill", "decode"):
+        subjects = [json.loads(line)["subject"] for line in (out / f"{name}.jsonl").read_text().splitlines()]
+        assert subjects == ["LongLLaMA", "Llama"]
+    assert (out / "report.html").exists()
+    capfd.readouterr()
+    assert evidence.main(command) == 0
+    assert capfd.readouterr().out == ""

@@ -177,8 +177,8 @@ class TrainConfig:
         if self.sequences_per_step % processes:
             raise ValueError(
                 f"the {self.sequences_per_step} sequences of a step (batch_size {self.batch_size} times "
-                f"grad_accumulation {self.grad_accumulation}) do not divide among {processes} processes that share "
-                "them."
+                f"grad_accumulation {self.grad_accumulation}) do not divide among {processes} processes; change one "
+                "of these numbers, or split each sequence as well (chunk_parallel)."
             )
         return self.sequences_per_step // processes
 
