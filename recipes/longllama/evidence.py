@@ -41,7 +41,7 @@ from oncelm.utils.files import atomic_file, atomic_folder
 
 RECIPE = Path(__file__).with_name("small.yaml")
 FIRST = 5 / 8  # of the time, with few negatives
-NEGATIVES = ("model_overrides.cross_batch_range=15", "lr=5e-5")  # then; small.yaml says why
+NEGATIVES = ("model_overrides.cross_batch_range=15", "lr=1e-4")  # then; small.yaml says why
 DECODED = 16  # tokens in a timing of knn
 
 

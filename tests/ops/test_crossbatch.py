@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 import oncelm
 from oncelm.ops.attention import partial
-from oncelm.ops.crossbatch import earlier_contexts
+from oncelm.ops.crossbatch import earlier_contexts, flash
+from oncelm.ops.crossbatch.blocks import Crossbatch
 
 OPTIONS = {"cross_batch_range": 3, "cross_batch_stepping": True, "dataset_packing": 2, "rope_theta": 10000.0}
 
@@ -70,12 +71,50 @@ def test_blocks_equal_the_definition(
         torch.testing.assert_close(value, expected, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("heads", [(2, 2), (4, 2), (3, 1)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_flash_rounds_equal_the_definition(heads, dtype) -> None:
+    """torch's form for CPUs, which has the kernel's interface: the error is at most twice that of plain PyTorch."""
+    wide = inputs(8, 12, *heads, 16)
+    cotangent = torch.randn(wide[0].shape, dtype=torch.float64)
+    expected = outputs(wide, cotangent, backend="naive", **OPTIONS)
+    narrow = [x.detach().to(dtype).requires_grad_() for x in wide]
+
+    def rounds(q, k, first_k, v, counts, scale):
+        return Crossbatch.apply(q, k, first_k, v, counts, scale, flash.Flash())
+
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        plain = outputs(narrow, cotangent.to(dtype), backend="naive", **OPTIONS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("oncelm.ops.crossbatch.implementation", lambda *_: rounds)
+        found = outputs(narrow, cotangent.to(dtype), **OPTIONS)
+    for value, simple, exact in zip(found, plain, expected, strict=True):
+        error, allowed = ((x.double() - exact).norm() / exact.norm() for x in (value, simple))
+        assert error <= 2 * allowed + 1e-9
+
+
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_flex_equals_the_definition() -> None:
     tensors = inputs(4, 8, 4, 2, 16, torch.float32)
     with torch.no_grad():
         found, expected = (oncelm.ops.crossbatch_attention(*tensors, backend=b, **OPTIONS) for b in ("flex", "naive"))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.gpu
+def test_flash_on_a_gpu() -> None:
+    """At most twice the error of the definition computed in bfloat16."""
+    tensors = inputs(8, 200, 4, 2, 64, torch.float32)
+    cotangent = torch.randn(tensors[0].shape)
+    expected = outputs(tensors, cotangent, backend="naive", **OPTIONS)
+    narrow = [x.detach().cuda().bfloat16().requires_grad_() for x in tensors]
+    cotangent = cotangent.cuda().bfloat16()
+    found = outputs(narrow, cotangent, backend="flash", **OPTIONS)
+    with torch.autocast("cuda", torch.bfloat16):
+        plain = outputs(narrow, cotangent, backend="naive", **OPTIONS)
+    for value, simple, exact in zip(found, plain, expected, strict=True):
+        error, allowed = ((x.cpu().float() - exact).norm() / exact.norm() for x in (value, simple))
+        assert error <= 2 * allowed
 
 
 @pytest.mark.gpu

@@ -12,7 +12,15 @@ import torch
 import torch.nn.functional as F
 
 from oncelm.models.work import Work, causal_pairs
-from oncelm.ops import decode_attention, gated_retention, global_attention, linear_cross_entropy, window_attention
+from oncelm.ops import (
+    crossbatch_attention,
+    decode_attention,
+    gated_retention,
+    global_attention,
+    linear_cross_entropy,
+    window_attention,
+)
+from oncelm.ops.crossbatch import earlier_contexts
 
 Tensor = torch.Tensor
 Function = Callable[..., Tensor]  # of an op's inputs
@@ -228,6 +236,53 @@ def _flex(n: Sizes) -> Function:
     return run
 
 
+def crossbatch_attention_case() -> OpCase:
+    """A forward pass of LongLLaMA's training: rows of several documents, k = 4 a document, stepping."""
+
+    def by(backend: str) -> Callable[[Sizes], Function]:
+        def load(n: Sizes) -> Function:
+            return lambda q, k, v: crossbatch_attention(
+                *(q, k, v),
+                cross_batch_range=n["range"],
+                cross_batch_stepping=True,
+                dataset_packing=4,
+                rope_theta=None,
+                backend=backend,
+            )
+
+        return load
+
+    def plain(n: Sizes) -> Function:
+        def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            with torch.autocast(q.device.type, q.dtype, enabled=q.dtype.itemsize == 2):
+                return by("naive")(n)(q, k, v)
+
+        return run
+
+    def work(backward: bool) -> Callable[[Sizes, int], Work]:
+        def count(n: Sizes, size: int) -> Work:
+            seen = sum(earlier_contexts(n["B"], n["range"], True, 4)) / n["B"]
+            return _attention_work(n, size, int(causal_pairs(n["T"]) + seen * n["T"] ** 2), backward)
+
+        return count
+
+    shape = {"H": 9, "H_kv": 3, "D": 64}  # SmolLM2-135M's
+    return OpCase(
+        sizes={
+            "gate": ({"B": 8, "T": 64, "range": 3, **shape},),
+            "cpu": ({"B": 8, "T": 128, "range": 3, **shape},),
+            "cuda": tuple({"B": 16, "T": 2048, "range": d, **shape} for d in (3, 15)),
+        },
+        inputs=_qkv,
+        ours=by("auto"),
+        exact=by("naive"),
+        plain=plain,
+        peers={"one context at a time in PyTorch": by("blocks"), "FlexAttention": _on_a_gpu(by("flex"))},
+        work=work(False),
+        work_both=work(True),
+    )
+
+
 # ----------------------------------------------------------------------------------------------------------------- loss
 
 
@@ -288,5 +343,6 @@ OPS: dict[str, Callable[[], OpCase]] = {
     "window_attention": window_attention_case,
     "global_attention": global_attention_case,
     "decode_attention": decode_attention_case,
+    "crossbatch_attention": crossbatch_attention_case,
     "linear_cross_entropy": linear_cross_entropy_case,
 }

@@ -114,6 +114,9 @@ TABLE: dict[str, tuple[Implementation, ...]] = {
         Implementation("naive", "oncelm.ops.linear_cross_entropy.naive:to_gradient", ANY, "reference, PyTorch"),
     ),
     "crossbatch_attention": (
+        Implementation(
+            "flash", "oncelm.ops.crossbatch.flash:running", ("cuda",), "one context at a time, torch's FlashAttention"
+        ),
         Implementation("blocks", "oncelm.ops.crossbatch.blocks:running", ANY, "one context at a time, running softmax"),
         Implementation(
             "flex", "oncelm.ops.crossbatch.flex:packed", ("cpu", "cuda"), "FlexAttention (CPU: no gradients)"

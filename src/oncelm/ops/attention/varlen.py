@@ -23,7 +23,7 @@ def window(q, k, v, window_size, scale, borders=None):
     if borders is None and window_size >= k.shape[1]:
         return causal(q, k, v, k.shape[1] - q.shape[1], None, scale)
     q, k, v = autocast(q, k, v)
-    if not _fits(q, k):
+    if not fits(q, k):
         return _portable(lambda q, k, v: sdpa.window(q, k, v, window_size, scale), q, k, v, borders)
     return _attend(q, k, v, window_size - 1, scale, borders)
 
@@ -32,10 +32,10 @@ def causal(q, k, v, start, positions, scale, borders=None):
     """q [B, P, H, D]; k, v [B, S, H_kv, D]. The plain causal square is SDPA's: on Hopper cuDNN computes it faster."""
     q, k, v = autocast(q, k, v)
     if borders is None:
-        if positions is not None or start == 0 or not _fits(q, k):
+        if positions is not None or start == 0 or not fits(q, k):
             return sdpa.causal(q, k, v, start, positions, scale)
         k, v = (x[:, : start + q.shape[1]] for x in (k, v))
-    elif not _fits(q, k):
+    elif not fits(q, k):
         return _portable(lambda q, k, v: sdpa.causal(q, k, v, k.shape[1] - q.shape[1], None, scale), q, k, v, borders)
     return _attend(q, k, v, -1, scale, borders)
 
@@ -51,7 +51,8 @@ def autocast(*tensors):
     return tuple(x.to(torch.get_autocast_dtype("cuda")) for x in tensors)
 
 
-def _fits(q, k):
+def fits(q, k):
+    """Whether torch's FlashAttention takes them."""
     if q.dtype != k.dtype or q.dtype not in (torch.float16, torch.bfloat16) or q.shape[1] <= 1:
         return False
     return q.shape[-1] % 8 == 0 and q.shape[-1] <= 256 and _has_flash(q.device.index)

@@ -1,0 +1,99 @@
+"""Where a LLaMA copies from far back: which layers to give memory to (docs/longllama.md, "Which layers").
+
+    python benchmarks/copying_heads.py MODEL                                          the layers, by their copying heads
+    python benchmarks/copying_heads.py MODEL --mem-layers 8,16,24 17,18,20,23         and untrained memory in these
+
+A pass key stands in a short text that the model reads whole. Where a digit of the answer is predicted, a head that
+copies attends to that digit in the text: its share of attention there, mean over digits and texts, is its score. Then,
+with windows a quarter as long as the text, the log-probability of the whole key for each set of memory layers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM
+
+import oncelm
+from oncelm.cli.generate import parse_layers
+from oncelm.eval.tasks.passkey import FILLER, KEY, QUESTION, TASK
+from oncelm.utils.environment import environment_report
+
+TRIALS = (("27519", 0.1), ("40836", 0.5), ("9142", 0.75))  # pass key, and its place in the text
+SHORT, LONG, WINDOW = 18, 40, 256  # repeats of the filler: read whole; read in windows
+
+
+def read_key(tokenizer, key: str, place: float, repeats: int) -> tuple[list[int], list[int], list[int]]:
+    """Ids of a prompt and of the answer's digits, and where the digits stand in the prompt."""
+
+    def encode(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False).input_ids
+
+    before, needle, digits = encode(FILLER) * int(repeats * place), encode(KEY.format(key=key)), encode(key)
+    start = encode(TASK) + before
+    prompt = start + needle + encode(FILLER) * (repeats - int(repeats * place)) + encode(QUESTION)
+    found = [i for i in range(len(needle)) if needle[i : i + len(digits)] == digits]
+    answer = encode(f" {key}")
+    return prompt + answer[: len(answer) - len(digits)], digits, [len(start) + i for i in found]
+
+
+@torch.no_grad()
+def score_heads(model, tokenizer) -> torch.Tensor:
+    """[layers, heads]: attention to the digit that is predicted, where it stood before."""
+    scores = []
+    for key, place in TRIALS:
+        prompt, digits, places = read_key(tokenizer, key, place, SHORT)
+        attention = model(torch.tensor([prompt + digits]), output_attentions=True).attentions
+        for i in range(len(digits)):
+            at, seen = len(prompt) - 1 + i, [first + i for first in places]
+            scores.append(torch.stack([layer[0, :, at, seen].sum(-1) for layer in attention]))
+    return torch.stack(scores).mean(0)
+
+
+@torch.no_grad()
+def log_probability(model, tokenizer) -> list[float]:
+    """Of each trial's digits, read in windows."""
+    found = []
+    for key, place in TRIALS:
+        prompt, digits, _ = read_key(tokenizer, key, place, LONG)
+        ids = torch.tensor([prompt + digits])
+        wanted = torch.arange(len(prompt) - 1, ids.shape[1] - 1)
+        logits = model(ids, logits_to_keep=wanted, last_context_length=WINDOW // 2, use_cache=False).logits[0]
+        found.append(round(logits.log_softmax(-1)[torch.arange(len(digits)), digits].sum().item(), 3))
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--mem-layers", nargs="+", default=[], metavar="I,J,...")
+    parser.add_argument("--out", metavar="FILE", help="append the lines to this file")
+    args = parser.parse_args()
+    tokenizer = oncelm.load_tokenizer(args.model)
+    plain = AutoModelForCausalLM.from_pretrained(args.model, attn_implementation="eager", dtype=torch.float32).eval()
+    name = Path(args.model).resolve().name
+    common = {"benchmark": "copying_heads", "model": name, "environment": environment_report()}
+    for layer, heads in enumerate(score_heads(plain, tokenizer)):
+        report(
+            args.out,
+            {"layer": layer, "best_head": round(heads.max().item(), 3), "sum": round(heads.sum().item(), 3)},
+            common,
+        )
+    for layers in args.mem_layers:
+        options = {"mem_layers": parse_layers(layers), "max_position_embeddings": WINDOW}
+        found = log_probability(oncelm.load(args.model, "cpu", "float32", **options), tokenizer)
+        report(args.out, {**options, "log_probabilities": found, "mean": round(sum(found) / len(found), 3)}, common)
+
+
+def report(out: str | None, line: dict, common: dict) -> None:
+    print(json.dumps(line), flush=True)
+    if out is not None:
+        with open(out, "a", encoding="utf-8") as file:
+            file.write(json.dumps({**common, **line}) + "\n")
+
+
+if __name__ == "__main__":
+    main()
