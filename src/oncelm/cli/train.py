@@ -41,6 +41,8 @@ examples:
       go on with a stopped run, settings included
   oncelm train chats.jsonl --out runs/chat --model runs/books/model --set task=sft lr=1e-5
       supervised fine-tuning on conversations: only the assistant's tokens are learned
+  oncelm train books/ --out runs/long --model path/to/llama --config recipes/longllama/small.yaml
+      a LLaMA-family folder gets memory: a LongLLaMA, trained with crossbatch
   torchrun --nproc-per-node 8 -m oncelm train books/ --out runs/books --set chunk_parallel=2
       on 8 GPUs, each sequence split over 2 of them; the same batches, and so the same losses, as on one
   oncelm train books/ --out runs/books --dry-run

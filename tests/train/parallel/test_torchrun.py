@@ -14,6 +14,8 @@ import psutil
 import pytest
 
 from oncelm.cli import main
+from oncelm.data.tokenizers import load_tokenizer
+from oncelm.models.llama import build_llama
 
 pytestmark = pytest.mark.slow
 SETTINGS = ["seq_len=16", "batch_size=4", "log_every=1", "warmup_steps=1", "save_every=null", "device=cpu"]
@@ -67,6 +69,29 @@ def test_sigterm_to_any_worker_saves_and_exits_0_on_all(book, tmp_path) -> None:
     step = int(checkpoint.name.removeprefix("step-"))
     assert main(["train", "--out", str(out), "--resume", "--steps", str(step + 1)]) == 0  # on one process
     assert steps(out) == list(range(1, step + 2))
+
+
+def test_a_folder_as_a_longllama_has_the_losses_of_one_process(book, tmp_path) -> None:
+    build_llama("llama-tiny", vocab_size=260).save_pretrained(tmp_path / "llama")
+    load_tokenizer("bytes").save_pretrained(tmp_path / "llama")
+    long = ["mem_layers=[1, 3]", "max_position_embeddings=16", "cross_batch_range=3", "cross_batch_stepping=true"]
+    settings = [*SETTINGS, *(f"model_overrides.{setting}" for setting in long), "packing=2", "grad_accumulation=2"]
+    arguments = [book, "--model", str(tmp_path / "llama"), "--steps", "3", "--set", *settings]
+    run = start(tmp_path / "two", *arguments)
+    output, _ = run.communicate(timeout=120)
+    assert run.returncode == 0, output
+    assert main(["train", *arguments, "--out", str(tmp_path / "one")]) == 0
+    for value in ("loss", "grad_norm", "validation_loss"):
+        one, two = (
+            [line[value] for line in map(json.loads, (tmp_path / out / "metrics.jsonl").open()) if value in line]
+            for out in ("one", "two")
+        )
+        assert two == pytest.approx(one, rel=1e-3)
+    run = start(tmp_path / "three", *arguments, "grad_accumulation=3")
+    output, _ = run.communicate(timeout=120)
+    assert run.returncode != 0
+    assert "the 3 of a step (grad_accumulation) do not divide among 2 processes" in output
+    assert not (tmp_path / "three").exists()
 
 
 def test_a_worker_that_is_killed_ends_the_run_with_what_to_do(book, tmp_path) -> None:
