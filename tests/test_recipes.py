@@ -180,7 +180,8 @@ def test_the_evidence_of_longllama_is_gathered_and_goes_on(book, tmp_path, monke
     tokenizers.load_tokenizer("bytes").save_pretrained(model)
     small = ["dtype=float32", "seq_len=32", "batch_size=8", "min_tokens=100", "steps=2", "eval_batches=1"]
     small += ["model_overrides.max_position_embeddings=128"]
-    command = [str(model), book, str(out), "--lengths", "500", "--trials", "1", "--contexts", "300", "--device", "cpu"]
+    command = [str(model), book, str(out), "--trials", "1", "--contexts", "300", "--device", "cpu"]
+    command += ["--lengths", "500", "--plain-lengths", "450"]
     command += ["--bench-lengths", "256", "--knn-length", "600", "--set", *small]
     assert evidence.main([*command, "--only", "passkey"]) == 1  # there is nothing to ask yet
     assert "the same command tries them again" in capfd.readouterr().err
@@ -189,6 +190,9 @@ def test_the_evidence_of_longllama_is_gathered_and_goes_on(book, tmp_path, monke
     assert json.loads((out / "trained" / "model" / "config.json").read_text())["cross_batch_range"] == 15
     for name in ("passkey-untrained", "passkey-llama", "passkey-trained", "context-nll-trained"):
         assert '"kind": "end"' in (out / f"{name}.jsonl").read_text()
+    focus = [json.loads(line) for line in (out / "focus.jsonl").read_text().splitlines()]
+    assert [line["model"] for line in focus] == ["untrained", "trained"]
+    assert all(0 < share < 1 for line in focus for share in line["share"].values())
     exact, cpu = [json.loads(line) for line in (out / "knn.jsonl").read_text().splitlines()][:2]
     assert cpu["kl_to_exact"] == pytest.approx(exact["kl_to_exact"], abs=1e-6)
     for name in ("prefill", "decode"):

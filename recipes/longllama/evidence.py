@@ -10,6 +10,7 @@ the same command goes on, and a step that fails does not keep the others from ru
     before   OUT/untrained: MODEL as LongLLaMA with small.yaml's windows and memory layers; passkey of it and of MODEL
     train    OUT/first: small.yaml for five eighths of --seconds; OUT/trained: from there with more negatives
     passkey  of OUT/trained/model
+    focus    the share of attention that finds the pass key in memory, untrained and trained, by length
     nll      perplexity of held-out documents with ever more of them in memory, untrained and trained
     knn      memory searched by Faiss, in CPU memory and exact: recall, seconds to read and to write a token
     bench    prefill and decoding beside plain Llama with a full cache: tokens/s and peak memory
@@ -29,11 +30,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from attention import key_attention
 
 import oncelm
 from oncelm.data.layout import find_corpus
 from oncelm.data.tokens import is_token_folder
 from oncelm.eval.documents import read_documents
+from oncelm.eval.model import Codec
+from oncelm.eval.task import parse_tokens
+from oncelm.eval.tasks.passkey import Passkey
 from oncelm.train.config import load_config
 from oncelm.utils.device import resolve_device
 from oncelm.utils.environment import environment_report
@@ -42,7 +47,7 @@ from oncelm.utils.files import atomic_file, atomic_folder
 RECIPE = Path(__file__).with_name("small.yaml")
 FIRST = 5 / 8  # of the time, with few negatives
 NEGATIVES = ("model_overrides.cross_batch_range=15", "lr=1e-4")  # then; small.yaml says why
-DECODED = 16  # tokens in a timing of knn
+FOCUS_TRIALS, DECODED = 5, 16  # texts of each length in focus; tokens in a timing of knn
 
 
 def call(*arguments: str | Path) -> None:
@@ -66,8 +71,8 @@ class Evidence:
         where = ("--device", str(self.device), "--dtype", self.precision, "--out", self.out / f"{task}-{name}.jsonl")
         call("eval", task, model, *options, *where)
 
-    def find_passkeys(self, model: Path, name: str, *options: str) -> None:
-        self.ask("passkey", model, name, "--lengths", self.args.lengths, "--trials", str(self.args.trials), *options)
+    def find_passkeys(self, model: Path, name: str, lengths: str, *options: str) -> None:
+        self.ask("passkey", model, name, "--lengths", lengths, "--trials", str(self.args.trials), *options)
 
     def before(self) -> None:
         if not self.untrained.exists():
@@ -77,8 +82,8 @@ class Evidence:
             with atomic_folder(self.untrained) as folder:
                 model.save_pretrained(folder)
                 oncelm.load_tokenizer(self.args.model).save_pretrained(folder)
-        self.find_passkeys(self.untrained, "untrained")
-        self.find_passkeys(self.args.model, "llama", "--beyond-trained-length")
+        self.find_passkeys(self.untrained, "untrained", self.args.lengths)
+        self.find_passkeys(self.args.model, "llama", self.args.plain_lengths, "--beyond-trained-length")
 
     def train(self) -> None:
         model = self.args.model
@@ -93,7 +98,28 @@ class Evidence:
             model = out / "model"
 
     def passkey(self) -> None:
-        self.find_passkeys(self.trained, "trained")
+        self.find_passkeys(self.trained, "trained", self.args.lengths)
+
+    def focus(self) -> None:
+        """One line a model and length: for each memory layer, the mean of a few trials."""
+        lines = []
+        lengths = tuple(map(parse_tokens, self.args.lengths.split(",")))
+        for folder, name in ((self.untrained, "untrained"), (self.trained, "trained")):
+            model = oncelm.load(folder, self.device, self.precision)
+            codec = Codec(oncelm.load_tokenizer(folder))
+            for length in lengths:
+                task = Passkey(lengths=(length,), trials=min(FOCUS_TRIALS, self.args.trials))
+                shares = [key_attention(model, codec, example) for example in task.examples(codec, seed=0)]
+                means = [round(sum(layer) / len(layer), 4) for layer in zip(*shares, strict=True)]
+                lines.append(
+                    {
+                        "model": name,
+                        "length": length,
+                        "share": dict(zip(sorted(model.config.mem_layers), means, strict=True)),
+                    }
+                )
+                print(json.dumps(lines[-1]), flush=True)
+        self.write("focus", lines)
 
     def nll(self) -> None:
         documents = self.held_out()
@@ -142,10 +168,15 @@ class Evidence:
             expected = logits if expected is None else expected
             difference = torch.nn.functional.kl_div(logits, expected, log_target=True, reduction="batchmean").item()
             line = {**kind, "tokens": ids.shape[1], "read_seconds": read, "seconds_a_token": wrote}
-            lines.append({**line, "recall": recall, "kl_to_exact": difference, "environment": environment_report()})
-            print(json.dumps({key: value for key, value in lines[-1].items() if key != "environment"}), flush=True)
-        with atomic_file(self.out / "knn.jsonl") as file:
-            file.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+            lines.append({**line, "recall": recall, "kl_to_exact": difference})
+            print(json.dumps(lines[-1]), flush=True)
+        self.write("knn", lines)
+
+    def write(self, name: str, lines: list[dict[str, Any]]) -> None:
+        """OUT/NAME.jsonl, with what it was measured on."""
+        common = {"benchmark": f"longllama_{name}", "environment": environment_report()}
+        with atomic_file(self.out / f"{name}.jsonl") as file:
+            file.write_text("".join(json.dumps(common | line) + "\n" for line in lines), encoding="utf-8")
 
     def read_and_write(
         self, model: Any, ids: torch.Tensor, kind: dict[str, Any]
@@ -172,7 +203,8 @@ class Evidence:
 
 
 STEPS: tuple[Callable[[Evidence], None], ...] = (
-    *(Evidence.before, Evidence.train, Evidence.passkey, Evidence.nll, Evidence.knn, Evidence.bench, Evidence.report),
+    *(Evidence.before, Evidence.train, Evidence.passkey, Evidence.focus, Evidence.nll, Evidence.knn, Evidence.bench),
+    Evidence.report,
 )
 
 
@@ -185,6 +217,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="STEP", help="these steps (all)")
     parser.add_argument("--seconds", type=float, default=240, help="of training (240)")
     parser.add_argument("--lengths", default="4K,8K,16K,32K,64K,128K", help="of passkey (4K to 128K)")
+    parser.add_argument("--plain-lengths", default="4K,8K,16K,32K", help="of passkey on MODEL as it is (4K to 32K)")
     parser.add_argument("--trials", type=int, default=20, help="of passkey, at each length (20)")
     parser.add_argument("--contexts", default="8K,32K,128K", help="of nll (8K,32K,128K, and none)")
     parser.add_argument("--bench-lengths", default="131072,524288", help="of bench (131072,524288)")
