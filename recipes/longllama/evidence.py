@@ -127,7 +127,9 @@ class Evidence:
             self.ask("context-nll", model, name, "--documents", documents, "--contexts", self.args.contexts)
 
     def held_out(self) -> str:
-        """The documents that DATA holds out, as one file; a bundled book where it holds out none."""
+        """--documents; else those that DATA holds out, as one file; a bundled book where it holds out none."""
+        if self.args.documents is not None:
+            return self.args.documents
         corpus = None if is_token_folder(self.args.data) else find_corpus(self.args.data)
         if corpus is None or not corpus.valid:
             return "moby_dick"
@@ -220,6 +222,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--plain-lengths", default="4K,8K,16K,32K", help="of passkey on MODEL as it is (4K to 32K)")
     parser.add_argument("--trials", type=int, default=20, help="of passkey, at each length (20)")
     parser.add_argument("--contexts", default="8K,32K,128K", help="of nll (8K,32K,128K, and none)")
+    parser.add_argument("--documents", metavar="PATH", help="long texts for nll and knn (what DATA holds out)")
     parser.add_argument("--bench-lengths", default="131072,524288", help="of bench (131072,524288)")
     parser.add_argument("--knn-length", type=int, default=32768, help="tokens in memory for knn (32768)")
     parser.add_argument("--device", help="cpu, cuda, ... (a GPU if there is one)")
