@@ -1,0 +1,258 @@
+#!/usr/bin/env python3
+"""Hide facts in real text and ask for them: rows of tokens from which a model learns to find needles.
+
+    python recipes/needles/build.py TEXT DATA                       # 60M tokens in rows of 512, 34M in rows of 32K
+    python recipes/needles/build.py TEXT DATA --tokens 2048:40M     # other rows: LENGTH:TOKENS, one or several
+    oncelm data sample DATA/512 --seq-len 512                     # look at some
+    oncelm train DATA/512 --out runs/short --config recipes/needles/short.yaml
+
+TEXT is whatever `oncelm data` reads: .txt, .jsonl(.gz, .zst), a folder of them. 100 MB will do; leave out what is
+measured on (State of the Union, Moby-Dick). The same command gives the same rows. Stopped, it goes on where it was.
+
+    DATA/tokenizer/                 a BPE made of TEXT and of facts, unless --tokenizer names one
+    DATA/text.tokens, words.json    TEXT in its tokens, and names found in it
+    DATA/LENGTH/                    a folder of tokens for `oncelm train`, as `oncelm data prepare` makes them
+
+Every row is a document that fills a sequence of the training exactly, so that no question is cut off from its needle.
+That is why rows are tokens and not text; they are also joined as the evaluation joins its prompts, token to token.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import functools
+import hashlib
+import json
+import os
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from facts import Names, draw_fact
+from rows import Rows
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from oncelm.data.encoding import Encoder
+from oncelm.data.prepare import FORMAT, MANIFEST, ShardInfo, token_dtype
+from oncelm.data.tokenizers import load_tokenizer, train_bpe
+from oncelm.eval.documents import Document, read_documents
+from oncelm.utils.errors import check_positive
+from oncelm.utils.files import atomic_file, atomic_folder
+
+TOKENIZER_CHARACTERS = 32 << 20  # of text that the tokenizer is made of
+TOKENIZER_FACTS = 100_000  # and facts, so that numbers become tokens too
+HELD_OUT = 0.02  # of the text, from its end: for the rows that are validated on
+VALIDATION_TOKENS = 1 << 20
+SHARD_TOKENS = 1 << 21
+MOST_WORDS = 20_000
+SEEDS = {"train": 0, "valid": 1}
+VERSION = 1  # of what a row is, given its options: raise it with any change in rows.py or facts.py
+
+
+def tokens_of(text: str) -> tuple[int, int]:
+    """(length, tokens) of LENGTH:TOKENS, as in 2048:50M.
+
+    >>> tokens_of("2K:50M")
+    (2048, 50000000)
+    """
+    found = re.fullmatch(r"(\d+)(K?):(\d+)([KMG]?)", text)
+    if found is None or int(found[1]) * int(found[3]) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} must be LENGTH:TOKENS, as in 2048:50M.")
+    length = int(found[1]) * (1024 if found[2] else 1)
+    return length, int(found[3]) * {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}[found[4]]
+
+
+def make_tokenizer(documents: Sequence[Document], vocab_size: int, folder: Path) -> None:
+    """A BPE of an equal share of every document, and of facts under invented names."""
+    share = min(1.0, TOKENIZER_CHARACTERS / sum(len(document.text) for document in documents))
+    random = np.random.default_rng(0)
+    names = Names([]).draw(TOKENIZER_FACTS // 10, random)
+    facts = (draw_fact(names[i % len(names)], random) for i in range(TOKENIZER_FACTS))
+    text = (document.text[: round(share * len(document.text))] for document in documents)
+    tokenizer = train_bpe([*text, *(fact.needle for fact in facts)], vocab_size)
+    with atomic_folder(folder) as temporary:
+        tokenizer.save_pretrained(temporary)
+
+
+def encode_text(documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, out: Path, workers: int) -> None:
+    """All documents' ids, an eos behind each, one file; one thread a document."""
+    encoder = Encoder(tokenizer)
+    dtype = token_dtype(encoder.vocab_size)
+
+    def encode(document: Document) -> bytes:
+        parts = [np.asarray(ids, dtype) for ids in encoder.encode_long([document.text])]
+        return np.concatenate([*parts, np.array([tokenizer.eos_token_id], dtype)]).tobytes()
+
+    total = sum(len(document.text) for document in documents)
+    with (
+        atomic_file(out) as temporary,
+        temporary.open("wb") as file,
+        concurrent.futures.ThreadPoolExecutor(workers) as pool,
+        tqdm(total=total, desc="text", unit="B", unit_scale=True) as bar,
+    ):
+        for document, ids in zip(documents, pool.map(encode, documents), strict=True):
+            file.write(ids)
+            bar.update(len(document.text))
+
+
+def find_words(documents: Sequence[Document]) -> list[str]:
+    """The commonest capitalized words, commonest first."""
+    words: Counter[str] = Counter()
+    for document in documents:
+        words.update(re.findall(r"\b[A-Z][a-z]{2,}\b", document.text[: 4 << 20]))
+    return [word for word, _ in words.most_common(MOST_WORDS)]
+
+
+@functools.cache
+def open_rows(data: Path, split: str, length: int, most_facts: int, plain_share: float, seed: int) -> Rows:
+    """Rows of the text's beginning ("train") or of what is held out of it ("valid"); once in a process."""
+    tokenizer = load_tokenizer(data / "tokenizer")
+    text = np.memmap(data / "text.tokens", token_dtype(Encoder(tokenizer).vocab_size), mode="r")
+    border = min(round((1 - HELD_OUT) * len(text)), len(text) - length)
+    part = text[:border] if split == "train" else text[border:]
+    names = Names(json.loads((data / "words.json").read_text(encoding="utf-8")))
+    return Rows(part, tokenizer, names, length, most_facts, plain_share, 2 * seed + SEEDS[split])
+
+
+def make_shard(folder: Path, key: str, first: int, last: int, options: tuple[Any, ...]) -> None:
+    """Write rows `first` to `last` as a shard; its .json, which completes it, last."""
+    made = open_rows(*options)
+    rows = [made.row(number) for number in range(first, last)]
+    tokens = np.concatenate(rows)
+    with atomic_file(folder / f"{key}.tokens") as temporary:
+        temporary.write_bytes(tokens.astype(token_dtype(made.vocab_size)).tobytes())
+    with atomic_file(folder / f"{key}.documents") as temporary:
+        temporary.write_bytes(np.cumsum([len(row) for row in rows]).astype("<i8").tobytes())
+    info = ShardInfo(len(tokens), len(rows), made.length - 1, int(tokens.max()), num_malformed=0, malformed=[])
+    write_json(folder / f"{key}.json", asdict(info))
+
+
+def shards_of(tokens: int, length: int, settings: str) -> Iterator[tuple[str, int, int]]:
+    """(key, first row, last row) of the shards of `tokens` tokens; the key says what is in them."""
+    rows, in_shard = max(1, tokens // length), max(1, SHARD_TOKENS // length)
+    for first in range(0, rows, in_shard):
+        last = min(first + in_shard, rows)
+        yield hashlib.sha256(f"{settings} {first} {last}".encode()).hexdigest()[:32], first, last
+
+
+def write_json(path: Path, value: object) -> None:
+    with atomic_file(path) as temporary:
+        temporary.write_text(json.dumps(value), encoding="utf-8")
+
+
+def read_text(args: argparse.Namespace) -> None:
+    """What all rows are made of: the tokenizer, words and TEXT in tokens, unless they are there."""
+    data: Path = args.data
+    source = {"text": args.text, "tokenizer": args.tokenizer or f"bpe:{args.vocab_size}"}
+    record = data / "source.json"
+    before = json.loads(record.read_text(encoding="utf-8")) if record.exists() else source
+    if before != source:
+        raise ValueError(f"{data} was made of {before}, now it is {source}; choose another folder, or delete it.")
+    write_json(record, source)
+    if (data / "text.tokens").exists():  # made last
+        return
+    documents = list(tqdm(read_documents(args.text), desc="read", unit=" documents"))
+    if not documents:
+        raise ValueError(f"{args.text} holds no text.")
+    if args.tokenizer is not None:
+        load_tokenizer(args.tokenizer).save_pretrained(data / "tokenizer")
+    elif not (data / "tokenizer").exists():
+        make_tokenizer(documents, args.vocab_size, data / "tokenizer")
+    write_json(data / "words.json", find_words(documents))
+    encode_text(documents, load_tokenizer(data / "tokenizer"), data / "text.tokens", args.workers)
+
+
+def make_rows(args: argparse.Namespace) -> None:
+    """DATA/LENGTH for all lengths: the shards that are not there, in parallel, then the lists of them."""
+    data: Path = args.data
+    tokenizer = load_tokenizer(data / "tokenizer")
+    encoder = Encoder(tokenizer)
+    with (data / "text.tokens").open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    listed: dict[int, dict[str, list[str]]] = {}
+    missing = []
+    for length, tokens in args.tokens:
+        folder = data / str(length) / "shards"
+        folder.mkdir(parents=True, exist_ok=True)
+        listed[length] = {}
+        for split, amount in (("train", tokens), ("valid", min(tokens // 10, VALIDATION_TOKENS))):
+            options = (split, length, args.facts or default_facts(length), args.plain_share, args.seed)
+            shards = list(shards_of(amount, length, f"{VERSION} {encoder.fingerprint()} {digest} {options}"))
+            listed[length][split] = [key for key, _, _ in shards]
+            missing += [(folder, *shard, (data, *options)) for shard in shards if not is_made(folder, shard[0])]
+    with (
+        concurrent.futures.ProcessPoolExecutor(args.workers) as pool,
+        tqdm(total=len(missing), desc="rows", unit=" shards") as bar,
+    ):
+        tasks = [pool.submit(make_shard, *shard) for shard in missing]
+        try:
+            for task in concurrent.futures.as_completed(tasks):
+                task.result()
+                bar.update()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    for length, splits in listed.items():
+        folder = data / str(length)
+        sources = {
+            split: [{"name": split, "weight": 1.0, "shards": describe(folder, splits[split])}] for split in splits
+        }
+        tokenizer.save_pretrained(folder / "tokenizer")
+        about = {"format": FORMAT, "tokenizer": encoder.fingerprint(), "vocab_size": encoder.vocab_size, "bos": False}
+        write_json(folder / MANIFEST, about | sources | {"malformed": {"count": 0, "examples": []}})
+
+
+def default_facts(length: int) -> int:
+    """At most so many facts in a row: one in 48 tokens, and 256."""
+    return min(max(2, length // 48), 256)
+
+
+def is_made(shards: Path, key: str) -> bool:
+    return (shards / f"{key}.json").exists()
+
+
+def describe(folder: Path, keys: Sequence[str]) -> list[dict[str, Any]]:
+    """The shards as tokens.json lists them."""
+    infos = [json.loads((folder / "shards" / f"{key}.json").read_text(encoding="utf-8")) for key in keys]
+    return [
+        {"key": key, "tokens": info["num_tokens"], "documents": info["num_documents"]}
+        | {"longest": info["longest"], "largest_id": info["largest_id"]}
+        for key, info in zip(keys, infos, strict=True)
+    ]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("text", metavar="TEXT", help="a file or folder of text")
+    parser.add_argument("data", metavar="DATA", type=Path, help="the folder to build")
+    lengths = "length of the rows, and tokens in all of them (512:60M 32768:34M)"
+    default = [(512, 60 * 10**6), (32768, 34 * 10**6)]
+    parser.add_argument("--tokens", nargs="+", type=tokens_of, default=default, metavar="LENGTH:TOKENS", help=lengths)
+    parser.add_argument("--tokenizer", metavar="NAME", help="as of `oncelm train`, instead of a BPE made of TEXT")
+    parser.add_argument("--vocab-size", type=int, default=16384, help="of the BPE (%(default)s)")
+    parser.add_argument("--facts", type=int, help="at most, in a row (one in 48 tokens, and 256)")
+    parser.add_argument("--plain-share", type=float, default=0.1, help="of the rows, without facts (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of everything random (%(default)s)")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (one a core)")
+    args = parser.parse_args(arguments)
+    if args.facts is not None:
+        check_positive(facts=args.facts)
+    args.data.mkdir(parents=True, exist_ok=True)
+    read_text(args)
+    make_rows(args)
+    for length, tokens in args.tokens:
+        print(f"{args.data / str(length)}: {tokens / 1e6:,.0f}M tokens in rows of {length:,}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"build.py: error: {error}")

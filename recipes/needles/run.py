@@ -1,0 +1,116 @@
+"""A small YOCO that finds needles in 32K tokens, from text to report: build, train in two stages, measure.
+
+    python recipes/needles/run.py TEXT OUT                                        all of it
+    python recipes/needles/run.py TEXT OUT --seconds 100 90                       stages that end in time
+    python recipes/needles/run.py TEXT OUT --held-out REPOSITORY.jsonl            also the loss by position there
+
+TEXT as for build.py, without what is measured on. Stopped, the same command goes on; it skips what is done.
+OUT gets data/ (build.py), short/ and long/ (the stages; long/model is the result), eval/, report.html and figures/.
+
+Estimated for one H100 (16 cores), not yet measured: 30 s to build, 20 to 30 s a stage to compile, 100 and 90 s to
+train in, 80 s to measure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+HERE = Path(__file__).parent
+LENGTHS = {"short": 512, "long": 32768}  # of the rows of each stage, as its recipe has them
+ONCELM = (sys.executable, "-m", "oncelm")
+
+
+@dataclass(frozen=True)
+class Step:
+    """A command, and what is there once it is done; None: it is run again, and knows itself what is left."""
+
+    command: tuple[str, ...]
+    makes: Path | None = None
+
+    def do(self) -> None:
+        """Run it, unless it is done; SystemExit where it fails or is stopped."""
+        if self.makes is not None and self.makes.exists():
+            return
+        print("$", " ".join(self.command), flush=True)
+        status = subprocess.run(self.command).returncode
+        if status:
+            raise SystemExit(status)
+        if self.makes is not None and not self.makes.exists():
+            raise SystemExit("stopped; the same command goes on.")  # by a signal: everything is saved
+
+
+def steps(args: argparse.Namespace) -> list[Step]:
+    """All commands, in order."""
+    data, results, model = args.out / "data", args.out / "eval", args.out / "long" / "model"
+    amounts = [f"{length}:{tokens}" for length, tokens in zip(args.rows, args.tokens, strict=True)]
+    build = [sys.executable, HERE / "build.py", args.text, data, "--tokens", *amounts, *shlex.split(args.build)]
+    found = [Step(_words(build), data / str(args.rows[-1]) / "tokens.json")]
+
+    start: list[object] = []
+    for stage, length, seconds in zip(LENGTHS, args.rows, args.seconds or (None, None), strict=True):
+        settings = (
+            []
+            if length == LENGTHS[stage]
+            else [f"seq_len={length}", f"model_overrides.max_position_embeddings={length}"]
+        )
+        settings += [*([f"max_seconds={seconds}", "steps=null"] if seconds else []), *args.set]
+        train = [*ONCELM, "train", data / str(length), "--out", args.out / stage, *start, "--resume"]
+        train += ["--config", HERE / f"{stage}.yaml", *(["--set", *settings] if settings else [])]
+        found.append(Step(_words(train), args.out / stage / "model"))
+        start = ["--model", args.out / stage / "model"]
+
+    longest = args.rows[-1]
+    measured = [args.shortest << i for i in range((longest // args.shortest).bit_length())]
+    strict = ["--strict", "--max-new-tokens", 10]  # numbers have up to 5 digits
+    beyond = ["--beyond-trained-length"]
+    asked = {
+        "needle": ["needle", model, *strict, "--lengths", _list(measured)],
+        "needle-beyond": ["needle", model, *strict, *beyond, "--lengths", _list([2 * longest, 4 * longest])],
+        "multi-needle": ["multi-needle", model, *strict, "--lengths", longest],
+        "nll-moby-dick": ["nll", model, *beyond, "--max-tokens", 4 * longest],
+    }
+    if args.held_out is not None:
+        asked["nll-held-out"] = ["nll", model, *beyond, "--max-tokens", 4 * longest, "--documents", args.held_out]
+    for name, task in asked.items():
+        extra = shlex.split(args.eval) if "needle" in name else []
+        found.append(Step(_words([*ONCELM, "eval", *task, *extra, "--out", results / f"{name}.jsonl"])))
+    files = [results / f"{name}.jsonl" for name in asked]
+    report = ["report", *files, "--out", args.out / "report.html", "--png", args.out / "figures"]
+    found.append(Step(_words([*ONCELM, "eval", *report, "--title", "Needles"])))
+    return found
+
+
+def _words(command: list[object]) -> tuple[str, ...]:
+    return tuple(str(word) for word in command)
+
+
+def _list(numbers: list[int]) -> str:
+    return ",".join(map(str, numbers))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("text", metavar="TEXT", help="a file or folder of text")
+    parser.add_argument("out", metavar="OUT", type=Path, help="the folder for everything")
+    parser.add_argument("--seconds", nargs=2, type=float, metavar="S", help="time of each stage (as long as it takes)")
+    parser.add_argument("--held-out", metavar="TEXT", help="one more text for the loss by position, as a repository's")
+    parser.add_argument(
+        "--rows", nargs=2, type=int, default=tuple(LENGTHS.values()), metavar="T", help="lengths (512 32768)"
+    )
+    parser.add_argument("--tokens", nargs=2, default=("60M", "34M"), metavar="N", help="to build (60M 34M)")
+    parser.add_argument("--shortest", type=int, default=1024, metavar="T", help="length that is measured (1024)")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="replace settings of both stages")
+    parser.add_argument("--build", default="", metavar="'OPTIONS'", help="further options of build.py, quoted")
+    parser.add_argument("--eval", default="", metavar="'OPTIONS'", help="further options of the needle tasks, quoted")
+    args = parser.parse_args(arguments)
+    for step in steps(args):
+        step.do()
+
+
+if __name__ == "__main__":
+    main()
