@@ -3,7 +3,7 @@
     python benchmarks/induction.py benchmarks/results/cpu-induction.jsonl
 
 What is learned here is induction: to find where the last token stood before, and what came behind it. Needles in a
-haystack are found by nothing else. The loss counts the repeated tokens alone; guessing costs log(60) = 4.09 nats.
+haystack are found by nothing else. The loss counts the repeated tokens alone; `guessing` is log(number of tokens).
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ import torch.nn.functional as F
 from oncelm.models.load import build_model
 from oncelm.utils.environment import environment_report
 
-VOCAB, LENGTH, ROWS, WIDTH = 64, 32, 32, 128
+LENGTH, ROWS, WIDTH = 32, 32, 128
 LR, WARMUP_STEPS, STEPS, EVERY = 2e-3, 30, 300, 50
 
 
-def curve(self_decoder: str, scale_embeddings: bool) -> dict[int, float]:
+def curve(self_decoder: str, scale_embeddings: bool, vocab_size: int) -> dict[int, float]:
     """Steps done: loss of the repeated tokens, mean of the 20 steps before."""
     torch.manual_seed(0)
     random = torch.Generator().manual_seed(1)
     model = build_model(
         "yoco-tiny",
-        vocab_size=VOCAB,
+        vocab_size=vocab_size,
         hidden_size=WIDTH,
         num_attention_heads=2,
         num_key_value_heads=2,
@@ -43,7 +43,7 @@ def curve(self_decoder: str, scale_embeddings: bool) -> dict[int, float]:
         for group in optimizer.param_groups:
             group["lr"] = LR * min(1.0, step / WARMUP_STEPS)
         repeated = int(torch.randint(LENGTH // 4, LENGTH // 2, (), generator=random))
-        tokens = torch.randint(4, VOCAB, (ROWS, LENGTH), generator=random)
+        tokens = torch.randint(4, vocab_size, (ROWS, LENGTH), generator=random)
         tokens[:, -repeated:] = tokens[:, -2 * repeated : -repeated]
         logits = model(input_ids=tokens, use_cache=False).logits
         loss = F.cross_entropy(logits[:, :-1].transpose(1, 2), tokens[:, 1:], reduction="none")  # [B, T - 1]
@@ -62,10 +62,14 @@ def main() -> None:
     parser.add_argument("results", help="the JSONL file to append to")
     args = parser.parse_args()
     environment = environment_report()
-    for self_decoder, scale in itertools.product(("gated_retention", "sliding_window"), (True, False)):
+    cases = [*itertools.product(("gated_retention", "sliding_window"), (True, False), (64,))]
+    cases += [("gated_retention", False, vocab_size) for vocab_size in (256, 1024)]
+    for self_decoder, scale, vocab_size in cases:
         line = {"benchmark": "induction", "self_decoder": self_decoder, "scale_embeddings": scale}
+        line |= {"vocab_size": vocab_size, "guessing": round(math.log(vocab_size - 4), 3)}
         line |= {"width": WIDTH, "length": LENGTH, "tokens_per_step": ROWS * LENGTH, "lr": LR}
-        line |= {"copy_loss": {str(step): round(loss, 3) for step, loss in curve(self_decoder, scale).items()}}
+        found = curve(self_decoder, scale, vocab_size)
+        line |= {"copy_loss": {str(step): round(loss, 3) for step, loss in found.items()}}
         print(line, flush=True)
         with open(args.results, "a", encoding="utf-8") as results:
             results.write(json.dumps({**line, "environment": environment}) + "\n")

@@ -6,10 +6,10 @@
     oncelm data sample DATA/512 --seq-len 512                     # look at some
     oncelm train DATA/512 --out runs/short --config recipes/needles/short.yaml
 
-TEXT is whatever `oncelm data` reads: .txt, .jsonl(.gz, .zst), a folder of them. 100 MB will do; leave out what is
+TEXT is whatever `oncelm data` reads: .txt, .jsonl(.gz, .zst), a folder of them. 60 MB will do; leave out what is
 measured on (State of the Union, Moby-Dick). The same command gives the same rows. Stopped, it goes on where it was.
 
-    DATA/tokenizer/                 a BPE made of TEXT and of facts, unless --tokenizer names one
+    DATA/tokenizer/                 a BPE of 512 entries made of TEXT, unless --tokenizer names one
     DATA/text.tokens, words.json    TEXT in its tokens, and names found in it
     DATA/LENGTH/                    a folder of tokens for `oncelm train`, as `oncelm data prepare` makes them
 
@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from facts import Names, draw_fact
+from facts import Names
 from rows import Rows
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
@@ -46,8 +46,7 @@ from oncelm.eval.documents import Document, read_documents
 from oncelm.utils.errors import check_positive
 from oncelm.utils.files import atomic_file, atomic_folder
 
-TOKENIZER_CHARACTERS = 32 << 20  # of text that the tokenizer is made of
-TOKENIZER_FACTS = 100_000  # and facts, so that numbers become tokens too
+TOKENIZER_CHARACTERS = 16 << 20  # of text that the tokenizer is made of
 HELD_OUT = 0.02  # of the text, from its end: for the rows that are validated on
 VALIDATION_TOKENS = 1 << 20
 SHARD_TOKENS = 1 << 21
@@ -70,13 +69,10 @@ def tokens_of(text: str) -> tuple[int, int]:
 
 
 def make_tokenizer(documents: Sequence[Document], vocab_size: int, folder: Path) -> None:
-    """A BPE of an equal share of every document, and of facts under invented names."""
+    """A BPE of an equal share of every document; made without numbers, so that each digit stays a token."""
     share = min(1.0, TOKENIZER_CHARACTERS / sum(len(document.text) for document in documents))
-    random = np.random.default_rng(0)
-    names = Names([]).draw(TOKENIZER_FACTS // 10, random)
-    facts = (draw_fact(names[i % len(names)], random) for i in range(TOKENIZER_FACTS))
-    text = (document.text[: round(share * len(document.text))] for document in documents)
-    tokenizer = train_bpe([*text, *(fact.needle for fact in facts)], vocab_size)
+    parts = (document.text[: round(share * len(document.text))] for document in documents)
+    tokenizer = train_bpe((re.sub(r"\d+", " ", part) for part in parts), vocab_size)
     with atomic_folder(folder) as temporary:
         tokenizer.save_pretrained(temporary)
 
@@ -210,8 +206,8 @@ def make_rows(args: argparse.Namespace) -> None:
 
 
 def default_facts(length: int) -> int:
-    """At most so many facts in a row: one in 48 tokens, and 256."""
-    return min(max(2, length // 48), 256)
+    """At most so many facts in a row: one in 96 tokens, and 192."""
+    return min(max(2, length // 96), 192)
 
 
 def is_made(shards: Path, key: str) -> bool:
@@ -236,8 +232,8 @@ def main(arguments: list[str] | None = None) -> None:
     default = [(512, 60 * 10**6), (32768, 34 * 10**6)]
     parser.add_argument("--tokens", nargs="+", type=tokens_of, default=default, metavar="LENGTH:TOKENS", help=lengths)
     parser.add_argument("--tokenizer", metavar="NAME", help="as of `oncelm train`, instead of a BPE made of TEXT")
-    parser.add_argument("--vocab-size", type=int, default=16384, help="of the BPE (%(default)s)")
-    parser.add_argument("--facts", type=int, help="at most, in a row (one in 48 tokens, and 256)")
+    parser.add_argument("--vocab-size", type=int, default=512, help="of the BPE (%(default)s)")
+    parser.add_argument("--facts", type=int, help="at most, in a row (one in 96 tokens, and 192)")
     parser.add_argument("--plain-share", type=float, default=0.1, help="of the rows, without facts (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of everything random (%(default)s)")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (one a core)")

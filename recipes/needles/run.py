@@ -53,12 +53,12 @@ def steps(args: argparse.Namespace) -> list[Step]:
 
     start: list[object] = []
     for stage, length, seconds in zip(LENGTHS, args.rows, args.seconds or (None, None), strict=True):
-        settings = (
-            []
-            if length == LENGTHS[stage]
-            else [f"seq_len={length}", f"model_overrides.max_position_embeddings={length}"]
-        )
-        settings += [*([f"max_seconds={seconds}", "steps=null"] if seconds else []), *args.set]
+        settings: list[str] = []
+        if length != LENGTHS[stage]:
+            settings += [f"seq_len={length}", f"model_overrides.max_position_embeddings={length}"]
+        if seconds is not None:
+            settings += [f"max_seconds={seconds}", "steps=null"]
+        settings += args.set
         train = [*ONCELM, "train", data / str(length), "--out", args.out / stage, *start, "--resume"]
         train += ["--config", HERE / f"{stage}.yaml", *(["--set", *settings] if settings else [])]
         found.append(Step(_words(train), args.out / stage / "model"))
