@@ -81,6 +81,17 @@ def test_a_row_is_a_sequence_with_every_answer_before_its_question(recipe, text,
     assert len({row[:100] for row in rows}) > 50
 
 
+def test_short_rows_are_echoes(recipe, text, tmp_path) -> None:
+    import build as module
+
+    data = tmp_path / "data"
+    module.main([text, str(data), "--tokens", "64:8K", "--tokenizer", "bytes", "--workers", "1"])
+    rows = TokenDataset(open_tokens(data / "64").train, seq_len=64, seed=0, validation_share=0).batch(0, 100).tolist()
+    for row in rows:
+        assert row[62] == EOS
+        assert any(row[62 - count : 62] == row[62 - 2 * count : 62 - count] for count in range(16, 32))
+
+
 def test_no_city_of_the_evaluation_is_a_name(recipe) -> None:
     from facts import Names
 
@@ -136,8 +147,8 @@ def test_errors_are_one_line(recipe, text, tmp_path, capsys) -> None:
     build(text, tmp_path / "a")
     with pytest.raises(ValueError, match="choose another folder"):
         module.main([text, str(tmp_path / "a"), "--tokens", "512:5K", "--tokenizer", "cl100k_base"])
-    with pytest.raises(ValueError, match="rows must have at least 128 tokens, got 64"):
-        module.main([text, str(tmp_path / "a"), "--tokens", "64:5K", "--tokenizer", "bytes", "--workers", "1"])
+    with pytest.raises(ValueError, match="rows must have at least 32 tokens, got 16"):
+        module.main([text, str(tmp_path / "a"), "--tokens", "16:5K", "--tokenizer", "bytes", "--workers", "1"])
     with pytest.raises(ValueError, match="not enough for one row of 1048576; give more text"):
         module.main([text, str(tmp_path / "a"), "--tokens", "1024K:5M", "--tokenizer", "bytes", "--workers", "1"])
 
@@ -153,16 +164,18 @@ def commands(text: str, out: Path, *options: str) -> list[tuple[str, ...]]:
 
 
 def test_the_run_measures_what_it_trains(recipe, text, tmp_path) -> None:
-    build_, short, long, *evals, report = commands(text, tmp_path / "out", "--seconds", "100", "90", "--held-out", text)
-    assert [command[3] for command in (short, long, *evals, report)] == ["train"] * 2 + ["eval"] * 6
-    for stage, command in (("short", short), ("long", long)):
+    build_, drill, short, long, *evals, report = commands(
+        text, tmp_path / "out", "--seconds", "30", "100", "90", "--held-out", text
+    )
+    assert [command[3] for command in (drill, short, long, *evals, report)] == ["train"] * 3 + ["eval"] * 6
+    for stage, command in (("drill", drill), ("short", short), ("long", long)):
         recipe_file = command[command.index("--config") + 1]
         settings = command[command.index("--set") + 1 :]
         config = load_config(recipe_file, settings, {"data": command[4], "out": "out"})
         assert command[4] == str(tmp_path / "out" / "data" / str(config.seq_len))  # rows as long as the sequences
         assert config.model_overrides["max_position_embeddings"] == config.seq_len
         assert f"{config.seq_len}:" in " ".join(build_)
-        assert (config.steps, config.max_seconds) == (None, {"short": 100.0, "long": 90.0}[stage])
+        assert (config.steps, config.max_seconds) == (None, {"drill": 30.0, "short": 100.0, "long": 90.0}[stage])
     assert long[long.index("--model") + 1] == str(tmp_path / "out" / "short" / "model")
     assert "1024,2048,4096,8192,16384,32768" in evals[0]
     assert "65536,131072" in evals[1]
@@ -171,7 +184,20 @@ def test_the_run_measures_what_it_trains(recipe, text, tmp_path) -> None:
 @pytest.mark.slow
 def test_the_run_ends_in_a_report(text, tmp_path) -> None:
     out = tmp_path / "out"
-    command = [sys.executable, str(RECIPE / "run.py"), text, str(out), "--rows", "256", "512", "--tokens", "20K", "20K"]
+    command = [
+        sys.executable,
+        str(RECIPE / "run.py"),
+        text,
+        str(out),
+        "--rows",
+        "32",
+        "256",
+        "512",
+        "--tokens",
+        "20K",
+        "20K",
+        "20K",
+    ]
     command += ["--shortest", "512", "--build", "--tokenizer bytes --workers 1", "--eval", "--runs 1 --depths 2"]
     small = ["hidden_size=32", "intermediate_size=32", "num_self_decoder_layers=1", "num_cross_decoder_layers=1"]
     small += ["num_self_heads=1", "num_attention_heads=1", "num_key_value_heads=1"]

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """Hide facts in real text and ask for them: rows of tokens from which a model learns to find needles.
 
-    python recipes/needles/build.py TEXT DATA                       # 60M tokens in rows of 512, 34M in rows of 32K
+    python recipes/needles/build.py TEXT DATA                       # 110M tokens in rows of 64, 512 and 32K
     python recipes/needles/build.py TEXT DATA --tokens 2048:40M     # other rows: LENGTH:TOKENS, one or several
     oncelm data sample DATA/512 --seq-len 512                     # look at some
-    oncelm train DATA/512 --out runs/short --config recipes/needles/short.yaml
+    oncelm train DATA/64 --out runs/drill --config recipes/needles/drill.yaml
 
 TEXT is whatever `oncelm data` reads: .txt, .jsonl(.gz, .zst), a folder of them. 60 MB will do; leave out what is
 measured on (State of the Union, Moby-Dick). The same command gives the same rows. Stopped, it goes on where it was.
@@ -228,8 +228,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("text", metavar="TEXT", help="a file or folder of text")
     parser.add_argument("data", metavar="DATA", type=Path, help="the folder to build")
-    lengths = "length of the rows, and tokens in all of them (512:60M 32768:34M)"
-    default = [(512, 60 * 10**6), (32768, 34 * 10**6)]
+    lengths = "length of the rows, and tokens in all of them (64:16M 512:60M 32768:34M)"
+    default = [(64, 16 * 10**6), (512, 60 * 10**6), (32768, 34 * 10**6)]
     parser.add_argument("--tokens", nargs="+", type=tokens_of, default=default, metavar="LENGTH:TOKENS", help=lengths)
     parser.add_argument("--tokenizer", metavar="NAME", help="as of `oncelm train`, instead of a BPE made of TEXT")
     parser.add_argument("--vocab-size", type=int, default=512, help="of the BPE (%(default)s)")

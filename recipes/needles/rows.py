@@ -21,7 +21,8 @@ ECHO = (8, 32)  # random tokens, from ... to, that start a row and are repeated 
 NEAREST = 8  # tokens between a needle and its question, at least
 AT_THE_END = 0.25  # of the questions come behind the text, as in the evaluation
 LARGEST_SHARE = 0.8  # of a row that is not text, at most
-SHORTEST = 128  # tokens of a row: an echo, a fact and its question
+SHORTEST = 32  # tokens of a row
+SHORTEST_WITH_TEXT = 128  # an echo, a fact and its question
 REACH = 500  # tokens in which the end of a sentence is looked for
 
 
@@ -36,6 +37,8 @@ class Insert:
 
 class Rows:
     """Rows for sequences of `length` tokens, each a function of the seed and its number.
+
+    Rows of less than 128 tokens have no room for facts: they are an echo and nothing else, to begin with.
 
     A row has `length - 1` tokens, its eos included: sequence i of the training begins at token i (length - 1), so that
     each is one whole row and the first token of the next.
@@ -76,6 +79,8 @@ class Rows:
     def row(self, number: int) -> np.ndarray:
         """Ids of row `number`, [length - 1]."""
         random = np.random.default_rng([self.seed, self.length, number])
+        if self.length < SHORTEST_WITH_TEXT:
+            return self._drill(random)
         if random.random() < self.plain_share:
             return self._plain(random)
         echo = np.tile(random.choice(self._plain_ids, random.integers(*ECHO, endpoint=True)), 2)
@@ -106,6 +111,12 @@ class Rows:
         lengths = [len(n) + 1.5 * len(q) for n, q in zip(needles, questions, strict=True)]
         count = int(np.searchsorted(np.cumsum(lengths), room, side="right"))
         return needles[:count], questions[:count]
+
+    def _drill(self, random: np.random.Generator) -> np.ndarray:
+        """Random tokens, of which a quarter to a half of the row is repeated at its end."""
+        count = int(random.integers(self.length // 4, self.length // 2 - 1, endpoint=True))
+        ids = random.choice(self._plain_ids, self.length - 2 - count)
+        return np.concatenate([ids, ids[-count:], [self._eos]])
 
     def _plain(self, random: np.random.Generator) -> np.ndarray:
         return np.append(self._passage(self.length - 2, random), self._eos)

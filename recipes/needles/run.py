@@ -1,14 +1,15 @@
-"""A small YOCO that finds needles in 32K tokens, from text to report: build, train in two stages, measure.
+"""A small YOCO that finds needles in 32K tokens, from text to report: build, train in three stages, measure.
 
     python recipes/needles/run.py TEXT OUT                                        all of it
-    python recipes/needles/run.py TEXT OUT --seconds 100 90                       stages that end in time
+    python recipes/needles/run.py TEXT OUT --seconds 30 100 90                    stages that end in time
     python recipes/needles/run.py TEXT OUT --held-out REPOSITORY.jsonl            also the loss by position there
 
 TEXT as for build.py, without what is measured on. Stopped, the same command goes on; it skips what is done.
-OUT gets data/ (build.py), short/ and long/ (the stages; long/model is the result), eval/, report.html and figures/.
+OUT gets data/ (build.py), drill/, short/ and long/ (the stages; long/model is the result), eval/, report.html and
+figures/.
 
-Estimated for one H100 (16 cores), not yet measured: 30 s to build, 20 to 30 s a stage to compile, 100 and 90 s to
-train in, 80 s to measure.
+Estimated for one H100 (16 cores), not yet measured: 30 s to build, 20 to 30 s to compile the last two stages each,
+30, 100 and 90 s to train in, 80 s to measure.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 HERE = Path(__file__).parent
-LENGTHS = {"short": 512, "long": 32768}  # of the rows of each stage, as its recipe has them
+LENGTHS = {"drill": 64, "short": 512, "long": 32768}  # of the rows of each stage, as its recipe has them
 ONCELM = (sys.executable, "-m", "oncelm")
 
 
@@ -52,7 +53,7 @@ def steps(args: argparse.Namespace) -> list[Step]:
     found = [Step(_words(build), data / str(args.rows[-1]) / "tokens.json")]
 
     start: list[object] = []
-    for stage, length, seconds in zip(LENGTHS, args.rows, args.seconds or (None, None), strict=True):
+    for stage, length, seconds in zip(LENGTHS, args.rows, args.seconds or [None] * 3, strict=True):
         settings: list[str] = []
         if length != LENGTHS[stage]:
             settings += [f"seq_len={length}", f"model_overrides.max_position_embeddings={length}"]
@@ -97,14 +98,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("text", metavar="TEXT", help="a file or folder of text")
     parser.add_argument("out", metavar="OUT", type=Path, help="the folder for everything")
-    parser.add_argument("--seconds", nargs=2, type=float, metavar="S", help="time of each stage (as long as it takes)")
+    parser.add_argument("--seconds", nargs=3, type=float, metavar="S", help="time of each stage (as long as it takes)")
     parser.add_argument("--held-out", metavar="TEXT", help="one more text for the loss by position, as a repository's")
     parser.add_argument(
-        "--rows", nargs=2, type=int, default=tuple(LENGTHS.values()), metavar="T", help="lengths (512 32768)"
+        "--rows", nargs=3, type=int, default=tuple(LENGTHS.values()), metavar="T", help="lengths (64 512 32768)"
     )
-    parser.add_argument("--tokens", nargs=2, default=("60M", "34M"), metavar="N", help="to build (60M 34M)")
+    parser.add_argument("--tokens", nargs=3, default=("16M", "60M", "34M"), metavar="N", help="to build (16M 60M 34M)")
     parser.add_argument("--shortest", type=int, default=1024, metavar="T", help="length that is measured (1024)")
-    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="replace settings of both stages")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="replace settings of all stages")
     parser.add_argument("--build", default="", metavar="'OPTIONS'", help="further options of build.py, quoted")
     parser.add_argument("--eval", default="", metavar="'OPTIONS'", help="further options of the needle tasks, quoted")
     args = parser.parse_args(arguments)
