@@ -206,6 +206,6 @@ def test_the_run_ends_in_a_report(text, tmp_path) -> None:
     for _ in range(2):
         done = subprocess.run([*command, "--set", *settings], env=environment(), capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-    assert "train" not in done.stdout  # the second time nothing is trained
+    assert " train " not in done.stdout  # the second time nothing is trained
     assert "<html" in (out / "report.html").read_text(encoding="utf-8")
     assert list((out / "figures").glob("*.png"))
