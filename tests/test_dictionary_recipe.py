@@ -21,16 +21,19 @@ def study(monkeypatch):
     del sys.modules["dictionary"]
 
 
-def test_every_question_is_defined_in_the_context_before_it(study) -> None:
-    rows = study.documents(3, 16, torch.Generator().manual_seed(0)).view(3, 2, 16, study.ENTRY)
+@pytest.mark.parametrize("seed", range(4))  # both kinds of batches
+def test_every_question_is_defined_in_the_context_before_it(study, seed: int) -> None:
+    rows = study.documents(3, 16, torch.Generator().manual_seed(seed)).view(3, 2, 16, study.ENTRY)
     for definitions, questions in rows:
         assert not torch.equal(definitions, questions)
         assert sorted(definitions.tolist()) == sorted(questions.tolist())
+    words = rows[:, 0, :, :-1].flatten(0, 1)
+    assert len(words.unique(dim=0)) == 3 * 16
 
 
 def test_words_of_a_dictionary_differ(study) -> None:
     codes = torch.arange(study.SYMBOLS ** (study.ENTRY - 1))
-    words = study.entries(codes, torch.Generator().manual_seed(0))[:, :-1]
+    words = study.entries(codes, torch.arange(study.SYMBOLS), torch.Generator().manual_seed(0))[:, :-1]
     assert len(words.unique(dim=0)) == len(codes)
     assert words.max() < study.SYMBOLS
 

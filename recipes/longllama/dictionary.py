@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -71,16 +72,24 @@ def make_model(device: torch.device, seed: int) -> LongLlamaForCausalLM:
     return LongLlamaForCausalLM(config).to(device)
 
 
-def entries(codes: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """codes [..., n], numbers of words -> [..., n, ENTRY]: their symbols, and a meaning drawn for each."""
-    symbols = [codes // SYMBOLS**i % SYMBOLS for i in range(ENTRY - 1)]
+def entries(codes: torch.Tensor, alphabet: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """codes [..., n], numbers of words -> [..., n, ENTRY]: symbols of `alphabet`, and a meaning drawn for each."""
+    symbols = [alphabet[codes // len(alphabet) ** i % len(alphabet)] for i in range(ENTRY - 1)]
     return torch.stack([*symbols, torch.randint(MEANINGS, codes.shape, generator=generator)], dim=-1)
 
 
 def documents(count: int, words: int, generator: torch.Generator) -> torch.Tensor:
-    """[2 * count, ENTRY * words]: definitions and questions of one document after the other."""
-    codes = torch.randint(SYMBOLS ** (ENTRY - 1), (count, words), generator=generator)
-    definitions = entries(codes, generator)
+    """[2 * count, ENTRY * words]: definitions and questions of one document after the other; no word is in two of them.
+
+    Every other batch of whole contexts (at random) takes so few symbols that most words that can be made of them occur:
+    among a million tokens a word has many neighbours that differ in one symbol, among a batch's it has them only so.
+    """
+    size = SYMBOLS
+    if words == WORDS and torch.rand((), generator=generator) < 0.5:
+        size = math.ceil((2 * count * words) ** (1 / (ENTRY - 1)))
+    alphabet = torch.randperm(SYMBOLS, generator=generator)[:size]
+    codes = torch.randperm(size ** (ENTRY - 1), generator=generator)[: count * words].view(count, words)
+    definitions = entries(codes, alphabet, generator)
     order = torch.rand(count, words, generator=generator).argsort(1)
     questions = definitions.gather(1, order[..., None].expand_as(definitions))
     return torch.stack((definitions, questions), dim=1).flatten(0, 1).flatten(1)
@@ -136,7 +145,8 @@ def lookup(model: LongLlamaForCausalLM, tokens: int, questions: int, seed: int) 
     """Accuracy of questions with a dictionary of `tokens` in memory, rounded down to whole contexts."""
     generator = torch.Generator().manual_seed(seed)
     count = tokens // (ENTRY * WORDS) * WORDS
-    known = entries(torch.randperm(SYMBOLS ** (ENTRY - 1), generator=generator)[:count], generator)
+    codes = torch.randperm(SYMBOLS ** (ENTRY - 1), generator=generator)[:count]
+    known = entries(codes, torch.arange(SYMBOLS), generator)
     cache = model.new_cache(1)
     cache.restore(read(model, known.flatten().view(-1, ENTRY * WORDS).to(model.device)))
     right = 0
