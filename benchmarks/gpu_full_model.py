@@ -20,13 +20,12 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch.profiler import ProfilerActivity
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 from triton.testing import do_bench
 
 from oncelm import bench
-from oncelm.bench.measure import PeakMemory, measure
+from oncelm.bench.measure import PeakMemory, kernel_times, measure
 from oncelm.bench.plot import Panel, plot_by_length
 from oncelm.models import YocoConfig, YocoForCausalLM
 from oncelm.models.yoco import linear
@@ -133,14 +132,7 @@ def profile(model: YocoForCausalLM, name: str, options: dict[str, Any], length: 
     """Milliseconds of each kernel in one chunk."""
     ids, subject = draw(model, length), bench.Yoco(model, length, **options)
     subject.prefill(ids)
-    with torch.profiler.profile(activities=[ProfilerActivity.CUDA]) as seen:
-        subject.prefill(ids)
-        torch.cuda.synchronize()
-    events = [event for event in seen.key_averages() if event.self_device_time_total]
-    events.sort(key=lambda event: -event.self_device_time_total)
-    kernels = {event.key[:90]: [event.count, round(event.self_device_time_total / 1e3, 3)] for event in events[:20]}
-    total = sum(event.self_device_time_total for event in events) / 1e3
-    write("profile", form=name, length=length, chunk=length, kernel_milliseconds=total, kernels=kernels)
+    write("profile", form=name, length=length, chunk=length, **kernel_times(lambda: subject.prefill(ids), model.device))
 
 
 def by_length(subject: bench.Subject, lengths: list[int], out: Path, benchmark: str = "prefill") -> list[dict]:

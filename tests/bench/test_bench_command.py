@@ -34,10 +34,20 @@ def test_every_benchmark_writes_records_and_a_table(benchmark, tmp_path, quick_c
             assert record["repeats"] == 1
             assert record["seconds"] > 0
             assert record["roofline_share"] > 0
+        assert "kernels" not in record
 
     assert main(["bench", benchmark, *arguments]) == 0
     assert len(read_records(out)) == 6
     assert read_records(out)[:3] == records
+
+
+@pytest.mark.parametrize("benchmark", ["prefill", "decode", "train"])
+def test_a_profile_is_kept_with_the_record(benchmark, tmp_path, quick_ceilings):
+    out = tmp_path / "figures.jsonl"
+    assert main(["bench", benchmark, *TINY, "--lengths", "24", "--no-peer", "--profile", "--out", str(out)]) == 0
+    (record,) = read_records(out)
+    assert record["kernels"]["aten::mm"][0] > 0
+    assert sum(cost for _, cost in record["kernels"].values()) <= record["kernel_milliseconds"] * 1.01
 
 
 @pytest.mark.parametrize("kv_dtype", ["float8", "int8"])

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from oncelm.bench import PeakMemory, measure
+from oncelm.bench.measure import kernel_times
 from oncelm.utils.environment import environment_report
 
 CPU = torch.device("cpu")
@@ -27,6 +28,17 @@ def test_a_long_call_is_made_once():
     assert len(calls) == 1
     assert timing.runs == (timing.median,)
     assert timing.spread == 0
+
+
+def test_a_profile_names_what_took_the_time():
+    x = torch.randn(256, 256)
+    found = kernel_times(lambda: [x @ x for _ in range(3)] + [x.sort()], CPU)
+    calls, milliseconds = found["kernels"]["aten::mm"]
+    assert calls == 3
+    assert "aten::sort" in found["kernels"]
+    assert 0 < milliseconds < found["kernel_milliseconds"]
+    costs = [cost for _, cost in found["kernels"].values()]
+    assert costs == sorted(costs, reverse=True)
 
 
 def test_peak_memory_counts_what_the_block_uses_and_not_what_was_there():

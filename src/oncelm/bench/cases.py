@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from oncelm.bench.gate import check_step
-from oncelm.bench.measure import PeakMemory, Timing, measure
+from oncelm.bench.measure import PeakMemory, Timing, kernel_times, measure
 from oncelm.bench.roofline import Ceilings
 from oncelm.bench.subjects import Subject, Yoco
 from oncelm.models.work import Work
@@ -27,37 +27,48 @@ class Conditions:
         repeats: of each timed call.
         dtype: of the computation.
         ceilings: of the machine in that dtype.
+        profile: one more call, untimed, gives the milliseconds of each kernel.
     """
 
     batch_size: int
     repeats: int
     dtype: torch.dtype
     ceilings: Ceilings
+    profile: bool = False
+
+    def profiled(self, run: Callable[[], object], device: torch.device) -> dict[str, Any]:
+        return kernel_times(run, device) if self.profile else {}
 
 
 @torch.no_grad()
 def prefill(subject: Subject, length: int, at: Conditions) -> dict[str, Any]:
     """Time from `length` tokens to the logits of the last one and a cache to go on with."""
-    ids = random_ids(subject, at.batch_size, length)
+    ids, device = random_ids(subject, at.batch_size, length), subject.model.device
+
+    def run() -> object:
+        return subject.prefill(ids)
+
     subject.prefill(ids[:, :WARM_UP_TOKENS])
-    with PeakMemory(subject.model.device) as peak:
-        timing = measure(lambda: subject.prefill(ids), at.repeats, subject.model.device)
+    with PeakMemory(device) as peak:
+        timing = measure(run, at.repeats, device)
     figures = _timed(timing, 1, at.batch_size * length, subject.work.prefill(at.batch_size, length), at)
-    return {**figures, **peak.figures()}
+    return {**figures, **peak.figures(), **at.profiled(run, device)}
 
 
 @torch.no_grad()
 def decode(subject: Subject, length: int, at: Conditions) -> dict[str, Any]:
     """Time of one token of each sequence behind `length` cached ones."""
-    cache = subject.context(at.batch_size, length, room=DECODED_TOKENS * (at.repeats + 1))
-    token = torch.zeros(at.batch_size, 1, dtype=torch.long, device=subject.model.device)
+    cache = subject.context(at.batch_size, length, room=DECODED_TOKENS * (at.repeats + 2))
+    device = subject.model.device
+    token = torch.zeros(at.batch_size, 1, dtype=torch.long, device=device)
 
     def steps() -> None:
         for _ in range(DECODED_TOKENS):
             subject.step(token, cache)
 
-    timing = measure(steps, at.repeats, subject.model.device)
-    return _timed(timing, DECODED_TOKENS, at.batch_size, subject.work.decode(at.batch_size, length), at)
+    timing = measure(steps, at.repeats, device)
+    figures = _timed(timing, DECODED_TOKENS, at.batch_size, subject.work.decode(at.batch_size, length), at)
+    return {**figures, **at.profiled(steps, device)}
 
 
 @torch.no_grad()
@@ -99,9 +110,10 @@ def train(subject: Subject, length: int, at: Conditions) -> dict[str, Any]:
         if subject.compiled:
             step()  # compiles
         timing = measure(step, at.repeats, model.device)
-        optimizer.zero_grad()
+    profile = at.profiled(step, model.device)
+    optimizer.zero_grad()
     figures = _timed(timing, 1, at.batch_size * length, subject.work.train(at.batch_size, length), at)
-    return {**figures, **errors, **peak.figures()}
+    return {**figures, **errors, **peak.figures(), **profile}
 
 
 CASES: dict[str, Callable[[Subject, int, Conditions], dict[str, Any]]] = {

@@ -1,4 +1,4 @@
-"""Seconds and bytes: how long a call takes, and how much memory it takes beyond what was there."""
+"""Seconds and bytes: how long a call takes, by kernel too, and how much memory it takes beyond what was there."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import psutil
 import torch
+from torch.profiler import ProfilerActivity
 
 LONG_RUN = 20.0  # seconds; a call that takes longer is measured once: repeating it costs more than its spread tells
+PROFILED = 24  # kernels of a profile that are named, the costliest first
 SAMPLING_INTERVAL = 0.002  # seconds between two looks at the resident set
 
 
@@ -48,6 +51,20 @@ def measure(run: Callable[[], object], repeats: int, device: torch.device, long_
     if first > long_run:
         return Timing((first,))
     return Timing(tuple(_seconds(run, device) for _ in range(repeats)))
+
+
+def kernel_times(run: Callable[[], object], device: torch.device) -> dict[str, Any]:
+    """Milliseconds of all kernels of one more call (on a CPU, of all operators), and [calls, milliseconds] of each."""
+    activity = ProfilerActivity.CUDA if device.type == "cuda" else ProfilerActivity.CPU
+    clock = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"  # microseconds
+    synchronize(device)
+    with torch.profiler.profile(activities=[activity], acc_events=True) as seen:
+        run()
+        synchronize(device)
+    events = [event for event in seen.key_averages() if getattr(event, clock)]
+    events.sort(key=lambda event: -getattr(event, clock))
+    kernels = {event.key[:90]: [event.count, round(getattr(event, clock) / 1e3, 3)] for event in events[:PROFILED]}
+    return {"kernel_milliseconds": sum(getattr(event, clock) for event in events) / 1e3, "kernels": kernels}
 
 
 def _seconds(run: Callable[[], object], device: torch.device) -> float:

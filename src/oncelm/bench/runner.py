@@ -29,6 +29,7 @@ def run(
     batch_size: int = 1,
     repeats: int = 3,
     peer_max_length: int | None = None,
+    profile: bool = False,
     on_record: Callable[[Record], None] = lambda record: None,
 ) -> list[Record]:
     """Measure.
@@ -38,7 +39,7 @@ def run(
         subjects: the first is what the others, its peers, are compared with; all on one device.
         lengths: tokens of each sequence.
         dtype: of the computation. The subjects' weights are of this dtype, but for "train" float32.
-        batch_size, repeats: see Conditions.
+        batch_size, repeats, profile: see Conditions.
         peer_max_length: peers are not measured at greater lengths.
         on_record: called with each record as soon as it is there.
 
@@ -65,13 +66,14 @@ def run(
         bar.update()
         bar.set_description("machine ceilings")
         ceilings = measure_ceilings(device, dtype)
+        conditions = Conditions(batch_size, repeats, dtype, ceilings, profile)
         bar.update()
         records = []
         for subject, length in plan:
             bar.set_description(f"{benchmark} {subject.name} {length:,} tokens")
             with Neighbours() as others:
                 try:
-                    figures = CASES[benchmark](subject, length, Conditions(batch_size, repeats, dtype, ceilings))
+                    figures = CASES[benchmark](subject, length, conditions)
                 except torch.OutOfMemoryError:
                     figures = {"error": "out of memory"}
             record = {

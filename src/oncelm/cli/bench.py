@@ -63,6 +63,7 @@ GOES_WITH = {
     **dict.fromkeys(("model", "hidden_size", "layers", "self_decoder", "set"), (*TIMED, "harness", "needle")),
     **dict.fromkeys(("lengths", "prefill_chunk_size", "compile", "gemm"), (*TIMED, "needle")),
     **dict.fromkeys(("batch_size", "peer_max_length", "kv_dtype", "no_peer"), TIMED),
+    "profile": ("prefill", "decode", "train"),
     "mem_layers": ("prefill", "decode", "memory"),
     "op": ("ops",),
     "tokenizer": ("harness", "needle"),
@@ -106,6 +107,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--gemm", metavar="NAME", help="float8: YOCO's prefill multiplies in float8 (H100 or later)")
     run.add_argument("--no-peer", action="store_true", help="leave out Llama")
     run.add_argument("--peer-max-length", type=int, metavar="N", help=f"no Llama beyond this ({PEER_MAX_LENGTH})")
+    run.add_argument("--profile", action="store_true", help="also keep the milliseconds of each kernel (with --out)")
     run.add_argument("--op", action="append", metavar="NAME", help="for ops: measure this one; may be repeated (all)")
     run.add_argument(
         "--out", "--output", metavar="FILE", help="append every measurement to this file, as a line of JSON"
@@ -153,6 +155,7 @@ def run(args: argparse.Namespace) -> int:
                 lengths,
                 batch_size=1 if args.batch_size is None else args.batch_size,
                 peer_max_length=PEER_MAX_LENGTH if args.peer_max_length is None else args.peer_max_length,
+                profile=args.profile,
                 **run_options,
             )
     except bench.GateError as error:

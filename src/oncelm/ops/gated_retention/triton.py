@@ -82,10 +82,10 @@ HOPPER_BLOCKS = {
 }
 FULL_PRECISION = Config(16, 16, 8, 1)  # float32 runs on the vector units, operands in registers: small tiles
 
-# largest of K and V -> tokens between two stored gradients of the state (the marks), for 16-bit inputs. Rounding adds
-# up over a group, so dg's error grows with the root of its length (plain PyTorch's is that of groups of 64); the marks
-# of shorter groups cost memory: K V / group elements a token.
-GROUPS = {64: 128, 128: 256, 256: 128}
+# Tokens between two stored gradients of the state (the marks), for 16-bit inputs. Rounding adds up over a group, so
+# dg's error grows with the root of its length (plain PyTorch's is that of groups of 64); the marks of shorter groups
+# cost memory, K V / group elements a token, and in the commonest shape, where both are 128, time.
+GROUP, GROUP_128 = 128, 256
 FULL_PRECISION_GROUP = 64
 
 
@@ -111,7 +111,9 @@ def config(kernel: str, q: Tensor, v: Tensor) -> Config:
 
 def group_size(q: Tensor, v: Tensor) -> int:
     """Tokens between two marks."""
-    return FULL_PRECISION_GROUP if q.dtype == torch.float32 else GROUPS[max(64, q.shape[-1], v.shape[-1])]
+    if q.dtype == torch.float32:
+        return FULL_PRECISION_GROUP
+    return GROUP_128 if q.shape[-1] == v.shape[-1] == 128 else GROUP
 
 
 def segment_size(q: Tensor, v: Tensor, sequences: int) -> int:
