@@ -255,7 +255,7 @@ def compile_one(task) -> str | None:
 def compile_all(out: Path, seconds: float, sweeping: bool = False) -> None:
     tasks: list[tuple] = [*itertools.product(DTYPES, GATES), *((name, None, None) for name in SHAPES)]
     if sweeping:
-        tasks += [(name, key, form) for name in SWEPT for key, form in neighbours(name)]
+        tasks += [(name, key, form) for name in SWEPT if name in SHAPES for key, form in neighbours(name)]
     workers = max(1, min(15, (os.cpu_count() or 2) - 1))
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         futures = {pool.submit(compile_one, task): task for task in tasks}
@@ -284,7 +284,7 @@ def without_state(segment: int = 0) -> Callable:
 
 def sweep(out: Path, seconds: float) -> None:
     deadline = time.time() + seconds
-    for name in SWEPT:
+    for name in (name for name in SWEPT if name in SHAPES):
         B, T, H, D = SHAPES[name]
         q, k, v, g, _, do, _ = inputs(B, T, H, D, D, torch.bfloat16)
         leaves = [x.requires_grad_() for x in (q, k, v, g)]
@@ -421,12 +421,13 @@ def table(out: Path, seconds: float) -> None:
         leaves = [x.requires_grad_() for x in (q, k, v, g)]
         ms = kernel_times(lambda do=do, leaves=leaves: torch.autograd.grad(ours(*leaves)[0], leaves, do))
         record(out, "kernels", goal=name, ms=ms)
-    for name, sizes in SEGMENTS.items():
-        for size in sizes:
+    for name in SHAPES:
+        for size in SEGMENTS.get(name, ()):
             for what in ("forward", "both"):
                 timed(out, f"segments of {size}", name, what, without_state(size))
-    timed(out, "oncelm", "train128", "both", ours, torch.float32)
-    timed(out, "plain", "train128", "both", plain_step, torch.float32)
+    if "train128" in SHAPES:
+        timed(out, "oncelm", "train128", "both", ours, torch.float32)
+        timed(out, "plain", "train128", "both", plain_step, torch.float32)
     for name in SHAPES:
         for what in ("forward", "both") if name.startswith("train") else ("forward",):
             if time.time() < deadline:
@@ -442,7 +443,7 @@ def peer(out: Path, seconds: float) -> None:
         return
     deadline = time.time() + seconds
     for what, name in [("forward", name) for name in PEER] + [("both", PEER[0])]:
-        if time.time() < deadline:
+        if name in SHAPES and time.time() < deadline:
             timed(out, "fla", name, what, lambda q, k, v, g: chunk_simple_gla(q, k, v, g=g, scale=SCALE))
 
 
@@ -474,6 +475,7 @@ PARTS = {"environment": environment, "gates": gates, "sweep": sweep, "table": ta
 def run_part(name: str, out: Path, limit: float) -> bool:
     """One part in a process of its own, killed after `limit` seconds; whether it ended well."""
     command = [sys.executable, __file__, "--out", str(out), "--part", name, "--seconds", str(0.9 * limit)]
+    command += ["--shapes", *SHAPES]
     process = subprocess.Popen(command, start_new_session=True)
     started = time.time()
     try:
@@ -491,7 +493,10 @@ def main() -> None:
     parser.add_argument("--part", choices=[*PARTS, "compile", "compile-sweep"], help="one part only, in this process")
     parser.add_argument("--sweep", action="store_true", help="also time the neighbours of each kernel's form")
     parser.add_argument("--seconds", type=float, default=540, help="budget of the whole run, or of the part")
+    parser.add_argument("--shapes", nargs="+", choices=[*SHAPES], default=[*SHAPES], help="to time (all)")
     options = parser.parse_args()
+    for name in SHAPES.keys() - set(options.shapes):
+        del SHAPES[name]
     out = options.out
     out.mkdir(parents=True, exist_ok=True)
     if options.part:
