@@ -35,7 +35,7 @@ def recipe(monkeypatch):
     """The folder of the recipe, importable."""
     monkeypatch.syspath_prepend(str(RECIPE))
     yield RECIPE
-    for name in ("build", "rows", "facts", "run"):
+    for name in ("build", "drills", "rows", "facts", "run"):
         sys.modules.pop(name, None)
 
 
@@ -50,7 +50,7 @@ def build(text: str, data: Path, *options: str) -> Path:
     import build
 
     amounts = [f"{LENGTH}:{60 * LENGTH}"]
-    build.main([text, str(data), "--tokens", *amounts, "--tokenizer", "bytes", "--workers", "1", *options])
+    build.main([text, str(data), "--drill", "--tokens", *amounts, "--tokenizer", "bytes", "--workers", "1", *options])
     return data / str(LENGTH)
 
 
@@ -81,15 +81,38 @@ def test_a_row_is_a_sequence_with_every_answer_before_its_question(recipe, text,
     assert len({row[:100] for row in rows}) > 50
 
 
-def test_short_rows_are_echoes(recipe, text, tmp_path) -> None:
+@pytest.mark.parametrize("length", [64, 256])
+def test_drills_tell_a_few_facts_again_in_other_orders(recipe, text, tmp_path, length) -> None:
     import build as module
 
     data = tmp_path / "data"
-    module.main([text, str(data), "--tokens", "64:8K", "--tokenizer", "bytes", "--workers", "1"])
-    rows = TokenDataset(open_tokens(data / "64").train, seq_len=64, seed=0, validation_share=0).batch(0, 100).tolist()
+    amount = f"{length}:{100 * length}"
+    module.main([text, str(data), "--drill", amount, "--tokens", "--tokenizer", "bytes", "--workers", "1"])
+    source = open_tokens(data / f"drill-{length}").train
+    rows = TokenDataset(source, seq_len=length, seed=0, validation_share=0).batch(0, 90).tolist()
+    known = []
     for row in rows:
-        assert row[62] == EOS
-        assert any(row[62 - count : 62] == row[62 - 2 * count : 62 - count] for count in range(16, 32))
+        assert row[length - 2] == EOS
+        told = row[: length - 2]
+        assert EOS not in told
+        fours = [tuple(told[i : i + 4]) for i in range(len(told) - 3)]
+        half = len(fours) // 2
+        known.append(np.mean([four in fours[: half + i] for i, four in enumerate(fours[half:])]))
+        assert known[-1] > 0.4  # where one fact ends and another begins, there is something new
+    assert np.mean(known) < 0.95  # not simply the same again
+    assert len({tuple(row) for row in rows}) == len(rows)
+
+
+def test_keys_in_a_drill_differ_and_share_tokens(recipe) -> None:
+    import drills
+
+    tokenizer = load_tokenizer("bytes")
+    for number in range(20):
+        row = drills.Drills(tokenizer, 1024, 0).row(number)[:-1]
+        assert len(row) == 1022
+        assert len(set(row.tolist())) <= drills.SYMBOLS + drills.MOST_PHRASE
+    with pytest.raises(ValueError, match="at least 64 tokens, got 32"):
+        drills.Drills(tokenizer, 32, 0)
 
 
 def test_no_city_of_the_evaluation_is_a_name(recipe) -> None:
@@ -147,7 +170,7 @@ def test_errors_are_one_line(recipe, text, tmp_path, capsys) -> None:
     build(text, tmp_path / "a")
     with pytest.raises(ValueError, match="choose another folder"):
         module.main([text, str(tmp_path / "a"), "--tokens", "512:5K", "--tokenizer", "cl100k_base"])
-    with pytest.raises(ValueError, match="rows must have at least 32 tokens, got 16"):
+    with pytest.raises(ValueError, match="rows must have at least 128 tokens, got 16"):
         module.main([text, str(tmp_path / "a"), "--tokens", "16:5K", "--tokenizer", "bytes", "--workers", "1"])
     with pytest.raises(ValueError, match="not enough for one row of 1048576; give more text"):
         module.main([text, str(tmp_path / "a"), "--tokens", "1024K:5M", "--tokenizer", "bytes", "--workers", "1"])
@@ -164,21 +187,47 @@ def commands(text: str, out: Path, *options: str) -> list[tuple[str, ...]]:
 
 
 def test_the_run_measures_what_it_trains(recipe, text, tmp_path) -> None:
-    build_, drill, short, long, *evals, report = commands(
-        text, tmp_path / "out", "--seconds", "30", "100", "90", "--held-out", text
-    )
-    assert [command[3] for command in (drill, short, long, *evals, report)] == ["train"] * 3 + ["eval"] * 6
-    for stage, command in (("drill", drill), ("short", short), ("long", long)):
-        recipe_file = command[command.index("--config") + 1]
-        settings = command[command.index("--set") + 1 :]
-        config = load_config(recipe_file, settings, {"data": command[4], "out": "out"})
-        assert command[4] == str(tmp_path / "out" / "data" / str(config.seq_len))  # rows as long as the sequences
-        assert config.model_overrides["max_position_embeddings"] == config.seq_len
-        assert f"{config.seq_len}:" in " ".join(build_)
-        assert (config.steps, config.max_seconds) == (None, {"drill": 30.0, "short": 100.0, "long": 90.0}[stage])
-    assert long[long.index("--model") + 1] == str(tmp_path / "out" / "short" / "model")
+    import run
+
+    out, count = tmp_path / "out", len(run.STAGES)
+    seconds = list(map(str, range(10, 10 + count)))
+    build_, *stages = commands(text, out, "--seconds", *seconds, "--held-out", text)
+    trained, evals = stages[:count], stages[count:]
+    assert [command[3] for command in stages] == ["train"] * count + ["eval"] * 6
+    built = " ".join(build_)
+    before = None
+    for (stage, (recipe_name, length)), command, limit in zip(run.STAGES.items(), trained, seconds, strict=True):
+        config = load_config(option(command, "--config"), settings_of(command), {"data": command[4], "out": "out"})
+        rows = f"drill-{length}" if recipe_name == "drill" else str(length)
+        assert command[4] == str(out / "data" / rows)
+        assert option(command, "--out") == str(out / stage)
+        assert config.seq_len == config.model_overrides["max_position_embeddings"] == length  # whole rows
+        assert f" {length}:" in built[built.index("--drill" if recipe_name == "drill" else "--tokens") :]
+        assert (config.steps, config.max_seconds) == (None, float(limit))
+        assert (config.target_loss is not None) == (recipe_name == "drill")
+        if before is not None:
+            assert option(command, "--model") == str(out / before / "model")
+        before = stage
+    assert option(evals[0], "needle") == str(out / before / "model")
     assert "1024,2048,4096,8192,16384,32768" in evals[0]
     assert "65536,131072" in evals[1]
+
+
+def option(command: tuple[str, ...], name: str) -> str:
+    return command[command.index(name) + 1]
+
+
+def settings_of(command: tuple[str, ...]) -> tuple[str, ...]:
+    return command[command.index("--set") + 1 :]
+
+
+@pytest.mark.parametrize("length", [64, 256, 1024])
+def test_a_drill_ends_near_what_its_reader_cannot_know(recipe, text, tmp_path, length) -> None:
+    import drills
+    import run
+
+    rows = [drills.Drills(load_tokenizer("bytes"), length, seed=0).row(number) for number in range(50)]
+    print(rows)
 
 
 @pytest.mark.slow
@@ -189,14 +238,8 @@ def test_the_run_ends_in_a_report(text, tmp_path) -> None:
         str(RECIPE / "run.py"),
         text,
         str(out),
-        "--rows",
-        "32",
-        "256",
-        "512",
-        "--tokens",
-        "20K",
-        "20K",
-        "20K",
+        *("--rows", "64", "128", "256", "256", "512"),
+        *("--tokens", "20K", "20K", "20K", "20K", "20K"),
     ]
     command += ["--shortest", "512", "--build", "--tokenizer bytes --workers 1", "--eval", "--runs 1 --depths 2"]
     small = ["hidden_size=32", "intermediate_size=32", "num_self_decoder_layers=1", "num_cross_decoder_layers=1"]

@@ -1,17 +1,17 @@
 #!/usr/bin/env python3
 """Hide facts in real text and ask for them: rows of tokens from which a model learns to find needles.
 
-    python recipes/needles/build.py TEXT DATA                       # 110M tokens in rows of 64, 512 and 32K
+    python recipes/needles/build.py TEXT DATA                       # drills, and rows of 512 and 32K tokens of text
     python recipes/needles/build.py TEXT DATA --tokens 2048:40M     # other rows: LENGTH:TOKENS, one or several
     oncelm data sample DATA/512 --seq-len 512                     # look at some
-    oncelm train DATA/64 --out runs/drill --config recipes/needles/drill.yaml
+    oncelm train DATA/drill-64 --out runs/drill-64 --config recipes/needles/drill.yaml
 
 TEXT is whatever `oncelm data` reads: .txt, .jsonl(.gz, .zst), a folder of them. 60 MB will do; leave out what is
 measured on (State of the Union, Moby-Dick). The same command gives the same rows. Stopped, it goes on where it was.
 
     DATA/tokenizer/                 a BPE of 512 entries made of TEXT, unless --tokenizer names one
     DATA/text.tokens, words.json    TEXT in its tokens, and names found in it
-    DATA/LENGTH/                    a folder of tokens for `oncelm train`, as `oncelm data prepare` makes them
+    DATA/LENGTH/, DATA/drill-LENGTH/  folders of tokens for `oncelm train`, as `oncelm data prepare` makes them
 
 Every row is a document that fills a sequence of the training exactly, so that no question is cut off from its needle.
 That is why rows are tokens and not text; they are also joined as the evaluation joins its prompts, token to token.
@@ -28,12 +28,13 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from drills import Drills
 from facts import Names
 from rows import Rows
 from tqdm import tqdm
@@ -52,7 +53,8 @@ VALIDATION_TOKENS = 1 << 20
 SHARD_TOKENS = 1 << 21
 MOST_WORDS = 20_000
 SEEDS = {"train": 0, "valid": 1}
-VERSION = 1  # of what a row is, given its options: raise it with any change in rows.py or facts.py
+Opener = Callable[..., Drills | Rows]
+VERSION = 2  # of what a row is, given its options: raise it with any change in drills.py, rows.py or facts.py
 
 
 def tokens_of(text: str) -> tuple[int, int]:
@@ -107,7 +109,13 @@ def find_words(documents: Sequence[Document]) -> list[str]:
 
 
 @functools.cache
-def open_rows(data: Path, split: str, length: int, most_facts: int, plain_share: float, seed: int) -> Rows:
+def open_drills(data: Path, split: str, length: int, seed: int) -> Drills:
+    """Drills, others for "train" than for "valid"; once in a process."""
+    return Drills(load_tokenizer(data / "tokenizer"), length, 2 * seed + SEEDS[split])
+
+
+@functools.cache
+def open_rows(data: Path, split: str, length: int, seed: int, most_facts: int, plain_share: float) -> Rows:
     """Rows of the text's beginning ("train") or of what is held out of it ("valid"); once in a process."""
     tokenizer = load_tokenizer(data / "tokenizer")
     text = np.memmap(data / "text.tokens", token_dtype(Encoder(tokenizer).vocab_size), mode="r")
@@ -117,9 +125,9 @@ def open_rows(data: Path, split: str, length: int, most_facts: int, plain_share:
     return Rows(part, tokenizer, names, length, most_facts, plain_share, 2 * seed + SEEDS[split])
 
 
-def make_shard(folder: Path, key: str, first: int, last: int, options: tuple[Any, ...]) -> None:
+def make_shard(folder: Path, key: str, first: int, last: int, open_: Opener, options: tuple[Any, ...]) -> None:
     """Write rows `first` to `last` as a shard; its .json, which completes it, last."""
-    made = open_rows(*options)
+    made = open_(*options)
     rows = [made.row(number) for number in range(first, last)]
     tokens = np.concatenate(rows)
     with atomic_file(folder / f"{key}.tokens") as temporary:
@@ -166,23 +174,27 @@ def read_text(args: argparse.Namespace) -> None:
 
 
 def make_rows(args: argparse.Namespace) -> None:
-    """DATA/LENGTH for all lengths: the shards that are not there, in parallel, then the lists of them."""
+    """The folders of rows: the shards that are not there, in parallel, then the lists of them."""
     data: Path = args.data
     tokenizer = load_tokenizer(data / "tokenizer")
     encoder = Encoder(tokenizer)
     with (data / "text.tokens").open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    listed: dict[int, dict[str, list[str]]] = {}
-    missing = []
+    wanted: list[tuple[str, Opener, int, int, tuple[Any, ...]]]  # folder, what makes its rows, length, tokens, options
+    wanted = [(f"drill-{length}", open_drills, length, tokens, ()) for length, tokens in args.drill]
     for length, tokens in args.tokens:
-        folder = data / str(length) / "shards"
+        wanted.append((str(length), open_rows, length, tokens, (args.facts or default_facts(length), args.plain_share)))
+    listed: dict[str, dict[str, list[str]]] = {}
+    missing = []
+    for name, open_, length, tokens, more in wanted:
+        folder = data / name / "shards"
         folder.mkdir(parents=True, exist_ok=True)
-        listed[length] = {}
+        listed[name] = {}
         for split, amount in (("train", tokens), ("valid", min(tokens // 10, VALIDATION_TOKENS))):
-            options = (split, length, args.facts or default_facts(length), args.plain_share, args.seed)
+            options = (split, length, args.seed, *more)
             shards = list(shards_of(amount, length, f"{VERSION} {encoder.fingerprint()} {digest} {options}"))
-            listed[length][split] = [key for key, _, _ in shards]
-            missing += [(folder, *shard, (data, *options)) for shard in shards if not is_made(folder, shard[0])]
+            listed[name][split] = [key for key, _, _ in shards]
+            missing += [(folder, *shard, open_, (data, *options)) for shard in shards if not is_made(folder, shard[0])]
     with (
         concurrent.futures.ProcessPoolExecutor(args.workers) as pool,
         tqdm(total=len(missing), desc="rows", unit=" shards") as bar,
@@ -195,14 +207,16 @@ def make_rows(args: argparse.Namespace) -> None:
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    for length, splits in listed.items():
-        folder = data / str(length)
+    for name, splits in listed.items():
+        folder = data / name
         sources = {
             split: [{"name": split, "weight": 1.0, "shards": describe(folder, splits[split])}] for split in splits
         }
         tokenizer.save_pretrained(folder / "tokenizer")
         about = {"format": FORMAT, "tokenizer": encoder.fingerprint(), "vocab_size": encoder.vocab_size, "bos": False}
         write_json(folder / MANIFEST, about | sources | {"malformed": {"count": 0, "examples": []}})
+        tokens = sum(shard["tokens"] for shard in sources["train"][0]["shards"])
+        print(f"{folder}: {tokens / 1e6:,.1f}M tokens")
 
 
 def default_facts(length: int) -> int:
@@ -228,9 +242,16 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("text", metavar="TEXT", help="a file or folder of text")
     parser.add_argument("data", metavar="DATA", type=Path, help="the folder to build")
-    lengths = "length of the rows, and tokens in all of them (64:16M 512:60M 32768:34M)"
-    default = [(64, 16 * 10**6), (512, 60 * 10**6), (32768, 34 * 10**6)]
-    parser.add_argument("--tokens", nargs="+", type=tokens_of, default=default, metavar="LENGTH:TOKENS", help=lengths)
+    for option, default in (("drill", "64:16M 256:16M 1024:16M"), ("tokens", "512:60M 32768:34M")):
+        rows = "drills" if option == "drill" else "rows of text"
+        parser.add_argument(
+            f"--{option}",
+            nargs="*",
+            type=tokens_of,
+            default=list(map(tokens_of, default.split())),
+            metavar="LENGTH:TOKENS",
+            help=f"length of the {rows}, and tokens in all of them ({default})",
+        )
     parser.add_argument("--tokenizer", metavar="NAME", help="as of `oncelm train`, instead of a BPE made of TEXT")
     parser.add_argument("--vocab-size", type=int, default=512, help="of the BPE (%(default)s)")
     parser.add_argument("--facts", type=int, help="at most, in a row (one in 96 tokens, and 192)")
@@ -243,8 +264,6 @@ def main(arguments: list[str] | None = None) -> None:
     args.data.mkdir(parents=True, exist_ok=True)
     read_text(args)
     make_rows(args)
-    for length, tokens in args.tokens:
-        print(f"{args.data / str(length)}: {tokens / 1e6:,.0f}M tokens in rows of {length:,}")
 
 
 if __name__ == "__main__":

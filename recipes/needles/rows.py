@@ -1,10 +1,7 @@
 """Rows of tokens: a passage of real text that fills the row, with facts hidden in it and questions for them behind.
 
-    echo | ..... needle ..... needle ..... question, answer ..... | question, answer, question, answer
-         | a passage of the text, cut at its sentences            | the row's end
-
-An echo is a string of random tokens, twice. Copying it is what a model learns first, from so few tokens before it, and
-what finding needles is made of.
+..... needle ..... needle ..... question, answer ..... | question, answer, question, answer
+a passage of the text, cut at its sentences            | the row's end
 """
 
 from __future__ import annotations
@@ -17,12 +14,10 @@ from transformers import PreTrainedTokenizerBase
 
 from oncelm.data.encoding import Encoder
 
-ECHO = (8, 32)  # random tokens, from ... to, that start a row and are repeated at once
 NEAREST = 8  # tokens between a needle and its question, at least
 AT_THE_END = 0.25  # of the questions come behind the text, as in the evaluation
 LARGEST_SHARE = 0.8  # of a row that is not text, at most
-SHORTEST = 32  # tokens of a row
-SHORTEST_WITH_TEXT = 128  # an echo, a fact and its question
+SHORTEST = 128  # tokens of a row: a fact and its question
 REACH = 500  # tokens in which the end of a sentence is looked for
 
 
@@ -37,8 +32,6 @@ class Insert:
 
 class Rows:
     """Rows for sequences of `length` tokens, each a function of the seed and its number.
-
-    Rows of less than 128 tokens have no room for facts: they are an echo and nothing else, to begin with.
 
     A row has `length - 1` tokens, its eos included: sequence i of the training begins at token i (length - 1), so that
     each is one whole row and the first token of the next.
@@ -72,22 +65,18 @@ class Rows:
         self.most_facts, self.plain_share, self.seed = most_facts, plain_share, seed
         self._encoder, self._eos = Encoder(tokenizer), tokenizer.eos_token_id
         self.vocab_size = self._encoder.vocab_size
-        self._plain_ids = np.setdiff1d(np.arange(self.vocab_size), tokenizer.all_special_ids)
         pieces = tokenizer.batch_decode([[i] for i in range(self.vocab_size)])
         self._ends_sentence = np.array([piece.rstrip().endswith((".", "!", "?")) for piece in pieces])
 
     def row(self, number: int) -> np.ndarray:
         """Ids of row `number`, [length - 1]."""
         random = np.random.default_rng([self.seed, self.length, number])
-        if self.length < SHORTEST_WITH_TEXT:
-            return self._drill(random)
         if random.random() < self.plain_share:
             return self._plain(random)
-        echo = np.tile(random.choice(self._plain_ids, random.integers(*ECHO, endpoint=True)), 2)
-        needles, questions = self._facts(LARGEST_SHARE * self.length - len(echo), random)
+        needles, questions = self._facts(LARGEST_SHARE * self.length, random)
         repeated = random.permutation(len(questions))[: random.integers(0, len(questions) // 2 + 1)]
         asked_again = [questions[i] for i in repeated]
-        room = self.length - 2 - sum(map(len, [echo, *needles, *questions, *asked_again]))
+        room = self.length - 2 - sum(map(len, [*needles, *questions, *asked_again]))
         text = self._passage(room, random)
         sentence_ends = np.flatnonzero(self._ends_sentence[text]) + 1
         inserts = [Insert(room, 1 + len(questions) + i, ids) for i, ids in enumerate(asked_again)]
@@ -96,7 +85,8 @@ class Rows:
             asked = room if random.random() < AT_THE_END else int(random.integers(distance, room + 1))
             inserts.append(Insert(_sentence_end(asked - distance, sentence_ends), 0, needle))
             inserts.append(Insert(asked if asked == room else _sentence_end(asked, sentence_ends), 1 + i, question))
-        parts, at = [echo], 0
+        parts: list[np.ndarray] = []
+        at = 0
         for insert in sorted(inserts, key=lambda insert: (insert.place, insert.order)):
             parts += [text[at : insert.place], insert.ids]
             at = insert.place
@@ -111,12 +101,6 @@ class Rows:
         lengths = [len(n) + 1.5 * len(q) for n, q in zip(needles, questions, strict=True)]
         count = int(np.searchsorted(np.cumsum(lengths), room, side="right"))
         return needles[:count], questions[:count]
-
-    def _drill(self, random: np.random.Generator) -> np.ndarray:
-        """Random tokens, of which a quarter to a half of the row is repeated at its end."""
-        count = int(random.integers(self.length // 4, self.length // 2 - 1, endpoint=True))
-        ids = random.choice(self._plain_ids, self.length - 2 - count)
-        return np.concatenate([ids, ids[-count:], [self._eos]])
 
     def _plain(self, random: np.random.Generator) -> np.ndarray:
         return np.append(self._passage(self.length - 2, random), self._eos)

@@ -1,11 +1,11 @@
-"""A small YOCO that finds needles in 32K tokens, from text to report: build, train in three stages, measure.
+"""A small YOCO that finds needles in 32K tokens, from text to report: build, train in stages, measure.
 
     python recipes/needles/run.py TEXT OUT                                        all of it
-    python recipes/needles/run.py TEXT OUT --seconds 30 100 90                    stages that end in time
+    python recipes/needles/run.py TEXT OUT --seconds 30 20 20 90 90               stages that end in time
     python recipes/needles/run.py TEXT OUT --held-out REPOSITORY.jsonl            also the loss by position there
 
 TEXT as for build.py, without what is measured on. Stopped, the same command goes on; it skips what is done.
-OUT gets data/ (build.py), drill/, short/ and long/ (the stages; long/model is the result), eval/, report.html and
+OUT gets data/ (build.py), drill-64/ ... short/ and long/ (the stages; long/model is the result), eval/, report.html and
 figures/.
 
 Estimated for one H100 (16 cores), not yet measured: 30 s to build, 20 to 30 s to compile the last two stages each,
@@ -18,11 +18,23 @@ import argparse
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 HERE = Path(__file__).parent
-LENGTHS = {"drill": 64, "short": 512, "long": 32768}  # of the rows of each stage, as its recipe has them
+# stage: (recipe, length of the rows)
+STAGES = {
+    "drill-2": ("drill", 64),
+    "drill-8": ("drill", 256),
+    "drill-32": ("drill", 1024),
+    "short": ("short", 512),
+    "long": ("long", 32768),
+}
+TOKENS = ("16M", "16M", "16M", "60M", "34M")
+DRILL_TOKENS = 16384  # in a step
+# Drills end once they are learned: at this validation loss.
+TARGETS = {64: 1.8, 256: 1.5, 1024: 1.3}
 ONCELM = (sys.executable, "-m", "oncelm")
 
 
@@ -49,20 +61,25 @@ def steps(args: argparse.Namespace) -> list[Step]:
     """All commands, in order."""
     data, results, model = args.out / "data", args.out / "eval", args.out / "long" / "model"
     amounts = [f"{length}:{tokens}" for length, tokens in zip(args.rows, args.tokens, strict=True)]
-    build = [sys.executable, HERE / "build.py", args.text, data, "--tokens", *amounts, *shlex.split(args.build)]
+    drills = sum(recipe == "drill" for recipe, _ in STAGES.values())  # the first stages
+    build = [sys.executable, HERE / "build.py", args.text, data, "--drill", *amounts[:drills]]
+    build += ["--tokens", *amounts[drills:], *shlex.split(args.build)]
     found = [Step(_words(build), data / str(args.rows[-1]) / "tokens.json")]
 
     start: list[object] = []
-    for stage, length, seconds in zip(LENGTHS, args.rows, args.seconds or [None] * 3, strict=True):
-        settings: list[str] = []
-        if length != LENGTHS[stage]:
-            settings += [f"seq_len={length}", f"model_overrides.max_position_embeddings={length}"]
+    for stage, length, seconds in zip(STAGES, args.rows, args.seconds or [None] * len(STAGES), strict=True):
+        recipe, _ = STAGES[stage]
+        settings = [f"seq_len={length}", f"model_overrides.max_position_embeddings={length}"]
+        if recipe == "drill":
+            settings += [f"batch_size={max(1, DRILL_TOKENS // length)}", f"target_loss={TARGETS[length]}"]
         if seconds is not None:
             settings += [f"max_seconds={seconds}", "steps=null"]
         settings += args.set
-        train = [*ONCELM, "train", data / str(length), "--out", args.out / stage, *start, "--resume"]
-        train += ["--config", HERE / f"{stage}.yaml", *(["--set", *settings] if settings else [])]
-        found.append(Step(_words(train), args.out / stage / "model"))
+        rows = data / (f"drill-{length}" if recipe == "drill" else str(length))
+        train = [*ONCELM, "train", rows, "--out", args.out / stage, *start, "--resume"]
+        found.append(
+            Step(_words([*train, "--config", HERE / f"{recipe}.yaml", "--set", *settings]), args.out / stage / "model")
+        )
         start = ["--model", args.out / stage / "model"]
 
     longest = args.rows[-1]
@@ -90,20 +107,22 @@ def _words(command: list[object]) -> tuple[str, ...]:
     return tuple(str(word) for word in command)
 
 
-def _list(numbers: list[int]) -> str:
-    return ",".join(map(str, numbers))
+def _list(values: Iterable[object], between: str = ",") -> str:
+    return between.join(map(str, values))
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("text", metavar="TEXT", help="a file or folder of text")
     parser.add_argument("out", metavar="OUT", type=Path, help="the folder for everything")
-    parser.add_argument("--seconds", nargs=3, type=float, metavar="S", help="time of each stage (as long as it takes)")
+    count = len(STAGES)
+    lengths = [length for _, length in STAGES.values()]
+    parser.add_argument("--seconds", nargs=count, type=float, metavar="S", help="most time of each stage (no limit)")
     parser.add_argument("--held-out", metavar="TEXT", help="one more text for the loss by position, as a repository's")
     parser.add_argument(
-        "--rows", nargs=3, type=int, default=tuple(LENGTHS.values()), metavar="T", help="lengths (64 512 32768)"
+        "--rows", nargs=count, type=int, default=lengths, metavar="T", help=f"their lengths ({_list(lengths, ' ')})"
     )
-    parser.add_argument("--tokens", nargs=3, default=("16M", "60M", "34M"), metavar="N", help="to build (16M 60M 34M)")
+    parser.add_argument("--tokens", nargs=count, default=TOKENS, metavar="N", help=f"to build ({_list(TOKENS, ' ')})")
     parser.add_argument("--shortest", type=int, default=1024, metavar="T", help="length that is measured (1024)")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="replace settings of all stages")
     parser.add_argument("--build", default="", metavar="'OPTIONS'", help="further options of build.py, quoted")

@@ -53,6 +53,7 @@ def test_written_settings_read_back_the_same(tmp_path) -> None:
         ("schedule=cosin", "unknown schedule 'cosin'; did you mean 'cosine'"),
         ("dtype=float16", "unknown dtype 'float16'"),
         ("steps=null", "steps and max_seconds are both None"),
+        ("target_loss=0", "target_loss must be a number above 0"),
         ("chunk_parallel=0", "chunk_parallel must be a number above 0"),
         ("tokenizer=bpe:big", "after 'bpe:' comes the vocabulary size"),
         ("lr", "must have the form key=value"),
@@ -88,6 +89,11 @@ def test_planned_steps_follow_the_count_and_the_clock() -> None:
     assert timed.planned_steps(0, 0.0) == float("inf")
     assert timed.planned_steps(10, 4.0) == 150
     assert load("steps=50", "max_seconds=60").planned_steps(10, 4.0) == 50
+
+
+def test_a_target_loss_needs_evaluations() -> None:
+    with pytest.raises(ValueError, match="target_loss is looked at in evaluations, and eval_every is None"):
+        load("target_loss=2.5", "eval_every=null")
 
 
 def test_compile_does_not_go_with_tensor_parallel() -> None:

@@ -256,6 +256,19 @@ def test_time_ends_a_run_and_its_schedule(make_model, dataset, make_config) -> N
     assert rates[-1] < 0.5 * config.lr
 
 
+def test_a_run_ends_once_its_validation_loss_is_low_enough(make_model, dataset, make_config, tmp_path) -> None:
+    whole = make_config(steps=20, eval_every=2, out=str(tmp_path / "whole"))
+    Trainer(make_model(), dataset, whole).fit()
+    losses = logged(whole.out, "validation_loss")
+    target = (losses[6] + losses[8]) / 2
+    first = next(step for step, loss in losses.items() if loss <= target)
+    assert first < 20
+    result = Trainer(make_model(), dataset, make_config(steps=20, eval_every=2, target_loss=target)).fit()
+    assert (result.step, result.interrupted) == (first, False)
+    assert result.validation_loss == losses[first]
+    assert result.model_path is not None
+
+
 def test_bfloat16_computes_in_bfloat16_and_keeps_weights_in_float32(make_model, dataset, make_config) -> None:
     model = make_model().to(torch.bfloat16)
     seen = set()

@@ -45,6 +45,7 @@ class TrainConfig:
     packing: int | None = None  # LongLLaMA's crossbatch: rows, one behind the other, that hold one piece of a document
     steps: int | None = 1000  # optimizer steps; None: until max_seconds
     max_seconds: float | None = None  # stop here too, the schedule shortened to fit
+    target_loss: float | None = None  # stop here too: once an evaluation's validation loss is no more than this
 
     lr: float = 1e-3
     min_lr_ratio: float = 0.1  # the learning rate at the end, as a share of lr
@@ -116,6 +117,8 @@ class TrainConfig:
             )
         if self.steps is None and self.max_seconds is None:
             raise ValueError("steps and max_seconds are both None: the run would not end; set one of them.")
+        if self.target_loss is not None and self.eval_every is None:
+            raise ValueError("target_loss is looked at in evaluations, and eval_every is None; set it too.")
         if self.compile and self.tensor_parallel > 1:
             raise ValueError("compile does not go with tensor_parallel: torch's compiler fails on its DTensors.")
         if self.tokenizer is not None and self.tokenizer.startswith("bpe:"):
@@ -200,7 +203,7 @@ class TrainConfig:
 
 _POSITIVE = (
     *("tensor_parallel", "chunk_parallel"),
-    *("batch_size", "grad_accumulation", "steps", "max_seconds", "lr", "eps", "grad_clip"),
+    *("batch_size", "grad_accumulation", "steps", "max_seconds", "target_loss", "lr", "eps", "grad_clip"),
     *("peak_tflops", "schedule_steps", "power", "decay_share"),
     *("log_every", "eval_every", "eval_batches", "save_every", "keep_checkpoints"),
     *("long_documents", "long_factor", "min_tokens", "packing"),

@@ -57,7 +57,7 @@ logger = logging.getLogger(__name__)
 
 # Settings that say where a run is, how long it lasts and what it reports: free to change on resume.
 _FREE_TO_CHANGE = {
-    *("out", "steps", "max_seconds", "device", "compile", "resume", "tokens"),
+    *("out", "steps", "max_seconds", "target_loss", "device", "compile", "resume", "tokens"),
     *("tensor_parallel", "chunk_parallel", "activation_checkpointing"),
     *("log_every", "eval_every", "eval_batches", "save_every", "keep_checkpoints", "report", "peak_tflops"),
 }
@@ -163,9 +163,9 @@ class Trainer:
             metrics = Metrics(self.out, self.step, reports)
         try:
             with StopRequest() as stop:
-                stopping = False
+                stopping = learned = False
                 started = time.perf_counter() - self.seconds
-                while not stopping and not self._finished():
+                while not (stopping or learned or self._finished()):
                     with self.watch.step():
                         step_values = self._train_step()
                     loss = step_values["loss"]
@@ -183,7 +183,7 @@ class Trainer:
                         }
                         metrics.log(self.step, step_values | self.watch.take())
                     if self._due(self.config.eval_every) and not self._finished():
-                        self._log_validation(metrics)
+                        learned = self._is_learned(self._log_validation(metrics))
                     if self._due(self.config.save_every):
                         self.save()
                     if exporting:
@@ -320,6 +320,11 @@ class Trainer:
                 self._stop_not_finite("validation loss", loss, self.step)
             metrics.log(self.step, {"validation_loss": loss})
         return loss
+
+    def _is_learned(self, validation_loss: float | None) -> bool:
+        """Whether the run ends here by its `target_loss`; all ranks have the same loss."""
+        target = self.config.target_loss
+        return target is not None and validation_loss is not None and validation_loss <= target
 
     def save(self) -> Path:
         """Begin to write a checkpoint of this step, unless there is one, and return what will be its folder.
