@@ -242,7 +242,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("text", metavar="TEXT", help="a file or folder of text")
     parser.add_argument("data", metavar="DATA", type=Path, help="the folder to build")
-    for option, default in (("drill", "64:16M 256:16M 1024:16M"), ("tokens", "512:60M 32768:34M")):
+    for option, default in (("drill", "64:16M 256:16M 1024:16M"), ("tokens", "512:40M 32768:34M")):
         rows = "drills" if option == "drill" else "rows of text"
         parser.add_argument(
             f"--{option}",
