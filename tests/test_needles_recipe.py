@@ -197,15 +197,15 @@ def test_the_run_measures_what_it_trains(recipe, text, tmp_path) -> None:
     assert [command[3] for command in stages] == ["train"] * count + ["eval"] * 6
     built = " ".join(build_)
     before = None
-    for (stage, (recipe_name, length)), command, limit in zip(run.STAGES.items(), trained, seconds, strict=True):
+    for (stage, (kind, length, *_)), command, limit in zip(run.STAGES.items(), trained, seconds, strict=True):
         config = load_config(option(command, "--config"), settings_of(command), {"data": command[4], "out": "out"})
-        rows = f"drill-{length}" if recipe_name == "drill" else str(length)
+        rows = f"drill-{length}" if kind == "drill" else str(length)
         assert command[4] == str(out / "data" / rows)
         assert option(command, "--out") == str(out / stage)
         assert config.seq_len == config.model_overrides["max_position_embeddings"] == length  # whole rows
-        assert f" {length}:" in built[built.index("--drill" if recipe_name == "drill" else "--tokens") :]
+        assert f" {length}:" in built[built.index("--drill" if kind == "drill" else "--tokens") :]
         assert (config.steps, config.max_seconds) == (None, float(limit))
-        assert (config.target_loss is not None) == (recipe_name == "drill")
+        assert (config.target_loss is not None) == (kind == "drill")
         if before is not None:
             assert option(command, "--model") == str(out / before / "model")
         before = stage
@@ -226,8 +226,9 @@ def test_a_drill_ends_where_only_a_reader_who_looks_back_gets(recipe) -> None:
     import run
     from drills import KEY, SYMBOLS, VALUE
 
-    assert list(run.TARGETS) == [length for name, length in run.STAGES.values() if name == "drill"]
-    for length, target in run.TARGETS.items():
+    for kind, length, _, target in run.STAGES.values():
+        if kind != "drill":
+            continue
         facts = length // 32
         symbols = 512 if facts == 2 else SYMBOLS
         first_round = facts * (KEY + sum(VALUE) / 2) * math.log(symbols) / length  # the least: symbols are known

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Hide facts in real text and ask for them: rows of tokens from which a model learns to find needles.
 
-    python recipes/needles/build.py TEXT DATA                       # drills, and rows of 512 and 32K tokens of text
-    python recipes/needles/build.py TEXT DATA --tokens 2048:40M     # other rows: LENGTH:TOKENS, one or several
-    oncelm data sample DATA/512 --seq-len 512                     # look at some
+    python recipes/needles/build.py TEXT DATA                       # drills, and rows of 2K and 32K tokens of text
+    python recipes/needles/build.py TEXT DATA --tokens 4096:40M     # other rows: LENGTH:TOKENS, one or several
+    oncelm data sample DATA/2048 --seq-len 2048                   # look at some
     oncelm train DATA/drill-64 --out runs/drill-64 --config recipes/needles/drill.yaml
 
 TEXT is whatever `oncelm data` reads: .txt, .jsonl(.gz, .zst), a folder of them. 60 MB will do; leave out what is
@@ -242,7 +242,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("text", metavar="TEXT", help="a file or folder of text")
     parser.add_argument("data", metavar="DATA", type=Path, help="the folder to build")
-    for option, default in (("drill", "64:16M 256:16M 1024:16M"), ("tokens", "512:40M 32768:34M")):
+    for option, default in (("drill", "64:16M 256:16M 1024:16M"), ("tokens", "2048:40M 32768:34M")):
         rows = "drills" if option == "drill" else "rows of text"
         parser.add_argument(
             f"--{option}",
