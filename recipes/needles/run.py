@@ -1,7 +1,7 @@
 """A small YOCO that finds needles in 32K tokens, from text to report: build, train in stages, measure.
 
     python recipes/needles/run.py TEXT OUT                                        all of it
-    python recipes/needles/run.py TEXT OUT --seconds 40 30 20 50 90               stages that end in time
+    python recipes/needles/run.py TEXT OUT --seconds 60 20 20 50 90               stages that end in time
     python recipes/needles/run.py TEXT OUT --held-out REPOSITORY.jsonl            also the loss by position there
 
 TEXT as for build.py, without what is measured on. Stopped, the same command goes on; it skips what is done.
