@@ -43,6 +43,10 @@ class Codec:
         """The ids of a text, without special tokens, int32 [T]; text that spells one stays text."""
         return self._ids(self._encoder.encode([text])[0])
 
+    def counts(self, texts: Sequence[str]) -> list[int]:
+        """How many ids each text has, without special tokens."""
+        return [len(self._ids(ids)) for ids in self._encoder.encode(texts)]
+
     def stream(self, text: str) -> Iterator[np.ndarray]:
         """The ids of a long text, a piece at a time."""
         for ids in self._encoder.encode_long([text]):
@@ -212,7 +216,7 @@ class Reader:
         return logits
 
     def _save(self) -> Any:
-        return None if self._crops() else copy.deepcopy(self.cache)
+        return None if keeps_every_token(self.cache) else copy.deepcopy(self.cache)
 
     def _load(self, saved: Any, tokens_after: int) -> None:
         if saved is not None:
@@ -222,12 +226,6 @@ class Reader:
 
     def _clear(self) -> None:
         self.cache = None
-
-    def _crops(self) -> bool:
-        """Whether the cache is nothing but keys and values of every token, so that its end can be cut off."""
-        if type(self.cache) is not DynamicCache:
-            return False
-        return all(type(layer).__name__ == "DynamicLayer" for layer in self.cache.layers)
 
     # -- common -----------------------------------------------------------------------------------------------------
 
@@ -285,6 +283,11 @@ class OnceReader(Reader):
         else:
             self.cache = None  # freed before there is another one
             self.cache = self.model.new_cache(1, self.max_tokens, **self.cache_options)
+
+
+def keeps_every_token(cache: Any) -> bool:
+    """Whether a cache is nothing but keys and values of every token, so that its end can be cut off."""
+    return type(cache) is DynamicCache and all(type(layer).__name__ == "DynamicLayer" for layer in cache.layers)
 
 
 def common_prefix(a: np.ndarray, b: np.ndarray) -> int:

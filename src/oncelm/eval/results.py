@@ -99,18 +99,17 @@ class ResultFile:
     def __init__(self, file: Any) -> None:
         self._file = file
 
-    def append(self, record: dict[str, Any]) -> None:
-        """Write a line; it is on disk when this returns."""
-        text = json.dumps(record, allow_nan=False)
-        line = f'{text[:-1]}, "check": "{_check(text)}"}}\n'
-        self._file.write(line.encode())
+    def append(self, *records: dict[str, Any]) -> None:
+        """Write a line each; they are on disk when this returns."""
+        texts = [json.dumps(record, allow_nan=False) for record in records]
+        self._file.write("".join(f'{text[:-1]}, "check": "{_check(text)}"}}\n' for text in texts).encode())
         self._file.flush()
         os.fsync(self._file.fileno())
 
-    def add(self, sample: dict[str, Any]) -> None:
-        """Write a sample's line and keep the sample."""
-        self.append({"kind": "sample", **sample})
-        self.run.samples[sample["index"]] = sample
+    def add(self, *samples: dict[str, Any]) -> None:
+        """Write a line each and keep the samples."""
+        self.append(*({"kind": "sample", **sample} for sample in samples))
+        self.run.samples.update((sample["index"], sample) for sample in samples)
 
 
 def _check(text: str) -> str:

@@ -62,14 +62,14 @@ def run(
             total = limit if total is None else min(limit, total)
         own = task.answers(model, seed, done, limit, None if beyond_trained_length else model.longest)
         if own is not None:
-            total, lines = own
+            total, batches = own
         with tqdm(total=total, initial=len(done), desc=task.name, unit="sample", dynamic_ncols=True) as bar:
             if own is None:
                 left = _left(task, model, seed, done, limit, out)
-                lines = _one_by_one(task, model, left, beyond_trained_length, bar)
-            for line in lines:
-                file.add(line)
-                bar.update()
+                batches = _one_by_one(task, model, left, beyond_trained_length, bar)
+            for lines in batches:
+                file.add(*lines)
+                bar.update(len(lines))
         if limit is None:
             file.append({"kind": "end", "samples": len(done)})
             file.run.complete = True
@@ -94,13 +94,13 @@ def _left(
 
 def _one_by_one(
     task: Task, model: LanguageModel, left: Iterator[tuple[int, Example]], beyond_trained_length: bool, bar: tqdm
-) -> Iterator[dict[str, Any]]:
-    """The lines of these examples."""
+) -> Iterator[list[dict[str, Any]]]:
+    """The lines of these examples, each by itself."""
     reader = PrefixReader(model)
     for index, example, upcoming in _with_upcoming(left):
         if not beyond_trained_length:
             _check_length(len(example.prompt) + example.room, model)
-        yield {"index": index, **_ask(task, model, reader, example, upcoming, bar)}
+        yield [{"index": index, **_ask(task, model, reader, example, upcoming, bar)}]
 
 
 def _with_upcoming(items: Iterator[tuple[int, Example]]) -> Iterator[tuple[int, Example, list[Example]]]:

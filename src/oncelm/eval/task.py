@@ -44,10 +44,11 @@ class Task(ABC):
 
     def answers(
         self, model: LanguageModel, seed: int, done: Mapping[int, Sample], limit: int | None, max_tokens: int | None
-    ) -> tuple[int, Iterator[Sample]] | None:
+    ) -> tuple[int, Iterator[list[Sample]]] | None:
         """Of a task that asks in batches of its own: how many samples it has, and the lines of those not `done`.
 
-        None: `examples` are asked one by one. Texts longer than `max_tokens` are refused.
+        Those that come together are on disk before more are asked for. None: `examples` are asked one by one. Texts
+        longer than `max_tokens` are refused.
         """
         return None
 

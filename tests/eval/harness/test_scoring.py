@@ -8,8 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from oncelm.eval.harness import scoring
-from oncelm.eval.harness.scoring import Request, score_requests
+from oncelm.eval.harness import scoring, tree
+from oncelm.eval.harness.rows import new_rows
+from oncelm.eval.harness.scoring import score_requests
+from oncelm.eval.harness.tree import Request
 from tests.eval.conftest import KINDS
 
 
@@ -41,7 +43,7 @@ def make_requests(seed: int, few_shot: int, documents: int) -> list[Request]:
 
 def check(model, requests: list[Request]) -> None:
     counted: list[int] = []
-    found = score_requests(model, requests, counted.append)
+    found = score_requests(new_rows(model), requests, counted.append)
     assert sum(counted) == len(requests)
     for request, (likely, greedy) in zip(requests, found, strict=True):
         expected, expected_greedy = alone(model, request)
@@ -55,6 +57,7 @@ def check(model, requests: list[Request]) -> None:
 def test_equals_one_by_one(language_models, kind, seed, few_shot, worth) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(scoring, "WORTH_A_LEVEL", worth)
+        patch.setattr(tree, "WORTH_A_LEVEL", worth)
         check(language_models(kind), make_requests(seed, few_shot, documents=4))
 
 
@@ -63,7 +66,7 @@ def test_small_batches_and_long_texts(language_models, monkeypatch, kind) -> Non
     """Batches of a few rows, and nodes cut into chains, where memory is short."""
     requests = make_requests(3, few_shot=30, documents=5)
     monkeypatch.setattr(scoring, "TOKENS_AT_ONCE", 64)
-    monkeypatch.setattr(scoring, "READ_AT_ONCE", 7)
+    monkeypatch.setattr(tree, "READ_AT_ONCE", 7)
     monkeypatch.setattr(scoring, "LOGITS_AT_ONCE", 260 * 3)
     check(language_models(kind), requests)
 
@@ -82,5 +85,5 @@ def test_prefixes_are_read_once_and_only_targets_decoded(language_models, monkey
         return output
 
     monkeypatch.setattr(model.model, "forward", spy)
-    score_requests(model, requests)
+    score_requests(new_rows(model), requests)
     assert seen == [(50, 1), (4 * 2, 4 * 2)]

@@ -18,7 +18,9 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from oncelm.eval.examples import Generate
-from oncelm.eval.harness.scoring import Answer, Request, score_requests
+from oncelm.eval.harness.rows import new_rows
+from oncelm.eval.harness.scoring import Answer, score_requests
+from oncelm.eval.harness.tree import Request
 from oncelm.eval.model import LanguageModel
 from oncelm.eval.prefix import PrefixReader
 from oncelm.eval.runner import LOOK_AHEAD
@@ -37,9 +39,10 @@ class OnceLM(TemplateLM):
 
     def __init__(self, model: LanguageModel, max_length: int | None = None) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.rows = model, new_rows(model)
         self.tokenizer: Any = model.codec.tokenizer
         self.max_length = max_length or model.longest or UNBOUNDED
+        self._encoded: dict[str, list[int]] = {}
 
     # -- tokens, as HFLM makes them ---------------------------------------------------------------------------------
 
@@ -62,12 +65,17 @@ class OnceLM(TemplateLM):
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         options = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
-        has_prefix = self.tokenizer.bos_token_id is not None or self.tokenizer.eos_token_id is not None
-        if add_special_tokens is None and has_prefix:  # a text that brings its <s> along gets no other
-            written = self.tokenizer.decode(self.prefix_token_id)
-            if has_bos_prefix(string, written):
+        if add_special_tokens is None:
+            if string in self._encoded:
+                return self._encoded[string]
+            if self._brings_prefix(string):
                 options["add_special_tokens"] = False
         return self.tokenizer.encode(string, **options)
+
+    def _brings_prefix(self, text: str) -> bool:
+        """Whether a text brings its <s> along, and so gets no other."""
+        has_prefix = self.tokenizer.bos_token_id is not None or self.tokenizer.eos_token_id is not None
+        return has_prefix and has_bos_prefix(text, self.tokenizer.decode(self.prefix_token_id))
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         return self.tokenizer.apply_chat_template(
@@ -79,12 +87,23 @@ class OnceLM(TemplateLM):
 
     # -- what lm-eval asks ------------------------------------------------------------------------------------------
 
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[Answer]:
+        pairs = [request.args for request in requests]
+        texts = dict.fromkeys(text for before, after in pairs for text in (before.rstrip(), before + after))
+        plain = [text for text in texts if not self._brings_prefix(text)]
+        # all at once, which the tokenizer does on all cores, instead of one by one as they are asked for
+        self._encoded = dict(zip(plain, self.tokenizer(plain).input_ids, strict=True)) if plain else {}
+        try:
+            return super().loglikelihood(requests, disable_tqdm)
+        finally:
+            self._encoded = {}
+
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
     ) -> list[Answer]:
         asked = [self._request(context, continuation) for _, context, continuation in requests]
         with tqdm(total=len(asked), desc="log-likelihoods", disable=disable_tqdm, dynamic_ncols=True) as bar:
-            answers = score_requests(self.model, asked, bar.update)
+            answers = score_requests(self.rows, asked, bar.update)
         for (texts, _, _), answer in zip(requests, answers, strict=True):
             if texts is not None:
                 self.cache_hook.add_partial("loglikelihood", texts, answer)

@@ -81,20 +81,20 @@ class Battery(Task):
 
     def answers(
         self, model: LanguageModel, seed: int, done: Mapping[int, Sample], limit: int | None, max_tokens: int | None
-    ) -> tuple[int, Iterator[Sample]]:
+    ) -> tuple[int, Iterator[list[Sample]]]:
         with quiet():
             tasks = self._load(seed)
             lm = self._scorer(model, max_tokens)
         sizes = [len(task.eval_docs) for task in tasks.values()]
         total = sum(size if limit is None else min(size, limit) for size in sizes)
 
-        def lines() -> Iterator[Sample]:
+        def batches() -> Iterator[list[Sample]]:
             first = 0  # index of the task's first question
             for (name, task), size in zip(tasks.items(), sizes, strict=True):
                 yield from _ask_task(lm, model, name, task, first, done, limit, max_tokens)
                 first += size
 
-        return total, lines()
+        return total, batches()
 
     def _scorer(self, model: LanguageModel, max_tokens: int | None) -> LM:
         from oncelm.eval.harness.adapter import UNBOUNDED, OnceLM
@@ -217,7 +217,7 @@ def _ask_task(
     done: Mapping[int, Sample],
     limit: int | None,
     max_tokens: int | None,
-) -> Iterator[Sample]:
+) -> Iterator[list[Sample]]:
     """Lines of the questions of a task, numbered from `offset`, a block at a time."""
     with quiet():
         task.build_all_requests(limit=limit)
@@ -237,18 +237,22 @@ def _ask_task(
         start = time.perf_counter()
         kind = block[0][1][0].request_type  # all requests of a task are of one kind
         requests = [request for _, asked in block for request in asked]
-        longest = max(_tokens(model, request) for request in requests)
+        tokens = _tokens(model, requests)
+        longest = max(tokens)
         if max_tokens is not None and longest > max_tokens:
             raise ValueError(
                 f"{name} has a text of {longest:,} tokens, longer than {model.name} was made for ({max_tokens:,}: its "
                 "max_position_embeddings); ask for fewer examples, or allow it with --beyond-trained-length."
             )
         with quiet():
-            responses = iter(getattr(lm, kind)(requests, disable_tqdm=True))
-        answered = [(index, asked, list(islice(responses, len(asked)))) for index, asked in block]
+            responses = getattr(lm, kind)(requests, disable_tqdm=True)
         seconds = (time.perf_counter() - start) / len(block)
-        for index, asked, results in answered:
-            yield _line(model, name, task, index, asked, results, seconds)
+        answered = iter(zip(responses, tokens, strict=True))
+        lines = []
+        for index, asked in block:
+            results, lengths = zip(*islice(answered, len(asked)), strict=True)
+            lines.append(_line(model, name, task, index, asked, list(results), max(lengths), seconds))
+        yield lines
 
 
 def _line(
@@ -258,6 +262,7 @@ def _line(
     index: int,
     asked: list[Instance],
     results: list[Any],
+    tokens: int,
     seconds: float,
 ) -> Sample:
     """A question's line: lm-eval's metrics, and what they were made of."""
@@ -281,7 +286,7 @@ def _line(
     return {
         "index": index,
         "prompt_hash": _hash(model, asked),
-        "prompt_tokens": max(_tokens(model, request) for request in asked),
+        "prompt_tokens": tokens,
         "tags": {"task": name},
         "target": _target(task, doc),
         "output": output,
@@ -290,10 +295,10 @@ def _line(
     }
 
 
-def _tokens(model: LanguageModel, request: Instance) -> int:
-    """Tokens of all the text of a request."""
-    text = "".join(part for part in request.args if isinstance(part, str))
-    return len(model.codec.prefix) + len(model.codec.encode(text))
+def _tokens(model: LanguageModel, requests: Sequence[Instance]) -> list[int]:
+    """Tokens of all the text of each request."""
+    texts = ["".join(part for part in request.args if isinstance(part, str)) for request in requests]
+    return [len(model.codec.prefix) + count for count in model.codec.counts(texts)]
 
 
 def _inside(asked: Sequence[Instance]) -> bool:
