@@ -13,19 +13,19 @@ from oncelm.eval import LanguageModel
 from tests.models.small import make_model
 
 KINDS = ("retention", "window", "interleaved", "llama", "mistral")
+SHAPE = {
+    "vocab_size": 260, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "eos_token_id": None, "bos_token_id": None, "max_position_embeddings": 4096,
+    "initializer_range": 0.3,
+}  # fmt: skip
 
 
 def build(kind: str) -> LanguageModel:
-    shape = {
-        "vocab_size": 260, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
-        "num_key_value_heads": 1, "eos_token_id": None, "bos_token_id": None, "max_position_embeddings": 4096,
-        "initializer_range": 0.3,
-    }  # fmt: skip
     torch.manual_seed(0)
     if kind == "llama":
-        model = LlamaForCausalLM(LlamaConfig(**shape))
+        model = LlamaForCausalLM(LlamaConfig(**SHAPE))
     elif kind == "mistral":  # a sliding window: its cache cannot be cropped
-        model = MistralForCausalLM(MistralConfig(**shape, sliding_window=9))
+        model = MistralForCausalLM(MistralConfig(**SHAPE, sliding_window=9))
     else:
         model = make_model(kind, vocab_size=260, eos_token_id=None, max_position_embeddings=4096)
     return LanguageModel(model, load_tokenizer("bytes"), kind)

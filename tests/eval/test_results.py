@@ -105,5 +105,5 @@ def test_two_writers_are_one_too_many(path) -> None:
 def test_what_is_no_number_is_never_written(path) -> None:
     before = path.read_bytes()
     with open_run(path, HEADER) as results, pytest.raises(ValueError, match="Out of range"):
-        results.add({"index": 3, "scores": {"x": float("nan")}})
+        results.add(sample(3), {"index": 4, "scores": {"x": float("nan")}})
     assert path.read_bytes() == before

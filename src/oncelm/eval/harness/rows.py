@@ -109,6 +109,7 @@ class PaddedRows:
         options = {}
         kept = self._tensor(np.flatnonzero(real)[wanted])
         if self.real is not None:  # at first, positions and the causal mask are right by themselves
+            # those of padding are clipped: there may be no more positions than the model was made for
             positions = self.real.sum(1, keepdims=True) + np.minimum(columns, lengths - 1)
             real = np.concatenate((self.real, real), 1)
             options = {"attention_mask": self._tensor(real).long(), "position_ids": self._tensor(positions)}
@@ -143,7 +144,7 @@ def head_reads(head: nn.Module, kept: torch.Tensor) -> Iterator[None]:
     transformers' `logits_to_keep` takes the same columns of every row, and the model's own forward pass may do more
     with logits than its head does (scale them, cap them), so the choice is made between the two.
     """
-    handle = head.register_forward_pre_hook(lambda _, inputs: (inputs[0].flatten(0, 1)[kept],))
+    handle = head.register_forward_pre_hook(lambda _, inputs: (inputs[0].flatten(0, 1)[kept.to(inputs[0].device)],))
     try:
         yield
     finally:

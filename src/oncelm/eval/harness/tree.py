@@ -1,7 +1,4 @@
-"""Requests that begin alike as a tree: what several read in common is one node, and a level of nodes is one batch.
-
-The last node of a request may lie on any level; its continuation's tokens may be predicted in several nodes.
-"""
+"""Requests that begin alike as a tree: what they have in common is a node, a level of nodes is one forward pass."""
 
 from __future__ import annotations
 
@@ -36,9 +33,9 @@ class Request:
 
 @dataclass(frozen=True)
 class Node:
-    """Tokens start to end of the last of the requests first to last (exclusive) of a batch; all of them begin so.
+    """Tokens start to end of requests first to last (exclusive) of a batch, read once for all of them.
 
-    The others have as many of these tokens in common with it as they have at all.
+    They are the last request's; the others have the same, or end before.
     """
 
     first: int
