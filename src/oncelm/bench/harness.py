@@ -5,7 +5,6 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
 from typing import Any
 
 import torch
@@ -14,8 +13,8 @@ from tqdm import tqdm
 
 from oncelm.bench.gate import TOLERANCES, GateError
 from oncelm.bench.measure import LONG_RUN, Neighbours, synchronize
+from oncelm.bench.record import Record, circumstances
 from oncelm.bench.report import show_seconds
-from oncelm.bench.runner import Record
 from oncelm.eval import LanguageModel
 from oncelm.utils.environment import environment_report
 from oncelm.utils.errors import check_positive
@@ -105,14 +104,10 @@ def run_harness(
                 "cpu_seconds": statistics.median(cpu),
                 "cpu_runs": cpu,
                 "repeats": len(wall),
-                "dtype": str(dtype).removeprefix("torch."),
-                "device": str(model.model.device),
                 "model": model.describe(),
                 "settings": {"batch_size": batch_size} if scorer == PEER else {},
-                "gate_errors": errors,
                 "cores_busy_elsewhere": round(others.cores, 2),
-                "time": datetime.now(UTC).isoformat(timespec="seconds"),
-                "environment": environment,
+                **circumstances(model.model.device, dtype, errors, environment),
             }
             records.append(record)
             on_record(record)

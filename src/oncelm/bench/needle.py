@@ -5,7 +5,6 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
@@ -14,8 +13,8 @@ from rich.table import Table
 from oncelm.bench.cases import WARM_UP_TOKENS, random_ids
 from oncelm.bench.gate import check
 from oncelm.bench.measure import Neighbours, Timing, measure, synchronize
+from oncelm.bench.record import Record, circumstances
 from oncelm.bench.report import show_seconds
-from oncelm.bench.runner import Record
 from oncelm.bench.subjects import Subject
 from oncelm.eval import TASKS, LanguageModel, make_task, run
 from oncelm.utils.environment import environment_report
@@ -85,15 +84,11 @@ def run_needle(
             "prefill_seconds": alone.median,
             "prefill_runs": alone.runs,
             "prefill_share": read / length * alone.median / seconds,
-            "dtype": str(dtype).removeprefix("torch."),
-            "device": str(device),
             "model": model.describe(),
             "shape": subject.shape(),
             "settings": dict(subject.settings),
-            "gate_errors": errors,
             "cores_busy_elsewhere": round(others.cores, 2),
-            "time": datetime.now(UTC).isoformat(timespec="seconds"),
-            "environment": environment,
+            **circumstances(device, dtype, errors, environment),
         }
         records.append(record)
         on_record(record)

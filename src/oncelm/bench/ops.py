@@ -6,7 +6,6 @@ import functools
 import gc
 import math
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
@@ -16,8 +15,8 @@ from tqdm import tqdm
 from oncelm.bench.gate import GateError
 from oncelm.bench.measure import Neighbours, PeakMemory, Timing, measure
 from oncelm.bench.ops_cases import OPS, Function, OpCase, Sizes
+from oncelm.bench.record import Record, circumstances
 from oncelm.bench.roofline import Ceilings, measure_ceilings
-from oncelm.bench.runner import Record
 from oncelm.models.work import Work
 from oncelm.utils.environment import environment_report
 from oncelm.utils.errors import check_choice, check_positive
@@ -80,13 +79,7 @@ def run_ops(
                         "op": name,
                         **figures,
                         "sizes": sizes,
-                        "dtype": str(dtype).removeprefix("torch."),
-                        "device": str(device),
-                        "gate_errors": errors[name],
-                        "ceiling_flops_per_second": ceilings.flops_per_second,
-                        "ceiling_bytes_per_second": ceilings.bytes_per_second,
-                        "time": datetime.now(UTC).isoformat(timespec="seconds"),
-                        "environment": environment,
+                        **circumstances(device, dtype, errors[name], environment, ceilings),
                     }
                     records.append(record)
                     on_record(record)

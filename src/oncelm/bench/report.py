@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from oncelm.bench.runner import Record
+from oncelm.bench.record import Record
 
 QUIET = 0.1  # cores busy elsewhere that a timing bears
 

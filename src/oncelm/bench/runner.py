@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
-from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -12,12 +10,11 @@ from tqdm import tqdm
 from oncelm.bench.cases import CASES, Conditions
 from oncelm.bench.gate import check
 from oncelm.bench.measure import Neighbours
+from oncelm.bench.record import Record, circumstances
 from oncelm.bench.roofline import measure_ceilings
 from oncelm.bench.subjects import Subject
 from oncelm.utils.environment import environment_report
 from oncelm.utils.errors import check_choice, check_positive
-
-Record = dict[str, Any]
 
 
 def run(
@@ -82,17 +79,11 @@ def run(
                 "length": length,
                 **figures,
                 "batch_size": batch_size,
-                "dtype": str(dtype).removeprefix("torch."),
-                "device": str(device),
                 "parameters": sum(parameter.numel() for parameter in subject.model.parameters()),
                 "shape": subject.shape(),
                 "settings": dict(subject.settings),
-                "gate_errors": errors[subject.name],
                 "cores_busy_elsewhere": round(others.cores, 2),
-                "ceiling_flops_per_second": ceilings.flops_per_second,
-                "ceiling_bytes_per_second": ceilings.bytes_per_second,
-                "time": datetime.now(UTC).isoformat(timespec="seconds"),
-                "environment": environment,
+                **circumstances(device, dtype, errors[subject.name], environment, ceilings),
             }
             records.append(record)
             on_record(record)
