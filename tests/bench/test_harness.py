@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from oncelm.bench import GateError, read_records
 from oncelm.bench.harness import compare
@@ -46,6 +47,16 @@ def test_records_and_a_table(data, tmp_path, capsys) -> None:
         assert record["gate_errors"]["largest_difference"] < 1e-4
         assert record["environment"]["torch"] == torch.__version__
     assert theirs["settings"] == {"batch_size": 3}
+
+
+def test_any_causal_model(data, tmp_path) -> None:
+    pytest.importorskip("lm_eval")
+    shape = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    folder, out = tmp_path / "llama", tmp_path / "r.jsonl"
+    LlamaForCausalLM(LlamaConfig(vocab_size=260, **shape)).save_pretrained(folder)
+    options = ["--model", str(folder), "--tokenizer", "bytes", "--device", "cpu", "--data", data, "--tasks", "arc_easy"]
+    assert main(["bench", "harness", *options, "--fewshot", "1", "--questions", "2", "--out", str(out)]) == 0
+    assert [record["model"]["type"] for record in read_records(out)] == ["llama", "llama"]
 
 
 def test_a_wrong_scorer_is_not_timed(data, tmp_path, monkeypatch, capsys) -> None:

@@ -1,4 +1,4 @@
-"""`oncelm bench harness`: lm-eval's questions through our adapter, beside lm-eval's own HFLM on the same YOCO."""
+"""`oncelm bench harness`: lm-eval's questions through our adapter, beside lm-eval's own HFLM on the same model."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def run_harness(
     """Let both score the same questions, compare their log-likelihoods, then time them in turns.
 
     Args:
-        model: a YOCO and its tokenizer.
+        model: any causal language model and its tokenizer.
         data: the folder of questions that `recipes/eval_data.py harness` writes.
         tasks: folders in it.
         dtype: of the computation; sets how far the two may differ.

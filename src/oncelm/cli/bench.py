@@ -76,7 +76,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("benchmark", metavar="WHAT", help=f"{', '.join(BENCHMARKS[:-1])} or needle")
     shape = parser.add_argument_group("the model")
     shape.add_argument(
-        "--model", metavar="NAME", help="a preset, or the folder of a YOCO or LongLLaMA (default: the shape below)"
+        "--model",
+        metavar="NAME",
+        help="a preset, or the folder of a YOCO or LongLLaMA; harness: of any causal model (default: the shape below)",
     )
     shape.add_argument("--mem-layers", metavar="I,J,...", help="read the folder of a LLaMA-family model as a LongLLaMA")
     shape.add_argument("--hidden-size", type=int, metavar="D", help="width (512)")
@@ -208,7 +210,7 @@ def run_needle(
 
 
 def make_language_model(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> LanguageModel:
-    """The YOCO of the command line with its tokenizer, of as many tokens as that knows."""
+    """The model of the command line with its tokenizer, of as many tokens as that knows."""
     from oncelm.cli.generate import find_tokenizer
     from oncelm.eval import LanguageModel
 
@@ -281,10 +283,11 @@ def make_model(args: argparse.Namespace, device: torch.device, dtype: torch.dtyp
     memory: dict[str, Any] = {} if args.mem_layers is None else {"mem_layers": parse_layers(args.mem_layers)}
     model = load(args.model, device, dtype, **memory)
     read_by_windows = isinstance(model, LongLlamaForCausalLM) and args.benchmark in GOES_WITH["mem_layers"]
-    if not isinstance(model, YocoForCausalLM) and not read_by_windows:
+    if not isinstance(model, YocoForCausalLM) and not read_by_windows and args.benchmark != "harness":
         raise ValueError(
             f"model {args.model!r} is a {type(model).__name__}; `oncelm bench {args.benchmark}` measures YOCO models "
-            f"({', '.join(GOES_WITH['mem_layers'])} also LLaMA-family models as LongLLaMA, with --mem-layers)."
+            f"({', '.join(GOES_WITH['mem_layers'])} also LLaMA-family models as LongLLaMA, with --mem-layers; "
+            "harness any causal model)."
         )
     return model
 
