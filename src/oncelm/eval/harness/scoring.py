@@ -37,8 +37,10 @@ class Budget:
     targets: int
     rows: int
 
-    def halve(self) -> None:
-        self.tokens, self.targets, self.rows = (max(1, n // 2) for n in (self.tokens, self.targets, self.rows))
+    def halve(self, rows: int) -> None:
+        """Of a batch of so many rows, which was too large."""
+        halves = (self.tokens // 2, self.targets // 2, min(rows, self.rows) // 2)
+        self.tokens, self.targets, self.rows = (max(1, half) for half in halves)
 
 
 @torch.no_grad()
@@ -63,11 +65,10 @@ def score_requests(
         (batched, _score_batches(rows, [requests[i] for i in batched], targets)),
         (apart, _score_one_by_one(model, [requests[i] for i in apart])),
     ):
-        done = 0
+        places = iter(order)
         for part in answers:
-            for i, answer in zip(order[done:], part, strict=False):
-                found[i] = answer
-            done += len(part)
+            for answer in part:
+                found[next(places)] = answer
             progress(len(part))
     return found
 
@@ -113,7 +114,7 @@ def _score_batches(rows: Rows, requests: Sequence[Request], targets: int) -> Ite
         if answers is None:  # out of the handler, whose traceback keeps the batch alive
             rows.clear()
             torch.cuda.empty_cache()
-            budget.halve()
+            budget.halve(end - start)
             continue
         by_place = dict(zip(batch, answers, strict=True))
         yield [by_place[i] for i in range(start, end)]
