@@ -17,7 +17,6 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from torch.utils._pytree import tree_leaves
@@ -28,19 +27,16 @@ from oncelm import bench
 from oncelm.bench.measure import PeakMemory, kernel_times, measure
 from oncelm.bench.plot import Panel, plot_by_length
 from oncelm.models import YocoConfig, YocoForCausalLM
-from oncelm.models.yoco import linear
 from oncelm.models.yoco.execution import OPTIONS
 from oncelm.models.yoco.presets import preset_config
 from oncelm.ops import rms_norm, swiglu
 from oncelm.ops.float8 import Float8Rows, round_rows
 from oncelm.utils.environment import environment_report
 
-APART = "compiled, residual sums apart"  # from the matrix products, where they are inside by default
 FLOAT8: dict[str, Any] = {"compile": True, "gemm": "float8"}
 FORMS: dict[str, dict[str, Any]] = {
     "plain": {},
     "compiled": {"compile": True},
-    APART: {"compile": True},
     "float8": FLOAT8,
 }
 LENGTHS = (8192, 32768, 131072, 524288, 1048576)
@@ -67,8 +63,7 @@ def in_turns(model: YocoForCausalLM, length: int, write: Callable) -> None:
     for _ in range(TURNS):
         for name, options in FORMS.items():
             subject = bench.Yoco(model, length, **options)
-            with mock.patch.object(linear, "ADDING_DEVICES", () if name == APART else linear.ADDING_DEVICES):
-                runs[name] += measure(lambda: subject.prefill(ids), 3, model.device).runs  # noqa: B023
+            runs[name] += measure(lambda: subject.prefill(ids), 3, model.device).runs  # noqa: B023
     for name, found in runs.items():
         write("prefill in turns", form=name, length=length, chunk=length, runs=found)
 

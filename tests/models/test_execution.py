@@ -12,9 +12,8 @@ from hypothesis import strategies as st
 from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from oncelm.models.yoco import execution, linear
+from oncelm.models.yoco import execution
 from oncelm.models.yoco.model import PLAIN
-from oncelm.ops.add_product import add_product_
 from tests.models.small import VOCAB, make_model
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
@@ -82,31 +81,6 @@ def test_training_gives_the_same_gradients(kind: str) -> None:
                 torch.testing.assert_close(got[name], gradient, rtol=1e-3, atol=1e-4, msg=name)
         counts.append(graphs())
     assert counts[0] == counts[1] == 5  # before and after of each half, keys_and_values
-
-
-@pytest.mark.parametrize("compiling", [False, pytest.param(True, marks=[needs_compiler, pytest.mark.slow])])
-@pytest.mark.parametrize("kind", ["retention", "window", "unstacked"])
-def test_residual_sums_inside_products_change_nothing(kind: str, compiling: bool, monkeypatch) -> None:
-    """As on a GPU: a sum that takes the place of what another layer still reads would show."""
-    model, ids = make_model(kind).compile_layers(compiling), draw_ids(1, 200)
-    expected = model(ids, use_cache=False).logits
-    calls = []
-
-    def counted(*inputs: torch.Tensor) -> None:
-        calls.append(1)
-        add_product_(*inputs)
-
-    monkeypatch.setattr(linear, "ADDING_DEVICES", ("cpu",))
-    monkeypatch.setattr(linear, "add_product_", add_product_ if compiling else counted)
-    with torch.no_grad():
-        got = model(ids, use_cache=False).logits
-        last = model.prefill(ids, model.new_cache(1, 200), chunk_size=100)
-    assert compiling or len(calls) > model.config.num_self_decoder_layers
-    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(last, expected[:, -1], rtol=1e-4, atol=1e-4)
-    calls.clear()
-    model.compile_layers(False)(ids, labels=ids).loss.backward()
-    assert not calls
 
 
 @pytest.fixture

@@ -277,7 +277,7 @@ def crossbatch_attention_case() -> OpCase:
         ours=by("auto"),
         exact=by("naive"),
         plain=plain,
-        peers={"one context at a time in PyTorch": by("blocks"), "FlexAttention": _on_a_gpu(by("flex"))},
+        peers={"one context at a time in PyTorch": by("blocks"), "by FlashAttention": _on_a_gpu(by("flash"))},
         work=work(False),
         work_both=work(True),
     )

@@ -114,13 +114,11 @@ TABLE: dict[str, tuple[Implementation, ...]] = {
         Implementation("naive", "oncelm.ops.linear_cross_entropy.naive:to_gradient", ANY, "reference, PyTorch"),
     ),
     "crossbatch_attention": (
+        Implementation("flex", "oncelm.ops.crossbatch.flex:packed", ("cuda",), "all rows in one FlexAttention call"),
         Implementation(
             "flash", "oncelm.ops.crossbatch.flash:running", ("cuda",), "one context at a time, torch's FlashAttention"
         ),
         Implementation("blocks", "oncelm.ops.crossbatch.blocks:running", ANY, "one context at a time, running softmax"),
-        Implementation(
-            "flex", "oncelm.ops.crossbatch.flex:packed", ("cpu", "cuda"), "FlexAttention (CPU: no gradients)"
-        ),
         Implementation("naive", "oncelm.ops.crossbatch.naive:gathered", ANY, "reference, gathers all contexts"),
     ),
 }

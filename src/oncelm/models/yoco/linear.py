@@ -13,11 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from oncelm.ops.add_product import add_product_
 from oncelm.ops.float8 import Float8Rows, linear_float8, round_rows
 
 MIN_FLOAT8_TOKENS = 64  # in all rows; fewer are multiplied with the exact weights
-ADDING_DEVICES = ("cuda",)  # where `add_linear` adds in the product
 
 
 class Linear(nn.Linear):
@@ -89,30 +87,6 @@ def is_plain(*linears: nn.Module) -> bool:
         and type(linear.weight) is nn.Parameter
         and linear.weight.is_contiguous()
         for linear in linears
-    )
-
-
-def add_linear(y: torch.Tensor, x: torch.Tensor, linear: nn.Module) -> torch.Tensor:
-    """y [..., N] + linear(x [..., K]). Without gradients on a GPU the sum may take y's place: it must be the caller's.
-
-    The matrix product then starts from y instead of zeros, which costs it next to nothing; a sum of its own reads two
-    tensors and writes a third.
-    """
-    if torch.is_grad_enabled() or not _can_add_in_place(y, x, linear):
-        return y + linear(x)
-    add_product_(y, x, linear.weight)
-    return y
-
-
-def _can_add_in_place(y: torch.Tensor, x: torch.Tensor, linear: nn.Module) -> bool:
-    if not is_plain(linear) or rounded_weight(linear) is not None:
-        return False
-    weight = linear.weight
-    return (
-        y.device.type in ADDING_DEVICES
-        and y.device == weight.device
-        and y.dtype == x.dtype == weight.dtype
-        and not torch.is_autocast_enabled(y.device.type)
     )
 
 

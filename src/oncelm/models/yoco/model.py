@@ -23,7 +23,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from oncelm.cache import Batch, Memory, RetentionMemory, Selection, SharedMemory, WindowMemory
 from oncelm.models.rms_norm import RMSNorm
 from oncelm.models.yoco.config import YocoConfig
-from oncelm.models.yoco.linear import Linear, Rounded, XavierLinear, add_linear, project
+from oncelm.models.yoco.linear import Linear, Rounded, XavierLinear, project
 from oncelm.ops import apply_rope, rms_norm, rope_frequencies, rope_rotation, swiglu
 
 Tensors = tuple[torch.Tensor, ...]
@@ -139,7 +139,7 @@ class FeedForward(nn.Module):
         self.fc2 = Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        return add_linear(residual, swiglu(*project(x, self.fc1, self.gate)), self.fc2)
+        return residual + self.fc2(swiglu(*project(x, self.fc1, self.gate)))
 
 
 class DecoderLayer(GradientCheckpointingLayer):

@@ -35,7 +35,7 @@ def crossbatch_attention(
         cross_batch_range, cross_batch_stepping, dataset_packing: see `earlier_contexts`.
         rope_theta: base of LLaMA's rotary embedding (pairs j, j + D/2); None for none.
         scale: factor on q.k; None means D ** -0.5.
-        backend: "auto", "flash", "blocks", "flex" or "naive".
+        backend: "auto", "flex", "flash", "blocks" or "naive".
 
     Returns:
         [B, T, H, D] in q's dtype. Gradients reach the queries, keys and values of every row.

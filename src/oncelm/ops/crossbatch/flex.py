@@ -10,8 +10,11 @@ from functools import cache, lru_cache
 import torch
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+from oncelm.ops.attention.varlen import autocast
+
 
 def packed(q, k, first_k, v, counts, scale):
+    q, k, first_k, v = autocast(q, k, first_k, v)
     B, T, H = q.shape[:3]
 
     def heads(*parts):
