@@ -27,7 +27,7 @@ from oncelm import bench
 from oncelm.bench.measure import PeakMemory, kernel_times, measure
 from oncelm.bench.plot import Panel, plot_by_length
 from oncelm.models import YocoConfig, YocoForCausalLM
-from oncelm.models.yoco.execution import OPTIONS
+from oncelm.models.compiling import OPTIONS
 from oncelm.models.yoco.presets import preset_config
 from oncelm.ops import rms_norm, swiglu
 from oncelm.ops.float8 import Float8Rows, round_rows

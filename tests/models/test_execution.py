@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from oncelm.models import compiling
 from oncelm.models.yoco import execution
 from oncelm.models.yoco.model import PLAIN
-from tests.models.small import VOCAB, make_model
+from tests.models.small import VOCAB, make_long, make_model
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 
@@ -35,9 +36,9 @@ def graphs() -> int:
     return counters["stats"]["unique_graphs"]
 
 
-def losses_and_gradients(model, ids):
+def losses_and_gradients(model, ids, **options):
     model.zero_grad()
-    loss = model(ids, labels=ids).loss
+    loss = model(ids, labels=ids, **options).loss
     loss.backward()
     return loss.detach(), {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
@@ -81,6 +82,42 @@ def test_training_gives_the_same_gradients(kind: str) -> None:
                 torch.testing.assert_close(got[name], gradient, rtol=1e-3, atol=1e-4, msg=name)
         counts.append(graphs())
     assert counts[0] == counts[1] == 5  # before and after of each half, keys_and_values
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("mem_positionals", [True, False])
+def test_longllama_reads_and_trains_compiled_as_plain(mem_positionals: bool) -> None:
+    """One form of each part for memory layers and one for the others, whatever the depth; rows see each other."""
+    ids, rows = draw_ids(1, 300), draw_ids(4, 64)
+    crossbatch = {"cross_batch_range": 3, "cross_batch_stepping": True, "dataset_packing": 2}
+    counts = []
+    for depth in (3, 5):
+        torch._dynamo.reset()
+        counters.clear()
+        model = make_long(
+            num_hidden_layers=depth, max_position_embeddings=80, last_context_length=70, mem_positionals=mem_positionals
+        )
+        expected = model(ids, use_cache=False, logits_to_keep=1).logits[:, -1]
+        loss, gradients = losses_and_gradients(model, rows, **crossbatch)
+        model.compile_layers()
+        got = model.prefill(ids, model.new_cache(1, 300))
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+        for checkpointing in (False, True):
+            if checkpointing:
+                model.train().gradient_checkpointing_enable()
+            got_loss, found = losses_and_gradients(model, rows, **crossbatch)
+            torch.testing.assert_close(got_loss, loss, rtol=1e-4, atol=1e-5)
+            for name, gradient in gradients.items():
+                torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-4, msg=name)
+        counts.append(graphs())
+    assert counts[0] == counts[1] == 8  # before and after, of two kinds of layers, with gradients and without
+
+
+def test_longllama_decodes_plain() -> None:
+    model = make_long().compile_layers()
+    assert not model.compiles(torch.zeros(1, 63, 32))
+    assert model.compiles(torch.zeros(2, 32, 32))
 
 
 @pytest.fixture
@@ -138,8 +175,8 @@ def test_chunks_are_powers_of_two_that_fit(free: int, bytes_per_token: int) -> N
 def test_few_tokens_stay_plain() -> None:
     """Decoding: checking the conditions of compiled code takes longer than it saves."""
     model = make_model("retention").compile_layers()
-    assert model.token_parts(torch.zeros(1, execution.MIN_TOKENS - 1, 32)) is PLAIN
-    assert model.token_parts(torch.zeros(2, execution.MIN_TOKENS // 2, 32)) is not PLAIN
+    assert model.token_parts(torch.zeros(1, compiling.MIN_TOKENS - 1, 32)) is PLAIN
+    assert model.token_parts(torch.zeros(2, compiling.MIN_TOKENS // 2, 32)) is not PLAIN
     assert model.compile_layers(False).token_parts(torch.zeros(1, 999, 32)) is PLAIN
 
 

@@ -133,7 +133,6 @@ def test_stopped_and_resumed_it_repeats_the_losses(books, llama, tmp_path, monke
         (["seq_len=32"], "at most max_position_embeddings = 16 tokens; got seq_len 32"),
         (["packing=null"], "trains with crossbatch (cross_batch_range 3): set packing"),
         (["within_documents=true"], "packing does not go with within_documents"),
-        (["compile=true"], "packing does not go with compile"),
         (["chunk_parallel=2"], "packing does not go with chunk_parallel"),
         (["tensor_parallel=2"], "packing does not go with tensor_parallel"),
         (["task=sft", "min_tokens=null"], 'packing is for task "pretrain"'),

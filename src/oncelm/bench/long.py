@@ -26,12 +26,12 @@ class LongLlama:
     """
 
     name = "LongLLaMA"
-    compiled = False
 
-    def __init__(self, model: LongLlamaForCausalLM) -> None:
-        self.model, self.kv_dtype = model, model.dtype
+    def __init__(self, model: LongLlamaForCausalLM, compile: bool = False) -> None:
+        self.model, self.kv_dtype, self.compiled = model.compile_layers(compile), model.dtype, compile
         self.work = LongLlamaWork(model.config, model.dtype.itemsize)
-        self.settings = {"cache": "LongLlamaCache, preallocated", "memory": "exact", "compiled": ""}
+        parts = "token-wise parts of layers" if compile else ""
+        self.settings = {"cache": "LongLlamaCache, preallocated", "memory": "exact", "compiled": parts}
 
     def shape(self) -> dict[str, Any]:
         keys = (*SHAPE_KEYS, "mem_layers", "mem_dtype", "max_position_embeddings", "last_context_length")

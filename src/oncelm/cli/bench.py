@@ -243,8 +243,11 @@ def make_subjects(args: argparse.Namespace, device: torch.device, dtype: torch.d
     model = make_model(args, device, kept)
     if isinstance(model, LongLlamaForCausalLM):
         refuse_yoco_options(args)
-        peer = [] if args.no_peer else [bench.Llama(fresh(bench.plain_config(model.config), device, kept))]
-        return [bench.LongLlama(model), *peer]
+        long = bench.LongLlama(model, compiles(args, device))
+        form = "norms and feed-forward layers" if long.compiled else ""
+        if args.no_peer:
+            return [long]
+        return [long, bench.Llama(fresh(bench.plain_config(model.config), device, kept), compile=form)]
     yoco = make_yoco(args, model)
     subjects: list[Subject] = [yoco]
     if not args.no_peer:
@@ -262,11 +265,13 @@ def make_yoco(args: argparse.Namespace, model: Any) -> Yoco:
 
     chunk = {} if args.prefill_chunk_size is None else {"prefill_chunk_size": args.prefill_chunk_size}
     check_positive(**chunk)
-    compiled = args.compile
-    if compiled is None:
-        compiled = model.device.type == "cuda" and args.benchmark != "decode"
     kv_dtype = resolve_kv_dtype(args.kv_dtype or "auto")
-    return bench.Yoco(model, **chunk, compile=compiled, gemm=args.gemm, kv_dtype=kv_dtype)
+    return bench.Yoco(model, **chunk, compile=compiles(args, model.device), gemm=args.gemm, kv_dtype=kv_dtype)
+
+
+def compiles(args: argparse.Namespace, device: torch.device) -> bool:
+    """--compile, or what pays off."""
+    return device.type == "cuda" and args.benchmark != "decode" if args.compile is None else args.compile
 
 
 def make_model(args: argparse.Namespace, device: torch.device, dtype: torch.dtype, **changes: Any) -> Any:
@@ -325,7 +330,7 @@ def refuse_shape_options(args: argparse.Namespace, but: tuple[str, ...]) -> None
 
 def refuse_yoco_options(args: argparse.Namespace) -> None:
     """A LongLLaMA has its own cache: ValueError for options that would be ignored."""
-    for name in ("prefill_chunk_size", "kv_dtype", "gemm", "compile"):
+    for name in ("prefill_chunk_size", "kv_dtype", "gemm"):
         if getattr(args, name) is not None:
             raise ValueError(f"--{name.replace('_', '-')} is for YOCO models; {args.model} is read as a LongLLaMA.")
 

@@ -22,6 +22,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from oncelm.models.compiling import CompilesLayers
 from oncelm.models.longllama.config import LongLlamaConfig
 from oncelm.models.sharded import is_sharded_folder, read_shards
 from oncelm.models.yoco.modeling import YocoForCausalLM
@@ -49,7 +50,7 @@ def load(
             training run's checkpoint, or a hub id.
         device: "cpu", "cuda", ...; None means a GPU if there is one.
         dtype: "float32", "bfloat16", ... or a torch.dtype; None means the checkpoint's.
-        compile: compile a YOCO's layers on their first long input (`YocoForCausalLM.compile_layers`).
+        compile: compile the layers of a YOCO or LongLLaMA on their first long input (`model.compile_layers`).
         gemm: "float8" for a YOCO's prefill (`YocoForCausalLM.set_gemm`); None means the model's dtype.
         overrides: keys of LongLlamaConfig to change in a LongLLaMA. With `mem_layers=[...]` any LLaMA-family model is
             loaded as a LongLLaMA with memory in these layers.
@@ -57,14 +58,19 @@ def load(
     Raises:
         FileNotFoundError: no such folder.
         ValueError: not a model, damaged, unsafe, or with missing or wrong-size tensors (and unexpected ones, where the
-            model is OnceLM's own); `compile` or `gemm` for a model that is no YOCO.
+            model is OnceLM's own); `compile` for a model that is neither YOCO nor LongLLaMA, `gemm` for one that is no
+            YOCO.
     """
     precision = None if dtype is None else resolve_dtype(dtype)
     model = _read_model(path, resolve_device(device), precision, overrides)
     if isinstance(model, YocoForCausalLM):
-        return model.compile_layers(compile).set_gemm(gemm)
-    if compile or gemm:
-        raise ValueError(f"compile and gemm are options of YOCO models; {path} is a {type(model).__name__}.")
+        model.set_gemm(gemm)
+    elif gemm:
+        raise ValueError(f"gemm is an option of YOCO models; {path} is a {type(model).__name__}.")
+    if isinstance(model, CompilesLayers):
+        model.compile_layers(compile)
+    elif compile:
+        raise ValueError(f"compile is an option of YOCO and LongLLaMA models; {path} is a {type(model).__name__}.")
     return model
 
 

@@ -132,8 +132,6 @@ class TrainConfig:
             raise ValueError('packing is for task "pretrain": the rows of a conversation see no others.')
         if self.within_documents:
             raise ValueError("packing does not go with within_documents: rows see each other's documents on purpose.")
-        if self.compile:
-            raise ValueError("packing does not go with compile: a LongLLaMA's layers are not compiled; leave it false.")
         for name in ("tensor_parallel", "chunk_parallel"):
             if getattr(self, name) > 1:
                 raise ValueError(f"packing does not go with {name}, which is for YOCO models; leave it at 1.")

@@ -1,11 +1,15 @@
 """LongLLaMA's layers: LLaMA's, with LLaMA's weight names; tokens meet each other in one call, `memory.attend`.
 
+What comes before and after that call works on single tokens and may be compiled (`Parts`).
+
 Shapes: B rows, T tokens of one window (packed: B = 1), d hidden size, H heads, H_kv key/value heads, D head dimension.
 """
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -14,6 +18,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from oncelm.cache.window import Window
+from oncelm.models.compiling import compiled
 from oncelm.models.longllama.config import LongLlamaConfig
 from oncelm.models.rms_norm import RMSNorm
 from oncelm.ops import apply_rope, rope_frequencies, rope_rotation, swiglu
@@ -35,18 +40,19 @@ class Attention(nn.Module):
     def __init__(self, config: LongLlamaConfig, is_memory_layer: bool) -> None:
         super().__init__()
         d, self.head_dim, bias = config.hidden_size, config.head_dim, config.attention_bias
-        self.rotates = config.mem_positionals or not is_memory_layer
+        self.is_memory_layer, self.rotates = is_memory_layer, config.mem_positionals or not is_memory_layer
         self.q_proj = nn.Linear(d, config.num_attention_heads * self.head_dim, bias=bias)
         self.k_proj = nn.Linear(d, config.num_key_value_heads * self.head_dim, bias=bias)
         self.v_proj = nn.Linear(d, config.num_key_value_heads * self.head_dim, bias=bias)
         self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, d, bias=bias)
 
-    def forward(self, x: torch.Tensor, rope: Rope, memory: LayerMemory, window: Window) -> torch.Tensor:
-        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        raw_k = k
+    def before(self, h: torch.Tensor, rotation: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """h [B, T, d] -> q [B, T, H, D], k and v [B, T, H_kv, D]; in a memory layer also k before its rotation."""
+        q, k, v = (proj(h).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        raw = (k,) if self.is_memory_layer else ()
         if self.rotates:
-            q, k, raw_k = rope.rotate(q), rope.rotate(k), rope.rotate_to_start(k)
-        return self.o_proj(memory.attend(q, k, raw_k, v, window).flatten(2))
+            q, k = apply_rope(q, rotation, "half"), apply_rope(k, rotation, "half")
+        return q, k, v, *raw
 
 
 class MLP(nn.Module):
@@ -75,9 +81,42 @@ class DecoderLayer(GradientCheckpointingLayer):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: torch.Tensor, rope: Rope, memory: LayerMemory, window: Window) -> torch.Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rope, memory, window)
+    def before(self, x: torch.Tensor, rotation: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return self.self_attn.before(self.input_layernorm(x), rotation)
+
+    def after(self, x: torch.Tensor, o: torch.Tensor) -> torch.Tensor:
+        """x [B, T, d], and o [B, T, H, D] that the memory gave."""
+        x = x + self.self_attn.o_proj(o.flatten(2))
         return x + self.mlp(self.post_attention_layernorm(x))
+
+    def forward(self, x: torch.Tensor, rope: Rope, memory: LayerMemory, window: Window, parts: Parts) -> torch.Tensor:
+        q, k, v, *raw = parts.before(self, x, rope.rotation)
+        raw_k = rope.at_start(raw[0]) if raw and self.self_attn.rotates else k
+        return parts.after(self, x, memory.attend(q, k, raw_k, v, window))
+
+
+class Parts(NamedTuple):
+    """How to compute a layer's token-wise parts."""
+
+    before: Callable
+    after: Callable
+
+
+PLAIN = Parts(DecoderLayer.before, DecoderLayer.after)
+
+
+@functools.cache
+def compiled_parts(gradients: bool) -> Parts:
+    """The parts, each in a compiled form for memory layers and one for the others."""
+
+    def part(plain: Callable) -> Callable:
+        def run(layer: DecoderLayer, *inputs: torch.Tensor) -> Any:
+            kind = "memory_layer" if layer.self_attn.is_memory_layer else "local_layer"
+            return compiled(plain, kind, gradients)(layer, *inputs)
+
+        return run
+
+    return Parts(part(DecoderLayer.before), part(DecoderLayer.after))
 
 
 class LongLlamaModel(nn.Module):
@@ -92,12 +131,21 @@ class LongLlamaModel(nn.Module):
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, tokens: torch.Tensor, memories: list[Any], window: Window) -> torch.Tensor:
-        """Hidden states [B, T, d] of token ids [B, T] or embeddings [B, T, d]; each layer's memory takes them in."""
+    def forward(
+        self,
+        tokens: torch.Tensor,
+        memories: list[Any],
+        window: Window,
+        parts: Callable[[torch.Tensor], Parts] = lambda x: PLAIN,
+    ) -> torch.Tensor:
+        """Hidden states [B, T, d] of token ids [B, T] or embeddings [B, T, d]; each layer's memory takes them in.
+
+        parts: how to compute a layer's token-wise parts on x [B, T, d].
+        """
         x = tokens if tokens.is_floating_point() else self.embed_tokens(tokens)
         rope = Rope(self.config, window.batch.positions)
         for layer, memory in zip(self.layers, memories, strict=True):
-            x = layer(x, rope, memory, window)
+            x = layer(x, rope, memory, window, parts(x))
         return self.norm(x)
 
 
@@ -116,10 +164,6 @@ class Rope:
             frequencies, self.factor = ROPE_INIT_FUNCTIONS[kind](config, positions.device)
         self.rotation = rope_rotation(positions, frequencies) * self.factor
 
-    def rotate(self, x: torch.Tensor) -> torch.Tensor:
-        """x [B, T, H, D] by its positions."""
-        return apply_rope(x, self.rotation, "half")
-
-    def rotate_to_start(self, x: torch.Tensor) -> torch.Tensor:
-        """x as at position 0, where memory stands: no rotation, but a scaling's factor."""
+    def at_start(self, x: torch.Tensor) -> torch.Tensor:
+        """x [B, T, H, D] as at position 0, where memory stands: no rotation, but a scaling's factor."""
         return x if self.factor == 1.0 else x * self.factor

@@ -19,9 +19,10 @@ from oncelm.cache.window import Window
 from oncelm.models import inputs as reading
 from oncelm.models.causal_lm import CausalLM, check_cache_size, refuse_outputs
 from oncelm.models.checks import check_tokens, fingerprint
+from oncelm.models.compiling import CompilesLayers
 from oncelm.models.longllama.config import LongLlamaConfig
 from oncelm.models.longllama.memories import MemoryOptions, new_layers
-from oncelm.models.longllama.model import LongLlamaModel
+from oncelm.models.longllama.model import PLAIN, LongLlamaModel, Parts, compiled_parts
 from oncelm.models.rms_norm import RMSNorm
 from oncelm.ops import linear_cross_entropy
 from oncelm.ops.crossbatch import earlier_contexts
@@ -34,7 +35,7 @@ _KEYS_OF_MEMORY = (
 )  # fmt: skip
 
 
-class LongLlamaForCausalLM(CausalLM):
+class LongLlamaForCausalLM(CompilesLayers, CausalLM):
     """A LLaMA whose memory layers also attend to all earlier text (arXiv 2307.03170). Weights carry LLaMA's names.
 
     `from_pretrained` reads the folder of any LLaMA-family model; `mem_layers=[...]` says which layers get memory.
@@ -258,7 +259,7 @@ class LongLlamaForCausalLM(CausalLM):
                 batch = Batch.packed(starts, tuple(there.sum(1).tolist()), part.device)
                 part = part[there][None]
             window = Window(batch, cache.remembered if cache is not None else none, piece.fate, index)
-            hidden = self.model(part, layers, window)
+            hidden = self.model(part, layers, window, self._parts)
             if cache is not None:
                 cache.advance(batch, piece.columns.stop - piece.columns.start, piece.fate)
                 if index == len(pieces) - 1:
@@ -268,6 +269,9 @@ class LongLlamaForCausalLM(CausalLM):
                 grid[there] = hidden[0]
                 hidden = grid
             yield piece.columns, hidden
+
+    def _parts(self, x: torch.Tensor) -> Parts:
+        return compiled_parts(torch.is_grad_enabled()) if self.compiles(x) else PLAIN
 
     def _fresh_layers(self, counts: tuple[int, ...] | None) -> list[Any]:
         """Layer caches of a pass with gradients; crossbatch in the memory layers if there are counts."""
@@ -307,15 +311,18 @@ class LongLlamaForCausalLM(CausalLM):
         self._check_cache(cache)
         shape, device = input_ids.shape, input_ids.device
         inputs = reading.read_inputs(shape, device, attention_mask, None, cache.lengths, cache.columns)
-        last = torch.full(shape[:1], shape[1] - 1, device=device)
+        last = None  # without padding, the last column
         if inputs.real is not None:
             if bool((inputs.real.sum(1) == 0).any()):
                 raise ValueError("attention_mask has a row without tokens; prefill needs at least one in each.")
             last = (torch.arange(shape[1], device=device) * inputs.real).argmax(1)
         hidden = torch.empty(shape[0], self.config.hidden_size, dtype=self.dtype, device=device)
         for columns, part in self._windows(input_ids, inputs.real, cache, last_context_length, None):
-            ending = (last >= columns.start) & (last < columns.stop)
-            hidden[ending] = part[ending, last[ending] - columns.start]
+            if last is not None:
+                ending = (last >= columns.start) & (last < columns.stop)
+                hidden[ending] = part[ending, last[ending] - columns.start]
+            elif columns.stop == shape[1]:
+                hidden = part[:, -1]
             if progress is not None:
                 progress(columns.stop)
         return self.lm_head(hidden)

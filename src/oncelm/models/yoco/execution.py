@@ -1,70 +1,34 @@
 """How a model's layers are executed, whatever they compute: compiled or not, in which precision, how much at a time.
 
-Compiling fuses norms, rotations, gates and residual sums into few kernels. Each token-wise part is compiled once for
-all layers of a kind, not once a layer: dynamo takes a layer's weights as inputs. What mixes tokens stays as it is, so
-every memory works, and a chunk's place in the text never reaches a compiler.
-
-    part              kinds of layers     without gradients      with gradients
-    before, after     self, cross         one graph, any T       one graph for the first shape, one for all others
-    keys_and_values   -                   the same               the same
-
-(B = 1 and B > 1 are two graphs; so are two dtypes.)
+compiled part       kinds of layers
+before, after       self, cross
+keys_and_values     -
 """
 
 from __future__ import annotations
 
 import functools
 import importlib.util
-import types
-from collections.abc import Callable
 from typing import Any, Self
 
 import torch
-from torch import nn
 
+from oncelm.models.compiling import CompilesLayers, compiled
 from oncelm.models.yoco.config import YocoConfig
 from oncelm.models.yoco.linear import MIN_FLOAT8_TOKENS, Linear
 from oncelm.models.yoco.model import PLAIN, DecoderLayer, SelfDecoder, TokenParts
 from oncelm.ops.float8 import check_float8
 from oncelm.utils.errors import check_choice
 
-MIN_TOKENS = 64  # in all rows; for fewer, as in decoding, checking a compiled part's conditions costs what it saves
 # bytes of a number -> tokens in all rows that fused kernels compute: decoding, and the one wanted token of a prefill.
 # In float32 more rows than these do not fit the registers
 MOST_FUSED = {2: 16, 4: 4}
-MAX_GRAPHS = 64  # of one part, over all models of a process
-# of inductor, without gradients: ten seconds more of compiling, a fifth less in its kernels (with them: over a minute)
-OPTIONS: dict[str, Any] = {"coordinate_descent_tuning": True}
 
 # Tokens of a prefill chunk, in all rows. A CPU is fastest while activations stay near its caches (8192 tokens of d 512
 # in bf16: 1.2 s in chunks of 2048, 1.45 s in one), a GPU while its matrix products are large.
 CPU_CHUNK_TOKENS = 2048
 GPU_CHUNK_TOKENS = (2048, 32768)  # fewest, most
 MIN_CHUNK_COLUMNS = 256  # of each row, however many rows: a sliding window is read anew for each chunk
-
-
-@functools.cache
-def compiled(part: Callable, kind: str, gradients: bool) -> Callable:
-    """One part of TokenParts, compiled for one kind of layers, for all models; compiling waits for the first call.
-
-    Prompts come in any length: without gradients, graphs take any T from the start. A training batch is of one shape,
-    and fixed shapes make better backward kernels; a second shape makes a graph for any.
-    """
-    # dynamo keeps graphs, and what it knows of shapes, by code object: with one of its own, no kind disturbs another
-    code = part.__code__.replace(co_name=f"{part.__name__}_{kind}")
-    own = types.FunctionType(code, part.__globals__)
-    torch._dynamo.config.recompile_limit = max(MAX_GRAPHS, torch._dynamo.config.recompile_limit)
-    if gradients:
-        return torch.compile(own, fullgraph=True)
-    run = torch.compile(own, fullgraph=True, options=OPTIONS)
-
-    def run_any_length(owner: nn.Module, *tensors: torch.Tensor | None) -> Any:
-        for tensor in tensors:
-            if tensor is not None:
-                torch._dynamo.maybe_mark_dynamic(tensor, 1)
-        return run(owner, *tensors)
-
-    return run_any_length
 
 
 @functools.cache
@@ -112,31 +76,14 @@ def has_fused_kernels(dtype: torch.dtype) -> bool:
     return dtype != torch.float64 and importlib.util.find_spec("triton") is not None
 
 
-class Execution:
+class Execution(CompilesLayers):
     """The part of YocoForCausalLM that decides how its layers are executed."""
 
     config: YocoConfig
     device: torch.device
     dtype: torch.dtype
     self_decoder: SelfDecoder
-    compiles_layers = False
     gemm: str | None = None
-
-    def compile_layers(self, enabled: bool = True) -> Self:
-        """Compute the token-wise parts of the layers with torch.compile, wherever at least MIN_TOKENS tokens are read:
-        in prefill, scoring and training.
-
-        The first pass of each kind compiles, which takes half a minute on a GPU. Results agree to rounding. Needs a
-        C++ compiler (CPU) or Triton (GPU).
-
-        Args:
-            enabled: False goes back to plain PyTorch.
-
-        Returns:
-            The model itself.
-        """
-        self.compiles_layers = enabled
-        return self
 
     def set_gemm(self, gemm: str | None) -> Self:
         """Choose how the self-decoder's matrices are multiplied where at least 64 tokens are read without gradients.
@@ -180,7 +127,7 @@ class Execution:
                 from oncelm.models.yoco.float8 import FLOAT8 as parts
             elif 0 < tokens <= MOST_FUSED[x.dtype.itemsize]:
                 from oncelm.models.yoco.fused import FUSED as parts
-        if self.compiles_layers and tokens >= MIN_TOKENS:
+        if self.compiles(x):
             return compiled_parts(parts, gradients)
         return parts
 
