@@ -64,12 +64,15 @@ class Evidence:
         self.args, self.out = args, args.out
         self.untrained, self.trained = args.out / "untrained", args.out / "trained" / "model"
         self.device = resolve_device(args.device)
-        self.precision = "bfloat16" if self.device.type == "cuda" else "float32"
+        on_gpu = self.device.type == "cuda"
+        self.precision, self.compile = ("bfloat16", ("--compile",)) if on_gpu else ("float32", ())
 
     def ask(self, task: str, model: Path, name: str, *options: str) -> None:
         """An evaluation, into OUT/TASK-NAME.jsonl."""
         where = ("--device", str(self.device), "--dtype", self.precision, "--out", self.out / f"{task}-{name}.jsonl")
-        call("eval", task, model, *options, *where)
+        # transformers' own models are not compiled here
+        compiled = () if model == self.args.model else self.compile
+        call("eval", task, model, *options, *compiled, *where)
 
     def find_passkeys(self, model: Path, name: str, lengths: str, *options: str) -> None:
         self.ask("passkey", model, name, "--lengths", lengths, "--trials", str(self.args.trials), *options)

@@ -11,6 +11,7 @@ import pytest
 
 from oncelm.cli import main
 from oncelm.eval import TASKS, read_run
+from oncelm.models.compiling import CompilesLayers
 
 DOCS = Path(__file__).parents[2] / "docs" / "evaluation.md"
 
@@ -60,6 +61,16 @@ def test_a_preset_and_a_limit(tmp_path, capsys) -> None:
     assert evaluate("passkey", "yoco-tiny", *options) == 0
     assert "weights are random" in capsys.readouterr().err
     assert len(read_run(tmp_path / "p.jsonl").samples) == 2
+
+
+@pytest.mark.parametrize("model", ["yoco-tiny", "folder"])
+def test_compile_reaches_the_model(model, folder, tmp_path, monkeypatch, haystack) -> None:
+    asked = []
+    monkeypatch.setattr(CompilesLayers, "compile_layers", lambda model, enabled=True: asked.append(enabled) or model)
+    name, *tokenizer = (folder,) if model == "folder" else (model, "--tokenizer", "bytes")
+    options = ["--documents", haystack, "--max-tokens", 50, "--out", tmp_path / "nll.jsonl", "--device", "cpu"]
+    assert evaluate("nll", name, *tokenizer, *options, "--compile") == 0
+    assert asked == [True]
 
 
 @pytest.mark.parametrize("task", [None, *TASKS, "report"])
