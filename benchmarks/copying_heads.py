@@ -6,8 +6,8 @@
 
 A pass key stands in a short text that the model reads whole. Where a digit of the answer is predicted, a head that
 copies attends to that digit in the text: its share of attention there, mean over digits and texts, is its score. Then,
-with windows a quarter as long as the text, the log-probability of the answer for each set of memory layers: of the
-space before the key, with which an answer begins or does not, and of the digits. --choose adds, one at a time, the
+in windows (--window) of a longer text (--repeats), the log-probability of the answer for each set of memory layers: of
+the space before the key, with which an answer begins or does not, and of the digits. --choose adds, one at a time, the
 layer that gives the answer most.
 """
 
@@ -26,7 +26,7 @@ from oncelm.eval.tasks.passkey import FILLER, KEY, QUESTION, TASK
 from oncelm.utils.environment import environment_report
 
 TRIALS = (("27519", 0.1), ("40836", 0.5), ("9142", 0.75))  # pass key, and its place in the text
-SHORT, LONG, WINDOW = 18, 40, 256  # repeats of the filler: read whole; read in windows
+SHORT = 18  # repeats of the filler in the text that is read whole
 
 
 def read_key(tokenizer, key: str, place: float, repeats: int) -> tuple[list[int], list[int], list[int]]:
@@ -57,15 +57,15 @@ def score_heads(model, tokenizer) -> torch.Tensor:
 
 
 @torch.no_grad()
-def log_probability(folder: str, tokenizer, layers: list[int]) -> dict[str, float]:
+def log_probability(folder: str, tokenizer, layers: list[int], window: int, repeats: int) -> dict[str, float]:
     """Nats of the answer's first token, of the likeliest token in its place, and of the rest, in windows; means."""
-    model = oncelm.load(folder, "cpu", "float32", mem_layers=layers, max_position_embeddings=WINDOW)
+    model = oncelm.load(folder, "cpu", "float32", mem_layers=layers, max_position_embeddings=window)
     found = []
     for key, place in TRIALS:
-        prompt, answer, _ = read_key(tokenizer, key, place, LONG)
+        prompt, answer, _ = read_key(tokenizer, key, place, repeats)
         ids = torch.tensor([prompt + answer])
         wanted = torch.arange(len(prompt) - 1, ids.shape[1] - 1)
-        logits = model(ids, logits_to_keep=wanted, last_context_length=WINDOW // 2, use_cache=False).logits[0]
+        logits = model(ids, logits_to_keep=wanted, last_context_length=window // 2, use_cache=False).logits[0]
         likely = logits.log_softmax(-1)
         nats = likely[torch.arange(len(answer)), answer]
         found.append([nats[0].item(), likely[0].max().item(), nats[1:].sum().item()])
@@ -78,6 +78,8 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--mem-layers", nargs="+", default=[], metavar="I,J,...")
     parser.add_argument("--choose", type=int, metavar="N", help="add the best layers to each set, until it has N")
+    parser.add_argument("--window", type=int, default=256, metavar="N", help="tokens (256)")
+    parser.add_argument("--repeats", type=int, default=40, metavar="N", help="of the filler, 25 tokens each (40)")
     parser.add_argument("--out", metavar="FILE", help="append the lines to this file")
     args = parser.parse_args()
     tokenizer = oncelm.load_tokenizer(args.model)
@@ -92,8 +94,9 @@ def main() -> None:
         )
 
     def measure(layers: list[int]) -> float:
-        found = log_probability(args.model, tokenizer, layers)
-        report(args.out, {"mem_layers": layers, "window": WINDOW, **found}, common)
+        found = log_probability(args.model, tokenizer, layers, args.window, args.repeats)
+        line = {"mem_layers": layers, "window": args.window, "repeats": args.repeats, **found}
+        report(args.out, line, common)
         return found["first"] + found["rest"]
 
     for named in args.mem_layers:

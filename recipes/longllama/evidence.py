@@ -93,10 +93,11 @@ class Evidence:
         for name, share, more in (("first", FIRST, ()), ("trained", 1 - FIRST, NEGATIVES)):
             out = self.out / name
             if not (out / "model").is_dir():
-                settings = (*more, f"max_seconds={share * self.args.seconds}", f"device={self.device}", *self.args.set)
+                settings = (*more, f"max_seconds={share * self.args.seconds}", f"device={self.device}")
+                settings += () if self.compile else ("compile=false",)
                 call(
                     *("train", self.args.data, "--model", model, "--out", out, "--config", RECIPE, "--resume"),
-                    *("--set", *settings),
+                    *("--set", *settings, *self.args.set),
                 )
             model = out / "model"
 
