@@ -188,3 +188,16 @@ def test_prefixes_are_read_once_and_only_targets_decoded(language_models, monkey
     monkeypatch.setattr(model.model, "forward", spy)
     score_requests(asking, requests)
     assert seen == [(50, 1), (4 * 2, 4 * 2)]
+
+
+def test_many_beginnings_of_one_text_make_a_batch(language_models) -> None:
+    """More than Python nests calls: each request's text begins the next one's."""
+    text = np.random.default_rng(0).integers(0, 250, 2400).astype(np.int32)
+    requests = [Request(text[:end], text[end : end + 1]) for end in range(1200, 2400)]
+    model = language_models("llama")
+    whole = torch.from_numpy(text).long()[None]
+    with torch.no_grad():
+        log_p = model.model(whole).logits[0].double().log_softmax(-1)
+    found = score_requests(new_rows(model), requests)
+    expected = [float(log_p[end - 1, text[end]]) for end in range(1200, 2400)]
+    assert [likely for likely, _ in found] == pytest.approx(expected, abs=1e-4)

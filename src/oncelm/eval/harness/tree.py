@@ -65,26 +65,23 @@ def tree_levels(requests: Sequence[Request], targets_at_once: int) -> list[list[
             depth += 1
         return depth, parent
 
-    def split(depth: int, parent: int, first: int, last: int, start: int) -> None:
-        """Lay out requests first to last, of which `start` tokens are read and at least as many are common."""
+    parts = [(0, 0, 0, len(requests), 0)]  # depth, parent, first, last, start: not laid out yet
+    while parts:  # `start` tokens of requests first to last are read, and at least as many are common
+        depth, parent, first, last, start = parts.pop()
         common = len(read[first]) if last - first == 1 else common_prefix(read[first], read[last - 1])
         if last - first == 1 or common - start >= WORTH_A_LEVEL:
             if common > start:
                 depth, parent = add(depth, parent, first, last, start, common)
             start = common
         while first < last:
-            if len(read[first]) == common:  # it ends here
-                if common > start:
-                    add(depth, parent, first, first + 1, start, common)
-                first += 1
-                continue
             after = first + 1
-            while after < last and len(read[after]) > common and read[after][common] == read[first][common]:
-                after += 1
-            split(depth, parent, first, after, start)
+            if len(read[first]) > common:
+                while after < last and read[after][common] == read[first][common]:
+                    after += 1
+                parts.append((depth, parent, first, after, start))
+            elif common > start:  # it ends here
+                add(depth, parent, first, after, start, common)
             first = after
-
-    split(0, 0, 0, len(requests), 0)
     return levels
 
 
