@@ -60,6 +60,9 @@ def test_refusals(language_models) -> None:
     lm = OnceLM(language_models("retention"), max_length=10)
     with pytest.raises(ValueError, match=r"continuation of 11 tokens is longer than retention reads \(10"):
         lm.loglikelihood(instances("loglikelihood", [("0123456789", "abcdefghijk")]), disable_tqdm=True)
+    for pair, counts in ((("abc", ""), "3 and 0"), ((" ", "d"), "0 and 2")):  # white space moves to the continuation
+        with pytest.raises(ValueError, match=f"a token of context and one to score, at least; it has {counts}"):
+            lm.loglikelihood(instances("loglikelihood", [pair]), disable_tqdm=True)
     with pytest.raises(ValueError, match="greedy"):
         lm.generate_until(instances("g", [("a", {"do_sample": True, "temperature": 1.0})]), disable_tqdm=True)
     with pytest.raises(ValueError, match="room for 10"):

@@ -110,6 +110,11 @@ class OnceLM(TemplateLM):
         return answers
 
     def _request(self, context: list[int], continuation: list[int]) -> Request:
+        if not (context and continuation):
+            raise ValueError(
+                f"a request needs a token of context and one to score, at least; it has {len(context)} and "
+                f"{len(continuation)}."
+            )
         if len(continuation) > self.max_length:
             raise ValueError(
                 f"a continuation of {len(continuation):,} tokens is longer than {self.model.name} reads "
