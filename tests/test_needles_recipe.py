@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -233,6 +235,45 @@ def test_a_drill_ends_where_only_a_reader_who_looks_back_gets(recipe) -> None:
         symbols = 512 if facts == 2 else SYMBOLS
         first_round = facts * (KEY + sum(VALUE) / 2) * math.log(symbols) / length  # the least: symbols are known
         assert 1.2 * first_round < target < math.log(symbols)
+
+
+SAVES_WHEN_STOPPED = """
+import pathlib, signal, sys, time
+def save(*_):
+    time.sleep(1)
+    pathlib.Path("saved").touch()
+    sys.exit()
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, save)
+pathlib.Path("started").touch()
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_waits_for_what_a_stage_saves(tmp_path, number) -> None:
+    (tmp_path / "stage.py").write_text(SAVES_WHEN_STOPPED)
+    code = "import run, sys; run.Step((sys.executable, 'stage.py')).do(); open('next', 'w')"
+    paths = os.pathsep.join([str(RECIPE), environment()["PYTHONPATH"]])
+    run = subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=environment() | {"PYTHONPATH": paths},
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    while not (tmp_path / "started").exists():
+        assert run.poll() is None
+        time.sleep(0.05)
+    if number == signal.SIGINT:
+        os.killpg(run.pid, number)  # as a terminal does
+    else:
+        run.send_signal(number)
+    assert "the same command goes on" in run.communicate()[1]
+    assert run.returncode == 1
+    assert (tmp_path / "saved").exists()
+    assert not (tmp_path / "next").exists()
 
 
 @pytest.mark.slow

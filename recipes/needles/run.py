@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -61,11 +62,23 @@ class Step:
         if self.makes is not None and self.makes.exists():
             return
         print("$", " ".join(self.command), flush=True)
-        status = subprocess.run(self.command).returncode
+        stopped = False
+        with subprocess.Popen(self.command) as process:
+
+            def stop(number: int, frame: object) -> None:
+                """Let the command save what it has, and wait for it; Ctrl-C reaches it by itself."""
+                nonlocal stopped
+                stopped = True
+                if number == signal.SIGTERM:
+                    process.terminate()
+
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, stop)
+            status = process.wait()
         if status:
             raise SystemExit(status)
-        if self.makes is not None and not self.makes.exists():
-            raise SystemExit("stopped; the same command goes on.")  # by a signal: everything is saved
+        if stopped or (self.makes is not None and not self.makes.exists()):
+            raise SystemExit("stopped; the same command goes on.")
 
 
 def steps(args: argparse.Namespace) -> list[Step]:
