@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import resource
+import shutil
 import signal
 import threading
 from pathlib import Path
@@ -263,10 +264,19 @@ def test_a_run_ends_once_its_validation_loss_is_low_enough(make_model, dataset, 
     target = (losses[6] + losses[8]) / 2
     first = next(step for step, loss in losses.items() if loss <= target)
     assert first < 20
-    result = Trainer(make_model(), dataset, make_config(steps=20, eval_every=2, target_loss=target)).fit()
+    options = {"steps": 20, "eval_every": 2, "target_loss": target}
+    result = Trainer(make_model(), dataset, make_config(**options)).fit()
     assert (result.step, result.interrupted) == (first, False)
     assert result.validation_loss == losses[first]
     assert result.model_path is not None
+    metrics = Path(make_config().out, "metrics.jsonl")
+    lines = metrics.read_text().splitlines()
+    assert sum(f'"step": {first}, "validation_loss"' in line for line in lines) == 1
+
+    shutil.rmtree(result.model_path)  # as where it was killed before the export: it is not trained further
+    again = Trainer(make_model(), dataset, make_config(**options, resume=True)).fit()
+    assert (again.step, again.validation_loss, again.model_path) == (first, losses[first], result.model_path)
+    assert metrics.read_text().splitlines() == lines
 
 
 def test_bfloat16_computes_in_bfloat16_and_keeps_weights_in_float32(make_model, dataset, make_config) -> None:

@@ -163,7 +163,12 @@ class Trainer:
             metrics = Metrics(self.out, self.step, reports)
         try:
             with StopRequest() as stop:
-                stopping = learned = False
+                stopping = False
+                if self.step and self._due(self.config.eval_every) and self.config.target_loss is not None:
+                    validation_loss = (
+                        self.evaluate()
+                    )  # of a run that was stopped before it exported what it had learned
+                learned = self._is_learned(validation_loss)
                 started = time.perf_counter() - self.seconds
                 while not (stopping or learned or self._finished()):
                     with self.watch.step():
@@ -183,7 +188,8 @@ class Trainer:
                         }
                         metrics.log(self.step, step_values | self.watch.take())
                     if self._due(self.config.eval_every) and not self._finished():
-                        learned = self._is_learned(self._log_validation(metrics))
+                        validation_loss = self._log_validation(metrics)
+                        learned = self._is_learned(validation_loss)
                     if self._due(self.config.save_every):
                         self.save()
                     if exporting:
@@ -191,8 +197,11 @@ class Trainer:
                         self.ranks.on_main(partial(self.export_request.unlink, missing_ok=True))
                         logger.warning("exported step %d to %s", self.step, folder)
                 self.save()
-                if not stopping:
-                    validation_loss = self._log_validation(metrics)
+                if stopping:
+                    validation_loss = None
+                else:
+                    if not learned:
+                        validation_loss = self._log_validation(metrics)
                     model_path = self.export()
                 self.saver.wait()
         finally:
