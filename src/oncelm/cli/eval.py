@@ -21,8 +21,9 @@ questions of lm-eval's tasks (yoco-table, longllama-table, harness) where --data
 MODEL is a folder or hub id of any model that `oncelm generate` takes: YOCO (also the official code's folders) and, to
 compare, every causal language model of transformers; or a preset, with random weights, to try things out.
 
-Every sample is a line of the result file, on disk before the next one is asked. A run that was stopped or killed goes
-on when the same command is given again; a file of another configuration is refused. The same seed asks the same.
+Every sample is a line of the result file, on disk before the next one is asked (of lm-eval's tasks: the next 128). A
+run that was stopped or killed goes on when the same command is given again; a file of another configuration is refused.
+The same seed asks the same.
 
 examples:
   oncelm eval needle runs/books/model --lengths 4K,16K,64K --strict
