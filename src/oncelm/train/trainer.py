@@ -331,9 +331,11 @@ class Trainer:
         return loss
 
     def _is_learned(self, validation_loss: float | None) -> bool:
-        """Whether the run ends here by its `target_loss`; all ranks have the same loss."""
+        """Whether the run ends here by its `target_loss`: the first rank says so, another's last bit may differ."""
         target = self.config.target_loss
-        return target is not None and validation_loss is not None and validation_loss <= target
+        if target is None or validation_loss is None:
+            return False
+        return self.ranks.on_main(lambda: validation_loss <= target)
 
     def save(self) -> Path:
         """Begin to write a checkpoint of this step, unless there is one, and return what will be its folder.

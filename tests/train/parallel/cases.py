@@ -139,6 +139,13 @@ def train(options: dict, shape: dict, rank: int = -1, step: int = 0, event: Call
     return f"{'stopped' if result.interrupted else 'ended'} at {result.step}"
 
 
+def is_learned(options: dict, losses: list[float]) -> bool:
+    """What the trainer makes of a validation loss, each rank of its own."""
+    with join_ranks("cpu") as ranks:
+        trainer = Trainer(make_model(), make_dataset(), TrainConfig(**options), ranks=ranks)
+        return trainer._is_learned(losses[ranks.rank.index])
+
+
 def stop() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 

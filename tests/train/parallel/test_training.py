@@ -11,7 +11,7 @@ import torch
 import oncelm.models
 from oncelm.cli import main
 from oncelm.train.checkpoint import find_checkpoint, list_checkpoints
-from tests.train.parallel.cases import die, die_while_saving, full_disk, make_model, stop, train
+from tests.train.parallel.cases import die, die_while_saving, full_disk, is_learned, make_model, stop, train
 from tests.train.ranks import KILLED, run_ranks
 
 SHAPES = {
@@ -119,6 +119,18 @@ def test_stopped_on_any_rank_and_resumed_it_equals_an_uninterrupted_run_bitwise(
     assert run(2, parts | {"resume": True}) == ["ended at 6"] * 2
     for name in ("loss", "grad_norm", "validation_loss"):
         assert logged(parts, name) == logged(whole, name)
+
+
+def test_all_ranks_end_at_the_target_loss(options) -> None:
+    whole = options("whole")
+    run(2, whole)
+    target = logged(whole, "validation_loss")[3] + 1e-3
+    early = options("early", target_loss=target)
+    run(2, early)
+    assert max(logged(early)) == 3
+    assert (Path(early["out"]) / "model").is_dir()
+    # where they do not agree on the last bit, the first one is followed
+    assert run_ranks(2, is_learned, early, [target, target + 1e-12]) == [True, True]
 
 
 def test_a_rank_that_dies_ends_the_run_and_loses_nothing_saved(options) -> None:
