@@ -237,6 +237,20 @@ def test_a_drill_ends_where_only_a_reader_who_looks_back_gets(recipe) -> None:
         assert 1.2 * first_round < target < math.log(symbols)
 
 
+def test_a_stopped_build_leaves_no_worker(text, tmp_path) -> None:
+    command = [sys.executable, str(RECIPE / "build.py"), text, str(tmp_path / "data"), "--drill"]
+    command += ["--tokens", "16384:200M", "--tokenizer", "bytes", "--workers", "2"]
+    build = subprocess.Popen(command, env=environment(), stderr=subprocess.DEVNULL, start_new_session=True)
+    while not list(tmp_path.glob("data/16384/shards/*.json")):
+        assert build.poll() is None
+        time.sleep(0.05)
+    build.terminate()
+    status = build.wait()
+    with pytest.raises(ProcessLookupError):
+        os.killpg(build.pid, signal.SIGKILL)  # ends them, should there be any
+    assert status == 143
+
+
 SAVES_WHEN_STOPPED = """
 import pathlib, signal, sys, time
 def save(*_):
