@@ -116,6 +116,8 @@ def test_keys_in_a_drill_differ_and_share_tokens(recipe) -> None:
         assert len(set(row.tolist())) <= drills.SYMBOLS + drills.MOST_PHRASE
     with pytest.raises(ValueError, match="at least 64 tokens, got 32"):
         drills.Drills(tokenizer, 32, 0)
+    with pytest.raises(ValueError, match="half of the keys there are: 65536 tokens, got 262144"):
+        drills.Drills(tokenizer, 1 << 18, 0)
 
 
 def test_no_city_of_the_evaluation_is_a_name(recipe) -> None:

@@ -31,6 +31,8 @@ class Drills:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, length: int, seed: int) -> None:
         if length < 2 * TOKENS_A_FACT:
             raise ValueError(f"drills have two facts or more: at least {2 * TOKENS_A_FACT} tokens, got {length}.")
+        if length > (longest := TOKENS_A_FACT * SYMBOLS**KEY // 2):
+            raise ValueError(f"drills have facts for half of the keys there are: {longest} tokens, got {length}.")
         self.length, self.seed, self.facts = length, seed, length // TOKENS_A_FACT
         self.vocab_size, self._eos = Encoder(tokenizer).vocab_size, tokenizer.eos_token_id
         self._plain_ids = np.setdiff1d(np.arange(self.vocab_size), tokenizer.all_special_ids)

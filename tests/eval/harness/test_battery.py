@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 pytest.importorskip("lm_eval")
 
@@ -62,6 +63,15 @@ def test_a_killed_run_goes_on(language_models, questions, tmp_path, monkeypatch)
     done = run(table(questions), model, out)
     assert samples(done) == samples(whole)
     assert done.complete
+
+
+def test_out_of_memory_is_an_error_of_one_line(language_models, questions, tmp_path, monkeypatch) -> None:
+    def too_much(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr("oncelm.eval.harness.adapter.score_requests", too_much)
+    with pytest.raises(ValueError, match=r"out of memory at questions of arc_easy of up to \d+ tokens"):
+        run(table(questions), language_models("retention"), tmp_path / "r.jsonl")
 
 
 def test_changed_questions_are_noticed(language_models, questions, tmp_path) -> None:

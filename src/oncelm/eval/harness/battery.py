@@ -15,6 +15,7 @@ from itertools import groupby, islice
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
+import torch
 
 from oncelm.eval.examples import Example, Output, Score, Scores
 from oncelm.eval.harness.folder import check_folder, folder_task
@@ -244,8 +245,14 @@ def _ask_task(
                 f"{name} has a text of {longest:,} tokens, longer than {model.name} was made for ({max_tokens:,}: its "
                 "max_position_embeddings); ask for fewer examples, or allow it with --beyond-trained-length."
             )
-        with quiet():
-            responses = getattr(lm, kind)(requests, disable_tqdm=True)
+        try:
+            with quiet():
+                responses = getattr(lm, kind)(requests, disable_tqdm=True)
+        except torch.OutOfMemoryError as error:
+            raise ValueError(
+                f"out of memory at questions of {name} of up to {longest:,} tokens; those before are kept, and the "
+                "same command goes on from there."
+            ) from error
         seconds = (time.perf_counter() - start) / len(block)
         answered = iter(zip(responses, tokens, strict=True))
         lines = []
