@@ -187,16 +187,17 @@ class Evidence:
     def read_and_write(
         self, model: Any, ids: torch.Tensor, kind: dict[str, Any]
     ) -> tuple[float, float, torch.Tensor, dict[int, float]]:
-        """Seconds to read ids and for a token behind them, its log-probabilities, and recall by layer."""
+        """Seconds to read ids, for a token behind them, the first one's log-probabilities, and recall by layer."""
         cache = model.new_cache(1, ids.shape[1] + DECODED, **kind)
         times = [self.now()]
         logits = model.prefill(ids, cache)
         times.append(self.now())
+        first = logits.float().log_softmax(-1)  # greedy texts part where memories differ; until here they are the same
         for _ in range(DECODED):
             logits = model(logits.argmax(-1, keepdim=True), past_key_values=cache, logits_to_keep=1).logits[:, -1]
         times.append(self.now())
         read, wrote = times[1] - times[0], (times[2] - times[1]) / DECODED
-        return read, wrote, logits.float().log_softmax(-1), cache.recall()
+        return read, wrote, first, cache.recall()
 
     def now(self) -> float:
         if self.device.type == "cuda":
