@@ -174,6 +174,26 @@ def test_recall_of_indexes(index) -> None:
         torch.testing.assert_close(o[0, 3, 1], expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("index", ["ivf", "hnsw"])
+def test_what_all_keys_share_leads_no_index_astray(index) -> None:
+    """As a head's keys do: their mean is twice as long as what tells them apart."""
+    needs_faiss("knn")
+    from oncelm.cache.memory_knn import MemoryIndex
+
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    store = MemoryIndex(1, 1, 32, torch.float32, top_k=32, index=index, measure_recall=True)
+    subjects = 2 * draw(64, 32)  # neighbouring keys are about the same
+    keys = (subjects.repeat_interleave(80, 0) + draw(5120, 32) + 2 * draw(32) * 32**0.5 / 4)[None, :, None]
+    for first in range(0, 5120, 1024):
+        store.append(slice(0, 1), keys[:, first : first + 1024], keys[:, first : first + 1024], first)
+    store.attend(draw(1, 50, 2, 32) + subjects[:50, None].expand(50, 2, 32)[None], slice(0, 1), 5120)
+    assert store.found / store.wanted > 0.95
+
+
 def test_few_keys_are_not_all() -> None:
     needs_faiss("knn")
     model, tokens = make_long(), ids(1, 120)
