@@ -80,7 +80,7 @@ class Evidence:
     def before(self) -> None:
         if not self.untrained.exists():
             settings = load_config(RECIPE, self.args.set, {"data": "-", "out": "-"}).model_overrides
-            keys = ("mem_layers", "max_position_embeddings")
+            keys = ("mem_layers", "max_position_embeddings", "last_context_length")
             model = oncelm.load(self.args.model, "cpu", **{key: settings[key] for key in keys})
             with atomic_folder(self.untrained) as folder:
                 model.save_pretrained(folder)
