@@ -179,7 +179,7 @@ def test_the_evidence_of_longllama_is_gathered_and_goes_on(book, tmp_path, monke
     make_llama(vocab_size=260, num_hidden_layers=24, hidden_size=16).save_pretrained(model)
     tokenizers.load_tokenizer("bytes").save_pretrained(model)
     small = ["dtype=float32", "seq_len=32", "batch_size=8", "min_tokens=100", "steps=2", "eval_batches=1"]
-    small += ["model_overrides.max_position_embeddings=128"]
+    small += ["model_overrides.max_position_embeddings=128", "model_overrides.last_context_length=64"]
     command = [str(model), book, str(out), "--trials", "1", "--contexts", "300", "--device", "cpu"]
     command += ["--lengths", "500", "--plain-lengths", "450"]
     command += ["--bench-lengths", "256", "--knn-length", "600", "--set", *small]
