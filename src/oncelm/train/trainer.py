@@ -165,9 +165,8 @@ class Trainer:
             with StopRequest() as stop:
                 stopping = False
                 if self.step and self._due(self.config.eval_every) and self.config.target_loss is not None:
-                    validation_loss = (
-                        self.evaluate()
-                    )  # of a run that was stopped before it exported what it had learned
+                    # it may have been stopped before it exported what it had learned
+                    validation_loss = self.evaluate()
                 learned = self._is_learned(validation_loss)
                 started = time.perf_counter() - self.seconds
                 while not (stopping or learned or self._finished()):
