@@ -84,6 +84,16 @@ def test_a_row_is_a_sequence_with_every_answer_before_its_question(recipe, text,
     assert len({row[:100] for row in rows}) > 50
 
 
+def test_sentences_can_be_left_out(recipe, text, tmp_path) -> None:
+    with_all = "".join(rows_of(build(text, tmp_path / "all")))
+    without = "".join(rows_of(build(text, tmp_path / "some", "--leave-out", "pass key")))
+    assert with_all.count("pass key") > 10
+    assert "pass key" not in without
+    assert "was given the code" in without
+    with pytest.raises(ValueError, match=r"'\{' leaves none of the sentences"):
+        build(text, tmp_path / "none", "--leave-out", "{")
+
+
 @pytest.mark.parametrize("length", [64, 256])
 def test_drills_tell_a_few_facts_again_in_other_orders(recipe, text, tmp_path, length) -> None:
     import build as module
@@ -134,11 +144,11 @@ def test_no_city_of_the_evaluation_is_a_name(recipe) -> None:
 
 
 def test_facts_are_asked_for_in_the_evaluations_words(recipe) -> None:
-    from facts import draw_fact
+    from facts import draw_fact, other_forms
 
     from oncelm.eval.tasks.needle import NEEDLE, QUESTION
 
-    facts = [draw_fact("Orvana", np.random.default_rng(seed)) for seed in range(200)]
+    facts = [draw_fact("Orvana", other_forms(), np.random.default_rng(seed)) for seed in range(200)]
     alike = 0
     for fact in facts:
         number = re.findall(r"\d+", fact.needle)[-1]

@@ -36,7 +36,7 @@ from typing import Any
 
 import numpy as np
 from drills import Drills
-from facts import Names
+from facts import FORMS, Names, other_forms
 from rows import Rows
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
@@ -116,14 +116,17 @@ def open_drills(data: Path, split: str, length: int, seed: int) -> Drills:
 
 
 @functools.cache
-def open_rows(data: Path, split: str, length: int, seed: int, most_facts: int, plain_share: float) -> Rows:
+def open_rows(
+    data: Path, split: str, length: int, seed: int, most_facts: int, plain_share: float, leave_out: str | None
+) -> Rows:
     """Rows of the text's beginning ("train") or of what is held out of it ("valid"); once in a process."""
     tokenizer = load_tokenizer(data / "tokenizer")
     text = np.memmap(data / "text.tokens", token_dtype(Encoder(tokenizer).vocab_size), mode="r")
     border = min(round((1 - HELD_OUT) * len(text)), len(text) - length)
     part = text[:border] if split == "train" else text[border:]
     names = Names(json.loads((data / "words.json").read_text(encoding="utf-8")))
-    return Rows(part, tokenizer, names, length, most_facts, plain_share, 2 * seed + SEEDS[split])
+    forms = other_forms(leave_out)
+    return Rows(part, tokenizer, names, length, most_facts, plain_share, 2 * seed + SEEDS[split], forms)
 
 
 def make_shard(folder: Path, key: str, first: int, last: int, open_: Opener, options: tuple[Any, ...]) -> None:
@@ -184,7 +187,8 @@ def make_rows(args: argparse.Namespace) -> None:
     wanted: list[tuple[str, Opener, int, int, tuple[Any, ...]]]  # folder, what makes its rows, length, tokens, options
     wanted = [(f"drill-{length}", open_drills, length, tokens, ()) for length, tokens in args.drill]
     for length, tokens in args.tokens:
-        wanted.append((str(length), open_rows, length, tokens, (args.facts or default_facts(length), args.plain_share)))
+        options = (args.facts or default_facts(length), args.plain_share, args.leave_out)
+        wanted.append((str(length), open_rows, length, tokens, options))
     listed: dict[str, dict[str, list[str]]] = {}
     missing = []
     for name, open_, length, tokens, more in wanted:
@@ -192,10 +196,10 @@ def make_rows(args: argparse.Namespace) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         listed[name] = {}
         for split, amount in (("train", tokens), ("valid", min(tokens // 10, VALIDATION_TOKENS))):
-            options = (split, length, args.seed, *more)
-            shards = list(shards_of(amount, length, f"{VERSION} {encoder.fingerprint()} {digest} {options}"))
+            full = (split, length, args.seed, *more)
+            shards = list(shards_of(amount, length, f"{VERSION} {encoder.fingerprint()} {digest} {full}"))
             listed[name][split] = [key for key, _, _ in shards]
-            missing += [(folder, *shard, open_, (data, *options)) for shard in shards if not is_made(folder, shard[0])]
+            missing += [(folder, *shard, open_, (data, *full)) for shard in shards if not is_made(folder, shard[0])]
     with (
         concurrent.futures.ProcessPoolExecutor(args.workers) as pool,
         tqdm(total=len(missing), desc="rows", unit=" shards") as bar,
@@ -257,11 +261,16 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--vocab-size", type=int, default=512, help="of the BPE (%(default)s)")
     parser.add_argument("--facts", type=int, help="at most, in a row (one in 96 tokens, and 192)")
     parser.add_argument("--plain-share", type=float, default=0.1, help="of the rows, without facts (%(default)s)")
+    parser.add_argument("--leave-out", metavar="WORDS", help="no sentences with these words, as 'pass key'")
     parser.add_argument("--seed", type=int, default=0, help="of everything random (%(default)s)")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (one a core)")
     args = parser.parse_args(arguments)
     if args.facts is not None:
         check_positive(facts=args.facts)
+    if not other_forms(args.leave_out):
+        raise ValueError(
+            f"--leave-out {args.leave_out!r} leaves none of the sentences {[form[0] for form in FORMS[1:]]}."
+        )
     args.data.mkdir(parents=True, exist_ok=True)
     read_text(args)
     make_rows(args)

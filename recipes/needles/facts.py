@@ -12,7 +12,8 @@ from oncelm.eval.tasks.needle import LARGEST_NUMBER, NEEDLE, QUESTION
 
 # (sentence, question with the beginning of its answer). The evaluation's own comes as often as all others together;
 # the others keep what is learned from being that one sentence.
-FORMS = (
+Forms = tuple[tuple[str, str], ...]
+FORMS: Forms = (
     (NEEDLE, QUESTION),
     (
         "One of the special magic numbers for {city} is: {number} . ",
@@ -60,9 +61,14 @@ class Names:
         return "".join(syllables).capitalize()
 
 
-def draw_fact(name: str, random: np.random.Generator) -> Fact:
-    """Half of the facts in the evaluation's words, half of the numbers as it draws them."""
-    needle, question = FORMS[0] if random.random() < 0.5 else FORMS[random.integers(1, len(FORMS))]
+def other_forms(leave_out: str | None = None) -> Forms:
+    """All forms but the needle evaluation's own and those that say `leave_out`, whatever is measured with."""
+    return tuple(form for form in FORMS[1:] if leave_out is None or leave_out not in form[0])
+
+
+def draw_fact(name: str, others: Forms, random: np.random.Generator) -> Fact:
+    """Half of the facts in the needle evaluation's words, half of the numbers as it draws them."""
+    needle, question = FORMS[0] if random.random() < 0.5 else others[random.integers(0, len(others))]
     as_evaluated = random.random() < 0.5
     number = random.integers(1, LARGEST_NUMBER + 1) if as_evaluated else 10 ** random.uniform(0, LONGEST_NUMBER)
     values = {"city": name, "number": int(number)}

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from facts import Names, draw_fact
+from facts import FORMS, Forms, Names, draw_fact
 from transformers import PreTrainedTokenizerBase
 
 from oncelm.data.encoding import Encoder
@@ -43,6 +43,7 @@ class Rows:
         length: T of the training.
         most_facts: in a row; each row draws its number from 1 to this.
         plain_share: of the rows, without any.
+        forms: of the facts, beside the needle evaluation's own.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class Rows:
         most_facts: int,
         plain_share: float,
         seed: int,
+        forms: Forms = FORMS[1:],
     ) -> None:
         if length < SHORTEST:
             raise ValueError(f"rows must have at least {SHORTEST} tokens, got {length}.")
@@ -62,7 +64,7 @@ class Rows:
                 f"the text has {len(haystack)} tokens, not enough for one row of {length}; give more text."
             )
         self.haystack, self.names, self.length = haystack, names, length
-        self.most_facts, self.plain_share, self.seed = most_facts, plain_share, seed
+        self.most_facts, self.plain_share, self.seed, self.forms = most_facts, plain_share, seed, forms
         self._encoder, self._eos = Encoder(tokenizer), tokenizer.eos_token_id
         self.vocab_size = self._encoder.vocab_size
         pieces = tokenizer.batch_decode([[i] for i in range(self.vocab_size)])
@@ -95,7 +97,7 @@ class Rows:
     def _facts(self, room: float, random: np.random.Generator) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """The needles and questions of one row, as many as fit `room` tokens with half of the questions asked twice."""
         names = self.names.draw(int(random.integers(1, self.most_facts + 1)), random)
-        facts = [draw_fact(name, random) for name in names]
+        facts = [draw_fact(name, self.forms, random) for name in names]
         needles = self._encode([fact.needle for fact in facts])
         questions = self._encode([fact.question for fact in facts])
         lengths = [len(n) + 1.5 * len(q) for n, q in zip(needles, questions, strict=True)]
