@@ -118,6 +118,14 @@ def test_pngs(runs, tmp_path) -> None:
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in written)
 
 
+def test_a_png_never_replaces_another_of_the_same_report(runs, tmp_path) -> None:
+    pytest.importorskip("matplotlib")
+    needles = [run for run in runs if run.configuration["task"] == "needle"][:1] * 2
+    ((name, views),) = sections_of(needles)
+    first, second = write_pngs(views, tmp_path, name)
+    assert second.stem == f"{first.stem}-2"
+
+
 def test_no_runs_or_no_samples(runs, tmp_path) -> None:
     with pytest.raises(ValueError, match="at least one run"):
         write_report([], tmp_path / "r.html")

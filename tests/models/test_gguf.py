@@ -133,6 +133,7 @@ def test_convert_writes_a_folder_with_the_tokenizer(file, tmp_path, capsys) -> N
     assert len(merged) == 3
     assert tokenizer.decode(tokenizer("It's 2026, café").input_ids) == "It's 2026, café"
     assert tokenizer.chat_template == CHAT_TEMPLATE
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (0, 2)
     memory = oncelm.load(tmp_path / "out", mem_layers=[1], last_context_length=128)
     torch.testing.assert_close(logits(memory), logits(make_llama()), rtol=0, atol=1e-5)
 

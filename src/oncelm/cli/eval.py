@@ -141,7 +141,9 @@ def _show(value: Any) -> str:
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
     run = parser.add_argument_group("the run")
-    run.add_argument("--out", metavar="FILE", help="the result file (runs/eval/TASK-MODEL.jsonl)")
+    run.add_argument(
+        "--out", metavar="FILE", help="the result file (runs/eval/TASK-NAME.jsonl; runs/x/model is named x)"
+    )
     run.add_argument("--seed", type=int, default=0, metavar="N", help="of everything random in the task (0)")
     run.add_argument("--limit", type=int, metavar="N", help="stop after N samples; without it, the run goes on later")
     run.add_argument(
@@ -165,7 +167,7 @@ def run_task(task_type: type[Task], args: argparse.Namespace) -> int:
     task = make_task(task_type, **options)  # what is wrong with the options shows before a model is loaded
     if args.limit is not None:
         check_positive(limit=args.limit)
-    out = Path(args.out or f"runs/eval/{task.name}-{Path(args.model).name}.jsonl")
+    out = Path(args.out or f"runs/eval/{task.name}-{_model_name(args.model)}.jsonl")
     if out.is_dir():
         raise ValueError(f"--out {out} is a folder; name a file.")
     model = load_model(args)
@@ -209,7 +211,17 @@ def load_model(args: argparse.Namespace) -> LanguageModel:
         model = load(args.model, args.device, args.dtype, compile=args.compile, **overrides)
     cache_options = {} if args.memory is None else {"memory": args.memory}
     read_options = {} if args.last_context_length is None else {"last_context_length": args.last_context_length}
-    return LanguageModel(model, tokenizer, Path(args.model).name, cache_options, read_options)
+    return LanguageModel(model, tokenizer, _model_name(args.model), cache_options, read_options)
+
+
+def _model_name(model: str) -> str:
+    """The last part of a path or hub id; the run's, for the folder `model` that `oncelm train` makes in it.
+
+    >>> _model_name("runs/books/model"), _model_name("HuggingFaceTB/SmolLM2-135M")
+    ('books', 'SmolLM2-135M')
+    """
+    path = Path(model)
+    return path.parent.name if path.name == "model" and path.parent.name else path.name
 
 
 def print_views(task: type[Task], done: Run) -> None:

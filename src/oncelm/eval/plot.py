@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from oncelm.utils.files import atomic_file
 
 
 def write_pngs(views: Sequence[View], folder: str | os.PathLike[str], prefix: str) -> list[Path]:
-    """One PNG a heatmap or curves in `folder`, named for its title.
+    """One PNG a heatmap or curves in `folder`, named for its title; of equal titles, the second one's ends in -2.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -23,7 +24,8 @@ def write_pngs(views: Sequence[View], folder: str | os.PathLike[str], prefix: st
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("PNGs need matplotlib: pip install 'oncelm[plot]'") from error
-    written = []
+    written: list[Path] = []
+    used: Counter[str] = Counter()
     for view in views:
         if not isinstance(view, Heatmap | Curves):
             continue
@@ -34,7 +36,9 @@ def write_pngs(views: Sequence[View], folder: str | os.PathLike[str], prefix: st
             _heatmap(figure, axes, view)
         else:
             _curves(axes, view)
-        path = Path(folder) / f"{prefix}-{_file_name(view.title)}.png"
+        name = _file_name(view.title)
+        used[name] += 1
+        path = Path(folder) / f"{prefix}-{name}{f'-{used[name]}' if used[name] > 1 else ''}.png"
         with atomic_file(path) as temporary:
             figure.savefig(temporary, dpi=120, format="png")
         written.append(path)

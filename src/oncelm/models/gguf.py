@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from oncelm.models.load import errors_in_one_line, quiet_transformers
 
 MAGIC = b"GGUF"
+SPECIAL_TOKENS = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
 
 
 def is_gguf(path: str | os.PathLike[str]) -> bool:
@@ -62,6 +63,9 @@ def read_gguf(
     if fields.get("tokenizer.ggml.pre") == "smollm":  # transformers leaves out that digits stand alone
         digits, words = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, words])
+    for name, attribute in SPECIAL_TOKENS.items():  # transformers before 5.23 reads some of them wrongly
+        if (token := fields.get(f"tokenizer.ggml.{name}_token_id")) is not None:
+            setattr(tokenizer, attribute, tokenizer.convert_ids_to_tokens(int(token)))
     return model.eval(), tokenizer
 
 
@@ -72,7 +76,8 @@ def _fields(file: Path) -> dict[str, Any]:
     with file.open("rb") as stream:
         if stream.read(len(MAGIC)) != MAGIC:
             raise ValueError(f"{file} is no GGUF file: it does not start with {MAGIC.decode()}.")
-    names = ("general.architecture", "tokenizer.ggml.pre")
+    special = (f"tokenizer.ggml.{name}_token_id" for name in SPECIAL_TOKENS)
+    names = ("general.architecture", "tokenizer.ggml.pre", *special)
     fields = GGUFReader(file).fields
     return {name: fields[name].contents() for name in names if name in fields}
 
