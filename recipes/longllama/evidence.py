@@ -14,6 +14,8 @@ the same command goes on, and a step that fails does not keep the others from ru
     nll      perplexity of held-out documents with ever more of them in memory, untrained and trained
     knn      memory searched by Faiss, in CPU memory and exact: recall, seconds to read and to write a token
     bench    prefill and decoding beside plain Llama with a full cache: tokens/s and peak memory
+    facts    OUT/facts: from OUT/trained for --facts-seconds on DATA with facts hidden in it and asked for later
+             (recipes/needles/build.py; no pass keys among them); passkey and perplexity of it
     report   OUT/report.html: passkey and perplexity of all
 """
 
@@ -47,6 +49,9 @@ from oncelm.utils.files import atomic_file, atomic_folder
 RECIPE = Path(__file__).with_name("small.yaml")
 FIRST = 5 / 8  # of the time, with few negatives
 NEGATIVES = ("model_overrides.cross_batch_range=15", "lr=1e-4")  # then; small.yaml says why
+MORE_NEGATIVES = ("model_overrides.cross_batch_range=31", "batch_size=32", "lr=1e-4")  # with facts
+BUILD_FACTS = Path(__file__).parents[1] / "needles" / "build.py"
+MOST_FACTS = 32  # in one of its rows, which is `packing` rows of a batch
 FOCUS_TRIALS, DECODED = 5, 16  # texts of each length in focus; tokens in a timing of knn
 
 
@@ -89,17 +94,33 @@ class Evidence:
         self.find_passkeys(self.args.model, "llama", self.args.plain_lengths, "--beyond-trained-length")
 
     def train(self) -> None:
-        model = self.args.model
-        for name, share, more in (("first", FIRST, ()), ("trained", 1 - FIRST, NEGATIVES)):
-            out = self.out / name
-            if not (out / "model").is_dir():
-                settings = (*more, f"max_seconds={share * self.args.seconds}", f"device={self.device}")
-                settings += () if self.compile else ("compile=false",)
-                call(
-                    *("train", self.args.data, "--model", model, "--out", out, "--config", RECIPE, "--resume"),
-                    *("--set", *settings, *self.args.set),
-                )
-            model = out / "model"
+        first = self.train_from(self.args.model, self.args.data, "first", FIRST * self.args.seconds)
+        self.train_from(first, self.args.data, "trained", (1 - FIRST) * self.args.seconds, *NEGATIVES)
+
+    def train_from(self, model: Path, data: str | Path, name: str, seconds: float, *more: str) -> Path:
+        """small.yaml into OUT/NAME, unless it is there; the folder of the model."""
+        out = self.out / name
+        if not (out / "model").is_dir():
+            settings = (*more, f"max_seconds={seconds}", f"device={self.device}")
+            settings += () if self.compile else ("compile=false",)
+            call(
+                *("train", data, "--model", model, "--out", out, "--config", RECIPE, "--resume"),
+                *("--set", *settings, *self.args.set),
+            )
+        return out / "model"
+
+    def facts(self) -> None:
+        if not self.trained.is_dir():
+            raise ValueError(f"{self.trained} is not there; it is what `train` makes.")
+        settings = load_config(RECIPE, self.args.set, {"data": "-", "out": "-"})
+        length = settings.packing * (settings.seq_len - 1) + 1  # of a piece: a row is one, without the token they share
+        rows = self.out / "rows"
+        options = ("--tokenizer", self.args.model, "--facts", MOST_FACTS, "--leave-out", "pass key", "--drill")
+        options += ("--tokens", f"{length}:{self.args.facts_tokens}")
+        subprocess.run([*map(str, (sys.executable, BUILD_FACTS, self.args.data, rows, *options))], check=True)
+        model = self.train_from(self.trained, rows / str(length), "facts", self.args.facts_seconds, *MORE_NEGATIVES)
+        self.find_passkeys(model, "facts", self.args.lengths)
+        self.ask("context-nll", model, "facts", "--documents", self.held_out(), "--contexts", self.args.contexts)
 
     def passkey(self) -> None:
         self.find_passkeys(self.trained, "trained", self.args.lengths)
@@ -211,7 +232,7 @@ class Evidence:
 
 STEPS: tuple[Callable[[Evidence], None], ...] = (
     *(Evidence.before, Evidence.train, Evidence.passkey, Evidence.focus, Evidence.nll, Evidence.knn, Evidence.bench),
-    Evidence.report,
+    *(Evidence.facts, Evidence.report),
 )
 
 
@@ -223,6 +244,8 @@ def main(arguments: list[str] | None = None) -> int:
     names = [step.__name__ for step in STEPS]
     parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="STEP", help="these steps (all)")
     parser.add_argument("--seconds", type=float, default=240, help="of training (240)")
+    parser.add_argument("--facts-seconds", type=float, default=60, help="of training with facts (60)")
+    parser.add_argument("--facts-tokens", default="8M", metavar="N", help="of text with facts to build (8M)")
     parser.add_argument("--lengths", default="4K,8K,16K,32K,64K,128K", help="of passkey (4K to 128K)")
     parser.add_argument("--plain-lengths", default="4K,8K,16K,32K", help="of passkey on MODEL as it is (4K to 32K)")
     parser.add_argument("--trials", type=int, default=20, help="of passkey, at each length (20)")
