@@ -146,7 +146,8 @@ def _legend(view: Curves) -> str:
 def _about(run: Run, number: int) -> str:
     """What a run was, and its samples."""
     model, environment = run.configuration["model"], run.header["environment"]
-    options = ", ".join(f"{key} {_option(value)}" for key, value in run.configuration["options"].items())
+    chosen = {key: value for key, value in run.configuration["options"].items() if value not in ("", None)}
+    options = ", ".join(f"{key} {_option(value)}" for key, value in chosen.items())
     gpus = environment["gpus"]
     hardware = gpus[0]["name"] if run.header["device"].startswith("cuda") and gpus else environment["cpu"]
     facts = (
