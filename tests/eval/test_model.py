@@ -128,7 +128,7 @@ def test_codec() -> None:
     with_bos.add_bos_token = True
     assert Codec(with_bos).prefix.tolist() == [0]
     text = "".join(f"line {i}\n" for i in range(150_000))
-    pieces = list(codec.stream(text))
+    pieces = list(codec.stream([text]))
     assert len(pieces) > 1
     assert codec.decode(np.concatenate(pieces)) == text
     with pytest.raises(ValueError, match="gives token 119, but the model knows 100 tokens"):

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 
-from oncelm.data.corpora import CORPORA, load_corpus
+from oncelm.data.corpora import CORPORA, iterate_corpus
 from oncelm.data.layout import find_corpus
 from oncelm.data.reading import DamagedText, Malformed, Piece, is_text, read, scan
 from oncelm.eval.model import Codec
@@ -33,14 +34,26 @@ def read_documents(source: str) -> Iterator[Document]:
     Raises:
         ValueError: nothing there, nothing in it, not UTF-8 text, a line without text.
     """
-    if source in CORPORA and not Path(source).exists():
-        yield Document(source, "\n\n".join(f"{part.title}\n\n{part.text}" for part in load_corpus(source)))
+    if is_bundled(source):
+        yield Document(source, "".join(_bundled(source)))
         return
     if not Path(source).exists():
         raise unknown("text", source, (*CORPORA, "a file or folder that exists"))
     for file in (file for part in find_corpus(source).sources for file in part.files):
         for piece in scan(file):
             yield from _read_piece(file, piece)
+
+
+def is_bundled(source: str) -> bool:
+    return source in CORPORA and not Path(source).exists()
+
+
+def _bundled(source: str) -> Iterator[str]:
+    """The parts of a bundled text, unpacked as they are asked for."""
+    between = ""
+    for part in iterate_corpus(source):
+        yield f"{between}{part.title}\n\n{part.text}"
+        between = "\n\n"
 
 
 def _read_piece(file: Path, piece: Piece) -> Iterator[Document]:
@@ -63,7 +76,8 @@ class Haystack:
 
     def __init__(self, source: str, codec: Codec) -> None:
         self.source, self.codec = source, codec
-        self._pieces = (piece for document in read_documents(source) for piece in codec.stream(document.text + "\n"))
+        texts = [_bundled(source)] if is_bundled(source) else ([document.text] for document in read_documents(source))
+        self._pieces = (piece for parts in texts for piece in codec.stream(chain(parts, "\n")))
         self._ids = np.empty(0, np.int32)
         self._whole = False
         self._sentence_ends: dict[int, bool] = {}

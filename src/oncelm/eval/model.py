@@ -47,9 +47,9 @@ class Codec:
         """How many ids each text has, without special tokens."""
         return [len(self._ids(ids)) for ids in self._encoder.encode(texts)]
 
-    def stream(self, text: str) -> Iterator[np.ndarray]:
-        """The ids of a long text, a piece at a time."""
-        for ids in self._encoder.encode_long([text]):
+    def stream(self, parts: Iterable[str]) -> Iterator[np.ndarray]:
+        """The ids of one long text that comes in parts, a piece at a time; those of the whole text at once."""
+        for ids in self._encoder.encode_long(parts):
             yield self._ids(ids)
 
     def pair(self, before: str, after: str) -> tuple[np.ndarray, np.ndarray]:

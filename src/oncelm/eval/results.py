@@ -4,8 +4,8 @@
     {"kind": "sample", "index": 0, "prompt_hash": ..., "target": ..., "output": ..., "scores": ..., ...}
     {"kind": "end", "samples": 110}
 
-A line is on disk when `append` returns. A run that was killed goes on from its file: a last line that was cut short is
-removed, any other damage is an error that names the line.
+A line is safe from a kill when `append` returns. A run that was killed goes on from its file: a last line that was cut
+short is removed, any other damage is an error that names the line.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from filelock import FileLock, Timeout
 
 FORMAT = 1
 HEAD = b'{"kind": "run", '  # how every result file begins
+SYNC_SECONDS = 1.0  # between two waits for the disk, at least
 
 
 @dataclass
@@ -88,7 +90,10 @@ def open_run(path: str | os.PathLike[str], header: dict[str, Any]) -> Iterator[R
         if not results.run.header.get("kind"):  # new, or nothing but a cut first line
             results.append({"kind": "run", "format": FORMAT, **header})
             results.run.header = {"kind": "run", "format": FORMAT, **header}
-        yield results
+        try:
+            yield results
+        finally:
+            results.sync()
 
 
 class ResultFile:
@@ -98,13 +103,20 @@ class ResultFile:
 
     def __init__(self, file: Any) -> None:
         self._file = file
+        self._synced = -SYNC_SECONDS
 
     def append(self, *records: dict[str, Any]) -> None:
-        """Write a line each; they are on disk when this returns."""
+        """Write a line each: safe from a kill when this returns, from a power cut within SYNC_SECONDS."""
         texts = [json.dumps(record, allow_nan=False) for record in records]
         self._file.write("".join(f'{text[:-1]}, "check": "{_check(text)}"}}\n' for text in texts).encode())
         self._file.flush()
+        if time.monotonic() - self._synced >= SYNC_SECONDS:
+            self.sync()
+
+    def sync(self) -> None:
+        """Wait until the disk has all lines. That may take as long as a short sample."""
         os.fsync(self._file.fileno())
+        self._synced = time.monotonic()
 
     def add(self, *samples: dict[str, Any]) -> None:
         """Write a line each and keep the samples."""

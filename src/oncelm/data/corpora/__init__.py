@@ -6,8 +6,10 @@ document, and so on. `NOTICE` at the root of the repository names the sources an
 
 from __future__ import annotations
 
+import io
 import lzma
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.resources import files
 
@@ -17,6 +19,8 @@ CORPORA: dict[str, str] = {
     "sotu": "State of the Union addresses, 1790-2021, in the order they were given (one document each)",
     "moby_dick": "Moby-Dick by Herman Melville, 1851, in reading order (one document per chapter)",
 }
+
+_HEAD = re.compile(r"=== (\d{4}) \| (.+)\n")
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,29 @@ class Document:
     text: str
 
 
+def iterate_corpus(name: str) -> Iterator[Document]:
+    """The documents of a bundled corpus, in order; what comes later is not unpacked yet."""
+    check_choice("corpus", name, CORPORA)
+    with (
+        files(__package__).joinpath(f"{name}.txt.xz").open("rb") as packed,
+        io.TextIOWrapper(lzma.open(packed), encoding="utf-8", newline="\n") as lines,
+    ):
+        head = _HEAD.fullmatch(next(lines))
+        body: list[str] = []
+        for line in lines:
+            if found := _HEAD.fullmatch(line):
+                yield _document(head, body)
+                head, body = found, []
+            else:
+                body.append(line)
+        yield _document(head, body)
+
+
+def _document(head: re.Match[str] | None, body: list[str]) -> Document:
+    assert head is not None  # a corpus starts with a header
+    return Document(int(head[1]), head[2], "".join(body).removesuffix("\n"))
+
+
 def load_corpus(name: str, *, first_year: int | None = None, last_year: int | None = None) -> list[Document]:
     """The documents of a bundled corpus, in order; years are inclusive bounds.
 
@@ -36,13 +63,7 @@ def load_corpus(name: str, *, first_year: int | None = None, last_year: int | No
     >>> train[0].year, train[0].title, held_out[-1].title
     (1790, 'George Washington', 'Joseph R. Biden')
     """
-    check_choice("corpus", name, CORPORA)
-    plain = lzma.decompress(files(__package__).joinpath(f"{name}.txt.xz").read_bytes()).decode("utf-8")
-    _, *fields = re.split(r"^=== (\d{4}) \| (.+)\n", plain, flags=re.MULTILINE)
-    documents = [
-        Document(int(year), title, text.removesuffix("\n"))
-        for year, title, text in zip(fields[0::3], fields[1::3], fields[2::3], strict=True)
-    ]
+    documents = list(iterate_corpus(name))
     low, high = documents[0].year, documents[-1].year
     chosen = [d for d in documents if (first_year or low) <= d.year <= (last_year or high)]
     if not chosen:

@@ -40,7 +40,7 @@ class LongPpl(Task):
         for _, of_dataset in groupby(read_questions(self.data), key=lambda question: question.dataset):
             chosen = list(of_dataset)[: self.questions]
             for text, asked in groupby(chosen, key=lambda question: question.document):
-                document = np.concatenate([codec.prefix, *codec.stream(text)])
+                document = np.concatenate([codec.prefix, *codec.stream([text])])
                 questions = list(asked)
                 for length in sorted(self.lengths):
                     yield from (self._example(codec, document, question, length) for question in questions)

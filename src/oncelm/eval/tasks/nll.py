@@ -107,7 +107,7 @@ def curves(samples: Sequence[dict]) -> tuple[Points, Points]:
 def first_ids(codec: Codec, text: str, count: int | None) -> np.ndarray:
     """The first `count` ids of a document (None: all), with what the tokenizer puts before every text."""
     parts, have = [codec.prefix], len(codec.prefix)
-    for piece in codec.stream(text):
+    for piece in codec.stream([text]):
         parts.append(piece)
         have += len(piece)
         if count is not None and have >= count:
