@@ -131,11 +131,12 @@ def blocks() -> list[str]:
 
 
 def test_the_documented_task_runs(folder, tmp_path, capsys) -> None:
-    (code,) = [block for block in blocks() if block.startswith("# copy.py")]
+    (code,) = [block for block in blocks() if block.startswith("# repeat_words.py")]
     assert len(code.splitlines()) <= 50
-    (tmp_path / "copy.py").write_text(code)
+    (tmp_path / "repeat_words.py").write_text(f"from __future__ import annotations\n\n{code}")
     out = tmp_path / "copy.jsonl"
-    assert evaluate(tmp_path / "copy.py", folder, "--words", 3, "--samples", 2, "--device", "cpu", "--out", out) == 0
+    options = ("--words", 3, "--samples", 2, "--device", "cpu", "--out", out)
+    assert evaluate(tmp_path / "repeat_words.py", folder, *options) == 0
     done = read_run(out)
     assert done.complete
     assert [set(s["scores"]) for s in done.samples.values()] == [{"exact", "words_right"}] * 2

@@ -253,6 +253,16 @@ def test_answer_loss_at_every_length(language_models, tmp_path) -> None:
     assert curve.series["retention, GovReport"][1] == (400, pytest.approx(math.exp(gov["scores"]["loss"])))
 
 
+def test_an_answer_is_scored_to_the_same_token_at_every_length(language_models, tmp_path) -> None:
+    line = {"report": DOCUMENT, "summary": "It lists facts. " * 20}
+    (tmp_path / "gov_report.jsonl").write_text(json.dumps(line))
+    task = make_task(TASKS["longppl"], data=str(tmp_path), lengths=(900, 300))
+    short, long = task.examples(language_models("retention").codec, 0)
+    assert len(short.prompt) + 150 == 300
+    assert long.continuation.tolist() == short.continuation.tolist()
+    assert len(long.continuation) == 150
+
+
 def test_longppl_needs_data() -> None:
     with pytest.raises(ValueError, match="needs a folder of questions: --data DIR"):
         make_task(TASKS["longppl"])

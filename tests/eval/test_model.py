@@ -14,7 +14,9 @@ from transformers import PreTrainedTokenizerFast
 from oncelm import load_tokenizer
 from oncelm.eval import Codec, LanguageModel
 from oncelm.eval import model as module
+from oncelm.models import LongLlamaConfig, LongLlamaForCausalLM
 from tests.eval.conftest import KINDS
+from tests.models.test_longllama import make_llama
 
 
 def full_scores(model: LanguageModel, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -45,6 +47,23 @@ def test_scores_are_those_of_the_full_forward(kind, cuts, block, language_models
     got = np.concatenate([part.log_likelihoods for part in parts])
     np.testing.assert_allclose(got, expected[first - 1 :], atol=2e-4)
     assert (np.concatenate([part.greedy for part in parts]) == greedy[first - 1 :]).all()
+
+
+def test_a_longllama_is_scored_window_by_window_with_the_local_cache_asked_for(monkeypatch) -> None:
+    llama, ids = make_llama(vocab_size=260), random_ids(200)
+    config = LongLlamaConfig(**llama.config.to_dict() | {"mem_layers": [1], "last_context_length": 24})
+    long = LongLlamaForCausalLM(config).eval()
+    long.load_state_dict(llama.state_dict())
+    found = {}
+    for local, budget in ((24, 1 << 20), (24, 260 * 7), (8, 1 << 20)):
+        monkeypatch.setattr(module, "LOGITS_AT_ONCE", budget)
+        model = LanguageModel(long, load_tokenizer("bytes"), "long", read_options={"last_context_length": local})
+        reader = model.start(200)
+        reader.read(ids[:1])
+        found[local, budget] = reader.score(ids[1:]).log_likelihoods
+    assert (found[24, 1 << 20] == found[24, 260 * 7]).all()  # whatever fits in memory
+    assert np.abs(found[24, 1 << 20] - found[8, 1 << 20]).max() > 1e-4
+    assert LanguageModel(long, load_tokenizer("bytes"), "long").describe()["last_context_length"] == 24
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -130,8 +130,21 @@ def test_no_runs_or_no_samples(runs, tmp_path) -> None:
     with pytest.raises(ValueError, match="at least one run"):
         write_report([], tmp_path / "r.html")
     runs[1].samples.clear()
-    with pytest.raises(ValueError, match="needle on llama has no sample yet"):
+    with pytest.warns(UserWarning, match="needle on llama has no sample yet; left out"):
         write_report(runs, tmp_path / "r.html")
+    assert "2 runs" in (tmp_path / "r.html").read_text()
+    with pytest.warns(UserWarning, match="left out"), pytest.raises(ValueError, match="at least one run with samples"):
+        write_report(runs[1:2], tmp_path / "r.html")
+
+
+def test_runs_of_one_model_are_told_apart(runs, tmp_path, haystack, language_models) -> None:
+    other = make_task(TASKS["nll"], documents=haystack, max_tokens=200)
+    again = run(other, language_models("retention"), tmp_path / "nll-200.jsonl")
+    ((_, (table, windowed, _)),) = sections_of([runs[2], again])
+    names = ["retention (max_tokens 300)", "retention (max_tokens 200)"]
+    assert [row[0] for row in table.rows] == list(windowed.series) == names
+    ((_, (table, windowed, _)),) = sections_of([again, read_run(tmp_path / "nll-200.jsonl")])
+    assert list(windowed.series) == ["retention (run 1)", "retention (run 2)"]
     assert not (tmp_path / "r.html").exists()
 
 

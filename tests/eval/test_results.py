@@ -96,6 +96,21 @@ def test_another_configuration_is_refused_with_the_difference(path) -> None:
     assert path.read_bytes() == before
 
 
+def test_a_run_without_samples_makes_room_for_another(tmp_path) -> None:
+    file = tmp_path / "run.jsonl"
+    file.touch()
+    with pytest.raises(ValueError, match=r"run\.jsonl is empty"):
+        read_run(file)
+    with pytest.raises(RuntimeError), open_run(file, HEADER):
+        raise RuntimeError("before the first sample")
+    other = {**HEADER, "configuration": {**HEADER["configuration"], "seed": 1}}
+    with open_run(file, other) as results:
+        results.add(sample(0))
+    assert read_run(file).configuration["seed"] == 1
+    with pytest.raises(ValueError, match="belongs to another run"), open_run(file, HEADER):
+        pass
+
+
 def test_two_writers_are_one_too_many(path) -> None:
     refused = pytest.raises(ValueError, match="being written by another process")
     with open_run(path, HEADER), refused, open_run(path, HEADER):

@@ -37,6 +37,15 @@ def test_a_failure_keeps_the_old_file(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [target]
 
 
+def test_what_is_no_file_is_not_replaced(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for path in (pipe, tmp_path):
+        with pytest.raises(ValueError, match="is there and no file"), atomic_file(path) as file:
+            file.write_text("x")
+    assert pipe.is_fifo()
+
+
 def test_a_folder_is_replaced_whole(tmp_path: Path) -> None:
     target = tmp_path / "model"
     for name in ("a", "b"):

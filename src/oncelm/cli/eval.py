@@ -271,10 +271,10 @@ def add_report_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_report(args: argparse.Namespace) -> int:
     from oncelm.eval import read_run, write_report
-    from oncelm.eval.page import sections_of
+    from oncelm.eval.page import sections_of, shown_runs
     from oncelm.eval.plot import write_pngs
 
-    runs = [read_run(path) for path in args.runs]
+    runs = shown_runs([read_run(path) for path in args.runs])
     write_report(runs, args.out, args.title)
     print(f"{args.out}: {len(runs)} runs")
     if args.png:

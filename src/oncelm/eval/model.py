@@ -118,6 +118,7 @@ class LanguageModel:
 
     def describe(self) -> dict[str, Any]:
         """What results depend on, as plain JSON values."""
+        config = self.model.config
         return {
             "name": self.name,
             "type": self.model.config.model_type,
@@ -125,6 +126,7 @@ class LanguageModel:
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "weights": self.model.fingerprint() if hasattr(self.model, "fingerprint") else fingerprint(self.model, ()),
             "tokenizer": self.codec.fingerprint(),
+            **{key: getattr(config, key) for key in ("last_context_length", "mem_dtype") if hasattr(config, key)},
             **self.cache_options,
             **self.read_options,
         }
@@ -144,6 +146,7 @@ class Reader:
         self._logits: torch.Tensor | None = None  # [1, V], behind the last token
         ends = model.generation_config.eos_token_id if model.generation_config is not None else None
         self._ends = {ends} if isinstance(ends, int) else set(ends or ())
+        self.read_options: dict[str, Any] = {}
         self._keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     @torch.no_grad()
@@ -173,7 +176,7 @@ class Reader:
         """Append ids [T]: how likely each of them was. Logits exist for a block of positions at a time only."""
         self._check_room(len(ids))
         scores = TokenScores(np.empty(len(ids), np.float32), np.empty(len(ids), bool))
-        size = max(1, min(LOGITS_AT_ONCE // self._last().shape[-1], READ_AT_ONCE))
+        size = self._scored_at_once()
         for start in range(0, len(ids), size):
             part = self._tensor(ids[start : start + size])
             logits = self._forward(part)
@@ -227,12 +230,16 @@ class Reader:
     def _clear(self) -> None:
         self.cache = None
 
+    def _scored_at_once(self) -> int:
+        """Tokens of a block of `score`."""
+        return max(1, min(LOGITS_AT_ONCE // self._last().shape[-1], READ_AT_ONCE))
+
     # -- common -----------------------------------------------------------------------------------------------------
 
     def _forward(self, ids: torch.Tensor, keep: int = 0) -> torch.Tensor:
         """Append ids [1, t]: logits [t, V], or of the last `keep` tokens only where the model can leave the rest."""
         options = {"logits_to_keep": keep} if self._keeps else {}
-        output = self.model(ids, past_key_values=self.cache, use_cache=True, **options)
+        output = self.model(ids, past_key_values=self.cache, use_cache=True, **options, **self.read_options)
         self.cache = output.past_key_values
         self.num_tokens += ids.shape[1]
         return output.logits[0]
@@ -258,6 +265,8 @@ class OnceReader(Reader):
     ) -> None:
         super().__init__(model, max_tokens)
         self.cache_options, self.read_options = cache_options, read_options
+        # What a LongLLaMA moves to memory depends on where a block ends, so that its blocks are its windows.
+        self._window = model.config.max_position_embeddings if hasattr(model.config, "last_context_length") else None
         self._clear()
 
     def _read(self, ids: torch.Tensor, progress: Callable[[int], object] | None) -> torch.Tensor:
@@ -266,6 +275,9 @@ class OnceReader(Reader):
         logits = self.model.prefill(ids, self.cache, progress=report, **self.read_options)
         self.num_tokens += ids.shape[1]
         return logits
+
+    def _scored_at_once(self) -> int:
+        return self._window or super()._scored_at_once()
 
     def _save(self) -> Any:
         # a rewind point copies no shared K/V: they stay where they are, and what follows overwrites them

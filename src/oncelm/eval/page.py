@@ -5,7 +5,9 @@ from __future__ import annotations
 import html
 import json
 import os
+import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.resources import files
 from string import Template
 from typing import Any
@@ -19,14 +21,16 @@ from oncelm.utils.files import atomic_file
 
 SHOWN_CHARACTERS = 400  # of a target or output
 SAMPLES_IN_PAGE = 5000  # of a run
+NOT_NAMED = ("scorer", "weights")  # in a run's name: the tables tell scorers apart themselves; weights are long
 
 
 def write_report(runs: Sequence[Run], path: str | os.PathLike[str], title: str = "Evaluation") -> None:
     """Write the page of these runs: a section a task, with all its models side by side.
 
     Raises:
-        ValueError: no run, or one without samples.
+        ValueError: no run with samples.
     """
+    runs = shown_runs(runs)
     sections = sections_of(runs)
     body = "".join(_section(name, views, [r for r in runs if _task_name(r) == name], runs) for name, views in sections)
     template = Template(files(__package__).joinpath("page.html").read_text(encoding="utf-8"))
@@ -44,13 +48,42 @@ def write_report(runs: Sequence[Run], path: str | os.PathLike[str], title: str =
 
 def sections_of(runs: Sequence[Run]) -> list[tuple[str, list[View]]]:
     """The views of each task among the runs, in the order in which the tasks first come."""
-    if not runs:
-        raise ValueError("a report needs at least one run.")
-    for run in runs:
-        if not run.samples:
-            raise ValueError(f"the run of {_task_name(run)} on {run.label} has no sample yet; run it first.")
+    runs = shown_runs(runs)
     names = dict.fromkeys(_task_name(run) for run in runs)
     return [(name, _views(name, [run for run in runs if _task_name(run) == name])) for name in names]
+
+
+def shown_runs(runs: Sequence[Run]) -> list[Run]:
+    """Those with samples; where several are of one task and model, each is named for the settings that differ.
+
+    Raises:
+        ValueError: none has samples.
+    """
+    shown = [run for run in runs if run.samples]
+    for run in runs:
+        if not run.samples:
+            warnings.warn(f"the run of {_task_name(run)} on {run.label} has no sample yet; left out.", stacklevel=3)
+    if not shown:
+        raise ValueError("a report needs at least one run with samples.")
+    alike: dict[tuple[str, str], list[Run]] = {}
+    for run in shown:
+        alike.setdefault((_task_name(run), run.label), []).append(run)
+    return [_told_apart(run, alike[_task_name(run), run.label]) for run in shown]
+
+
+def _told_apart(run: Run, alike: Sequence[Run]) -> Run:
+    """The run, named for what is not the same in all of these."""
+    if len(alike) == 1:
+        return run
+    settings = [other.configuration["options"] | other.configuration["model"] for other in alike]
+    keys = [key for key in dict.fromkeys(key for one in settings for key in one) if key not in NOT_NAMED]
+    keys = [key for key in keys if any(one.get(key) != settings[0].get(key) for one in settings)]
+    own = settings[next(i for i, other in enumerate(alike) if other is run)]
+    name = ", ".join(f"{key} {_option(own[key])}" for key in keys if own.get(key) not in ("", None))
+    same = [other for other, one in zip(alike, settings, strict=True) if all(one.get(k) == own.get(k) for k in keys)]
+    if len(same) > 1:
+        name += f"{', ' if name else ''}run {1 + next(i for i, other in enumerate(same) if other is run)}"
+    return replace(run, name=name)
 
 
 def _views(name: str, runs: Sequence[Run]) -> list[View]:

@@ -36,17 +36,19 @@ class Run:
         header: the whole first line: also environment, time, versions.
         samples: by index, in the order they were made.
         complete: whether the run came to its end.
+        name: what tells it apart from other runs of its model, for a report.
     """
 
     configuration: dict[str, Any]
     header: dict[str, Any]
     samples: dict[int, dict[str, Any]] = field(default_factory=dict)
     complete: bool = False
+    name: str = ""
 
     @property
     def label(self) -> str:
-        """The model's name."""
-        return self.configuration["model"]["name"]
+        """The model's name, with what tells the run apart."""
+        return self.configuration["model"]["name"] + (f" ({self.name})" if self.name else "")
 
 
 class Damaged(ValueError):
@@ -60,6 +62,8 @@ def read_run(path: str | os.PathLike[str]) -> Run:
         ValueError: it is no result file, or damaged; the message names the line.
     """
     run, _ = _parse(Path(path))
+    if not run.configuration:
+        raise ValueError(f"{path} is empty: no run has been started in it.")
     return run
 
 
@@ -80,12 +84,13 @@ def open_run(path: str | os.PathLike[str], header: dict[str, Any]) -> Iterator[R
         raise ValueError(f"{target} is being written by another process.") from None
     with lock, target.open("a+b") as file:
         results = ResultFile(file)
-        if target.stat().st_size:
-            run, whole = _parse(target)
+        run, whole = _parse(target)
+        if run.samples or run.complete:
             _check_same(target, run.configuration, header["configuration"])
             file.truncate(whole)
             results.run = run
-        else:
+        else:  # new, or left by a run that failed before its first sample: there is nothing to lose
+            file.truncate(0)
             results.run = Run(header["configuration"], header)
         if not results.run.header.get("kind"):  # new, or nothing but a cut first line
             results.append({"kind": "run", "format": FORMAT, **header})

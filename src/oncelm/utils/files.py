@@ -49,8 +49,13 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path in the same folder; on success it is fsynced and renamed to `path`.
 
     On any error (a full disk too) the temporary file is removed and `path` stays as it was.
+
+    Raises:
+        ValueError: `path` is there and no file: a folder, a device, a pipe.
     """
     target = Path(path)
+    if target.exists() and not target.is_file():
+        raise ValueError(f"{target} is there and no file; name another.")
     temporary = _beside(target)
     try:
         with _write_errors(target):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from pathlib import Path
 
 from oncelm.eval.harness.battery import AnyTasks, LongLlamaTable, YocoTable
@@ -37,10 +38,11 @@ def find_task(name: str) -> type[Task]:
     path = Path(name)
     if not path.is_file():
         raise ValueError(f"task file {name!r} does not exist.")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    spec = importlib.util.spec_from_file_location(f"oncelm_task_{path.stem}", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look up what annotations name
     spec.loader.exec_module(module)
     own = [
         value

@@ -42,14 +42,15 @@ class LongPpl(Task):
             for text, asked in groupby(chosen, key=lambda question: question.document):
                 document = np.concatenate([codec.prefix, *codec.stream([text])])
                 questions = list(asked)
+                longest = min(self.lengths) // 2  # of an answer: the same tokens are scored at every length
                 for length in sorted(self.lengths):
-                    yield from (self._example(codec, document, question, length) for question in questions)
+                    yield from (self._example(codec, document, question, length, longest) for question in questions)
 
     @staticmethod
-    def _example(codec: Codec, document: np.ndarray, question: Question, length: int) -> Score:
+    def _example(codec: Codec, document: np.ndarray, question: Question, length: int, longest_answer: int) -> Score:
         asks = f"\n\nQuestion: {question.question}\nAnswer:" if question.question else "\n\nSummary:"
         asked, answer = codec.pair(asks, " " + question.answer.strip())
-        answer = answer[: length // 2]
+        answer = answer[:longest_answer]
         room = length - len(asked) - len(answer)
         if room < 1:
             raise ValueError(f"a context of {length} tokens has no room for a document beside question and answer.")
