@@ -89,6 +89,38 @@ def test_demonstrations_are_read_once(trec, tmp_path, language_models) -> None:
     assert table.quoted == []  # nothing was published for this length
 
 
+@pytest.mark.parametrize("split", ["train", "test"])
+@pytest.mark.parametrize(
+    ("suffix", "content", "message"),
+    [
+        (
+            ".jsonl",
+            '{"question": "a?", "answers": []}',
+            r"line 2 of .*{split}\.jsonl: the answers must .* at least one",
+        ),
+        (".jsonl", '{"question": "a?", "answers": [" "]}', r"line 2 of .*{split}\.jsonl: the answers .* none empty"),
+        (".jsonl", "a?\t3", r"line 2 of .*{split}\.jsonl: the answers must be texts, .* got 3"),
+        (".jsonl", '{"question": 3, "answers": ["b"]}', r"line 2 of .*{split}\.jsonl: the question must be a text"),
+        (".jsonl", "caf\xe9", r"{split}\.jsonl is not UTF-8 text"),
+        (".json", '{"a":1}', r"{split}\.json must be a list of .*'a': 1"),
+        (".json", '[{"a":1}]', r"entry 1 of .*{split}\.json is no .*KeyError\('utterance'\)"),
+        (".json", '["a"]', r"entry 1 of .*{split}\.json is no .*utterance"),
+        (".json", "[caf\xe9]", r"{split}\.json is not UTF-8 text"),
+        (".json", "[", r"{split}\.json is not JSON"),
+    ],
+)
+def test_damaged_webqs(suffix, content, message, split, tmp_path, codec) -> None:
+    whole = '{"question": "b?", "answers": ["c"]}\n'
+    for name in ("train", "test"):
+        (tmp_path / f"{name}.jsonl").write_text(whole)
+    (tmp_path / f"{split}.jsonl").unlink()
+    text = whole + content if suffix == ".jsonl" else content
+    (tmp_path / f"{split}{suffix}").write_bytes(text.encode("latin-1"))
+    task = make_task(TASKS["webqs"], data=str(tmp_path), lengths=(500,), trials=1)
+    with pytest.raises(ValueError, match=message.format(split=split)):
+        list(task.examples(codec, 0))
+
+
 def test_missing_or_odd_data(trec, tmp_path, codec) -> None:
     def examples(**options):
         return list(make_task(TASKS["trec"], **options).examples(codec, 0))

@@ -225,10 +225,27 @@ def test_longbench_zeroscrolls_and_the_stories(tmp_path) -> None:
         ("qasper.jsonl", "not json", r"line 1 of .* is not JSON"),
         ("qmsum.jsonl", '{"input": "a", "output": null}', "published without answers"),
         ("other.jsonl", "{}", "holds no file of a known data set"),
+        ("qasper.jsonl", '{"context": "a", "answers": [""]}', r"line 1 of .*qasper\.jsonl has an empty answer"),
+        ("qasper.json", '[{"context": "a", "input": "Q?", "answers": [" "]}]', r"entry 1 of .* empty answer to 'Q\?'"),
+        ("gov_report.jsonl", '{"report": "a", "summary": ""}', r"line 1 of .*gov_report\.jsonl has an empty answer"),
+        (
+            "qmsum.jsonl",
+            '{"meeting_transcripts": [{"speaker": "A"}], "specific_query_list": []}',
+            r"line 1 of .*qmsum\.jsonl lacks the key 'content'",
+        ),
+        (
+            "qmsum.jsonl",
+            '{"meeting_transcripts": [], "specific_query_list": [{"query": "Q?"}]}',
+            r"line 1 of .*qmsum\.jsonl lacks the key 'answer'",
+        ),
+        ("qasper.json", '{"12": {"full_text": [], "qas": []}}', r"entry 1 of .*qasper\.json lacks the key 'title'"),
+        ("qasper.json", '[{"full_text": [3], "qas": []}]', r"entry 1 of .* is not in the form that its keys say"),
+        ("narrativeqa.csv", "id,question\nx1,Who?\n", r"line 2 of .*narrativeqa\.csv lacks the key 'document_id'"),
+        ("qmsum.jsonl", '{"caf\u00e9": 1}', r"qmsum\.jsonl is not UTF-8 text"),
     ],
 )
 def test_bad_question_files(name, content, message, tmp_path) -> None:
-    (tmp_path / name).write_text(content)
+    (tmp_path / name).write_bytes(content.encode("latin-1"))
     with pytest.raises(ValueError, match=message):
         read_questions(str(tmp_path))
 

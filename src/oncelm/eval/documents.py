@@ -44,6 +44,14 @@ def read_documents(source: str) -> Iterator[Document]:
             yield from _read_piece(file, piece)
 
 
+def read_utf8(file: Path) -> str:
+    """A file's text; ValueError naming the file if it is not UTF-8."""
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8 text: {error}.") from error
+
+
 def is_bundled(source: str) -> bool:
     return source in CORPORA and not Path(source).exists()
 

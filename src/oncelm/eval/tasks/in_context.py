@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from oncelm.eval.documents import read_utf8
 from oncelm.eval.examples import Example, Generate, Output, Scores
 from oncelm.eval.model import Codec
 from oncelm.eval.papers import TREC, WEBQS
@@ -159,13 +160,24 @@ class WebQs(InContext):
     def read(self, file: Path) -> list[Item]:
         if file.suffix != ".json":
             return read_jsonl(file)
+        try:
+            entries = json.loads(read_utf8(file))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{file} is not JSON: {error}.") from error
+        if not isinstance(entries, list):
+            raise ValueError(f'{file} must be a list of {{"utterance": ..., "targetValue": ...}}, is: {entries!r:.60}.')
         items = []
-        for entry in json.loads(file.read_text(encoding="utf-8")):
-            # (list (description "Padm\u00e9 Amidala") (description Naboo))
-            found = re.findall(r'\(description (?:"((?:[^"\\]|\\.)*)"|([^()]*))\)', entry["targetValue"])
-            answers = tuple(quoted.replace('\\"', '"') or bare for quoted, bare in found)
-            if answers:
-                items.append(Item(entry["utterance"], answers))
+        for number, entry in enumerate(entries, start=1):
+            where = f"entry {number} of {file}"
+            try:
+                question, target = entry["utterance"], entry["targetValue"]
+                # (list (description "Padm\u00e9 Amidala") (description Naboo))
+                found = re.findall(r'\(description (?:"((?:[^"\\]|\\.)*)"|([^()]*))\)', target)
+            except (KeyError, TypeError) as error:
+                raise ValueError(f'{where} is no {{"utterance": ..., "targetValue": ...}}: {error!r}.') from error
+            answers = [quoted.replace('\\"', '"') or bare for quoted, bare in found if (quoted + bare).strip()]
+            if answers:  # some of the published questions have none
+                items.append(_item(question, answers, where))
         return _some(items, file)
 
 
@@ -185,7 +197,8 @@ def find_split(folder: str, split: str) -> Path:
 def read_jsonl(file: Path) -> list[Item]:
     """Lines of {"question": ..., "answers": [...]} (or "answer"), or of question, tab, list of answers."""
     items = []
-    for number, line in enumerate(_lines(file.read_text(encoding="utf-8")), start=1):
+    for number, line in enumerate(_lines(read_utf8(file)), start=1):
+        where = f"line {number} of {file}"
         try:
             if line.startswith("{"):
                 record = json.loads(line)
@@ -194,11 +207,18 @@ def read_jsonl(file: Path) -> list[Item]:
                 question, _, listed = line.partition("\t")
                 answers = ast.literal_eval(listed)
         except (ValueError, KeyError, SyntaxError) as error:
-            raise ValueError(
-                f'line {number} of {file} is no {{"question": ..., "answers": [...]}}: {error!r}.'
-            ) from error
-        items.append(Item(question, (answers,) if isinstance(answers, str) else tuple(answers)))
+            raise ValueError(f'{where} is no {{"question": ..., "answers": [...]}}: {error!r}.') from error
+        items.append(_item(question, [answers] if isinstance(answers, str) else answers, where))
     return _some(items, file)
+
+
+def _item(question: Any, answers: Any, where: str) -> Item:
+    if not isinstance(question, str):
+        raise ValueError(f"{where}: the question must be a text, got {question!r}.")
+    texts = isinstance(answers, list | tuple) and all(isinstance(answer, str) and answer.strip() for answer in answers)
+    if not answers or not texts:
+        raise ValueError(f"{where}: the answers must be texts, at least one and none empty, got {answers!r}.")
+    return Item(question, tuple(answers))
 
 
 def _lines(text: str) -> list[str]:

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from oncelm.eval.documents import read_utf8
+
 # how a file's name says what it is: (part of the name, data set)
 DATASETS = (
     ("gov_report", "GovReport"),
@@ -39,7 +41,7 @@ def read_questions(folder: str) -> list[Question]:
     """All questions of a folder, those about one document together, in the files' order.
 
     Raises:
-        ValueError: no file of a known data set, a line in no known form, a split without answers.
+        ValueError: no file of a known data set, a line in no known form, a question without an answer.
     """
     root = Path(folder)
     if not root.is_dir():
@@ -70,7 +72,7 @@ def _read_file(file: Path, dataset: str) -> Iterator[Question]:
     if file.suffix == ".csv":
         yield from _narrative_qa(file)
         return
-    text = file.read_text(encoding="utf-8")
+    text = read_utf8(file)
     if file.suffix == ".json":
         try:
             content = json.loads(text)
@@ -81,7 +83,22 @@ def _read_file(file: Path, dataset: str) -> Iterator[Question]:
     else:
         lines = [(f"line {n} of {file}", _json(line, n, file)) for n, line in enumerate(text.split("\n"), 1) if line]
     for where, record in lines:
-        yield from _read_record(record, dataset, where)
+        yield from _checked(_read_record(record, dataset, where), where)
+
+
+def _checked(questions: Iterator[Question], where: str) -> list[Question]:
+    """The questions of one record; ValueError naming it if it lacks an inner key or an answer."""
+    try:
+        found = list(questions)
+    except KeyError as error:
+        raise ValueError(f"{where} lacks the key {error}.") from error
+    except (TypeError, AttributeError) as error:
+        raise ValueError(f"{where} is not in the form that its keys say: {error}.") from error
+    for question in found:
+        if not isinstance(question.answer, str) or not question.answer.strip():
+            asked = f" to {question.question!r:.60}" if question.question else ""
+            raise ValueError(f"{where} has an empty answer{asked}: {question.answer!r}.")
+    return found
 
 
 def _json(line: str, number: int, file: Path) -> Any:
@@ -147,9 +164,13 @@ def _qasper(paper: dict[str, Any], dataset: str) -> Iterator[Question]:
 
 def _narrative_qa(file: Path) -> Iterator[Question]:
     with file.open(encoding="utf-8", newline="") as lines:
-        for row in csv.DictReader(lines):
-            story = file.parent / "tmp" / f"{row['document_id']}.content"
-            if not story.is_file():
-                continue  # the release comes without the stories; those that were fetched are used
-            text = story.read_text(encoding="utf-8", errors="replace")
-            yield Question("NarrativeQA", text, row["question"], row["answer1"])
+        rows = csv.DictReader(lines)
+        for row in rows:
+            yield from _checked(_of_story(row, file.parent / "tmp"), f"line {rows.line_num} of {file}")
+
+
+def _of_story(row: dict[str, str], stories: Path) -> Iterator[Question]:
+    story = stories / f"{row['document_id']}.content"
+    if story.is_file():  # the release comes without the stories; those that were fetched are used
+        text = story.read_text(encoding="utf-8", errors="replace")
+        yield Question("NarrativeQA", text, row["question"], row["answer1"])
