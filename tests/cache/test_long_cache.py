@@ -406,3 +406,8 @@ def test_a_full_disk_when_a_memory_is_saved(failure, monkeypatch, tmp_path: Path
 def test_bad_options(options, message) -> None:
     with pytest.raises(ValueError, match=message):
         make_long().new_cache(**options)
+
+
+def test_int8_is_not_searched() -> None:
+    with pytest.raises(ValueError, match="mem_dtype 'int8' is not for memory 'knn'"):
+        make_long(mem_dtype="int8").new_cache(memory="knn")

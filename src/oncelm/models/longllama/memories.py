@@ -46,9 +46,18 @@ def new_layers(
     dtype: torch.dtype,
     device: torch.device,
 ) -> list[LongLayer]:
-    """A LocalKV for each layer without memory, and for each memory layer what `options` ask for."""
+    """A LocalKV for each layer without memory, and for each memory layer what `options` ask for.
+
+    Raises:
+        ValueError: memory "knn" with int8, which Faiss does not search.
+    """
     heads, head_dim = config.num_key_value_heads, config.head_dim
     mem_dtype = dtype if config.mem_dtype is None else getattr(torch, config.mem_dtype)
+    if options.memory == "knn" and mem_dtype == torch.int8:
+        raise ValueError(
+            "mem_dtype 'int8' is not for memory 'knn', which keeps floats for its search; take mem_dtype 'bfloat16', "
+            "or memory 'exact', 'cpu' or 'disk'."
+        )
     grouping = None
     if config.mem_attention_grouping is not None:
         heads_at_once, queries_at_once = config.mem_attention_grouping
@@ -56,8 +65,8 @@ def new_layers(
 
     def store() -> MemoryStore:
         if options.memory == "knn":
-            kept = torch.float32 if mem_dtype == torch.int8 else mem_dtype
-            return MemoryIndex(batch_size, heads, head_dim, kept, options.top_k, options.index, options.measure_recall)
+            recall = options.measure_recall
+            return MemoryIndex(batch_size, heads, head_dim, mem_dtype, options.top_k, options.index, recall)
         place: torch.device | Path = device
         if options.memory == "cpu":
             place = torch.device("cpu")
