@@ -335,6 +335,9 @@ def test_crossbatch_of_one_document_is_memory() -> None:
         ({"mem_layers": [3]}, r"mem_layers must be layers of the model, 0\.\.2, got \[3\]"),
         ({"mem_layers": [-1]}, r"0\.\.2, got \[-1\]"),
         ({"mem_layers": [1, 1]}, "must not repeat a layer"),
+        ({"mem_layers": ["a", 1]}, r"0\.\.2, got \['a', 1\]"),
+        ({"mem_layers": 2}, r"mem_layers must be a list of layers, .* got 2"),
+        ({"max_position_embeddings": 0}, "max_position_embeddings must be a number above 0, got 0"),
         ({"mem_dtype": "bfloat61"}, "unknown mem_dtype 'bfloat61'; did you mean 'bfloat16'"),
         ({"mem_attention_grouping": [0, 4]}, "mem_attention_grouping must be"),
         ({"last_context_length": 17}, "last_context_length must be from 1 to max_position_embeddings = 16"),
@@ -352,7 +355,12 @@ def test_a_bad_config_is_refused(changes, message) -> None:
 
 def test_memory_layers_are_the_checkpoints(tmp_path) -> None:
     make_long().save_pretrained(tmp_path)
-    assert oncelm.load(tmp_path, mem_layers=[2, 1]).config.mem_layers == [2, 1]
+    turned = oncelm.load(tmp_path, mem_layers=[2, 1])
+    assert turned.config.mem_layers == [1, 2]
+    assert turned.fingerprint() == make_long(mem_layers=[2, 1]).fingerprint() == make_long().fingerprint()
+    for wrong in (2, "12"):
+        with pytest.raises(ValueError, match="mem_layers must be a list of layers"):
+            oncelm.load(tmp_path, mem_layers=wrong)
     for load in (oncelm.load, LongLlamaForCausalLM.from_pretrained):
         with pytest.raises(
             ValueError, match=r"mem_layers \[0\] are not the checkpoint's, which was trained with \[1, 2\]"
@@ -377,6 +385,7 @@ def test_overrides_are_for_llamas(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"cross_batch_range": -1}, "cross_batch_range must be at least 0"),
         ({"cross_batch_range": 1, "dataset_packing": 3}, "batch of 4 is not divisible by dataset_packing 3"),
         (
             {"cross_batch_range": 1, "attention_mask": torch.tensor([[0] + [1] * 9] * 4)},

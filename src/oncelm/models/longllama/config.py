@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -31,7 +32,7 @@ class LongLlamaConfig(LlamaConfig):
     `max_position_embeddings` is the window: the longest local context. Longer input is cut into windows.
 
     Args:
-        mem_layers: indices of the memory layers, which also attend to all that came before the window.
+        mem_layers: indices of the memory layers, which also attend to all that came before the window; kept in order.
         mem_positionals: rotate queries and keys in memory layers.
         mem_dtype: dtype of keys and values in memory, "int8" too; None means the model's.
         mem_attention_grouping: (heads, queries) that memory layers process at once, to save memory; None means all.
@@ -62,7 +63,7 @@ class LongLlamaConfig(LlamaConfig):
                 raise unknown("LongLlamaConfig key", key, self.own_keys())
         for key in _OLDER_KEYS - {"rope_theta", "rope_scaling", "partial_rotary_factor"}:
             kwargs.pop(key, None)
-        self.mem_layers = list(self.mem_layers)
+        self.mem_layers = _layer_list(self.mem_layers)
         if self.mem_attention_grouping is not None:
             self.mem_attention_grouping = list(self.mem_attention_grouping)
         super().__post_init__(**kwargs)
@@ -83,11 +84,13 @@ class LongLlamaConfig(LlamaConfig):
                 raise ValueError(f"mem_layers must be layers of the model, 0..{layers - 1}, got {self.mem_layers}.")
         if len(set(self.mem_layers)) != len(self.mem_layers):
             raise ValueError(f"mem_layers must not repeat a layer, got {self.mem_layers}.")
+        self.mem_layers = sorted(self.mem_layers)  # one order, one fingerprint
         if self.mem_dtype is not None:
             check_choice("mem_dtype", self.mem_dtype, MEMORY_DTYPES)
         grouping = self.mem_attention_grouping
         if grouping is not None and (len(grouping) != 2 or min(grouping) < 1):
             raise ValueError(f"mem_attention_grouping must be (heads, queries), both at least 1, got {grouping}.")
+        check_positive(max_position_embeddings=self.max_position_embeddings)
         if not 1 <= last_context_length <= self.max_position_embeddings:
             raise ValueError(
                 f"last_context_length must be from 1 to max_position_embeddings = {self.max_position_embeddings} "
@@ -131,8 +134,16 @@ def llama_settings(settings: dict[str, Any]) -> dict[str, Any]:
 
 def check_mem_layers(trained: Any, asked: Any) -> None:
     """Refuse other memory layers than a LongLLaMA checkpoint was trained with."""
-    if trained and asked is not None and sorted(asked) != sorted(trained):
+    if not trained or asked is None:
+        return
+    trained, asked = _layer_list(trained), _layer_list(asked)
+    if sorted(asked, key=str) != sorted(trained, key=str):  # by text: what is no number is refused, not compared
         raise ValueError(
-            f"mem_layers {list(asked)} are not the checkpoint's, which was trained with {list(trained)}; "
-            "leave them out."
+            f"mem_layers {asked} are not the checkpoint's, which was trained with {trained}; leave them out."
         )
+
+
+def _layer_list(mem_layers: Any) -> list[Any]:
+    if isinstance(mem_layers, str) or not isinstance(mem_layers, Iterable):
+        raise ValueError(f"mem_layers must be a list of layers, counted from 0, such as [8, 16]; got {mem_layers!r}.")
+    return list(mem_layers)

@@ -354,6 +354,8 @@ class LongLlamaForCausalLM(CompilesLayers, CausalLM):
             cross_batch_range = config.cross_batch_range
         if not cross_batch_range:
             return None
+        if cross_batch_range < 0:
+            raise ValueError(f"cross_batch_range must be at least 0 (0: no crossbatch), got {cross_batch_range}.")
         B, T = tokens.shape[:2]
         if not config.mem_layers:
             raise ValueError("crossbatch needs memory layers; this model's mem_layers is empty.")
