@@ -376,7 +376,8 @@ def test_longllama_options(long, llama, yoco, generate, capsys) -> None:
         (long, ["--memory", "cpus"], "did you mean 'cpu'"),
         (long, ["--mem-layers", "0"], "are not the checkpoint's"),
         (llama, ["--memory", "cpu"], "with --mem-layers a LLaMA-family model becomes one"),
-        (long, ["--kv-dtype", "float8"], "unknown mem_dtype 'float8_e4m3fn'"),
+        (long, ["--kv-dtype", "float8"], "--kv-dtype float8 is for YOCO's global cache only"),
+        (llama, ["--mem-layers", "0", "--kv-dtype", "float8"], "--kv-dtype float8 is for YOCO's global cache only"),
         (llama, ["--mem-layers", "99"], "mem_layers must be layers of the model"),
         (yoco, ["--mem-layers", "1"], "for LLaMA-family models"),
     ):

@@ -97,6 +97,10 @@ def run(args: argparse.Namespace) -> int:
     config = read_config(args.model, **overrides)  # what is wrong with it shows before anything large is read
     check_memory_options(config, args)
     if kv_dtype is not None and config.model_type == "longllama":  # its cache grows in memory, and nowhere else
+        if args.kv_dtype == "float8":
+            raise ValueError(
+                "--kv-dtype float8 is for YOCO's global cache only; a LongLLaMA's memory takes auto, bfloat16 or int8."
+            )
         overrides["mem_dtype"], kv_dtype = str(kv_dtype).removeprefix("torch."), None
     tokenizer = find_tokenizer(args.model, args.tokenizer)
     model = load(args.model, args.device, args.dtype, **overrides)
