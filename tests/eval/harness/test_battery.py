@@ -162,6 +162,8 @@ def test_no_network(language_models, tmp_path, monkeypatch) -> None:
         run(make_task(TASKS["harness"], only="arc_easy"), language_models("retention"), tmp_path / "r.jsonl")
     with pytest.raises(ValueError, match="unknown task of lm-eval 'arc_eesy'; did you mean 'arc_easy'"):
         run(make_task(TASKS["harness"], only="arc_eesy"), language_models("retention"), tmp_path / "s.jsonl")
+    with pytest.raises(ValueError, match="unknown task of lm-eval 'qqqqqqqq'; `lm-eval ls tasks` lists them all"):
+        run(make_task(TASKS["harness"], only="qqqqqqqq"), language_models("retention"), tmp_path / "t.jsonl")
 
 
 @pytest.mark.parametrize(

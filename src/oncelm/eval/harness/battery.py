@@ -191,7 +191,9 @@ def _hub_tasks(names: Sequence[str], fewshot: int) -> dict[str, ConfigurableTask
     manager = TaskManager()
     for name in names:
         if name not in manager.all_tasks:  # thousands: the nearest few are enough
-            raise unknown("task of lm-eval", name, difflib.get_close_matches(name, manager.all_tasks, 5, 0))
+            near = difflib.get_close_matches(name, manager.all_tasks, n=5)
+            hint = f" did you mean {' or '.join(map(repr, near))}?" if near else ""
+            raise ValueError(f"unknown task of lm-eval {name!r};{hint} `lm-eval ls tasks` lists them all.")
     try:
         tasks = manager.load(list(names))["tasks"]
     except (ConnectionError, OSError, ValueError) as error:  # `datasets` raises each of them without a network
