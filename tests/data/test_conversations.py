@@ -36,6 +36,7 @@ def tokenizer():
         {"messages": CHAT},
         {"conversations": [{"from": "human", "value": "Two and two?"}, {"from": "gpt", "value": "Four."}]},
         {"prompt": "Two and two?", "response": "Four."},
+        {"prompt": "Two and two?", "answer": "Four."},
         {"prompt": "Two and two?", "completion": "Four."},
         {"question": "Two and two?", "answer": "Four."},
         {"instruction": "Two and two?", "input": "", "output": "Four."},

@@ -6,7 +6,8 @@ A line is one JSON object, in any of these forms (`read_messages`):
 
     {"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}, ...]}
     {"conversations": [{"from": "human", "value": ...}, {"from": "gpt", "value": ...}, ...]}
-    {"prompt": ..., "response": ...}        also prompt/completion, question/answer, instruction(/input)/output
+    {"prompt": ..., "response": ...}        also prompt/answer, prompt/completion, question/answer,
+                                            instruction(/input)/output
 
 Conversations are written by the tokenizer's chat template; where it has none, plainly:
 
@@ -36,7 +37,13 @@ logger = logging.getLogger(__name__)
 
 IGNORED = -100  # Hugging Face's mark of a target that does not count
 ROLES = ("system", "user", "assistant")
-PAIRS = (("prompt", "response"), ("prompt", "completion"), ("question", "answer"), ("instruction", "output"))
+PAIRS = (
+    ("prompt", "response"),
+    ("prompt", "answer"),
+    ("prompt", "completion"),
+    ("question", "answer"),
+    ("instruction", "output"),
+)
 _SHAREGPT = {"human": "user", "gpt": "assistant"}  # names of ShareGPT's "from"
 
 Messages = list[dict[str, str]]
