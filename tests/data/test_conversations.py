@@ -61,6 +61,10 @@ def test_an_instruction_has_its_input_behind_it() -> None:
         ('{"messages": []}', "messages must be a list of messages"),
         ('{"messages": [{"role": "user"}]}', r"messages\[0\] must have role and content"),
         ('{"messages": [{"role": "bot", "content": "a"}]}', "has role 'bot'; allowed: system, user, assistant"),
+        (
+            '{"messages": [{"role": ["user"], "content": "a"}]}',
+            r"has role \['user'\]; allowed: system, user, assistant",
+        ),
         ('{"messages": [{"role": "user", "content": ""}]}', "content must be text that is not empty"),
         ('{"messages": [{"role": "user", "content": "a"}]}', "no message of the assistant"),
         ('{"prompt": "a", "response": 4}', "response must be text"),
@@ -102,6 +106,18 @@ def test_a_template_that_changes_what_came_before_is_refused(tokenizer) -> None:
     tokenizer.chat_template = "{{ messages | length }}" + UNMARKED
     with pytest.raises(ValueError, match="mark the assistant's part"):
         encode(CHAT, tokenizer)
+
+
+@pytest.mark.parametrize("rest", [MARKED, UNMARKED], ids=["marked", "unmarked"])
+def test_a_conversation_that_the_template_refuses_is_named(tmp_path, tokenizer, rest: str) -> None:
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+        "{{ raise_exception('Roles must alternate') }}{% endif %}{% endfor %}" + rest
+    )
+    file = tmp_path / "chats.jsonl"
+    file.write_text("\n".join(json.dumps({"messages": messages}) for messages in (CHAT, [CHAT[0], *CHAT])))
+    with pytest.raises(ValueError, match=r"chats\.jsonl:2: .*chat template .*: Roles must alternate"):
+        read_conversations(file, tokenizer, 100)
 
 
 def test_long_ones_are_cut_and_left_out_where_no_answer_remains(tmp_path, tokenizer, caplog) -> None:

@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 import orjson
 import torch
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from oncelm.data.sampler import permute
@@ -132,7 +133,8 @@ def _messages(listed: Any, field: str, role_key: str, text_key: str) -> Messages
         name = f"{field}[{number}]"
         if not isinstance(message, dict) or not {role_key, text_key} <= message.keys():
             raise ValueError(f"{name} must have {role_key} and {text_key}, got {message!r:.60}")
-        role = _SHAREGPT.get(message[role_key], message[role_key])
+        role = message[role_key]
+        role = _SHAREGPT.get(role, role) if isinstance(role, str) else role
         if role not in ROLES:
             raise ValueError(f"{name} has {role_key} {role!r}; allowed: {', '.join(ROLES)}")
         messages.append({"role": role, "content": _text(message[text_key], f"{name}.{text_key}")})
@@ -158,14 +160,21 @@ def _text(value: Any, name: str) -> str:
 
 
 def encode(messages: Messages, tokenizer: PreTrainedTokenizerBase) -> tuple[np.ndarray, np.ndarray]:
-    """A conversation's tokens, uint32 [n], and which of them the assistant wrote, [n] booleans."""
-    if tokenizer.chat_template is None:
-        tokens, answer = _encode_plainly(messages, tokenizer)
-    elif "generation" in str(tokenizer.chat_template).replace("add_generation_prompt", ""):
-        encoded = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
-        tokens, answer = encoded["input_ids"], encoded["assistant_masks"]
-    else:
-        tokens, answer = _encode_by_turns(messages, tokenizer)
+    """A conversation's tokens, uint32 [n], and which of them the assistant wrote, [n] booleans.
+
+    Raises:
+        ValueError: the tokenizer's chat template refuses the conversation, or does not show what the assistant wrote.
+    """
+    try:
+        if tokenizer.chat_template is None:
+            tokens, answer = _encode_plainly(messages, tokenizer)
+        elif "generation" in str(tokenizer.chat_template).replace("add_generation_prompt", ""):
+            encoded = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+            tokens, answer = encoded["input_ids"], encoded["assistant_masks"]
+        else:
+            tokens, answer = _encode_by_turns(messages, tokenizer)
+    except TemplateError as error:
+        raise ValueError(f"the tokenizer's chat template does not take this conversation: {error}") from None
     return np.array(tokens, dtype=np.uint32), np.array(answer, dtype=bool)
 
 
