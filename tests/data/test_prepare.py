@@ -195,6 +195,23 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(
     assert (folder / "tokens.json").read_bytes() == (whole / "tokens.json").read_bytes()
 
 
+@pytest.mark.parametrize("suffix", ["tokens", "documents"])
+@pytest.mark.parametrize("damage", [Path.unlink, lambda file: os.truncate(file, 7)], ids=["missing", "cut off"])
+def test_a_shard_that_is_not_whole_is_made_again(
+    tmp_path, write_jsonl, byte_tokenizer, made, monkeypatch, suffix, damage
+) -> None:
+    monkeypatch.setattr(reading, "PIECE_BYTES", 500)
+    write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    folder = prepare.prepare(find_corpus(tmp_path), byte_tokenizer)
+    whole = shards_of(folder)
+    assert len(made()) > 3
+    damage(sorted(folder.glob(f"shards/*.{suffix}"))[1])
+    assert prepare.prepare(find_corpus(tmp_path), byte_tokenizer) == folder
+    assert made() == [["a.jsonl"]]
+    assert shards_of(folder) == whole
+    assert stream(folder).tolist() == expected(byte_tokenizer, TEXTS)
+
+
 def test_malformed_lines_are_counted_and_told(tmp_path, write_jsonl, byte_tokenizer, monkeypatch) -> None:
     monkeypatch.setattr(reading, "PIECE_BYTES", 300)
     path = write_jsonl(tmp_path / "a.jsonl", TEXTS)

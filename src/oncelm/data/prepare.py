@@ -5,7 +5,8 @@
     FOLDER/scan.json             size, time and checksums of the files, so that a restart need not read them
     FOLDER/shards/KEY.tokens     ids, uint16 or uint32, little-endian: every document's, an eos behind each
     FOLDER/shards/KEY.documents  int64 [num_documents]: where each document ends in KEY.tokens
-    FOLDER/shards/KEY.json       counts, and the malformed lines; written last: with it, a shard is complete
+    FOLDER/shards/KEY.json       counts, and the malformed lines; written last: with it, and the other two of
+                                 the sizes that it says, a shard is complete
 
 KEY is a checksum of the text's bytes, the tokenizer and the format. What is on disk under a key is therefore
 what would be computed, whenever and by whichever run it was made, and is never computed twice.
@@ -230,9 +231,11 @@ def _key(pieces: Sequence[Piece], settings: str) -> str:
 
 
 def _make_shards(units: Sequence[Unit], shards: Path, encoder: Encoder, bos: bool, strict: bool, workers: int) -> None:
-    """Make the shards that are not there. The first failure, in the units' order, is raised; the others stop."""
+    """Make the shards that are not whole. The first failure, in the units' order, is raised; the others stop."""
     stop = threading.Event()
-    missing = list({unit.key: unit for unit in units if not (shards / f"{unit.key}.json").exists()}.values())
+    dtype = token_dtype(encoder.vocab_size)
+    by_key = {unit.key: unit for unit in units}
+    missing = [unit for key, unit in by_key.items() if not _is_complete(shards, key, dtype)]
     with (
         _bar("tokenize", sum(unit.num_bytes for unit in missing)) as progress,
         _one_thread_a_call(),
@@ -251,6 +254,15 @@ def _make_shards(units: Sequence[Unit], shards: Path, encoder: Encoder, bos: boo
             stop.set()
             pool.shutdown(cancel_futures=True)
             raise
+
+
+def _is_complete(shards: Path, key: str, dtype: np.dtype[Any]) -> bool:
+    record = _read_json(shards / f"{key}.json")
+    if record is None:
+        return False
+    info = ShardInfo(**record)
+    sizes = file_sizes(key, info.num_tokens, info.num_documents, dtype)
+    return all(size_on_disk(shards / name) == size for name, size in sizes.items())
 
 
 def _make_shard(
@@ -372,6 +384,16 @@ def _chain(first: str, rest: Iterator[str]) -> Iterator[str]:
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
     """How ids below `vocab_size` are stored."""
     return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
+
+
+def file_sizes(key: str, num_tokens: int, num_documents: int, dtype: np.dtype[Any]) -> dict[str, int]:
+    """Bytes in the files of a whole shard, by name."""
+    return {f"{key}.tokens": num_tokens * dtype.itemsize, f"{key}.documents": 8 * num_documents}
+
+
+def size_on_disk(file: Path) -> int | None:
+    """Bytes in a file; None where there is none."""
+    return file.stat().st_size if file.exists() else None
 
 
 # -- the result -------------------------------------------------------------------------------------------------------

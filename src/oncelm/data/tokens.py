@@ -15,7 +15,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 
-from oncelm.data.prepare import FORMAT, MANIFEST, token_dtype
+from oncelm.data.prepare import FORMAT, MANIFEST, file_sizes, size_on_disk, token_dtype
 
 
 class Stream(Protocol):
@@ -112,12 +112,11 @@ class ShardStream:
         self.bounds = np.cumsum([0, *(shard["tokens"] for shard in shards)])
         self.num_tokens = int(self.bounds[-1])
         for shard in shards:
-            for suffix, size in ((".tokens", shard["tokens"] * dtype.itemsize), (".documents", 8 * shard["documents"])):
-                file = folder / (shard["key"] + suffix)
-                found = file.stat().st_size if file.exists() else None
+            for name, size in file_sizes(shard["key"], shard["tokens"], shard["documents"], dtype).items():
+                found = size_on_disk(folder / name)
                 if found != size:
                     there = "is missing" if found is None else f"has {found} bytes instead of {size}"
-                    raise ValueError(f"shard {file.name} {there}; delete {shard['key']}.json beside it")
+                    raise ValueError(f"shard {name} {there}")
 
     def read(self, start: int, stop: int) -> np.ndarray:
         parts = [self._tokens(shard)[low:high] for shard, low, high in self._spans(start, stop)]
