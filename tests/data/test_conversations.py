@@ -77,6 +77,13 @@ def test_a_malformed_line_is_named(tmp_path, tokenizer, line: str, reason: str) 
         read_conversations(file, tokenizer, 100)
 
 
+def test_a_byte_order_mark_is_no_part_of_the_first_line(tmp_path, tokenizer) -> None:
+    file = tmp_path / "chats.jsonl"
+    file.write_text('{"prompt": "a", "response": "b"}\n', encoding="utf-8-sig")
+    (conversation,) = read_conversations(file, tokenizer, 100)
+    assert conversation.where == f"{file}:1"
+
+
 def test_nothing_to_read_is_an_error(tmp_path, tokenizer) -> None:
     with pytest.raises(FileNotFoundError, match="no conversations at"):
         read_conversations(tmp_path / "none.jsonl", tokenizer, 100)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import json
 import sys
@@ -69,6 +70,19 @@ def test_every_format_gives_the_same_documents(tmp_path) -> None:
     assert documents(tmp_path / "a.jsonl") == documents(tmp_path / "a.jsonl.gz") == texts
     (tmp_path / "a.jsonl.zst").write_bytes(zstd.compress(lines[:30]) + zstd.compress(lines[30:]))
     assert documents(tmp_path / "a.jsonl.zst") == texts
+
+
+@pytest.mark.parametrize(("suffix", "compress"), [("", bytes), (".gz", gzip.compress), (".zst", zstd.compress)])
+@pytest.mark.parametrize("large", [5, 20, 22, 25, 1 << 20])  # 22, 25: the first line without the mark, and with it
+def test_a_byte_order_mark_before_the_first_line_is_no_text(tmp_path, monkeypatch, suffix, compress, large) -> None:
+    monkeypatch.setattr(reading, "_LARGE_LINE_BYTES", large)
+    path = tmp_path / f"a.jsonl{suffix}"
+    lines = codecs.BOM_UTF8 + b'{"text": "abcdefghi"}\n{"text": "two"}\n'
+    path.write_bytes(compress(lines))
+    assert documents(path) == ["abcdefghi", "two"]
+    path.write_bytes(compress(lines + lines))  # elsewhere it is no JSON
+    assert documents(path) == ["abcdefghi", "two", "two"]
+    assert [line for line, _ in problems(path)] == [3]
 
 
 def test_parquet_columns_are_documents(tmp_path) -> None:

@@ -19,6 +19,7 @@ The answer and the eos are targets, and nothing else.
 from __future__ import annotations
 
 import bisect
+import codecs
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -83,6 +84,8 @@ def read_conversations(
     for file in conversation_files(path):
         with file.open("rb") as lines:
             for number, line in enumerate(lines, start=1):
+                if number == 1:
+                    line = line.removeprefix(codecs.BOM_UTF8)
                 if not line.strip():
                     continue
                 where = f"{file}:{number}"

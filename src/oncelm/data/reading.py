@@ -153,7 +153,7 @@ def _read_jsonl(piece: Piece, progress: Callable[[int], None]) -> Iterator[Docum
         while raw is not lines or raw.tell() < piece.stop:
             number += 1
             try:
-                parts = _next_text(lines)
+                parts = _next_text(lines, is_first=number == 1)
             except damage as error:
                 yield Malformed(number, f"the file is damaged: {error}")
                 return
@@ -173,12 +173,15 @@ class EndOfFile(Exception):
     """No line follows."""
 
 
-def _next_text(lines: IO[bytes]) -> Iterable[str] | None:
+def _next_text(lines: IO[bytes], is_first: bool) -> Iterable[str] | None:
     """The text of the next line in parts, None of a blank one; ValueError says why there is none."""
     line = lines.readline(_LARGE_LINE_BYTES)
     if not line:
         raise EndOfFile
-    if len(line) < _LARGE_LINE_BYTES or line.endswith(b"\n"):
+    is_whole = len(line) < _LARGE_LINE_BYTES or line.endswith(b"\n")
+    if is_first:
+        line = line.removeprefix(codecs.BOM_UTF8)  # as Python's utf-8-sig does for plain text
+    if is_whole:
         return (_text_of(_parse(line)),) if line.strip() else None
     with _one_large_line:
         line += lines.readline(MAX_LINE_BYTES - len(line))
