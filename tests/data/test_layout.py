@@ -27,6 +27,12 @@ def test_a_corpus_folder_is_read_as_its_json_says(tmp_path, write_jsonl) -> None
     assert [source.name for source in corpus.valid] == ["b"]
 
 
+def test_a_count_stands_in_for_a_weight_of_null(tmp_path, write_corpus) -> None:
+    root = write_corpus(tmp_path, {"a": (1, ["a"])})
+    (root / "json" / "train.json").write_text('[{"name": "a", "weight": null, "count": 4}]')
+    assert find_corpus(root).train[0].weight == 4.0
+
+
 def test_a_folder_is_one_source_of_all_it_holds_but_what_is_hidden(tmp_path) -> None:
     wanted = ["a.txt", "b/c.jsonl", "b/d.jsonl.gz", "e.jsonl.zst", "f.parquet"]
     for name in [*wanted, "g.md", ".oncelm/h.txt", "b/.i.txt"]:
@@ -44,12 +50,17 @@ def test_a_folder_is_one_source_of_all_it_holds_but_what_is_hidden(tmp_path) -> 
         ("[]", None, "must hold a list such as"),
         ('[{"weight": 1}]', None, 'needs a "name"'),
         ('[{"name": "a"}]', None, 'needs a "weight"'),
+        ('[{"name": "a", "weight": null, "count": null}]', None, 'needs a "weight"'),
         ('[{"name": "a", "weight": -1}]', None, "weight of 'a' must be a number of at least 0, got -1"),
         ('[{"name": "a", "weight": NaN}]', None, "must be a number of at least 0, got nan"),
         ('[{"name": "a", "weight": "2"}]', None, "must be a number of at least 0, got '2'"),
         ('[{"name": "a", "weight": 0}]', None, "the weights sum to 0"),
         ('[{"name": "a", "weight": 1}, {"name": "a", "weight": 2}]', None, "'a' is listed twice"),
-        ('[{"name": "aa", "weight": 1}]', '["x.jsonl"]', "unknown source 'aa'; did you mean 'a'"),
+        (
+            '[{"name": "aa", "weight": 1}]',
+            '["x.jsonl"]',
+            r"train\.json names 'aa', but there is no file '.*json/aa\.json' .*unknown source 'aa'; did you mean 'a'",
+        ),
         ('[{"name": "a", "weight": 1}]', "{}", r"a\.json must hold a list of file names"),
         ('[{"name": "a", "weight": 1}]', '["nowhere.jsonl"]', r"a\.json names 'nowhere.jsonl', but there is no file"),
         ('[{"name": "a", "weight": 1}]', '["x.jsonl", "x.jsonl"]', "names 'x.jsonl' twice"),

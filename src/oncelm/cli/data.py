@@ -214,6 +214,8 @@ def run_sample(args: argparse.Namespace) -> int:
     from oncelm.utils.errors import check_positive
 
     check_positive(count=args.count, batch_size=args.batch_size)
+    if args.step < 0:
+        raise ValueError(f"step must be a number of at least 0, got {args.step}.")
     if is_token_folder(args.data):
         folder = Path(args.data)
     else:

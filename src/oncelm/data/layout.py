@@ -84,11 +84,13 @@ def _read_sources(root: Path, name: str) -> tuple[Source, ...]:
         weights[entry["name"]] = _weight(listing, entry)
     if not sum(weights.values()):
         raise ValueError(f"{listing}: the weights sum to 0; give at least one source a weight above 0.")
-    return tuple(Source(name, weight, _read_files(root, name)) for name, weight in weights.items() if weight)
+    return tuple(Source(name, weight, _read_files(listing, name)) for name, weight in weights.items() if weight)
 
 
 def _weight(listing: Path, entry: dict[str, Any]) -> float:
-    weight = entry.get("weight", entry.get("count"))
+    weight = entry.get("weight")
+    if weight is None:
+        weight = entry.get("count")
     if weight is None:
         raise ValueError(f'{listing}: source {entry["name"]!r} needs a "weight" (or a "count").')
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < math.inf:
@@ -96,10 +98,12 @@ def _weight(listing: Path, entry: dict[str, Any]) -> float:
     return float(weight)
 
 
-def _read_files(root: Path, name: str) -> tuple[Path, ...]:
-    listing = root / "json" / f"{name}.json"
+def _read_files(sources: Path, name: str) -> tuple[Path, ...]:
+    """The files of a source that `sources`, a train.json or valid.json, lists."""
+    root, listing = sources.parent.parent, sources.with_name(f"{name}.json")
     if not listing.is_file():
-        raise unknown("source", name, sorted({p.stem for p in listing.parent.glob("*.json")} - {"train", "valid"}))
+        error = unknown("source", name, sorted({p.stem for p in listing.parent.glob("*.json")} - {"train", "valid"}))
+        raise ValueError(f"{sources} names {name!r}, but there is no file {str(listing)!r} of its files: {error}")
     entries = _read_json(listing)
     if not isinstance(entries, list) or not entries or not all(isinstance(entry, str) for entry in entries):
         raise ValueError(f"{listing} must hold a list of file names, got {entries!r:.60}.")
