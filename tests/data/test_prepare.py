@@ -224,17 +224,34 @@ def test_malformed_lines_are_counted_and_told(tmp_path, write_jsonl, byte_tokeni
     malformed = open_tokens(folder).manifest["malformed"]
     assert malformed["count"] == 3
     assert [example.split(": ")[0] for example in malformed["examples"]] == [
-        str(tmp_path / "b.jsonl"),
         f"{path}:21",
         f"{path}:22",
+        str(tmp_path / "b.jsonl"),
     ]
-    with pytest.raises(MalformedLine, match=r"b\.jsonl: the file is empty"):  # also where the shards are there
-        prepare.prepare(find_corpus(tmp_path), byte_tokenizer, strict=True)
-    (tmp_path / "b.jsonl").unlink()
-    with pytest.raises(MalformedLine, match=r"a\.jsonl:21: not JSON"):
+    with pytest.raises(MalformedLine, match=r"a\.jsonl:21: not JSON"):  # also where the shards are there
         prepare.prepare(find_corpus(tmp_path), byte_tokenizer, strict=True)
     with pytest.raises(MalformedLine, match=r"a\.jsonl:21: not JSON"):
         prepare.prepare(find_corpus(tmp_path), byte_tokenizer, tmp_path / "fresh", strict=True)
+
+
+@pytest.mark.parametrize("made_before", ["", "a", "b", "c", "ab", "ac", "bc", "abc"])
+def test_strict_tells_the_first_of_the_corpus_whatever_was_made_before(
+    tmp_path, write_jsonl, byte_tokenizer, made_before
+) -> None:
+    text, tokens = tmp_path / "text", tmp_path / "tokens"
+    write_jsonl(text / "0.jsonl", ["fine"])
+    for name in "abc":
+        file = write_jsonl(text / f"{name}.jsonl", ["fine", name])
+        file.write_text(file.read_text() + "garbage\n")
+    (text / "aa.jsonl").touch()
+    (text / "d.jsonl").write_bytes((text / "a.jsonl").read_bytes())  # of one shard with a
+    for name in made_before:
+        prepare.prepare(find_corpus(text / f"{name}.jsonl"), byte_tokenizer, tokens)
+    for first in ("a.jsonl:3: not JSON", "aa.jsonl: the file is empty", "b.jsonl:3: not JSON", "c.jsonl:3: not JSON"):
+        with pytest.raises(MalformedLine) as failure:
+            prepare.prepare(find_corpus(text), byte_tokenizer, tokens, strict=True)
+        assert str(failure.value).startswith(str(text / first))
+        (text / first.split(":")[0]).unlink()
 
 
 def test_a_file_that_changes_while_it_is_read_makes_no_shard(

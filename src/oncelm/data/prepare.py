@@ -80,8 +80,24 @@ class ShardInfo:
     malformed: list[tuple[int, int, str]]  # number of the piece, line in it, reason; the first of them
 
 
+@dataclass(frozen=True)
+class Problem:
+    """A line that is no document, and why; line 0 is the file itself."""
+
+    path: str
+    line: int
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.path}:{self.line}: {self.reason}" if self.line else f"{self.path}: {self.reason}"
+
+
 class MalformedLine(ValueError):
     """Raised with `strict`: the first line that is no document."""
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(str(problem))
+        self.problem = problem
 
 
 def default_folder(corpus: Corpus, fingerprint: str) -> Path:
@@ -141,7 +157,13 @@ def prepare(
         clean_up(shards)
         pieces = _scan_all(corpus, out / "scan.json", workers)
         units = {source: _units(source, pieces, f"{FORMAT} {fingerprint} {bos}") for source in corpus.sources}
-        _make_shards([unit for group in units.values() for unit in group], shards, encoder, bos, strict, workers)
+        try:
+            _make_shards([unit for group in units.values() for unit in group], shards, encoder, bos, strict, workers)
+        except MalformedLine as error:  # the first of the shards made now: in one made before may be an earlier one
+            for source, group in units.items():
+                if problems := _problems(source, group, pieces, shards, error.problem):
+                    raise MalformedLine(problems[0]) from None
+            raise
         _write_manifest(corpus, units, pieces, out, encoder, fingerprint, bos, strict)
     return out
 
@@ -234,7 +256,9 @@ def _make_shards(units: Sequence[Unit], shards: Path, encoder: Encoder, bos: boo
     """Make the shards that are not whole. The first failure, in the units' order, is raised; the others stop."""
     stop = threading.Event()
     dtype = token_dtype(encoder.vocab_size)
-    by_key = {unit.key: unit for unit in units}
+    by_key: dict[str, Unit] = {}
+    for unit in units:
+        by_key.setdefault(unit.key, unit)  # of files with the same text the first is told of
     missing = [unit for key, unit in by_key.items() if not _is_complete(shards, key, dtype)]
     with (
         _bar("tokenize", sum(unit.num_bytes for unit in missing)) as progress,
@@ -257,12 +281,16 @@ def _make_shards(units: Sequence[Unit], shards: Path, encoder: Encoder, bos: boo
 
 
 def _is_complete(shards: Path, key: str, dtype: np.dtype[Any]) -> bool:
-    record = _read_json(shards / f"{key}.json")
-    if record is None:
+    info = _info(shards, key)
+    if info is None:
         return False
-    info = ShardInfo(**record)
     sizes = file_sizes(key, info.num_tokens, info.num_documents, dtype)
     return all(size_on_disk(shards / name) == size for name, size in sizes.items())
+
+
+def _info(shards: Path, key: str) -> ShardInfo | None:
+    record = _read_json(shards / f"{key}.json")
+    return None if record is None else ShardInfo(**record)
 
 
 def _make_shard(
@@ -293,7 +321,7 @@ def _make_shard(
                 if problem is None:
                     continue
                 if strict:
-                    raise MalformedLine(_place(piece.path, problem.line, problem.reason))
+                    raise MalformedLine(Problem(piece.path, problem.line, problem.reason))
                 num_malformed += 1
                 if len(malformed) < KEPT_EXAMPLES:
                     relative = problem.line - piece.line if problem.line else 0
@@ -399,6 +427,22 @@ def size_on_disk(file: Path) -> int | None:
 # -- the result -------------------------------------------------------------------------------------------------------
 
 
+def _problems(
+    source: Source, units: list[Unit], pieces: dict[Path, list[Piece]], shards: Path, more: Problem | None = None
+) -> list[Problem]:
+    """What is malformed in a source, in the order of its files: in shards that are made, and `more` if it is in it."""
+    order = {str(file): number for number, file in enumerate(source.files)}
+    found = [Problem(str(file), 0, "the file is empty") for file in source.files if not pieces[file]]
+    for unit in units:
+        info = _info(shards, unit.key)
+        for number, line, reason in info.malformed if info else ():
+            piece = unit.pieces[number]
+            found.append(Problem(piece.path, piece.line + line if line else 0, reason))
+    if more and more.path in order:
+        found.append(more)
+    return sorted(found, key=lambda problem: (order[problem.path], problem.line))
+
+
 def _write_manifest(
     corpus: Corpus,
     units: dict[Source, list[Unit]],
@@ -410,20 +454,17 @@ def _write_manifest(
     strict: bool,
 ) -> None:
     count = 0
-    examples: list[str] = []
+    examples: list[Problem] = []
     described: dict[Source, dict[str, Any]] = {}
     for source, group in units.items():
-        problems = [_place(str(file), 0, "the file is empty") for file in source.files if not pieces[file]]
-        count += len(problems)
+        problems = _problems(source, group, pieces, out / "shards")
+        count += sum(not pieces[file] for file in source.files)
         shards = []
         for unit in group:
             info = ShardInfo(**_read_json(out / "shards" / f"{unit.key}.json"))
             shards.append({"key": unit.key, "tokens": info.num_tokens, "documents": info.num_documents})
             shards[-1] |= {"longest": info.longest, "largest_id": info.largest_id, "file_bytes": unit.num_bytes}
             count += info.num_malformed
-            for number, line, reason in info.malformed:
-                piece = unit.pieces[number]
-                problems.append(_place(piece.path, piece.line + line if line else 0, reason))
         if strict and problems:
             raise MalformedLine(problems[0])
         if not any(shard["documents"] for shard in shards):
@@ -438,16 +479,12 @@ def _write_manifest(
         "bos": bos,
         "train": [described[source] for source in corpus.train],
         "valid": [described[source] for source in corpus.valid],
-        "malformed": {"count": count, "examples": examples},
+        "malformed": {"count": count, "examples": list(map(str, examples))},
     }
     if _read_json(out / MANIFEST) != manifest:  # else leave alone what other runs may be reading
         with atomic_folder(out / "tokenizer") as folder:
             encoder.tokenizer.save_pretrained(folder)
         _write_json(out / MANIFEST, manifest)
-
-
-def _place(path: str, line: int, reason: str) -> str:
-    return f"{path}:{line}: {reason}" if line else f"{path}: {reason}"
 
 
 def _read_json(path: Path) -> Any:
