@@ -154,8 +154,11 @@ def test_a_run_does_not_touch_what_another_is_writing(make_model, dataset, make_
 
 def test_a_checkpoint_of_another_model_is_an_error(make_model, dataset, make_config) -> None:
     Trainer(make_model(), dataset, make_config()).fit()
+    settings = Path(make_config().out, "config.yaml")
+    before = settings.read_text()
     with pytest.raises(ValueError, match="does not fit the model given"):
-        Trainer(make_model(hidden_size=8), dataset, make_config(resume=True)).fit()
+        Trainer(make_model(hidden_size=8), dataset, make_config(resume=True, lr=0.5)).fit()
+    assert settings.read_text() == before  # a plain --resume still goes on
 
 
 def test_other_settings_on_resume_are_warned_of_and_used(make_model, dataset, make_config, caplog) -> None:

@@ -386,6 +386,8 @@ class Trainer:
         folder = self.ranks.on_main(self._choose_start)
         if folder is not None:
             self._resume(folder)
+        # not before: settings that a checkpoint does not fit must not take the place of those it was made with
+        self.ranks.on_main(self._write_settings)
 
     def _choose_start(self) -> Path | None:
         """Make the run's folder ready; the checkpoint to start from, or None. For the first rank alone."""
@@ -393,10 +395,11 @@ class Trainer:
         clean_up(self.checkpoints)
         if not self.config.resume:
             check_new(self.out)
-        folder = find_checkpoint(self.checkpoints) if self.config.resume else None
+        return find_checkpoint(self.checkpoints) if self.config.resume else None
+
+    def _write_settings(self) -> None:
         with atomic_file(self.out / "config.yaml") as temporary:
             temporary.write_text(self.config.to_yaml(), encoding="utf-8")
-        return folder
 
     def _resume(self, folder: Path) -> None:
         # Checksums matched: what fails from here on is another model's checkpoint, not a damaged one.
