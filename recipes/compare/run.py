@@ -53,7 +53,7 @@ def command(name: str, data: str, out: Path, settings: list[str]) -> list[str]:
 
 def train(name: str, data: str, out: Path, settings: list[str], deadline: float) -> bool:
     """Train one model until it is finished or the time is up, which saves it; whether it is finished."""
-    if (out / name / "model").is_dir():
+    if (out / name / "finished").exists():
         return True
     process = subprocess.Popen(command(name, data, out, settings))
     try:
@@ -68,7 +68,7 @@ def train(name: str, data: str, out: Path, settings: list[str], deadline: float)
         raise SystemExit(130) from None
     if status:
         raise SystemExit(status)
-    return (out / name / "model").is_dir()
+    return (out / name / "finished").exists()
 
 
 def read_curve(out: Path, name: str, value: str) -> tuple[list[int], list[float]]:
@@ -109,7 +109,7 @@ def summarize(out: Path) -> None:
             rates = read_curve(out, name, "tokens_per_second")[1]
             lines.append({"model": label, "tokens": tokens[-1], "validation_loss": losses[-1]})
             lines[-1] |= {
-                "finished": (out / name / "model").is_dir(),
+                "finished": (out / name / "finished").exists(),
                 "tokens_per_second": sorted(rates)[len(rates) // 2],
             }
             print(f"{label:<24} held-out loss {losses[-1]:.4f} after {tokens[-1]:,} tokens")

@@ -13,8 +13,7 @@ for stage in ${STAGES:-64k 256k 1m}; do
     finished=$out/$stage/finished
     if [ ! -e "$finished" ]; then
         ${TRAIN:-oncelm train} "$data" --model "$model" --out "$out/$stage" --config "$recipes/$stage.yaml" --resume "$@"
-        [ -d "$out/$stage/model" ] || exit 0 # stopped by a signal: everything is saved
-        touch "$finished"
+        [ -e "$finished" ] || exit 0 # stopped by a signal: everything is saved
     fi
     model=$out/$stage/model
 done

@@ -100,13 +100,15 @@ class Evidence:
     def train_from(self, model: Path, data: str | Path, name: str, seconds: float, *more: str) -> Path:
         """small.yaml into OUT/NAME, unless it is there; the folder of the model."""
         out = self.out / name
-        if not (out / "model").is_dir():
+        if not (out / "finished").exists():
             settings = (*more, f"max_seconds={seconds}", f"device={self.device}")
             settings += () if self.compile else ("compile=false",)
             call(
                 *("train", data, "--model", model, "--out", out, "--config", RECIPE, "--resume"),
                 *("--set", *settings, *self.args.set),
             )
+            if not (out / "finished").exists():
+                raise RuntimeError(f"{out} was stopped before its end")
         return out / "model"
 
     def facts(self) -> None:

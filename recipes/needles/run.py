@@ -101,7 +101,7 @@ def steps(args: argparse.Namespace) -> list[Step]:
         if seconds is not None:
             settings += [f"max_seconds={seconds}", "steps=null"]
         train = [*ONCELM, "train", rows, "--out", out, *start, "--resume", "--config", HERE / f"{stage.recipe}.yaml"]
-        found.append(Step(_words([*train, "--set", *settings, *args.set]), out / "model"))
+        found.append(Step(_words([*train, "--set", *settings, *args.set]), out / "finished"))
         start = ["--model", out / "model"]
 
     longest = args.rows[-1]

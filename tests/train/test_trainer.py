@@ -121,8 +121,13 @@ def test_a_finished_run_resumes_to_nothing_and_a_longer_one_goes_on(make_model, 
     Trainer(make_model(), dataset, make_config()).fit()
     again = Trainer(make_model(), dataset, make_config(resume=True)).fit()
     assert (again.step, again.loss) == (6, None)
-    longer = Trainer(make_model(), dataset, make_config(resume=True, steps=8)).fit()
-    assert longer.step == 8
+    finished = Path(make_config().out, "finished")
+    assert finished.exists()
+    longer = make_config(resume=True, steps=9)
+    assert Trainer(make_model(), Interrupting(dataset, 7, signal.SIGTERM), longer).fit().step == 8
+    assert not finished.exists()  # though the model of the shorter run is there
+    assert Trainer(make_model(), dataset, longer).fit().step == 9
+    assert finished.exists()
 
 
 def test_resume_starts_anew_where_nothing_was_saved(make_model, dataset, make_config) -> None:
@@ -299,12 +304,13 @@ def test_a_checkpoint_loads_as_a_model(make_model, dataset, make_config) -> None
 
 def test_a_file_asks_for_an_export(make_model, dataset, make_config, monkeypatch) -> None:
     config = make_config(steps=4, save_every=None)
-    request, model = Path(config.out) / "export", Path(config.out) / "model"
+    request, model, finished = (Path(config.out) / name for name in ("export", "model", "finished"))
     seen = {}
     batch = dataset.batch
 
     def asked(step, *rest):
         seen[step] = model.exists()
+        assert not finished.exists()
         if step == 1:
             request.touch()
         return batch(step, *rest)
@@ -313,6 +319,7 @@ def test_a_file_asks_for_an_export(make_model, dataset, make_config, monkeypatch
     Trainer(make_model(), dataset, config).fit()
     assert seen == {0: False, 1: False, 2: True, 3: True}
     assert not request.exists()
+    assert finished.exists()
     assert [folder.name for folder in sorted((Path(config.out) / "checkpoints").iterdir())] == [
         "step-000002",
         "step-000004",

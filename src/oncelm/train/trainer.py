@@ -132,6 +132,7 @@ class Trainer:
         self.out = Path(config.out)
         self.checkpoints = self.out / FOLDER
         self.export_request = self.out / "export"  # a file that asks for an export behind the next step
+        self.finished_mark = self.out / "finished"  # a file that is there once the run is over: `model` may be earlier
         self.saver = Saver(self.checkpoints, config.keep_checkpoints, self.ranks)
         self.watch = Watch(self.model.config, config, self.ranks)
         self.step = 0  # optimizer steps done
@@ -140,7 +141,8 @@ class Trainer:
     def fit(self) -> TrainResult:
         """Train to the end, or until SIGTERM or Ctrl-C, which saves a checkpoint and returns.
 
-        A file `out/export` asks for an export behind the step that is being computed; it is deleted then.
+        A file `out/export` asks for an export behind the step that is being computed; it is deleted then. A file
+        `out/finished` is there once the run has come to its end, until one with more steps resumes it.
 
         Raises:
             ValueError: another run is writing to `out`, or has.
@@ -202,6 +204,7 @@ class Trainer:
                     if not learned:
                         validation_loss = self._log_validation(metrics)
                     model_path = self.export()
+                    self.ranks.on_main(self.finished_mark.touch)
                 self.saver.wait()
         finally:
             metrics.close()
@@ -387,7 +390,7 @@ class Trainer:
         if folder is not None:
             self._resume(folder)
         # not before: settings that a checkpoint does not fit must not take the place of those it was made with
-        self.ranks.on_main(self._write_settings)
+        self.ranks.on_main(self._begin)
 
     def _choose_start(self) -> Path | None:
         """Make the run's folder ready; the checkpoint to start from, or None. For the first rank alone."""
@@ -397,7 +400,9 @@ class Trainer:
             check_new(self.out)
         return find_checkpoint(self.checkpoints) if self.config.resume else None
 
-    def _write_settings(self) -> None:
+    def _begin(self) -> None:
+        """Mark the folder as that of a run with these settings that is not finished. For the first rank alone."""
+        self.finished_mark.unlink(missing_ok=True)
         with atomic_file(self.out / "config.yaml") as temporary:
             temporary.write_text(self.config.to_yaml(), encoding="utf-8")
 
