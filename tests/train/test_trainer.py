@@ -197,6 +197,24 @@ def test_a_nan_stops_the_run_and_keeps_the_last_checkpoint(make_model, dataset, 
     assert not (Path(config.out) / "model").exists()
 
 
+@pytest.mark.parametrize("steps", [4, 5], ids=["where one is due", "elsewhere"])
+def test_a_nan_in_the_last_validation_keeps_the_checkpoint_before(make_model, dataset, make_config, steps) -> None:
+    model = make_model()
+    forward = model.forward
+
+    def poisoned(**inputs):
+        output = forward(**inputs)
+        output.loss = output.loss * (1.0 if model.training else float("nan"))
+        return output
+
+    model.forward = poisoned
+    config = make_config(steps=steps, eval_every=None, keep_checkpoints=1)
+    before = (steps - 1) // 2 * 2
+    with pytest.raises(FloatingPointError, match=rf"validation loss is nan at step {steps}; .*step-00000{before}"):
+        Trainer(model, dataset, config).fit()
+    assert [folder.name for folder in (Path(config.out) / "checkpoints").iterdir()] == [f"step-00000{before}"]
+
+
 def test_a_full_disk_leaves_the_checkpoint_before(make_model, dataset, make_config, monkeypatch) -> None:
     config = make_config()
     write_data = HuggingFaceStorageWriter.write_data

@@ -191,17 +191,17 @@ class Trainer:
                     if self._due(self.config.eval_every) and not self._finished():
                         validation_loss = self._log_validation(metrics)
                         learned = self._is_learned(validation_loss)
-                    if self._due(self.config.save_every):
+                    if self._due(self.config.save_every) and not self._finished():
                         self.save()
                     if exporting:
                         folder = self.export()
                         self.ranks.on_main(partial(self.export_request.unlink, missing_ok=True))
                         logger.warning("exported step %d to %s", self.step, folder)
-                self.save()
                 if stopping:
                     validation_loss = None
+                    self.save()
                 else:
-                    if not learned:
+                    if not learned:  # before the last save: one that is not finite must not push out a good checkpoint
                         validation_loss = self._log_validation(metrics)
                     model_path = self.export()
                     self.ranks.on_main(self.finished_mark.touch)
