@@ -12,6 +12,7 @@ import torch
 import oncelm.models
 from oncelm.cli import main
 from oncelm.data.read_ahead import ReadAhead
+from oncelm.data.tokenizers import load_tokenizer
 from oncelm.train.checkpoint import list_checkpoints
 from oncelm.train.trainer import Trainer
 
@@ -52,6 +53,30 @@ def test_a_new_run_leaves_the_tokenizer_of_another_alone(book, tmp_path, capsys)
     assert "already holds checkpoints" in capsys.readouterr().err
     assert (out / "tokenizer" / "tokenizer.json").read_bytes() == before
     assert not list(tmp_path.glob(".oncelm/other*"))
+
+
+def test_a_model_is_not_trained_on_the_tokens_of_another_tokenizer(book, tmp_path, capsys) -> None:
+    out = tmp_path / "run"
+    assert main(["train", book, "--out", str(out), "--steps", "1", "--tokenizer", "bpe:300", *QUICK]) == 0
+    more = ["--out", str(tmp_path / "more"), "--model", str(out / "model"), "--steps", "1", *QUICK]
+    assert main(["data", "prepare", book, "--out", str(tmp_path / "tokens"), "--tokenizer", "bytes"]) == 0
+    for data, message in (
+        ([book, "--tokenizer", "bytes"], "tokenizer 'bytes' has other tokens"),
+        ([str(tmp_path / "tokens")], "was prepared with other tokens"),
+    ):
+        for options in ([], ["--dry-run"]):
+            capsys.readouterr()
+            assert main(["train", *data, *more, *options]) == 2
+            error = capsys.readouterr().err
+            assert message in error
+            assert str(out / "model") in error
+            assert error.count("\n") == 1
+
+    tokenizer = load_tokenizer(out / "model")
+    tokenizer.eos_token = "<pad>"
+    tokenizer.add_tokens(["<turn>"])
+    tokenizer.save_pretrained(tmp_path / "extended")
+    assert main(["train", book, *more, "--tokenizer", str(tmp_path / "extended")]) == 0
 
 
 def test_memory_that_is_too_small_is_one_line(book, tmp_path, capsys, monkeypatch) -> None:

@@ -139,6 +139,7 @@ def prepare(config: TrainConfig, ranks: Ranks) -> tuple[PreTrainedModel, Batches
     if not config.resume:  # before a tokenizer takes the place of that run's, and text is tokenized for nothing
         ranks.on_main(lambda: check_new(Path(config.out)))
     tokenizer = make_tokenizer(config, ranks)
+    check_tokenizer(config, tokenizer)
     dataset, largest_id = make_dataset(config, ranks, tokenizer)
     model = (make_model if ranks.is_main else empty_model)(config, len(tokenizer))
     vocab_size = model.config.vocab_size
@@ -250,6 +251,31 @@ def make_tokenizer(config: TrainConfig, ranks: Ranks | None = None) -> PreTraine
     return load_tokenizer(kept)
 
 
+def check_tokenizer(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """ValueError where the model is a folder whose own tokenizer has other tokens; added ones may differ."""
+    from oncelm.data.tokenizers import load_tokenizer
+    from oncelm.data.tokens import is_token_folder
+
+    if not Path(config.model).is_dir():
+        return
+    try:
+        own = load_tokenizer(config.model)
+    except (ValueError, ImportError):  # there is none, or none that could be compared
+        return
+    added = own.get_added_vocab().keys() | tokenizer.get_added_vocab().keys()
+    known, given = (
+        {token: index for token, index in one.get_vocab().items() if token not in added} for one in (own, tokenizer)
+    )
+    if known != given:
+        prepared = config.tokenizer is None and is_token_folder(config.data)
+        source = f"data {config.data!r} was prepared with" if prepared else f"tokenizer {config.tokenizer!r} has"
+        remedy = f"prepare the text again with --tokenizer {config.model}" if prepared else "leave tokenizer out"
+        raise ValueError(
+            f"{source} other tokens ({len(given):,}) than model {config.model!r} was trained on ({len(known):,}); "
+            f"{remedy}, or start from a preset."
+        )
+
+
 def check_model(config: TrainConfig) -> None:
     """ValueError unless the model that the settings name fits their packing; nothing is read but its configuration."""
     from oncelm.train.crossbatch import check_crossbatch
@@ -332,7 +358,9 @@ def describe(config: TrainConfig, processes: int) -> str:
     if config.tokenizer is not None and config.tokenizer.startswith("bpe:"):
         vocab_size = bpe_vocab_size(config.tokenizer)
     else:
-        vocab_size = len(make_tokenizer(config))
+        tokenizer = make_tokenizer(config)
+        check_tokenizer(config, tokenizer)
+        vocab_size = len(tokenizer)
     is_preset = not Path(config.model).is_dir()
     with torch.device("meta") if is_preset else contextlib.nullcontext():
         model = make_model(config, vocab_size)
