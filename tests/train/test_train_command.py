@@ -112,6 +112,18 @@ def test_a_stopped_run_goes_on_with_its_own_settings_and_tokenizer(book, tmp_pat
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4]
 
 
+@pytest.mark.parametrize("other", ["bpe:270", "bytes"])
+def test_a_run_that_made_its_tokenizer_is_not_resumed_with_another(book, tmp_path, capsys, other) -> None:
+    out = tmp_path / "run"
+    assert main(["train", book, "--out", str(out), "--steps", "1", "--tokenizer", "bpe:280", *QUICK]) == 0
+    before = (out / "config.yaml").read_bytes()
+    for options in ([], ["--dry-run"]):
+        assert main(["train", "--out", str(out), "--resume", "--steps", "2", "--tokenizer", other, *options]) == 2
+        assert f"tokenizer '{other}' is not that of the run in" in capsys.readouterr().err
+    assert (out / "config.yaml").read_bytes() == before
+    assert main(["train", "--out", str(out), "--resume", "--steps", "2"]) == 0
+
+
 def test_a_dry_run_prints_and_writes_nothing(book, tmp_path, capsys) -> None:
     out = tmp_path / "run"
     assert main(["train", book, "--out", str(out), "--steps", "5", "--dry-run", *QUICK]) == 0
@@ -131,7 +143,10 @@ def test_a_dry_run_prints_and_writes_nothing(book, tmp_path, capsys) -> None:
     [
         (["--set", "sequence_length=8"], "unknown setting 'sequence_length'"),
         (["--set", "seq_len=100000"], "use seq_len of at most"),
-        (["--config", "nowhere.yaml"], "No such file or directory: 'nowhere.yaml'"),
+        (["--config", "nowhere.yaml"], "recipe 'nowhere.yaml' (--config) cannot be read: No such file or directory;"),
+        (["--config", "."], "recipe '.' (--config) cannot be read: Is a directory; give a YAML file"),
+        (["--out", __file__], f"out {__file__!r} cannot be a folder: {__file__!r} is a file"),
+        (["--out", f"{__file__}/run", "--dry-run"], f"cannot be a folder: {__file__!r} is a file"),
         (["--model", "lama-tiny"], "did you mean 'llama-tiny'"),
         (["--dry-run", "--processes", "3", "--set", "batch_size=8"], "do not divide among 3 processes"),
         (["--set", "model_overrides.vocab_size=50"], "knows 50 tokens only"),

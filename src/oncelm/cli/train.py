@@ -76,6 +76,7 @@ def run(args: argparse.Namespace) -> int:
     from oncelm.utils.errors import check_positive
 
     config = read_config(args)
+    check_out(config)
     check_model(config)
     if args.dry_run:
         check_positive(**{"--processes": 1 if args.processes is None else args.processes})
@@ -249,6 +250,24 @@ def make_tokenizer(config: TrainConfig, ranks: Ranks | None = None) -> PreTraine
     size = bpe_vocab_size(config.tokenizer)
     train(size) if ranks is None else ranks.on_main(lambda: train(size))
     return load_tokenizer(kept)
+
+
+def check_out(config: TrainConfig) -> None:
+    """ValueError where the run's folder could not be one, or is of a run that made itself another tokenizer."""
+    from oncelm.train.config import load_config
+
+    out = Path(config.out)
+    for folder in (out, *out.parents):
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"out {str(out)!r} cannot be a folder: {str(folder)!r} is a file; choose another --out.")
+    if not (config.resume and (out / "tokenizer").exists() and (out / "config.yaml").exists()):
+        return
+    before = load_config(out / "config.yaml").tokenizer
+    if before != config.tokenizer:
+        raise ValueError(
+            f"tokenizer {config.tokenizer!r} is not that of the run in {str(out)!r}, {before!r}, whose weights are for "
+            "its tokens; leave tokenizer out to resume it, or choose another --out."
+        )
 
 
 def check_tokenizer(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> None:

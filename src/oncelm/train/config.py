@@ -231,7 +231,14 @@ def load_config(
     """
     merged: dict[str, Any] = {}
     if recipe is not None:
-        merged |= _mapping(Path(recipe).read_text(encoding="utf-8"), f"recipe {str(recipe)!r}")
+        try:
+            text = Path(recipe).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or "it is not UTF-8"
+            raise ValueError(
+                f"recipe {str(recipe)!r} (--config) cannot be read: {reason}; give a YAML file of settings, as in recipes/."
+            ) from None
+        merged |= _mapping(text, f"recipe {str(recipe)!r}")
     merged |= values or {}
     for override in overrides:
         key, equals, text = override.partition("=")
