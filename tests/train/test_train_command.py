@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -136,6 +137,19 @@ def test_a_dry_run_prints_and_writes_nothing(book, tmp_path, capsys) -> None:
     assert "tokens per step  32" in shown
     assert "steps            5 (160 tokens)" in shown
     assert not out.exists()
+
+
+def test_a_run_without_out_is_named_after_its_data(book, tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", book, "--dry-run"]) == 0
+    assert "out: runs/book\n" in capsys.readouterr().out
+    assert not Path("runs").exists()
+    assert main(["train", book, "--steps", "1", *QUICK]) == 0
+    assert Path("runs/book/model").is_dir()
+    assert main(["train", book, "--steps", "1", *QUICK]) == 2
+    assert "out 'runs/book' already holds checkpoints; resume that run" in capsys.readouterr().err
+    assert main(["train", book, "--resume", "--steps", "2"]) == 0  # with its own settings
+    assert "seq_len: 16" in Path("runs/book/config.yaml").read_text()
 
 
 @pytest.mark.parametrize(

@@ -70,9 +70,12 @@ def test_a_whole_number_may_be_written_as_a_float() -> None:
     assert load("steps=1e4").steps == 10_000
 
 
-def test_data_and_out_are_needed() -> None:
-    with pytest.raises(ValueError, match="out is missing"):
-        load_config(None, ["data=x"])
+def test_data_is_needed_and_names_the_run() -> None:
+    with pytest.raises(ValueError, match="data is missing"):
+        load_config(None, ["out=x"])
+    for data in ("book", "some/book/", "some/book.txt", "/some/other/../book.txt"):
+        assert load_config(None, [f"data={data}"]).out == "runs/book"
+    assert load_config(None, ["data=book.txt", "out=here"]).out == "here"
 
 
 @pytest.mark.parametrize("text", ["", "- a\n- b\n", "just text", "a: [1"])

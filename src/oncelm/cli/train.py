@@ -45,14 +45,14 @@ examples:
       a LLaMA-family folder gets memory: a LongLLaMA, trained with crossbatch
   torchrun --nproc-per-node 8 -m oncelm train books/ --out runs/books --set chunk_parallel=2
       on 8 GPUs, each sequence split over 2 of them; the same batches, and so the same losses, as on one
-  oncelm train books/ --out runs/books --dry-run
+  oncelm train books/ --dry-run
       print what would be done: every setting, parameters, memory, tokens (of N processes: --processes N)
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("data", nargs="?", metavar="DATA", help="text, a corpus or prepared tokens")
-    parser.add_argument("--out", metavar="DIR", help="the run's folder")
+    parser.add_argument("--out", metavar="DIR", help="the run's folder (runs/ and DATA's name)")
     parser.add_argument("--model", help="a preset, or the folder of a model to start from (yoco-tiny)")
     parser.add_argument("--tokenizer", help="bytes, cl100k_base, bpe:SIZE or a path (bytes)")
     parser.add_argument("--steps", type=int, metavar="N", help="optimizer steps (1000)")
@@ -120,11 +120,13 @@ def run(args: argparse.Namespace) -> int:
 
 def read_config(args: argparse.Namespace) -> TrainConfig:
     """The settings of a command line: recipe, then options, then --set; a resumed run starts from its own."""
-    from oncelm.train.config import load_config
+    from oncelm.train.config import default_out, load_config
 
     recipe = args.config
-    if args.resume and recipe is None and args.out is not None:
-        own = Path(args.out) / "config.yaml"
+    named = args.out is not None or any(override.startswith("out=") for override in args.set)
+    out = default_out(args.data) if args.data is not None and not named else args.out
+    if args.resume and recipe is None and out is not None:
+        own = Path(out) / "config.yaml"
         recipe = own if own.exists() else None
     options = {name: getattr(args, name) for name in ("data", "out", "model", "tokenizer", "steps")}
     values: dict[str, object] = {name: value for name, value in options.items() if value is not None}

@@ -220,6 +220,11 @@ def bpe_vocab_size(tokenizer: str) -> int:
     return int(size)
 
 
+def default_out(data: str) -> str:
+    """The folder of a run that names none: runs/books for books/ and books.txt."""
+    return str(Path("runs", Path(data).absolute().stem))
+
+
 def load_config(
     recipe: str | Path | None = None,
     overrides: Iterable[str] = (),
@@ -227,7 +232,7 @@ def load_config(
 ) -> TrainConfig:
     """The settings of a recipe (YAML), replaced by `values`, replaced by `overrides` ("key=value").
 
-    A dotted key reaches into a dictionary: `model_overrides.window_size=256`.
+    A dotted key reaches into a dictionary: `model_overrides.window_size=256`. Without `out` it is `default_out(data)`.
     """
     merged: dict[str, Any] = {}
     if recipe is not None:
@@ -256,9 +261,10 @@ def load_config(
     for name in merged:
         if name not in field_names():
             raise unknown("setting", name, field_names())
-    for name in ("data", "out"):
-        if merged.get(name) is None:
-            raise ValueError(f"{name} is missing; give it on the command line or in the recipe.")
+    if merged.get("data") is None:
+        raise ValueError("data is missing; give it on the command line or in the recipe.")
+    if merged.get("out") is None:
+        merged["out"] = default_out(str(merged["data"]))
     return TrainConfig(**merged)
 
 
