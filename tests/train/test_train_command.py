@@ -125,6 +125,17 @@ def test_a_run_that_made_its_tokenizer_is_not_resumed_with_another(book, tmp_pat
     assert main(["train", "--out", str(out), "--resume", "--steps", "2"]) == 0
 
 
+def test_a_run_that_is_resumed_on_changed_text_says_so(book, tmp_path, caplog) -> None:
+    out = str(tmp_path / "run")
+    assert main(["train", book, "--out", out, "--steps", "1", *QUICK]) == 0
+    assert main(["train", "--out", out, "--resume", "--steps", "2"]) == 0
+    assert "on other data" not in caplog.text
+    with Path(book).open("a") as text:
+        text.write("One more line.\n")
+    assert main(["train", "--out", out, "--resume", "--steps", "3"]) == 0
+    assert f"on other data: {book!r} has changed" in caplog.text
+
+
 def test_a_dry_run_prints_and_writes_nothing(book, tmp_path, capsys) -> None:
     out = tmp_path / "run"
     assert main(["train", book, "--out", str(out), "--steps", "5", "--dry-run", *QUICK]) == 0

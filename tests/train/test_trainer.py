@@ -176,6 +176,15 @@ def test_other_settings_on_resume_are_warned_of_and_used(make_model, dataset, ma
     assert logged(config.out, "lr")[7] == 1e-3
 
 
+def test_only_known_data_that_differs_is_warned_of(make_model, dataset, make_config, caplog) -> None:
+    for steps, digest in enumerate((None, "a", "a", None), start=1):  # the first as of an older version
+        Trainer(make_model(), dataset, make_config(resume=True, steps=steps), data_digest=digest).fit()
+    assert "other data" not in caplog.text
+    for steps, digest in ((5, "a"), (6, "b")):
+        Trainer(make_model(), dataset, make_config(resume=True, steps=steps), data_digest=digest).fit()
+    assert caplog.text.count("on other data: 'unused' has changed") == 1
+
+
 def test_a_nan_stops_the_run_and_keeps_the_last_checkpoint(make_model, dataset, make_config) -> None:
     model = make_model()
     forward = model.forward

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
+import json
 import logging
 import os
 import sys
@@ -92,11 +94,11 @@ def run(args: argparse.Namespace) -> int:
     try:
         with join_ranks(config.device, tensor=config.tensor_parallel, chunk=config.chunk_parallel) as ranks:
             config.sequences_of_each(ranks.data.size)  # before any text is prepared
-            model, dataset, tokenizer = prepare(config, ranks)
+            model, dataset, tokenizer, digest = prepare(config, ranks)
             with contextlib.ExitStack() as reading:
                 if isinstance(dataset, ReadAhead):
                     reading.enter_context(dataset)
-                result = Trainer(model, dataset, config, tokenizer, ranks).fit()
+                result = Trainer(model, dataset, config, tokenizer, ranks, digest).fit()
     except FloatingPointError as error:
         print(f"oncelm: training stopped: {error}", file=sys.stderr)
         return 1
@@ -133,8 +135,11 @@ def read_config(args: argparse.Namespace) -> TrainConfig:
     return load_config(recipe, args.set, values | {"resume": args.resume})
 
 
-def prepare(config: TrainConfig, ranks: Ranks) -> tuple[PreTrainedModel, Batches, PreTrainedTokenizerBase]:
-    """The model, the data and the tokenizer that a run's settings name; only the first rank's model has values."""
+def prepare(config: TrainConfig, ranks: Ranks) -> tuple[PreTrainedModel, Batches, PreTrainedTokenizerBase, str | None]:
+    """The model, the data, the tokenizer that a run's settings name, and the data's checksum where it is known.
+
+    Only the first rank's model has values.
+    """
     import inspect
 
     from oncelm.train.checkpoint import check_new
@@ -143,7 +148,7 @@ def prepare(config: TrainConfig, ranks: Ranks) -> tuple[PreTrainedModel, Batches
         ranks.on_main(lambda: check_new(Path(config.out)))
     tokenizer = make_tokenizer(config, ranks)
     check_tokenizer(config, tokenizer)
-    dataset, largest_id = make_dataset(config, ranks, tokenizer)
+    dataset, largest_id, digest = make_dataset(config, ranks, tokenizer)
     model = (make_model if ranks.is_main else empty_model)(config, len(tokenizer))
     vocab_size = model.config.vocab_size
     if largest_id >= vocab_size:
@@ -158,11 +163,13 @@ def prepare(config: TrainConfig, ranks: Ranks) -> tuple[PreTrainedModel, Batches
         setattr(model.config, name, getattr(tokenizer, name))
         if model.generation_config is not None:
             setattr(model.generation_config, name, getattr(tokenizer, name))
-    return model, dataset, tokenizer
+    return model, dataset, tokenizer, digest
 
 
-def make_dataset(config: TrainConfig, ranks: Ranks, tokenizer: PreTrainedTokenizerBase) -> tuple[Batches, int]:
-    """The data that the settings name, and the largest token in it."""
+def make_dataset(
+    config: TrainConfig, ranks: Ranks, tokenizer: PreTrainedTokenizerBase
+) -> tuple[Batches, int, str | None]:
+    """The data that the settings name, the largest token in it, and its checksum (None of conversations)."""
     from oncelm.data.conversations import ConversationDataset, read_conversations
     from oncelm.data.crossbatch import CrossbatchDataset, sequence_tokens
     from oncelm.data.dataset import TokenDataset
@@ -176,7 +183,7 @@ def make_dataset(config: TrainConfig, ranks: Ranks, tokenizer: PreTrainedTokeniz
             seed=config.seed,
             validation_share=config.validation_share,
         )
-        return conversations, conversations.largest_id
+        return conversations, conversations.largest_id, None
     tokens = ranks.main_first(lambda: open_data(config, tokenizer))
     options: dict[str, Any] = {
         "seed": config.seed,
@@ -197,7 +204,16 @@ def make_dataset(config: TrainConfig, ranks: Ranks, tokenizer: PreTrainedTokeniz
             raise ValueError(
                 f"packing {config.packing} rows of {config.seq_len} takes sequences of {length}: {error}"
             ) from error
-    return ReadAhead(dataset, pin_memory=ranks.device.type == "cuda"), tokens.largest_id
+    return ReadAhead(dataset, pin_memory=ranks.device.type == "cuda"), tokens.largest_id, digest_tokens(tokens)
+
+
+def digest_tokens(tokens: TokenFolder) -> str:
+    """SHA-256 of all that batches are drawn from: names, weights and shards, whose keys are checksums of the text."""
+    parts = [
+        [(source.name, source.weight, [shard["key"] for shard in source.stream.shards]) for source in split]
+        for split in (tokens.train, tokens.valid)
+    ]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def open_data(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> TokenFolder:

@@ -241,7 +241,8 @@ def load_config(
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or "it is not UTF-8"
             raise ValueError(
-                f"recipe {str(recipe)!r} (--config) cannot be read: {reason}; give a YAML file of settings, as in recipes/."
+                f"recipe {str(recipe)!r} (--config) cannot be read: {reason}; give a YAML file of settings, as in "
+                "recipes/."
             ) from None
         merged |= _mapping(text, f"recipe {str(recipe)!r}")
     merged |= values or {}

@@ -113,6 +113,8 @@ class Trainer:
         tokenizer: saved beside the model in every checkpoint and at the end.
         ranks: this process's place among those that train together (`join_ranks`); None means it is alone. The first
             rank's model counts; the others' may be without values, on the meta device.
+        data_digest: a checksum of what `dataset` was made from, kept in checkpoints; a run that is resumed with another
+            one warns. None: not compared.
     """
 
     def __init__(
@@ -122,12 +124,13 @@ class Trainer:
         config: TrainConfig,
         tokenizer: PreTrainedTokenizerBase | None = None,
         ranks: Ranks | None = None,
+        data_digest: str | None = None,
     ) -> None:
         self.ranks = ranks or Ranks(resolve_device(None if config.device == "auto" else config.device))
         config.sequences_of_each(self.ranks.data.size)  # or a ValueError, before anything large happens
         check_crossbatch(config, model.config)
         self.model = prepare_model(model, config, self.ranks)
-        self.dataset, self.config, self.tokenizer = dataset, config, tokenizer
+        self.dataset, self.config, self.tokenizer, self.data_digest = dataset, config, tokenizer, data_digest
         self.optimizers = build_optimizers(self.model, config)
         self.out = Path(config.out)
         self.checkpoints = self.out / FOLDER
@@ -346,7 +349,8 @@ class Trainer:
         """
         if self.saver.step != self.step:
             # as they are now: training goes on meanwhile
-            state = {"step": self.step, "seconds": self.seconds, "config": asdict(self.config)}
+            state = {"step": self.step, "seconds": self.seconds, "data": self.data_digest}
+            state["config"] = asdict(self.config)
             self.saver.save(self.step, tensors_to_save(self.model, self.optimizers), partial(self._write_rest, state))
         return self.checkpoints / f"step-{self.step:06d}"
 
@@ -412,6 +416,11 @@ class Trainer:
         read_tensors(folder, tensors_to_save(self.model, self.optimizers), self.ranks)
         self.step, self.seconds = state["step"], state["seconds"]
         self.saver.step = self.step
+        if None not in (self.data_digest, state.get("data")) and state["data"] != self.data_digest:
+            logger.warning(
+                "resuming %s on other data: %r has changed; batches and held-out text are not those of before",
+                *(folder, self.config.data),
+            )
         now = json.loads(json.dumps(asdict(self.config)))  # as the checkpoint's went through JSON
         for name, value in now.items():
             if name not in _FREE_TO_CHANGE and state["config"].get(name) != value:
