@@ -112,6 +112,15 @@ def test_the_stages_of_length_extension_follow_each_other(book, tmp_path) -> Non
     assert again.stdout == f"Finished: {out / '1m' / 'model'}\n"
 
 
+def test_a_stage_that_was_stopped_behind_an_export_is_not_the_next_ones_start(tmp_path) -> None:
+    train, out = tmp_path / "train.sh", tmp_path / "out"
+    train.write_text('mkdir -p "$5/model"\n')  # DATA --model MODEL --out OUT: an export, then SIGTERM, status 0
+    command = ["sh", str(RECIPES / "length-extension" / "run.sh"), "data", "model", str(out)]
+    done = subprocess.run(command, env=os.environ | {"TRAIN": f"sh {train}"}, check=True, capture_output=True)
+    assert [stage.name for stage in out.iterdir()] == ["64k"]
+    assert done.stdout == b""
+
+
 @pytest.fixture
 def compare(monkeypatch):
     monkeypatch.syspath_prepend(str(RECIPES / "compare"))

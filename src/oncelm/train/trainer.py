@@ -349,8 +349,8 @@ class Trainer:
         """
         if self.saver.step != self.step:
             # as they are now: training goes on meanwhile
-            state = {"step": self.step, "seconds": self.seconds, "data": self.data_digest}
-            state["config"] = asdict(self.config)
+            state: dict[str, Any] = {"step": self.step, "seconds": self.seconds, "config": asdict(self.config)}
+            state["data"] = self.data_digest
             self.saver.save(self.step, tensors_to_save(self.model, self.optimizers), partial(self._write_rest, state))
         return self.checkpoints / f"step-{self.step:06d}"
 
