@@ -121,7 +121,7 @@ class LanguageModel:
         config = self.model.config
         return {
             "name": self.name,
-            "type": self.model.config.model_type,
+            "type": config.model_type,
             "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "weights": self.model.fingerprint() if hasattr(self.model, "fingerprint") else fingerprint(self.model, ()),

@@ -21,7 +21,7 @@ from oncelm.utils.files import atomic_file
 
 SHOWN_CHARACTERS = 400  # of a target or output
 SAMPLES_IN_PAGE = 5000  # of a run
-NOT_NAMED = ("scorer", "weights")  # in a run's name: the tables tell scorers apart themselves; weights are long
+NAMED_BY_TABLES = ("fewshot", "scorer")  # settings that lm-eval's tables say themselves
 
 
 def write_report(runs: Sequence[Run], path: str | os.PathLike[str], title: str = "Evaluation") -> None:
@@ -65,25 +65,29 @@ def shown_runs(runs: Sequence[Run]) -> list[Run]:
             warnings.warn(f"the run of {_task_name(run)} on {run.label} has no sample yet; left out.", stacklevel=3)
     if not shown:
         raise ValueError("a report needs at least one run with samples.")
-    alike: dict[tuple[str, str], list[Run]] = {}
-    for run in shown:
-        alike.setdefault((_task_name(run), run.label), []).append(run)
-    return [_told_apart(run, alike[_task_name(run), run.label]) for run in shown]
+    alike: dict[tuple[str, str], list[int]] = {}
+    for number, run in enumerate(shown):
+        alike.setdefault((_task_name(run), run.label), []).append(number)
+    for numbers in alike.values():
+        if len(numbers) > 1:
+            for number, name in zip(numbers, _names([shown[i] for i in numbers]), strict=True):
+                shown[number] = replace(shown[number], name=name)
+    return shown
 
 
-def _told_apart(run: Run, alike: Sequence[Run]) -> Run:
-    """The run, named for what is not the same in all of these."""
-    if len(alike) == 1:
-        return run
-    settings = [other.configuration["options"] | other.configuration["model"] for other in alike]
-    keys = [key for key in dict.fromkeys(key for one in settings for key in one) if key not in NOT_NAMED]
-    keys = [key for key in keys if any(one.get(key) != settings[0].get(key) for one in settings)]
-    own = settings[next(i for i, other in enumerate(alike) if other is run)]
-    name = ", ".join(f"{key} {_option(own[key])}" for key in keys if own.get(key) not in ("", None))
-    same = [other for other, one in zip(alike, settings, strict=True) if all(one.get(k) == own.get(k) for k in keys)]
-    if len(same) > 1:
-        name += f"{', ' if name else ''}run {1 + next(i for i, other in enumerate(same) if other is run)}"
-    return replace(run, name=name)
+def _names(runs: Sequence[Run]) -> list[str]:
+    """What is not the same in all of these; a number for those that have all settings in common."""
+    settings = [run.configuration["options"] | run.configuration["model"] for run in runs]
+    settings = [{key: value for key, value in one.items() if key != "weights"} for one in settings]  # too long a name
+    keys = dict.fromkeys(key for one in settings for key in one if key not in NAMED_BY_TABLES)
+    differing = [key for key in keys if any(one.get(key) != settings[0].get(key) for one in settings)]
+    names = []
+    for number, own in enumerate(settings):
+        words = [f"{key} {_option(own[key])}" for key in differing if own.get(key) not in ("", None)]
+        if settings.count(own) > 1:
+            words.append(f"run {1 + settings[:number].count(own)}")
+        names.append(", ".join(words))
+    return names
 
 
 def _views(name: str, runs: Sequence[Run]) -> list[View]:
