@@ -161,7 +161,8 @@ def prepare(
             _make_shards([unit for group in units.values() for unit in group], shards, encoder, bos, strict, workers)
         except MalformedLine as error:  # the first of the shards made now: in one made before may be an earlier one
             for source, group in units.items():
-                if problems := _problems(source, group, pieces, shards, error.problem):
+                made = [(unit, info) for unit in group if (info := _info(shards, unit.key)) is not None]
+                if problems := _problems(source, made, pieces, error.problem):
                     raise MalformedLine(problems[0]) from None
             raise
         _write_manifest(corpus, units, pieces, out, encoder, fingerprint, bos, strict)
@@ -428,14 +429,16 @@ def size_on_disk(file: Path) -> int | None:
 
 
 def _problems(
-    source: Source, units: list[Unit], pieces: dict[Path, list[Piece]], shards: Path, more: Problem | None = None
+    source: Source,
+    made: Sequence[tuple[Unit, ShardInfo]],
+    pieces: dict[Path, list[Piece]],
+    more: Problem | None = None,
 ) -> list[Problem]:
     """What is malformed in a source, in the order of its files: in shards that are made, and `more` if it is in it."""
     order = {str(file): number for number, file in enumerate(source.files)}
     found = [Problem(str(file), 0, "the file is empty") for file in source.files if not pieces[file]]
-    for unit in units:
-        info = _info(shards, unit.key)
-        for number, line, reason in info.malformed if info else ():
+    for unit, info in made:
+        for number, line, reason in info.malformed:
             piece = unit.pieces[number]
             found.append(Problem(piece.path, piece.line + line if line else 0, reason))
     if more and more.path in order:
@@ -457,11 +460,11 @@ def _write_manifest(
     examples: list[Problem] = []
     described: dict[Source, dict[str, Any]] = {}
     for source, group in units.items():
-        problems = _problems(source, group, pieces, out / "shards")
+        made = [(unit, ShardInfo(**_read_json(out / "shards" / f"{unit.key}.json"))) for unit in group]
+        problems = _problems(source, made, pieces)
         count += sum(not pieces[file] for file in source.files)
         shards = []
-        for unit in group:
-            info = ShardInfo(**_read_json(out / "shards" / f"{unit.key}.json"))
+        for unit, info in made:
             shards.append({"key": unit.key, "tokens": info.num_tokens, "documents": info.num_documents})
             shards[-1] |= {"longest": info.longest, "largest_id": info.largest_id, "file_bytes": unit.num_bytes}
             count += info.num_malformed
