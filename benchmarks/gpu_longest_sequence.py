@@ -1,7 +1,7 @@
 """The longest sequence that a model trains on in one GPU's memory: a YOCO, and the Llama of the same shape.
 
     python benchmarks/gpu_longest_sequence.py --out results.jsonl
-    python benchmarks/gpu_longest_sequence.py --out results.jsonl --checkpointing
+    python benchmarks/gpu_longest_sequence.py --out results.jsonl --checkpointing --memory 80      in 80 GB of a larger one
 
 A step is what `oncelm train` does with one sequence: forward, backward, clipping, AdamW; weights float32, computation
 bfloat16, compiled. Lengths double until memory is full or a step would outlast --seconds. Memory grows linearly with
@@ -53,12 +53,17 @@ def one_step(model: PreTrainedModel, optimizers: list[torch.optim.Optimizer], le
     return seconds, before + peak.bytes
 
 
-def search(model: PreTrainedModel, config: TrainConfig, start: int, longest_step: float) -> list[dict[str, Any]]:
-    """A line for each length that was tried, `length`, `seconds` and `peak_bytes` or `error`, in ascending order."""
+def search(
+    model: PreTrainedModel, config: TrainConfig, start: int, longest_step: float, limit: int
+) -> list[dict[str, Any]]:
+    """A line for each length that was tried, `length`, `seconds` and `peak_bytes` or `error`, in ascending order.
+
+    PyTorch may allocate `limit` bytes.
+    """
     optimizers = build_optimizers(model, config)
     for length in WARM_UP:
         one_step(model, optimizers, length)
-    room = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
+    room = min(limit, torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved())
     found: list[dict[str, Any]] = []
 
     def attempt(length: int) -> bool:
@@ -97,7 +102,11 @@ def main() -> None:
     parser.add_argument("--checkpointing", action="store_true", help="compute layers again in the backward pass")
     parser.add_argument("--start", type=int, default=16384, metavar="N", help="the first length (16384)")
     parser.add_argument("--seconds", type=float, default=40.0, help="no step that would take longer than this (40)")
+    parser.add_argument("--memory", type=float, metavar="GB", help="for the model and its training (all that is free)")
     args = parser.parse_args()
+    whole = torch.cuda.get_device_properties(0).total_memory
+    limit = min(whole, int(args.memory * 1e9)) if args.memory else whole
+    torch.cuda.set_per_process_memory_fraction(limit / whole)
     yoco, environment = preset_config(args.model), environment_report()
     settings = TrainConfig(data="", out="", dtype="bfloat16", compile=True, activation_checkpointing=args.checkpointing)
     for name, shape in (("YOCO", yoco), ("Llama", bench.llama_config(yoco))):
@@ -105,7 +114,7 @@ def main() -> None:
         with torch.device("cuda"):
             model = AutoModelForCausalLM.from_config(shape, dtype=torch.float32)
         model = prepare_model(model.train(), settings, Ranks(torch.device("cuda")))
-        for line in search(model, settings, args.start, args.seconds):
+        for line in search(model, settings, args.start, args.seconds, limit):
             record = {"benchmark": "longest sequence", "subject": name, "model": args.model, **line}
             record |= {"checkpointing": args.checkpointing, "time": datetime.now(UTC).isoformat(timespec="seconds")}
             bench.append_record(args.out, {**record, "environment": environment})

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.attention.flex_attention import create_block_mask
 
 import oncelm
 from oncelm.ops.attention import partial
@@ -69,6 +70,18 @@ def test_blocks_equal_the_definition(
         found = outputs(tensors, cotangent, backend="blocks", **options)
     for value, expected in zip(found, outputs(tensors, cotangent, backend="naive", **options), strict=True):
         torch.testing.assert_close(value, expected, rtol=1e-9, atol=1e-9)
+
+
+@settings(deadline=None, max_examples=20)
+@given(counts=st.lists(st.integers(0, 4), min_size=1, max_size=6), blocks=st.integers(1, 3))
+def test_written_block_masks_are_what_asking_every_pair_gives(counts, blocks) -> None:
+    T = blocks * flex.BLOCK
+    written = flex._mask(tuple(counts), T, torch.device("cpu"))
+    tokens = T * len(counts)
+    asked = create_block_mask(written.mask_mod, None, None, tokens, 2 * tokens, device="cpu")
+    assert torch.equal(written.to_dense(), asked.to_dense())
+    for name in ("kv_num_blocks", "full_kv_num_blocks", "q_num_blocks", "full_q_num_blocks"):
+        assert torch.equal(getattr(written, name), getattr(asked, name)), name
 
 
 @pytest.mark.parametrize("heads", [(2, 2), (4, 2), (3, 1)])
