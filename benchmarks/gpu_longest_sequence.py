@@ -1,7 +1,7 @@
 """The longest sequence that a model trains on in one GPU's memory: a YOCO, and the Llama of the same shape.
 
     python benchmarks/gpu_longest_sequence.py --out results.jsonl
-    python benchmarks/gpu_longest_sequence.py --out results.jsonl --checkpointing --memory 80      in 80 GB of a larger one
+    python benchmarks/gpu_longest_sequence.py --out results.jsonl --checkpointing --memory 80   in 80 GB of a larger one
 
 A step is what `oncelm train` does with one sequence: forward, backward, clipping, AdamW; weights float32, computation
 bfloat16, compiled. Lengths double until memory is full or a step would outlast --seconds. Memory grows linearly with

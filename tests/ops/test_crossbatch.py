@@ -118,10 +118,11 @@ def test_flex_equals_the_definition(monkeypatch) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("T", [200, 256])
 @pytest.mark.parametrize("backend", ["flex", "flash"])
-def test_half_precision_on_a_gpu(backend) -> None:
+def test_half_precision_on_a_gpu(backend, T) -> None:
     """At most twice the error of the definition computed in bfloat16."""
-    tensors = inputs(8, 200, 4, 2, 64, torch.float32)
+    tensors = inputs(8, T, 4, 2, 64, torch.float32)
     cotangent = torch.randn(tensors[0].shape)
     expected = outputs(tensors, cotangent, backend="naive", **OPTIONS)
     narrow = [x.detach().cuda().bfloat16().requires_grad_() for x in tensors]
@@ -135,9 +136,10 @@ def test_half_precision_on_a_gpu(backend) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("T", [200, 256])
 @pytest.mark.parametrize("backend", ["blocks", "flex"])
-def test_on_a_gpu(backend) -> None:
-    tensors = inputs(8, 200, 4, 2, 64, torch.float32)
+def test_on_a_gpu(backend, T) -> None:
+    tensors = inputs(8, T, 4, 2, 64, torch.float32)
     cotangent = torch.randn(tensors[0].shape)
     expected = outputs(tensors, cotangent, backend="naive", **OPTIONS)
     on_gpu = [x.detach().cuda().requires_grad_() for x in tensors]
