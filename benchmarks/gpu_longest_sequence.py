@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -55,8 +56,8 @@ def one_step(model: PreTrainedModel, optimizers: list[torch.optim.Optimizer], le
 
 def search(
     model: PreTrainedModel, config: TrainConfig, start: int, longest_step: float, limit: int
-) -> list[dict[str, Any]]:
-    """A line for each length that was tried, `length`, `seconds` and `peak_bytes` or `error`, in ascending order.
+) -> Iterator[dict[str, Any]]:
+    """A line for each length as it is tried, `length`, `seconds` and `peak_bytes` or `error`; then where memory ends.
 
     PyTorch may allocate `limit` bytes.
     """
@@ -64,35 +65,38 @@ def search(
     for length in WARM_UP:
         one_step(model, optimizers, length)
     room = min(limit, torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved())
-    found: list[dict[str, Any]] = []
 
-    def attempt(length: int) -> bool:
+    def attempt(length: int) -> dict[str, Any]:
         try:
             seconds, peak = one_step(model, optimizers, length)
+            return {"length": length, "seconds": seconds, "peak_bytes": peak}
         except torch.OutOfMemoryError:
-            found.append({"length": length, "error": "out of memory"})
-            return False
+            return {"length": length, "error": "out of memory"}
         finally:
             for optimizer in optimizers:
                 optimizer.zero_grad(set_to_none=True)
             gc.collect()
             torch.cuda.empty_cache()
-        found.append({"length": length, "seconds": seconds, "peak_bytes": peak})
-        return True
 
+    fits: list[dict[str, Any]] = []
     length = start
-    while attempt(length) and 4 * found[-1]["seconds"] <= longest_step:  # attention is quadratic
+    while True:
+        yield (line := attempt(length))
+        if "error" in line:
+            break
+        fits.append(line)
+        if 4 * line["seconds"] > longest_step:  # attention is quadratic
+            break
         length *= 2
-    fits = [line for line in found if "peak_bytes" in line][-2:]
-    if len(fits) == 2:
-        slope = (fits[1]["peak_bytes"] - fits[0]["peak_bytes"]) / (fits[1]["length"] - fits[0]["length"])
-        limit = fits[1]["length"] + (room - fits[1]["peak_bytes"]) / slope
-        predicted = int(MARGIN * limit) // MULTIPLE * MULTIPLE
-        found.append({"length": predicted, "predicted": True, "bytes_per_token": slope, "room": room})
-        seconds = fits[1]["seconds"] * (predicted / fits[1]["length"]) ** 2
-        if predicted > fits[1]["length"] and seconds <= longest_step:
-            attempt(predicted)
-    return found
+    if len(fits) < 2:
+        return
+    before, last = fits[-2:]
+    slope = (last["peak_bytes"] - before["peak_bytes"]) / (last["length"] - before["length"])
+    end = last["length"] + (room - last["peak_bytes"]) / slope
+    predicted = int(MARGIN * end) // MULTIPLE * MULTIPLE
+    yield {"length": predicted, "predicted": True, "bytes_per_token": slope, "room": room}
+    if predicted > last["length"] and last["seconds"] * (predicted / last["length"]) ** 2 <= longest_step:
+        yield attempt(predicted)
 
 
 def main() -> None:

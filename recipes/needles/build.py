@@ -201,7 +201,7 @@ def make_rows(args: argparse.Namespace) -> None:
             listed[name][split] = [key for key, _, _ in shards]
             missing += [(folder, *shard, open_, (data, *full)) for shard in shards if not is_made(folder, shard[0])]
     with (
-        concurrent.futures.ProcessPoolExecutor(args.workers) as pool,
+        concurrent.futures.ProcessPoolExecutor(args.workers, initializer=without_threads) as pool,
         tqdm(total=len(missing), desc="rows", unit=" shards") as bar,
     ):
         tasks = [pool.submit(make_shard, *shard) for shard in missing]
@@ -222,6 +222,11 @@ def make_rows(args: argparse.Namespace) -> None:
         write_json(folder / MANIFEST, about | sources | {"malformed": {"count": 0, "examples": []}})
         tokens = sum(shard["tokens"] for shard in sources["train"][0]["shards"])
         print(f"{folder}: {tokens / 1e6:,.1f}M tokens")
+
+
+def without_threads() -> None:
+    """In a worker: the tokenizer library would wait for threads that stayed in the process this one is a copy of."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
 def default_facts(length: int) -> int:
