@@ -30,7 +30,6 @@ import signal
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +41,11 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from oncelm.data.encoding import Encoder
-from oncelm.data.prepare import FORMAT, MANIFEST, ShardInfo, token_dtype
+from oncelm.data.shards import FORMAT, MANIFEST, ShardInfo, manifest_entry, read_info, token_dtype, write_info
 from oncelm.data.tokenizers import load_tokenizer, train_bpe
 from oncelm.eval.documents import Document, read_documents
 from oncelm.utils.errors import check_positive
-from oncelm.utils.files import atomic_file, atomic_folder
+from oncelm.utils.files import atomic_file, atomic_folder, write_json
 
 TOKENIZER_CHARACTERS = 16 << 20  # of text that the tokenizer is made of
 HELD_OUT = 0.02  # of the text, from its end: for the rows that are validated on
@@ -139,7 +138,7 @@ def make_shard(folder: Path, key: str, first: int, last: int, open_: Opener, opt
     with atomic_file(folder / f"{key}.documents") as temporary:
         temporary.write_bytes(np.cumsum([len(row) for row in rows]).astype("<i8").tobytes())
     info = ShardInfo(len(tokens), len(rows), made.length - 1, int(tokens.max()), num_malformed=0, malformed=[])
-    write_json(folder / f"{key}.json", asdict(info))
+    write_info(folder, key, info)
 
 
 def shards_of(tokens: int, length: int, settings: str) -> Iterator[tuple[str, int, int]]:
@@ -148,11 +147,6 @@ def shards_of(tokens: int, length: int, settings: str) -> Iterator[tuple[str, in
     for first in range(0, rows, in_shard):
         last = min(first + in_shard, rows)
         yield hashlib.sha256(f"{settings} {first} {last}".encode()).hexdigest()[:32], first, last
-
-
-def write_json(path: Path, value: object) -> None:
-    with atomic_file(path) as temporary:
-        temporary.write_text(json.dumps(value), encoding="utf-8")
 
 
 def read_text(args: argparse.Namespace) -> None:
@@ -215,7 +209,8 @@ def make_rows(args: argparse.Namespace) -> None:
     for name, splits in listed.items():
         folder = data / name
         sources = {
-            split: [{"name": split, "weight": 1.0, "shards": describe(folder, splits[split])}] for split in splits
+            split: [{"name": split, "weight": 1.0, "shards": describe(folder / "shards", keys)}]
+            for split, keys in splits.items()
         }
         tokenizer.save_pretrained(folder / "tokenizer")
         about = {"format": FORMAT, "tokenizer": encoder.fingerprint(), "vocab_size": encoder.vocab_size, "bos": False}
@@ -238,14 +233,9 @@ def is_made(shards: Path, key: str) -> bool:
     return (shards / f"{key}.json").exists()
 
 
-def describe(folder: Path, keys: Sequence[str]) -> list[dict[str, Any]]:
+def describe(shards: Path, keys: Sequence[str]) -> list[dict[str, Any]]:
     """The shards as tokens.json lists them."""
-    infos = [json.loads((folder / "shards" / f"{key}.json").read_text(encoding="utf-8")) for key in keys]
-    return [
-        {"key": key, "tokens": info["num_tokens"], "documents": info["num_documents"]}
-        | {"longest": info["longest"], "largest_id": info["largest_id"]}
-        for key, info in zip(keys, infos, strict=True)
-    ]
+    return [manifest_entry(key, read_info(shards, key)) for key in keys]
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -77,18 +77,12 @@ def test_every_document_is_there_in_order_with_eos_behind_it(
 
 
 def test_bos_and_wide_ids(tmp_path, write_jsonl, byte_tokenizer, monkeypatch) -> None:
-    monkeypatch.setattr(prepare, "token_dtype", lambda vocab_size: np.dtype("<u4"))
-    monkeypatch.setattr("oncelm.data.tokens.token_dtype", prepare.token_dtype)
+    for module in ("prepare", "tokens"):
+        monkeypatch.setattr(f"oncelm.data.{module}.token_dtype", lambda vocab_size: np.dtype("<u4"))
     write_jsonl(tmp_path / "a.jsonl", TEXTS)
     folder = prepare.prepare(find_corpus(tmp_path), byte_tokenizer, tmp_path / "tokens", bos=True)
     assert stream(folder).tolist() == expected(byte_tokenizer, TEXTS, bos=True)
     assert stream(folder).dtype == np.uint32
-    assert prepare.token_dtype(65537) != np.uint16
-
-
-def test_the_type_of_the_ids_follows_the_vocabulary() -> None:
-    assert prepare.token_dtype(65_536) == np.uint16
-    assert prepare.token_dtype(65_537) == np.uint32
 
 
 def test_a_large_text_file_is_one_document_with_the_tokens_of_the_whole(tmp_path, byte_tokenizer, monkeypatch) -> None:

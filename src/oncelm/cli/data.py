@@ -126,7 +126,7 @@ def report_malformed(tokens: TokenFolder, shown: int = 5) -> None:
 
 def run_info(args: argparse.Namespace) -> int:
     from oncelm.data.layout import find_corpus
-    from oncelm.data.prepare import MANIFEST
+    from oncelm.data.shards import MANIFEST
     from oncelm.data.tokens import is_token_folder, open_tokens
 
     if is_token_folder(args.data):

@@ -1,14 +1,10 @@
 """A corpus to token shards on disk: in parallel, restartable at any moment, only what changed made anew.
 
-    FOLDER/tokens.json           which shards hold which source, in order, and of which tokenizer; written last
-    FOLDER/tokenizer/            the tokenizer, so that the folder is all that training needs
-    FOLDER/scan.json             size, time and checksums of the files, so that a restart need not read them
-    FOLDER/shards/KEY.tokens     ids, uint16 or uint32, little-endian: every document's, an eos behind each
-    FOLDER/shards/KEY.documents  int64 [num_documents]: where each document ends in KEY.tokens
-    FOLDER/shards/KEY.json       counts, and the malformed lines; written last: with it, and the other two of
-                                 the sizes that it says, a shard is complete
+The result is a folder of tokens (`oncelm.data.shards` says what lies in it), with one file more:
 
-KEY is a checksum of the text's bytes, the tokenizer and the format. What is on disk under a key is therefore
+    FOLDER/scan.json  size, time and checksums of the text's files, so that a restart need not read them
+
+A shard's key is a checksum of the text's bytes, the tokenizer and the format. What is on disk under a key is therefore
 what would be computed, whenever and by whichever run it was made, and is never computed twice.
 """
 
@@ -19,7 +15,6 @@ import hashlib
 import json
 import logging
 import os
-import re
 import sys
 import threading
 from array import array
@@ -37,17 +32,27 @@ from tqdm import tqdm
 from oncelm.data.encoding import LONG_TEXT, Encoder
 from oncelm.data.layout import Corpus, Source
 from oncelm.data.reading import DamagedText, Document, Malformed, Piece, is_text, read, scan
+from oncelm.data.shards import (
+    FILE_NAME,
+    FORMAT,
+    MANIFEST,
+    ShardInfo,
+    find_info,
+    is_complete,
+    manifest_entry,
+    read_info,
+    token_dtype,
+    write_info,
+)
 from oncelm.utils.environment import usable_cores
 from oncelm.utils.errors import check_positive
-from oncelm.utils.files import atomic_file, atomic_folder, clean_up
+from oncelm.utils.files import atomic_file, atomic_folder, clean_up, write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
-MANIFEST = "tokens.json"
 BATCH_CHARACTERS = 1 << 18  # of short documents that are encoded in one call
 KEPT_EXAMPLES = 100  # malformed lines that a shard remembers; all are counted
 # Text files are gathered into shards: a shard a file would be too many. A shard ends where the checksum of a
@@ -66,18 +71,6 @@ class Unit:
     @property
     def num_bytes(self) -> int:
         return sum(piece.stop - piece.start for piece in self.pieces)
-
-
-@dataclass(frozen=True)
-class ShardInfo:
-    """KEY.json."""
-
-    num_tokens: int
-    num_documents: int
-    longest: int  # document, in tokens
-    largest_id: int
-    num_malformed: int
-    malformed: list[tuple[int, int, str]]  # number of the piece, line in it, reason; the first of them
 
 
 @dataclass(frozen=True)
@@ -161,7 +154,7 @@ def prepare(
             _make_shards([unit for group in units.values() for unit in group], shards, encoder, bos, strict, workers)
         except MalformedLine as error:  # the first of the shards made now: in one made before may be an earlier one
             for source, group in units.items():
-                made = [(unit, info) for unit in group if (info := _info(shards, unit.key)) is not None]
+                made = [(unit, info) for unit in group if (info := find_info(shards, unit.key)) is not None]
                 if problems := _problems(source, made, pieces, error.problem):
                     raise MalformedLine(problems[0]) from None
             raise
@@ -174,8 +167,7 @@ def prune(folder: Path) -> int:
     with _turn(folder):
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         used = {shard["key"] for split in ("train", "valid") for s in manifest[split] for shard in s["shards"]}
-        ours = re.compile(r"([0-9a-f]{32})\.(tokens|documents|json)")
-        named = ((ours.fullmatch(file.name), file) for file in (folder / "shards").iterdir())
+        named = ((FILE_NAME.fullmatch(file.name), file) for file in (folder / "shards").iterdir())
         stale = [file for name, file in named if name and name[1] not in used]
         freed = sum(file.stat().st_size for file in stale)
         for file in stale:
@@ -224,7 +216,7 @@ def _scan_all(corpus: Corpus, cache: Path, workers: int) -> dict[Path, list[Piec
             found[file] = pieces
             records[str(file)] = {"state": state, "pieces": [dataclasses.astuple(piece) for piece in pieces]}
     if records != before:
-        _write_json(cache, records)
+        write_json(cache, records)
     return found
 
 
@@ -260,7 +252,7 @@ def _make_shards(units: Sequence[Unit], shards: Path, encoder: Encoder, bos: boo
     by_key: dict[str, Unit] = {}
     for unit in units:
         by_key.setdefault(unit.key, unit)  # of files with the same text the first is told of
-    missing = [unit for key, unit in by_key.items() if not _is_complete(shards, key, dtype)]
+    missing = [unit for key, unit in by_key.items() if not is_complete(shards, key, dtype)]
     with (
         _bar("tokenize", sum(unit.num_bytes for unit in missing)) as progress,
         _one_thread_a_call(),
@@ -279,19 +271,6 @@ def _make_shards(units: Sequence[Unit], shards: Path, encoder: Encoder, bos: boo
             stop.set()
             pool.shutdown(cancel_futures=True)
             raise
-
-
-def _is_complete(shards: Path, key: str, dtype: np.dtype[Any]) -> bool:
-    info = _info(shards, key)
-    if info is None:
-        return False
-    sizes = file_sizes(key, info.num_tokens, info.num_documents, dtype)
-    return all(size_on_disk(shards / name) == size for name, size in sizes.items())
-
-
-def _info(shards: Path, key: str) -> ShardInfo | None:
-    record = _read_json(shards / f"{key}.json")
-    return None if record is None else ShardInfo(**record)
 
 
 def _make_shard(
@@ -334,7 +313,7 @@ def _make_shard(
     info = ShardInfo(
         writer.num_tokens, writer.num_documents, writer.longest, writer.largest_id, num_malformed, malformed
     )
-    _write_json(Path(f"{stem}.json"), dataclasses.asdict(info))
+    write_info(shards, unit.key, info)
 
 
 class _Writer:
@@ -410,21 +389,6 @@ def _chain(first: str, rest: Iterator[str]) -> Iterator[str]:
     yield from rest
 
 
-def token_dtype(vocab_size: int) -> np.dtype[Any]:
-    """How ids below `vocab_size` are stored."""
-    return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
-
-
-def file_sizes(key: str, num_tokens: int, num_documents: int, dtype: np.dtype[Any]) -> dict[str, int]:
-    """Bytes in the files of a whole shard, by name."""
-    return {f"{key}.tokens": num_tokens * dtype.itemsize, f"{key}.documents": 8 * num_documents}
-
-
-def size_on_disk(file: Path) -> int | None:
-    """Bytes in a file; None where there is none."""
-    return file.stat().st_size if file.exists() else None
-
-
 # -- the result -------------------------------------------------------------------------------------------------------
 
 
@@ -460,13 +424,12 @@ def _write_manifest(
     examples: list[Problem] = []
     described: dict[Source, dict[str, Any]] = {}
     for source, group in units.items():
-        made = [(unit, ShardInfo(**_read_json(out / "shards" / f"{unit.key}.json"))) for unit in group]
+        made = [(unit, read_info(out / "shards", unit.key)) for unit in group]
         problems = _problems(source, made, pieces)
         count += sum(not pieces[file] for file in source.files)
         shards = []
         for unit, info in made:
-            shards.append({"key": unit.key, "tokens": info.num_tokens, "documents": info.num_documents})
-            shards[-1] |= {"longest": info.longest, "largest_id": info.largest_id, "file_bytes": unit.num_bytes}
+            shards.append(manifest_entry(unit.key, info) | {"file_bytes": unit.num_bytes})
             count += info.num_malformed
         if strict and problems:
             raise MalformedLine(problems[0])
@@ -487,7 +450,7 @@ def _write_manifest(
     if _read_json(out / MANIFEST) != manifest:  # else leave alone what other runs may be reading
         with atomic_folder(out / "tokenizer") as folder:
             encoder.tokenizer.save_pretrained(folder)
-        _write_json(out / MANIFEST, manifest)
+        write_json(out / MANIFEST, manifest)
 
 
 def _read_json(path: Path) -> Any:
@@ -498,11 +461,6 @@ def _read_json(path: Path) -> Any:
         return None
     except ValueError:
         raise ValueError(f"{path} is damaged; delete it and prepare again.") from None
-
-
-def _write_json(path: Path, value: object) -> None:
-    with atomic_file(path) as temporary:
-        temporary.write_text(json.dumps(value), encoding="utf-8")
 
 
 @contextmanager

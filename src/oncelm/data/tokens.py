@@ -15,7 +15,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 
-from oncelm.data.prepare import FORMAT, MANIFEST, file_sizes, size_on_disk, token_dtype
+from oncelm.data.shards import FORMAT, MANIFEST, file_sizes, size_on_disk, token_dtype
 
 
 class Stream(Protocol):

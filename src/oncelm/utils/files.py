@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import secrets
@@ -66,6 +67,12 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
         fsync_path(target.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_json(path: str | os.PathLike[str], value: object) -> None:
+    """Write `value` as JSON; errors as those of `atomic_file`."""
+    with atomic_file(path) as temporary:
+        temporary.write_text(json.dumps(value), encoding="utf-8")
 
 
 @contextlib.contextmanager

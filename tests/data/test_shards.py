@@ -1,0 +1,70 @@
+"""The format on the disk: what is written is read back, and only whole shards count as complete."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from oncelm.data.shards import (
+    FILE_NAME,
+    ShardInfo,
+    file_sizes,
+    find_info,
+    is_complete,
+    manifest_entry,
+    read_info,
+    token_dtype,
+    write_info,
+)
+
+KEY = f"{7:032x}"
+DTYPE = np.dtype("<u2")
+INFO = ShardInfo(
+    num_tokens=5, num_documents=2, longest=3, largest_id=9, num_malformed=1, malformed=[[0, 4, "not JSON"]]
+)
+
+
+@pytest.fixture
+def shards(tmp_path) -> Path:
+    """A folder with one whole shard."""
+    np.array([1, 9, 0, 2, 0], DTYPE).tofile(tmp_path / f"{KEY}.tokens")
+    np.array([3, 5], "<i8").tofile(tmp_path / f"{KEY}.documents")
+    write_info(tmp_path, KEY, INFO)
+    return tmp_path
+
+
+@given(st.integers(1, 1 << 32))
+def test_ids_are_stored_in_as_few_bytes_as_the_vocabulary_allows(vocab_size) -> None:
+    dtype = token_dtype(vocab_size)
+    assert np.array([vocab_size - 1], dtype)[0] == vocab_size - 1
+    assert dtype.itemsize == (2 if vocab_size <= 65_536 else 4)
+    assert dtype.newbyteorder("<") == dtype
+
+
+def test_a_shard_is_read_back_as_it_was_written(shards) -> None:
+    assert read_info(shards, KEY) == find_info(shards, KEY) == INFO
+    assert manifest_entry(KEY, INFO) == {"key": KEY, "tokens": 5, "documents": 2, "longest": 3, "largest_id": 9}
+    sizes = {file.name: file.stat().st_size for file in shards.iterdir() if file.suffix != ".json"}
+    assert file_sizes(KEY, 5, 2, DTYPE) == sizes
+    assert all(FILE_NAME.fullmatch(file.name)[1] == KEY for file in shards.iterdir())
+
+
+@pytest.mark.parametrize("suffix", ["tokens", "documents", "json"])
+def test_only_a_shard_with_all_its_files_is_complete(shards, suffix) -> None:
+    assert is_complete(shards, KEY, DTYPE)
+    assert not is_complete(shards, KEY, np.dtype("<u4"))
+    (shards / f"{KEY}.{suffix}").unlink()
+    assert not is_complete(shards, KEY, DTYPE)
+
+
+@pytest.mark.parametrize("suffix", ["tokens", "documents"])
+@pytest.mark.parametrize("change", [-1, 1])
+def test_a_shard_with_a_file_of_another_size_is_not_complete(shards, suffix, change) -> None:
+    file = shards / f"{KEY}.{suffix}"
+    os.truncate(file, file.stat().st_size + change)
+    assert not is_complete(shards, KEY, DTYPE)
