@@ -165,13 +165,14 @@ def test_the_same_command_gives_the_same_rows_and_mends_what_is_missing(recipe, 
     assert [(f.name, f.read_bytes()) for f in made] == [
         (f.name, f.read_bytes()) for f in sorted((second / "shards").iterdir())
     ]
-    times = {f.name: f.stat().st_mtime_ns for f in made}
     shard = next(f for f in made if f.suffix == ".json")
-    shard.unlink()
-    build(text, tmp_path / "a")
-    assert {n for n, t in times.items() if (first / "shards" / n).stat().st_mtime_ns != t} == {
-        f"{shard.stem}{suffix}" for suffix in (".json", ".tokens", ".documents")
-    }
+    for damage in (Path.unlink, lambda file: os.truncate(file, 7)):
+        times = {f.name: f.stat().st_mtime_ns for f in made}
+        damage(shard)
+        build(text, tmp_path / "a")
+        assert {n for n, t in times.items() if (first / "shards" / n).stat().st_mtime_ns != t} == {
+            f"{shard.stem}{suffix}" for suffix in (".json", ".tokens", ".documents")
+        }
     other = build(text, tmp_path / "b", "--seed", "1")
     assert rows_of(other) != rows_of(first)
 

@@ -41,7 +41,16 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from oncelm.data.encoding import Encoder
-from oncelm.data.shards import FORMAT, MANIFEST, ShardInfo, manifest_entry, read_info, token_dtype, write_info
+from oncelm.data.shards import (
+    FORMAT,
+    MANIFEST,
+    ShardInfo,
+    is_complete,
+    manifest_entry,
+    read_info,
+    token_dtype,
+    write_info,
+)
 from oncelm.data.tokenizers import load_tokenizer, train_bpe
 from oncelm.eval.documents import Document, read_documents
 from oncelm.utils.errors import check_positive
@@ -176,6 +185,7 @@ def make_rows(args: argparse.Namespace) -> None:
     data: Path = args.data
     tokenizer = load_tokenizer(data / "tokenizer")
     encoder = Encoder(tokenizer)
+    dtype = token_dtype(encoder.vocab_size)
     with (data / "text.tokens").open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     wanted: list[tuple[str, Opener, int, int, tuple[Any, ...]]]  # folder, what makes its rows, length, tokens, options
@@ -193,7 +203,9 @@ def make_rows(args: argparse.Namespace) -> None:
             full = (split, length, args.seed, *more)
             shards = list(shards_of(amount, length, f"{VERSION} {encoder.fingerprint()} {digest} {full}"))
             listed[name][split] = [key for key, _, _ in shards]
-            missing += [(folder, *shard, open_, (data, *full)) for shard in shards if not is_made(folder, shard[0])]
+            missing += [
+                (folder, *shard, open_, (data, *full)) for shard in shards if not is_complete(folder, shard[0], dtype)
+            ]
     with (
         concurrent.futures.ProcessPoolExecutor(args.workers, initializer=without_threads) as pool,
         tqdm(total=len(missing), desc="rows", unit=" shards") as bar,
@@ -227,10 +239,6 @@ def without_threads() -> None:
 def default_facts(length: int) -> int:
     """At most so many facts in a row: one in 96 tokens, and 192."""
     return min(max(2, length // 96), 192)
-
-
-def is_made(shards: Path, key: str) -> bool:
-    return (shards / f"{key}.json").exists()
 
 
 def describe(shards: Path, keys: Sequence[str]) -> list[dict[str, Any]]:

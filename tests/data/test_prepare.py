@@ -189,7 +189,7 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(
     assert (folder / "tokens.json").read_bytes() == (whole / "tokens.json").read_bytes()
 
 
-@pytest.mark.parametrize("suffix", ["tokens", "documents"])
+@pytest.mark.parametrize("suffix", ["tokens", "documents", "json"])
 @pytest.mark.parametrize("damage", [Path.unlink, lambda file: os.truncate(file, 7)], ids=["missing", "cut off"])
 def test_a_shard_that_is_not_whole_is_made_again(
     tmp_path, write_jsonl, byte_tokenizer, made, monkeypatch, suffix, damage

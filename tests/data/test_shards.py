@@ -68,3 +68,15 @@ def test_a_shard_with_a_file_of_another_size_is_not_complete(shards, suffix, cha
     file = shards / f"{KEY}.{suffix}"
     os.truncate(file, file.stat().st_size + change)
     assert not is_complete(shards, KEY, DTYPE)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b'{"num_tokens": 5, "num', bytes(9), b"\xff\xfe", b"null", b"[]", b'{"num_tokens": 5}', b'{"tokens": 5}'],
+)
+def test_a_shard_whose_counts_cannot_be_read_is_not_complete(shards, content) -> None:
+    (shards / f"{KEY}.json").write_bytes(content)
+    assert find_info(shards, KEY) is None
+    assert not is_complete(shards, KEY, DTYPE)
+    with pytest.raises(ValueError, match=rf"{KEY}\.json is damaged; prepare again"):
+        read_info(shards, KEY)

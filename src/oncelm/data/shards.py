@@ -69,20 +69,20 @@ def read_info(shards: Path, key: str) -> ShardInfo:
     path = shards / f"{key}.json"
     try:
         return ShardInfo(**json.loads(path.read_text(encoding="utf-8")))
-    except ValueError:
-        raise ValueError(f"{path} is damaged; delete it and prepare again.") from None
+    except (ValueError, TypeError):  # no JSON, or not these counts
+        raise ValueError(f"{path} is damaged; prepare again.") from None
 
 
 def find_info(shards: Path, key: str) -> ShardInfo | None:
-    """KEY.json; None where there is none."""
+    """KEY.json; None where there is none that can be read: its shard is to be made, or made again."""
     try:
         return read_info(shards, key)
-    except FileNotFoundError:
+    except (OSError, ValueError):
         return None
 
 
 def is_complete(shards: Path, key: str, dtype: np.dtype[Any]) -> bool:
-    """Whether KEY.json is there and the other files are of the sizes that it says."""
+    """Whether KEY.json can be read and the other files are of the sizes that it says."""
     info = find_info(shards, key)
     if info is None:
         return False
