@@ -65,7 +65,7 @@ class LongLlamaConfig(LlamaConfig):
             kwargs.pop(key, None)
         self.mem_layers = _layer_list(self.mem_layers)
         if self.mem_attention_grouping is not None:
-            self.mem_attention_grouping = list(self.mem_attention_grouping)
+            self.mem_attention_grouping = _heads_and_queries(self.mem_attention_grouping)
         super().__post_init__(**kwargs)
         if self.last_context_length is None:
             self.last_context_length = max(1, min(1024, self.max_position_embeddings // 2))
@@ -87,9 +87,6 @@ class LongLlamaConfig(LlamaConfig):
         self.mem_layers = sorted(self.mem_layers)  # one order, one fingerprint
         if self.mem_dtype is not None:
             check_choice("mem_dtype", self.mem_dtype, MEMORY_DTYPES)
-        grouping = self.mem_attention_grouping
-        if grouping is not None and (len(grouping) != 2 or min(grouping) < 1):
-            raise ValueError(f"mem_attention_grouping must be (heads, queries), both at least 1, got {grouping}.")
         check_positive(max_position_embeddings=self.max_position_embeddings)
         if not 1 <= last_context_length <= self.max_position_embeddings:
             raise ValueError(
@@ -147,3 +144,13 @@ def _layer_list(mem_layers: Any) -> list[Any]:
     if isinstance(mem_layers, str) or not isinstance(mem_layers, Iterable):
         raise ValueError(f"mem_layers must be a list of layers, counted from 0, such as [8, 16]; got {mem_layers!r}.")
     return list(mem_layers)
+
+
+def _heads_and_queries(grouping: Any) -> list[int]:
+    pair = isinstance(grouping, list | tuple) and len(grouping) == 2
+    if not pair or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in grouping):
+        raise ValueError(
+            "mem_attention_grouping must be (heads, queries), two whole numbers of at least 1, such as [4, 2048], or "
+            f"None; got {grouping!r}."
+        )
+    return list(grouping)
