@@ -195,7 +195,7 @@ def test_the_public_forms(tmp_path) -> None:
 
 def test_longbench_zeroscrolls_and_the_stories(tmp_path) -> None:
     long = {"context": DOCUMENT, "input": "Q?", "answers": ["a", "b"], "dataset": "qasper"}
-    (tmp_path / "qasper.jsonl").write_text(json.dumps(long))
+    (tmp_path / "qasper.jsonl").write_text(json.dumps(long) + "\n" + json.dumps(long | {"answers": "one text"}))
     text = f"Read this.\n\n{DOCUMENT}\n\nQuery:\nWhy?"
     start, ask = text.index("Fact"), text.index("Why?")
     zero = {"input": text, "output": "So.", "document_start_index": start, "document_end_index": ask - 8}
@@ -209,6 +209,7 @@ def test_longbench_zeroscrolls_and_the_stories(tmp_path) -> None:
     found = [(q.dataset, q.question, q.answer, q.document) for q in read_questions(str(tmp_path))]
     assert found == [
         ("Qasper", "Q?", "a", DOCUMENT),
+        ("Qasper", "Q?", "one text", DOCUMENT),
         ("QMSum", "Why?", "So.", DOCUMENT.strip()),
         ("NarrativeQA", "Who?", "Me", DOCUMENT),
     ]
@@ -238,6 +239,12 @@ def test_longbench_zeroscrolls_and_the_stories(tmp_path) -> None:
             '{"meeting_transcripts": [], "specific_query_list": [{"query": "Q?"}]}',
             r"line 1 of .*qmsum\.jsonl lacks the key 'answer'",
         ),
+        ("qasper.json", "3", r"qasper\.json must be a list of records, or an object of them by name, is: 3"),
+        ("qasper.json", "null", r"must be a list of records, .* is: None"),
+        ("qasper.json", '"text"', r"must be a list of records, .* is: 'text'"),
+        ("qasper.json", "[3]", r"entry 1 of .*qasper\.json is in no known form"),
+        ("qasper.jsonl", '{"context": "a", "answers": " "}', r"line 1 of .*qasper\.jsonl has an empty answer"),
+        ("qasper.jsonl", '{"context": "a", "answers": 3}', r"line 1 of .* is not in the form that its keys say"),
         ("qasper.json", '{"12": {"full_text": [], "qas": []}}', r"entry 1 of .*qasper\.json lacks the key 'title'"),
         ("qasper.json", '[{"full_text": [3], "qas": []}]', r"entry 1 of .* is not in the form that its keys say"),
         ("narrativeqa.csv", "id,question\nx1,Who?\n", r"line 2 of .*narrativeqa\.csv lacks the key 'document_id'"),

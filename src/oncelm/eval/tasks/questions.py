@@ -41,7 +41,7 @@ def read_questions(folder: str) -> list[Question]:
     """All questions of a folder, those about one document together, in the files' order.
 
     Raises:
-        ValueError: no file of a known data set, a line in no known form, a question without an answer.
+        ValueError: no file of a known data set, a file or a line in no known form, a question without an answer.
     """
     root = Path(folder)
     if not root.is_dir():
@@ -79,6 +79,8 @@ def _read_file(file: Path, dataset: str) -> Iterator[Question]:
         except ValueError as error:
             raise ValueError(f"{file} is not JSON: {error}") from error
         records = list(content.values()) if isinstance(content, dict) else content
+        if not isinstance(records, list):
+            raise ValueError(f"{file} must be a list of records, or an object of them by name, is: {content!r:.60}.")
         lines = [(f"entry {number} of {file}", record) for number, record in enumerate(records, start=1)]
     else:
         lines = [(f"line {n} of {file}", _json(line, n, file)) for n, line in enumerate(text.split("\n"), 1) if line]
@@ -112,9 +114,10 @@ def _read_record(record: Any, dataset: str, where: str) -> Iterator[Question]:
     keys = set(record) if isinstance(record, dict) else set()
     if {"context", "answers"} <= keys:  # LongBench
         question = "" if dataset == "GovReport" else record.get("input", "")
-        if not record["answers"]:
+        answers = record["answers"]
+        if not answers:
             raise ValueError(f"{where} has no answer.")
-        yield Question(dataset, record["context"], question, record["answers"][0])
+        yield Question(dataset, record["context"], question, answers if isinstance(answers, str) else answers[0])
     elif {"input", "output"} <= keys:  # SCROLLS, ZeroSCROLLS
         yield _scrolls(record, dataset, where)
     elif {"report", "summary"} <= keys:
