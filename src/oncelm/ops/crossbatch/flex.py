@@ -53,7 +53,7 @@ def _mask(counts, T, device):
 
     if T % BLOCK:
         return create_block_mask(visible, None, None, tokens, 2 * tokens, device=device)
-    # that asks every pair of tokens, for 70 GB at 32 rows of 2,048; here a block belongs to one row
+    # that asks every pair of tokens, for 94 GB at 32 rows of 2,048; here a block belongs to one row
     block = torch.arange(tokens // BLOCK, device=device)
     row = block // (T // BLOCK)
     distance, earlier = row[:, None] - row, block[:, None] > block
