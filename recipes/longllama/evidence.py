@@ -49,6 +49,7 @@ from oncelm.utils.files import atomic_file, atomic_folder
 RECIPE = Path(__file__).with_name("small.yaml")
 FIRST = 5 / 8  # of the time, with few negatives
 NEGATIVES = ("model_overrides.cross_batch_range=31", "batch_size=32", "lr=1e-4")  # then; small.yaml says why
+WITH_FACTS = ("cross_batch_ranges=[3, 31]", "batch_size=32", "lr=1e-4")  # short memories are to answer as long ones do
 BUILD_FACTS = Path(__file__).parents[1] / "needles" / "build.py"
 MOST_FACTS = 32  # in one of its rows, which is `packing` rows of a batch
 FOCUS_TRIALS, DECODED = 5, 16  # texts of each length in focus; tokens in a timing of knn
@@ -119,7 +120,7 @@ class Evidence:
         options = ("--tokenizer", self.args.model, "--facts", MOST_FACTS, "--leave-out", "pass key", "--drill")
         options += ("--tokens", f"{length}:{self.args.facts_tokens}")
         subprocess.run([*map(str, (sys.executable, BUILD_FACTS, self.args.data, rows, *options))], check=True)
-        model = self.train_from(self.trained, rows / str(length), "facts", self.args.facts_seconds, *NEGATIVES)
+        model = self.train_from(self.trained, rows / str(length), "facts", self.args.facts_seconds, *WITH_FACTS)
         self.find_passkeys(model, "facts", self.args.lengths)
         self.ask("context-nll", model, "facts", "--documents", self.held_out(), "--contexts", self.args.contexts)
 

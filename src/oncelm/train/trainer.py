@@ -34,7 +34,7 @@ from oncelm.models.inputs import IGNORE_INDEX
 from oncelm.models.load import load, quiet_transformers
 from oncelm.train.checkpoint import FOLDER, check_new, find_checkpoint, list_checkpoints
 from oncelm.train.config import TrainConfig
-from oncelm.train.crossbatch import check_crossbatch
+from oncelm.train.crossbatch import check_crossbatch, pass_options
 from oncelm.train.diagnose import find_not_finite
 from oncelm.train.interrupt import StopRequest
 from oncelm.train.metrics import Metrics, NoMetrics
@@ -248,7 +248,8 @@ class Trainer:
             if isinstance(self.model, FSDPModule):  # gradients are summed over the ranks once a step
                 self.model.set_requires_gradient_sync(rows == parts[-1])
             part = batch[rows.start - mine.start : rows.stop - mine.start]
-            loss = self._loss(part, divisor, self._borders(rows), self._labels(rows))
+            options = pass_options(config, self.step, rows)
+            loss = self._loss(part, divisor, self._borders(rows), self._labels(rows), **options)
             loss.backward()
             total += loss.detach()
         total = self.ranks.sum(total) / self.ranks.shards
@@ -284,12 +285,18 @@ class Trainer:
             return self.dataset.labels(self.step, self.config.sequences_per_step, rows)
 
     def _loss(
-        self, rows: Tensor, divisor: float, cu_seqlens: Tensor | None = None, labels: Tensor | None = None
+        self,
+        rows: Tensor,
+        divisor: float,
+        cu_seqlens: Tensor | None = None,
+        labels: Tensor | None = None,
+        **options: Any,
     ) -> Tensor:
         """The loss of [B, T] tokens, summed over this rank's targets, by `divisor`.
 
         cu_seqlens: borders of documents in the rows, one behind the other, that attend to themselves only.
         labels: [B, T], -100 where nothing is learned; None: the tokens.
+        options: what else the model is called with.
         """
         tokens = rows.to(self.ranks.device, non_blocking=True)
         labels = tokens if labels is None else labels.to(self.ranks.device, non_blocking=True)
@@ -303,7 +310,7 @@ class Trainer:
             inputs = {"input_ids": tokens, "labels": labels}
             inputs |= {} if cu_seqlens is None else {"cu_seqlens": cu_seqlens}
         with torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=self.config.dtype == "bfloat16"):
-            return self.model(**inputs, num_items_in_batch=divisor, use_cache=False).loss
+            return self.model(**inputs, **options, num_items_in_batch=divisor, use_cache=False).loss
 
     @torch.no_grad()
     def evaluate(self) -> float | None:
@@ -445,7 +452,8 @@ class Trainer:
         for rows in split_rows(mine, self.config.batch_size):
             part, borders = batch[rows.start - mine.start : rows.stop - mine.start], self._borders(rows)
             # every rank goes through all its parts: sharded layers need all ranks
-            where = find_not_finite(self.model, partial(self._loss, part, 1.0, borders, self._labels(rows)))
+            options = pass_options(self.config, self.step, rows)
+            where = find_not_finite(self.model, partial(self._loss, part, 1.0, borders, self._labels(rows), **options))
             if where is not None:
                 found.append((where, describe_rows(self.dataset, self.step, count, rows)))
         every = [one for of_rank in self.ranks.gather(found) for one in of_rank]
