@@ -196,7 +196,7 @@ def test_the_evidence_of_longllama_is_gathered_and_goes_on(book, tmp_path, monke
     assert "the same command tries them again" in capfd.readouterr().err
     assert evidence.main(command) == 0
     assert {path.stem for path in out.glob("*.done")} == {step.__name__ for step in evidence.STEPS}
-    assert json.loads((out / "trained" / "model" / "config.json").read_text())["cross_batch_range"] == 15
+    assert json.loads((out / "trained" / "model" / "config.json").read_text())["cross_batch_range"] == 31
     asked = ("passkey-untrained", "passkey-llama", "passkey-trained", "passkey-facts")
     for name in (*asked, "context-nll-trained", "context-nll-facts"):
         assert '"kind": "end"' in (out / f"{name}.jsonl").read_text()

@@ -56,6 +56,8 @@ def test_a_llama_becomes_a_longllama(books, llama, tmp_path, capsys) -> None:
     assert "crossbatch       4 rows of 16 tokens from one piece of a document" in shown
     assert "rows seen      (positives, negatives) (0,0) (1,1) (2,1) (3,0)" in shown
     assert "tokens per step  256" in shown
+    assert main([*command, "cross_batch_ranges=[3, 7]", "--dry-run"]) == 0
+    assert "(positives, negatives) (0,0) (1,1) (2,1) (3,0), then (0,0) (1,2)" in capsys.readouterr().out
     assert not (tmp_path / "run").exists()
     assert main(command) == 0
     losses = logged(tmp_path / "run")
