@@ -247,9 +247,7 @@ class Trainer:
         for rows in parts:
             if isinstance(self.model, FSDPModule):  # gradients are summed over the ranks once a step
                 self.model.set_requires_gradient_sync(rows == parts[-1])
-            part = batch[rows.start - mine.start : rows.stop - mine.start]
-            options = pass_options(config, self.step, rows)
-            loss = self._loss(part, divisor, self._borders(rows), self._labels(rows), **options)
+            loss = self._pass_loss(batch, rows, divisor)
             loss.backward()
             total += loss.detach()
         total = self.ranks.sum(total) / self.ranks.shards
@@ -283,6 +281,13 @@ class Trainer:
             return None
         with self.watch.waiting():
             return self.dataset.labels(self.step, self.config.sequences_per_step, rows)
+
+    def _pass_loss(self, batch: Tensor, rows: slice, divisor: float) -> Tensor:
+        """The loss of one forward pass: `rows` of the step's batch, of which this rank has its own, `batch`."""
+        first = self.ranks.rows(self.config.sequences_per_step).start
+        options = pass_options(self.config, self.step, rows)
+        part = batch[rows.start - first : rows.stop - first]
+        return self._loss(part, divisor, self._borders(rows), self._labels(rows), **options)
 
     def _loss(
         self,
@@ -450,10 +455,8 @@ class Trainer:
         mine = self.ranks.rows(count)
         batch = self.dataset.batch(self.step, count, mine)
         for rows in split_rows(mine, self.config.batch_size):
-            part, borders = batch[rows.start - mine.start : rows.stop - mine.start], self._borders(rows)
             # every rank goes through all its parts: sharded layers need all ranks
-            options = pass_options(self.config, self.step, rows)
-            where = find_not_finite(self.model, partial(self._loss, part, 1.0, borders, self._labels(rows), **options))
+            where = find_not_finite(self.model, partial(self._pass_loss, batch, rows, 1.0))
             if where is not None:
                 found.append((where, describe_rows(self.dataset, self.step, count, rows)))
         every = [one for of_rank in self.ranks.gather(found) for one in of_rank]
