@@ -56,8 +56,6 @@ def test_a_llama_becomes_a_longllama(books, llama, tmp_path, capsys) -> None:
     assert "crossbatch       4 rows of 16 tokens from one piece of a document" in shown
     assert "rows seen      (positives, negatives) (0,0) (1,1) (2,1) (3,0)" in shown
     assert "tokens per step  256" in shown
-    assert main([*command, "cross_batch_ranges=[3, 7]", "--dry-run"]) == 0
-    assert "(positives, negatives) (0,0) (1,1) (2,1) (3,0), then (0,0) (1,2)" in capsys.readouterr().out
     assert not (tmp_path / "run").exists()
     assert main(command) == 0
     losses = logged(tmp_path / "run")
@@ -97,22 +95,6 @@ def test_a_step_is_its_forward_passes_and_validation_reads_with_memory(books, ll
     assert trainer.fit().loss == pytest.approx(torch.stack(passes).mean().item(), rel=1e-5)
 
 
-def test_ranges_are_taken_in_turn(books, llama, tmp_path) -> None:
-    """One a forward pass, the step's passes counted through."""
-    trainer = make_trainer(books, llama, tmp_path / "run", "cross_batch_ranges=[3, 7, 1]", "lr=1e-9")
-    model = oncelm.load(llama, device="cpu", mem_layers=[1], max_position_embeddings=16).train()
-    options = {"cross_batch_stepping": True, "dataset_packing": 4, "use_cache": False}
-    batches = [rows for step in range(4) for rows in trainer.dataset.batch(step, 16).split(8)]
-    with torch.no_grad():
-        passes = [
-            model(rows, labels=rows, cross_batch_range=seen, **options).loss.item()
-            for rows, seen in zip(batches, [3, 7, 1, 3, 7, 1, 3, 7], strict=True)
-        ]
-    trainer.fit()
-    wanted = [sum(pair) / 2 for pair in zip(passes[::2], passes[1::2], strict=True)]
-    assert logged(tmp_path / "run") == pytest.approx(wanted, rel=1e-5)
-
-
 def test_checkpointing_changes_nothing(books, llama, tmp_path) -> None:
     """The memory layers' share of the gradients, through rows before, included."""
     for name, settings in (("plain", ()), ("checkpointing", ("activation_checkpointing=true",))):
@@ -149,9 +131,6 @@ def test_stopped_and_resumed_it_repeats_the_losses(books, llama, tmp_path, monke
         (["model_overrides.dataset_packing=2"], "model_overrides.dataset_packing 2 contradicts packing 4"),
         (["model_overrides.mem_layer=[1]"], "did you mean 'mem_layers'"),
         (["seq_len=32"], "at most max_position_embeddings = 16 tokens; got seq_len 32"),
-        (["cross_batch_ranges=[3, 0]"], "at least 1, such as [3, 31], got [3, 0]"),
-        (["cross_batch_ranges=[]"], "at least 1, such as [3, 31], got []"),
-        (["packing=null", "cross_batch_ranges=[3]"], "cross_batch_ranges is for crossbatch; set packing too"),
         (["packing=null"], "trains with crossbatch (cross_batch_range 3): set packing"),
         (["within_documents=true"], "packing does not go with within_documents"),
         (["chunk_parallel=2"], "packing does not go with chunk_parallel"),

@@ -318,8 +318,7 @@ def check_model(config: TrainConfig) -> None:
     from oncelm.train.crossbatch import check_crossbatch
 
     if config.packing is not None or "mem_layers" in config.model_overrides or Path(config.model).is_dir():
-        unpacked = replace(config, packing=None, cross_batch_ranges=None)
-        check_crossbatch(config, empty_model(unpacked, vocab_size=1024).config)
+        check_crossbatch(config, empty_model(replace(config, packing=None), vocab_size=1024).config)
 
 
 def empty_model(config: TrainConfig, vocab_size: int) -> PreTrainedModel:

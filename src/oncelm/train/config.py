@@ -43,8 +43,6 @@ class TrainConfig:
     batch_size: int = 8  # sequences in one forward pass of one process, at most; with packing, exactly
     grad_accumulation: int = 1  # a step is this many times batch_size sequences, however many processes share them
     packing: int | None = None  # LongLLaMA's crossbatch: rows, one behind the other, that hold one piece of a document
-    cross_batch_ranges: tuple[int, ...] | None = None  # with packing: instead of the model's cross_batch_range, one a
-    #                                                    forward pass in turn, so that memories are short and long
     steps: int | None = 1000  # optimizer steps; None: until max_seconds
     max_seconds: float | None = None  # stop here too, the schedule shortened to fit
     target_loss: float | None = None  # stop here too: once an evaluation's validation loss is no more than this
@@ -128,14 +126,7 @@ class TrainConfig:
 
     def _check_packing(self) -> None:
         """What crossbatch does not go with; `oncelm.train.crossbatch` looks at the model."""
-        if self.cross_batch_ranges is not None and (not self.cross_batch_ranges or min(self.cross_batch_ranges) < 1):
-            raise ValueError(
-                "cross_batch_ranges must be whole numbers of at least 1, such as [3, 31], got "
-                f"{list(self.cross_batch_ranges)}."
-            )
         if self.packing is None:
-            if self.cross_batch_ranges is not None:
-                raise ValueError("cross_batch_ranges is for crossbatch; set packing too (the paper's: 4).")
             return
         if self.task == "sft":
             raise ValueError('packing is for task "pretrain": the rows of a conversation see no others.')

@@ -23,7 +23,7 @@ def check_crossbatch(config: TrainConfig, model: PreTrainedConfig) -> None:
     if not isinstance(model, LongLlamaConfig) or not model.mem_layers:
         hint = "name layers of a LLaMA-family model with model_overrides.mem_layers=[...]"
         raise ValueError(f"packing is for LongLLaMA models; {config.model!r} has no memory layers: {hint}.")
-    if not model.cross_batch_range and not config.cross_batch_ranges:
+    if not model.cross_batch_range:
         raise ValueError(
             "packing needs model_overrides.cross_batch_range: how many rows before it a row sees at most "
             "(the paper: 3, with packing 4 and cross_batch_stepping)."
@@ -35,28 +35,16 @@ def check_crossbatch(config: TrainConfig, model: PreTrainedConfig) -> None:
         )
 
 
-def pass_options(config: TrainConfig, step: int, rows: slice) -> dict[str, int]:
-    """What a model is called with beside the tokens, for the forward pass of these rows of a step's batch."""
-    if config.cross_batch_ranges is None:
-        return {}
-    number = step * config.grad_accumulation + rows.start // config.batch_size
-    return {"cross_batch_range": config.cross_batch_ranges[number % len(config.cross_batch_ranges)]}
-
-
 def describe_crossbatch(config: TrainConfig, model: LongLlamaConfig) -> list[tuple[str, str]]:
     """Lines of a plan: what a row of the last piece of a document in a forward pass sees."""
     assert config.packing is not None
+    assert model.cross_batch_range
     k = config.packing
-    ranges = config.cross_batch_ranges or (model.cross_batch_range,)
-    schedules = []
-    for cross_batch_range in ranges:
-        assert cross_batch_range
-        counts = earlier_contexts(config.batch_size, cross_batch_range, model.cross_batch_stepping, k)[-k:]
-        seen = [(min(count, row), max(count - row, 0)) for row, count in enumerate(counts)]
-        schedules.append(" ".join(f"({own},{other})" for own, other in seen))
+    counts = earlier_contexts(config.batch_size, model.cross_batch_range, model.cross_batch_stepping, k)[-k:]
+    seen = [(min(count, row), max(count - row, 0)) for row, count in enumerate(counts)]
     layers = ", ".join(map(str, model.mem_layers))
     return [
         ("memory layers", f"{layers} (of {model.num_hidden_layers}, from 0)"),
         ("crossbatch", f"{k} rows of {config.seq_len:,} tokens from one piece of a document"),
-        ("  rows seen", "(positives, negatives) " + ", then ".join(schedules)),
+        ("  rows seen", "(positives, negatives) " + " ".join(f"({own},{other})" for own, other in seen)),
     ]

@@ -34,7 +34,7 @@ from oncelm.models.inputs import IGNORE_INDEX
 from oncelm.models.load import load, quiet_transformers
 from oncelm.train.checkpoint import FOLDER, check_new, find_checkpoint, list_checkpoints
 from oncelm.train.config import TrainConfig
-from oncelm.train.crossbatch import check_crossbatch, pass_options
+from oncelm.train.crossbatch import check_crossbatch
 from oncelm.train.diagnose import find_not_finite
 from oncelm.train.interrupt import StopRequest
 from oncelm.train.metrics import Metrics, NoMetrics
@@ -285,23 +285,16 @@ class Trainer:
     def _pass_loss(self, batch: Tensor, rows: slice, divisor: float) -> Tensor:
         """The loss of one forward pass: `rows` of the step's batch, of which this rank has its own, `batch`."""
         first = self.ranks.rows(self.config.sequences_per_step).start
-        options = pass_options(self.config, self.step, rows)
         part = batch[rows.start - first : rows.stop - first]
-        return self._loss(part, divisor, self._borders(rows), self._labels(rows), **options)
+        return self._loss(part, divisor, self._borders(rows), self._labels(rows))
 
     def _loss(
-        self,
-        rows: Tensor,
-        divisor: float,
-        cu_seqlens: Tensor | None = None,
-        labels: Tensor | None = None,
-        **options: Any,
+        self, rows: Tensor, divisor: float, cu_seqlens: Tensor | None = None, labels: Tensor | None = None
     ) -> Tensor:
         """The loss of [B, T] tokens, summed over this rank's targets, by `divisor`.
 
         cu_seqlens: borders of documents in the rows, one behind the other, that attend to themselves only.
         labels: [B, T], -100 where nothing is learned; None: the tokens.
-        options: what else the model is called with.
         """
         tokens = rows.to(self.ranks.device, non_blocking=True)
         labels = tokens if labels is None else labels.to(self.ranks.device, non_blocking=True)
@@ -315,7 +308,7 @@ class Trainer:
             inputs = {"input_ids": tokens, "labels": labels}
             inputs |= {} if cu_seqlens is None else {"cu_seqlens": cu_seqlens}
         with torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=self.config.dtype == "bfloat16"):
-            return self.model(**inputs, **options, num_items_in_batch=divisor, use_cache=False).loss
+            return self.model(**inputs, num_items_in_batch=divisor, use_cache=False).loss
 
     @torch.no_grad()
     def evaluate(self) -> float | None:
