@@ -187,7 +187,7 @@ def test_the_evidence_of_longllama_is_gathered_and_goes_on(book, tmp_path, monke
     model, out = tmp_path / "model", tmp_path / "out"
     make_llama(vocab_size=260, num_hidden_layers=24, hidden_size=16).save_pretrained(model)
     tokenizers.load_tokenizer("bytes").save_pretrained(model)
-    small = ["dtype=float32", "seq_len=64", "batch_size=8", "min_tokens=100", "steps=2", "eval_batches=1"]
+    small = ["dtype=float32", "seq_len=64", "packing=4", "batch_size=8", "min_tokens=100", "steps=2", "eval_batches=1"]
     small += ["model_overrides.max_position_embeddings=128", "model_overrides.last_context_length=64"]
     command = [str(model), book, str(out), "--trials", "1", "--contexts", "300", "--device", "cpu"]
     command += ["--lengths", "500", "--plain-lengths", "450", "--facts-tokens", "20K"]
@@ -196,7 +196,7 @@ def test_the_evidence_of_longllama_is_gathered_and_goes_on(book, tmp_path, monke
     assert "the same command tries them again" in capfd.readouterr().err
     assert evidence.main(command) == 0
     assert {path.stem for path in out.glob("*.done")} == {step.__name__ for step in evidence.STEPS}
-    assert json.loads((out / "trained" / "model" / "config.json").read_text())["cross_batch_range"] == 31
+    assert json.loads((out / "trained" / "model" / "config.json").read_text())["cross_batch_range"] == 63
     asked = ("passkey-untrained", "passkey-llama", "passkey-trained", "passkey-facts")
     for name in (*asked, "context-nll-trained", "context-nll-facts"):
         assert '"kind": "end"' in (out / f"{name}.jsonl").read_text()

@@ -8,7 +8,7 @@ reads: long documents, with held-out ones in json/valid.json. Each step leaves i
 the same command goes on, and a step that fails does not keep the others from running. Steps:
 
     before   OUT/untrained: MODEL as LongLLaMA with small.yaml's windows and memory layers; passkey of it and of MODEL
-    train    OUT/first: small.yaml for five eighths of --seconds; OUT/trained: from there with more negatives
+    train    OUT/first: small.yaml for half of --seconds; OUT/trained: from there with long memories
     passkey  of OUT/trained/model
     focus    the share of attention that finds the pass key in memory, untrained and trained, by length
     nll      perplexity of held-out documents with ever more of them in memory, untrained and trained
@@ -47,11 +47,11 @@ from oncelm.utils.environment import environment_report
 from oncelm.utils.files import atomic_file, atomic_folder
 
 RECIPE = Path(__file__).with_name("small.yaml")
-FIRST = 5 / 8  # of the time, with few negatives
-NEGATIVES = ("model_overrides.cross_batch_range=31", "batch_size=32", "lr=1e-4")  # then; small.yaml says why
-WITH_FACTS = ("cross_batch_ranges=[3, 31]", "batch_size=32", "lr=1e-4")  # short memories are to answer as long ones do
+FIRST = 1 / 2  # of the time, with few negatives
+# then; small.yaml says why
+LONG_MEMORY = ("packing=32", "model_overrides.cross_batch_range=63", "batch_size=64", "lr=1e-4")
 BUILD_FACTS = Path(__file__).parents[1] / "needles" / "build.py"
-MOST_FACTS = 32  # in one of its rows, which is `packing` rows of a batch
+MOST_FACTS = 192  # in one of its rows, which is `packing` rows of a batch
 FOCUS_TRIALS, DECODED = 5, 16  # texts of each length in focus; tokens in a timing of knn
 
 
@@ -95,7 +95,7 @@ class Evidence:
 
     def train(self) -> None:
         first = self.train_from(self.args.model, self.args.data, "first", FIRST * self.args.seconds)
-        self.train_from(first, self.args.data, "trained", (1 - FIRST) * self.args.seconds, *NEGATIVES)
+        self.train_from(first, self.args.data, "trained", (1 - FIRST) * self.args.seconds, *LONG_MEMORY)
 
     def train_from(self, model: Path, data: str | Path, name: str, seconds: float, *more: str) -> Path:
         """small.yaml into OUT/NAME, unless it is there; the folder of the model."""
@@ -114,13 +114,13 @@ class Evidence:
     def facts(self) -> None:
         if not self.trained.is_dir():
             raise ValueError(f"{self.trained} is not there; it is what `train` makes.")
-        settings = load_config(RECIPE, self.args.set, {"data": "-", "out": "-"})
+        settings = load_config(RECIPE, [*LONG_MEMORY, *self.args.set], {"data": "-", "out": "-"})
         length = settings.packing * (settings.seq_len - 1) + 1  # of a piece: a row is one, without the token they share
         rows = self.out / "rows"
         options = ("--tokenizer", self.args.model, "--facts", MOST_FACTS, "--leave-out", "pass key", "--drill")
         options += ("--tokens", f"{length}:{self.args.facts_tokens}")
         subprocess.run([*map(str, (sys.executable, BUILD_FACTS, self.args.data, rows, *options))], check=True)
-        model = self.train_from(self.trained, rows / str(length), "facts", self.args.facts_seconds, *WITH_FACTS)
+        model = self.train_from(self.trained, rows / str(length), "facts", self.args.facts_seconds, *LONG_MEMORY)
         self.find_passkeys(model, "facts", self.args.lengths)
         self.ask("context-nll", model, "facts", "--documents", self.held_out(), "--contexts", self.args.contexts)
 
@@ -246,8 +246,8 @@ def main(arguments: list[str] | None = None) -> int:
     names = [step.__name__ for step in STEPS]
     parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="STEP", help="these steps (all)")
     parser.add_argument("--seconds", type=float, default=240, help="of training (240)")
-    parser.add_argument("--facts-seconds", type=float, default=60, help="of training with facts (60)")
-    parser.add_argument("--facts-tokens", default="8M", metavar="N", help="of text with facts to build (8M)")
+    parser.add_argument("--facts-seconds", type=float, default=120, help="of training with facts (120)")
+    parser.add_argument("--facts-tokens", default="16M", metavar="N", help="of text with facts to build (16M)")
     parser.add_argument("--lengths", default="4K,8K,16K,32K,64K,128K", help="of passkey (4K to 128K)")
     parser.add_argument("--plain-lengths", default="4K,8K,16K,32K", help="of passkey on MODEL as it is (4K to 32K)")
     parser.add_argument("--trials", type=int, default=20, help="of passkey, at each length (20)")
