@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from filelock import FileLock
 
-from oncelm.data import encoding, prepare, reading
+from oncelm.data import encoding, prepare, reading, writer
 from oncelm.data.layout import find_corpus
 from oncelm.data.prepare import MalformedLine, prune
 from oncelm.data.tokenizers import train_bpe
@@ -62,7 +62,7 @@ def test_every_document_is_there_in_order_with_eos_behind_it(
     tmp_path, write_jsonl, byte_tokenizer, monkeypatch
 ) -> None:
     monkeypatch.setattr(reading, "PIECE_BYTES", 300)
-    monkeypatch.setattr(prepare, "BATCH_CHARACTERS", 100)
+    monkeypatch.setattr(writer, "BATCH_CHARACTERS", 100)
     write_jsonl(tmp_path / "a.jsonl", TEXTS)
     folder = prepare.prepare(find_corpus(tmp_path), byte_tokenizer)
     assert folder.parent == tmp_path / ".oncelm"
@@ -77,7 +77,7 @@ def test_every_document_is_there_in_order_with_eos_behind_it(
 
 
 def test_bos_and_wide_ids(tmp_path, write_jsonl, byte_tokenizer, monkeypatch) -> None:
-    for module in ("prepare", "tokens"):
+    for module in ("prepare", "writer", "tokens"):
         monkeypatch.setattr(f"oncelm.data.{module}.token_dtype", lambda vocab_size: np.dtype("<u4"))
     write_jsonl(tmp_path / "a.jsonl", TEXTS)
     folder = prepare.prepare(find_corpus(tmp_path), byte_tokenizer, tmp_path / "tokens", bos=True)
@@ -89,7 +89,7 @@ def test_a_large_text_file_is_one_document_with_the_tokens_of_the_whole(tmp_path
     monkeypatch.setattr(reading, "_PART_CHARACTERS", 1000)
     monkeypatch.setattr(encoding, "LONG_TEXT", 700)
     monkeypatch.setattr(encoding, "PIECE_CHARACTERS", 200)
-    monkeypatch.setattr(prepare, "LONG_TEXT", 700)
+    monkeypatch.setattr(writer, "LONG_TEXT", 700)
     text = "".join(TEXTS)
     (tmp_path / "a.txt").write_text(text)
     (tmp_path / "b.txt").write_bytes((text * 2).encode() + b"\xff")  # not text, as its very end shows
@@ -154,13 +154,13 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(
     tmp_path, write_jsonl, byte_tokenizer, made, monkeypatch
 ) -> None:
     monkeypatch.setattr(reading, "PIECE_BYTES", 2000)
-    monkeypatch.setattr(prepare, "BATCH_CHARACTERS", 100)
+    monkeypatch.setattr(writer, "BATCH_CHARACTERS", 100)
     text = tmp_path / "text"
     write_jsonl(text / "a.jsonl", TEXTS * 20)
     whole = prepare.prepare(find_corpus(text), byte_tokenizer, tmp_path / "whole")
     num_shards = len(made())
     folder = tmp_path / "killed"
-    write = prepare._Writer._write
+    write = writer.ShardWriter._write
 
     def write_slowly(self, ids):
         time.sleep(0.002)
@@ -169,7 +169,7 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(
     for _ in range(3):
         done = len(list(folder.glob("shards/*.json")))
         with monkeypatch.context() as patch:
-            patch.setattr(prepare._Writer, "_write", write_slowly)
+            patch.setattr(writer.ShardWriter, "_write", write_slowly)
             arguments = (find_corpus(text), byte_tokenizer, folder)
             process = multiprocessing.get_context("fork").Process(target=prepare.prepare, args=arguments)
             process.start()
@@ -252,14 +252,14 @@ def test_a_file_that_changes_while_it_is_read_makes_no_shard(
     tmp_path, write_jsonl, byte_tokenizer, monkeypatch
 ) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", TEXTS)
-    original = prepare._Writer.flush
+    original = writer.ShardWriter.flush
 
     def flush(self):
         os.utime(path, ns=(0, 0))
         original(self)
 
     with monkeypatch.context() as patch:
-        patch.setattr(prepare._Writer, "flush", flush)
+        patch.setattr(writer.ShardWriter, "flush", flush)
         with pytest.raises(ValueError, match=r"a\.jsonl was changed while it was read"):
             prepare.prepare(find_corpus(tmp_path), byte_tokenizer)
     assert not list(tmp_path.glob(".oncelm/*/shards/*.json"))
@@ -303,9 +303,9 @@ def test_a_full_disk_keeps_the_shards_that_are_complete(
             raise OSError(errno.ENOSPC, "No space left on device")
         original(self, ids)
 
-    original = prepare._Writer._write
+    original = writer.ShardWriter._write
     with monkeypatch.context() as patch:
-        patch.setattr(prepare._Writer, "_write", write)
+        patch.setattr(writer.ShardWriter, "_write", write)
         with pytest.raises(OSError, match=r"cannot write .*\.tokens \(.* MiB free there\): .*No space left") as failure:
             prepare.prepare(find_corpus(tmp_path), byte_tokenizer, tmp_path / "tokens", workers=1)
     assert "\n" not in str(failure.value)
@@ -374,6 +374,16 @@ def test_damaged_folders_are_named(tmp_path, write_jsonl, byte_tokenizer) -> Non
     (folder / "tokens.json").write_text(json.dumps(manifest | {"format": 99}))
     with pytest.raises(ValueError, match="it is of format 99, this version reads 1"):
         open_tokens(folder)
-    (folder / "scan.json").write_text("{")
-    with pytest.raises(ValueError, match=r"scan\.json is damaged; delete it"):
+
+
+def test_lists_that_are_cut_off_are_made_again(tmp_path, write_jsonl, byte_tokenizer, made, caplog) -> None:
+    write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    folder = prepare.prepare(find_corpus(tmp_path), byte_tokenizer)
+    made()
+    for name in ("scan.json", "tokens.json"):
+        content = (folder / name).read_bytes()
+        (folder / name).write_bytes(content[:-9])
         prepare.prepare(find_corpus(tmp_path), byte_tokenizer, folder)
+        assert (folder / name).read_bytes() == content
+        assert f"{name} is damaged: making it again" in caplog.text
+    assert not made()

@@ -136,6 +136,19 @@ def test_a_run_that_is_resumed_on_changed_text_says_so(book, tmp_path, caplog) -
     assert f"on other data: {book!r} has changed" in caplog.text
 
 
+def test_a_run_that_is_resumed_on_changed_conversations_says_so(tmp_path, caplog) -> None:
+    chats, out = tmp_path / "chats.jsonl", str(tmp_path / "run")
+    lines = [json.dumps({"prompt": f"{i}?", "answer": f"It is {i}."}) + "\n" for i in range(8)]
+    chats.write_text("".join(lines))
+    sft = ["--set", "task=sft", "seq_len=64", "batch_size=2"]
+    assert main(["train", str(chats), "--out", out, "--steps", "1", *QUICK, *sft]) == 0
+    assert main(["train", "--out", out, "--resume", "--steps", "2"]) == 0
+    assert "on other data" not in caplog.text
+    chats.write_text("".join(lines[:-1]) + json.dumps({"prompt": "7?", "answer": "It is 8."}) + "\n")
+    assert main(["train", "--out", out, "--resume", "--steps", "3"]) == 0
+    assert f"on other data: {str(chats)!r} has changed" in caplog.text
+
+
 def test_a_dry_run_prints_and_writes_nothing(book, tmp_path, capsys) -> None:
     out = tmp_path / "run"
     assert main(["train", book, "--out", str(out), "--steps", "5", "--dry-run", *QUICK]) == 0

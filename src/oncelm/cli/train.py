@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from oncelm.data.conversations import Conversation
     from oncelm.data.tokens import TokenFolder
     from oncelm.train.config import TrainConfig
     from oncelm.train.parallel.ranks import Ranks
@@ -166,24 +168,23 @@ def prepare(config: TrainConfig, ranks: Ranks) -> tuple[PreTrainedModel, Batches
     return model, dataset, tokenizer, digest
 
 
-def make_dataset(
-    config: TrainConfig, ranks: Ranks, tokenizer: PreTrainedTokenizerBase
-) -> tuple[Batches, int, str | None]:
-    """The data that the settings name, the largest token in it, and its checksum (None of conversations)."""
+def make_dataset(config: TrainConfig, ranks: Ranks, tokenizer: PreTrainedTokenizerBase) -> tuple[Batches, int, str]:
+    """The data that the settings name, the largest token in it, and its checksum."""
     from oncelm.data.conversations import ConversationDataset, read_conversations
     from oncelm.data.crossbatch import CrossbatchDataset, sequence_tokens
     from oncelm.data.dataset import TokenDataset
     from oncelm.data.read_ahead import ReadAhead
 
     if config.task == "sft":
+        read = read_conversations(config.data, tokenizer, config.seq_len)
         conversations = ConversationDataset(
-            read_conversations(config.data, tokenizer, config.seq_len),
+            read,
             config.seq_len,
             pad_id=tokenizer.pad_token_id or 0,
             seed=config.seed,
             validation_share=config.validation_share,
         )
-        return conversations, conversations.largest_id, None
+        return conversations, conversations.largest_id, digest_conversations(read)
     tokens = ranks.main_first(lambda: open_data(config, tokenizer))
     options: dict[str, Any] = {
         "seed": config.seed,
@@ -214,6 +215,14 @@ def digest_tokens(tokens: TokenFolder) -> str:
         for split in (tokens.train, tokens.valid)
     ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def digest_conversations(conversations: Sequence[Conversation]) -> str:
+    """SHA-256 of the tokens of all of them, in order, and of which are learned."""
+    digest = hashlib.sha256()
+    for one in conversations:
+        digest.update(len(one.tokens).to_bytes(8) + one.tokens.tobytes() + one.answer.tobytes())
+    return digest.hexdigest()
 
 
 def open_data(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> TokenFolder:

@@ -59,7 +59,12 @@ class Encoder:
 
     def encode_long(self, parts: Iterable[str]) -> Iterator[array[int]]:
         """The ids of one text that comes in parts: together, those of the whole text at once."""
-        text, start, continued = "", 0, False  # `text` is encoded up to `start`
+        for text, continued in self.pieces(parts):
+            yield self.encode_piece(text, continued)
+
+    def pieces(self, parts: Iterable[str]) -> Iterator[tuple[str, bool]]:
+        """What `encode_piece` takes for one text that comes in parts: its pieces, and whether each goes on with it."""
+        text, start, continued = "", 0, False  # `text` is given out up to `start`
         for part in parts:
             tried = len(text) - _WINDOW  # no cut was found before
             text, tried, start = text[start:] + part, tried - start, 0
@@ -67,10 +72,16 @@ class Encoder:
                 cut = self._find_cut(text, max(tried, start + PIECE_CHARACTERS))
                 if cut is None:
                     break
-                yield self._encode_piece(text[start:cut], continued)
+                yield text[start:cut], continued
                 start, continued = cut, True
         if start < len(text):
-            yield self._encode_piece(text[start:], continued)
+            yield text[start:], continued
+
+    def encode_piece(self, text: str, continued: bool) -> array[int]:
+        """The ids of one of `pieces`."""
+        if not continued:
+            return self.encode([text])[0]
+        return self.encode([_ANCHOR + text])[0][len(self._anchor) :]
 
     def fingerprint(self) -> str:
         """What the ids depend on, as a checksum: tokenizers with the same one give the same ids."""
@@ -80,11 +91,6 @@ class Encoder:
             inner = json.dumps([type(self.tokenizer).__name__, sorted(self.tokenizer.get_vocab().items())])
         special = [self.tokenizer.bos_token_id, self.tokenizer.eos_token_id]
         return hashlib.sha256(f"{special} {inner}".encode()).hexdigest()
-
-    def _encode_piece(self, text: str, continued: bool) -> array[int]:
-        if not continued:
-            return self.encode([text])[0]
-        return self.encode([_ANCHOR + text])[0][len(self._anchor) :]
 
     def _find_cut(self, text: str, start: int) -> int | None:
         """The first place behind `start` where cutting changes no token."""

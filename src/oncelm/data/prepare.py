@@ -17,21 +17,20 @@ import logging
 import os
 import sys
 import threading
-from array import array
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-import numpy as np
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from oncelm.data.encoding import LONG_TEXT, Encoder
+from oncelm.data.encoding import Encoder
 from oncelm.data.layout import Corpus, Source
-from oncelm.data.reading import DamagedText, Document, Malformed, Piece, is_text, read, scan
+from oncelm.data.reading import Document, Piece, is_text, read, scan
 from oncelm.data.shards import (
     FILE_NAME,
     FORMAT,
@@ -44,6 +43,7 @@ from oncelm.data.shards import (
     token_dtype,
     write_info,
 )
+from oncelm.data.writer import ShardWriter
 from oncelm.utils.environment import usable_cores
 from oncelm.utils.errors import check_positive
 from oncelm.utils.files import atomic_file, atomic_folder, clean_up, write_json
@@ -53,7 +53,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-BATCH_CHARACTERS = 1 << 18  # of short documents that are encoded in one call
 KEPT_EXAMPLES = 100  # malformed lines that a shard remembers; all are counted
 # Text files are gathered into shards: a shard a file would be too many. A shard ends where the checksum of a
 # file's name says, about every so many files, so that a file more or less changes one shard, not all behind it.
@@ -120,7 +119,7 @@ def prepare(
         folder: of the result; None: `.oncelm/<tokenizer>` beside the text.
         bos: start every document with the tokenizer's bos token.
         strict: a malformed line is an error (the first in the corpus's order), instead of counted and left out.
-        workers: threads; None: one a core.
+        workers: threads that encode; None: one a core.
 
     Raises:
         ValueError: a source without any document, a tokenizer without eos, a malformed line with `strict`; a `folder`
@@ -253,15 +252,18 @@ def _make_shards(units: Sequence[Unit], shards: Path, encoder: Encoder, bos: boo
     for unit in units:
         by_key.setdefault(unit.key, unit)  # of files with the same text the first is told of
     missing = [unit for key, unit in by_key.items() if not is_complete(shards, key, dtype)]
+    readers = max(1, min(workers, len(missing)))
     with (
         _bar("tokenize", sum(unit.num_bytes for unit in missing)) as progress,
         _one_thread_a_call(),
-        ThreadPoolExecutor(workers) as pool,
+        ThreadPoolExecutor(workers) as encoders,  # of their own: a compressed file has one reader, and wants them all
+        ThreadPoolExecutor(readers) as pool,
     ):
+        open_writer = partial(ShardWriter, encoder=encoder, bos=bos, pool=encoders, ahead=1 + workers // readers)
 
         def make(unit: Unit) -> None:
             if not stop.is_set():
-                _make_shard(unit, shards, encoder, bos, strict, progress, stop)
+                _make_shard(unit, shards, open_writer, strict, progress, stop)
 
         tasks = [pool.submit(make, unit) for unit in missing]
         try:
@@ -276,8 +278,7 @@ def _make_shards(units: Sequence[Unit], shards: Path, encoder: Encoder, bos: boo
 def _make_shard(
     unit: Unit,
     shards: Path,
-    encoder: Encoder,
-    bos: bool,
+    open_writer: Callable[[BinaryIO, BinaryIO], ShardWriter],
     strict: bool,
     progress: Callable[[int], None],
     stop: threading.Event,
@@ -292,7 +293,7 @@ def _make_shard(
         tokens.open("wb") as token_file,
         documents.open("wb") as document_file,
     ):
-        writer = _Writer(token_file, document_file, encoder, bos)
+        writer = open_writer(token_file, document_file)
         for number, piece in enumerate(unit.pieces):
             for item in read(piece, progress):
                 if stop.is_set():
@@ -306,7 +307,7 @@ def _make_shard(
                 if len(malformed) < KEPT_EXAMPLES:
                     relative = problem.line - piece.line if problem.line else 0
                     malformed.append((number, relative, problem.reason))
-        writer.flush()
+        writer.finish()
     for piece in unit.pieces:
         if os.stat(piece.path).st_mtime_ns != piece.mtime_ns:  # under its key would be another text's shard
             raise ValueError(f"{piece.path} was changed while it was read; run again when it is complete.")
@@ -314,79 +315,6 @@ def _make_shard(
         writer.num_tokens, writer.num_documents, writer.longest, writer.largest_id, num_malformed, malformed
     )
     write_info(shards, unit.key, info)
-
-
-class _Writer:
-    """Documents to the two files of a shard; short ones are encoded many at a time."""
-
-    def __init__(self, tokens: BinaryIO, documents: BinaryIO, encoder: Encoder, bos: bool) -> None:
-        self.tokens, self.documents, self.encoder = tokens, documents, encoder
-        self.dtype = token_dtype(encoder.vocab_size)
-        self.head = array("I", [encoder.tokenizer.bos_token_id] if bos else [])
-        self.tail = array("I", [encoder.tokenizer.eos_token_id])
-        self.num_tokens = self.num_documents = self.longest = self.largest_id = 0
-        self._waiting: list[str] = []
-        self._waiting_characters = 0
-
-    def add(self, document: Document) -> Malformed | None:
-        """Take one document in, or say what is wrong with it."""
-        parts = iter(document.parts)
-        try:
-            first = next(parts, "")
-            if not first:
-                return Malformed(0, "the file is empty")
-            if len(first) > LONG_TEXT:
-                return self._add_long(document.line, first, parts)
-            rest = next(parts, None)
-        except DamagedText as error:
-            return Malformed(0, str(error))
-        if rest is not None:
-            return self._add_long(document.line, first + rest, parts)
-        self._waiting.append(first)
-        self._waiting_characters += len(first)
-        if self._waiting_characters >= BATCH_CHARACTERS:
-            self.flush()
-        return None
-
-    def flush(self) -> None:
-        """Write the documents that wait."""
-        if self._waiting:
-            for ids in self.encoder.encode(self._waiting):
-                self._write(self.head + ids + self.tail)
-                self._end_document(len(self.head) + len(ids) + len(self.tail))
-            self._waiting, self._waiting_characters = [], 0
-
-    def _add_long(self, line: int, first: str, rest: Iterator[str]) -> Malformed | None:
-        self.flush()
-        start, length = self.tokens.tell(), len(self.head) + len(self.tail)
-        self._write(self.head)
-        try:
-            for ids in self.encoder.encode_long(_chain(first, rest)):
-                self._write(ids)
-                length += len(ids)
-        except DamagedText as error:  # found behind what is already written: take that back
-            self.tokens.seek(start)
-            self.tokens.truncate()
-            return Malformed(0, str(error))
-        self._write(self.tail)
-        self._end_document(length)
-        return None
-
-    def _write(self, ids: array[int]) -> None:
-        tokens = np.frombuffer(ids, dtype=np.uint32)
-        self.largest_id = max(self.largest_id, int(tokens.max(initial=0)))
-        self.tokens.write(tokens.astype(self.dtype).tobytes())
-
-    def _end_document(self, length: int) -> None:
-        self.num_tokens += length
-        self.num_documents += 1
-        self.longest = max(self.longest, length)
-        self.documents.write(self.num_tokens.to_bytes(8, "little"))
-
-
-def _chain(first: str, rest: Iterator[str]) -> Iterator[str]:
-    yield first
-    yield from rest
 
 
 # -- the result -------------------------------------------------------------------------------------------------------
@@ -429,7 +357,7 @@ def _write_manifest(
         count += sum(not pieces[file] for file in source.files)
         shards = []
         for unit, info in made:
-            shards.append(manifest_entry(unit.key, info) | {"file_bytes": unit.num_bytes})
+            shards.append(manifest_entry(unit.key, info))
             count += info.num_malformed
         if strict and problems:
             raise MalformedLine(problems[0])
@@ -454,13 +382,14 @@ def _write_manifest(
 
 
 def _read_json(path: Path) -> Any:
-    """What a JSON file holds; None where there is none."""
+    """What a JSON file of ours holds; None where there is none, or a cut-off one, which is made again."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except ValueError:
-        raise ValueError(f"{path} is damaged; delete it and prepare again.") from None
+        logger.warning("%s is damaged: making it again", path)
+        return None
 
 
 @contextmanager
