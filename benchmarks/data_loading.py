@@ -6,7 +6,8 @@ Each round measures, one after the other, so that a busy machine is busy for all
 
     library   the tokenizer library's own encode_batch_fast, in its threads, over texts in memory; ids dropped
     threads   the same function, called by one thread a core, over the same texts; ids dropped
-    prepare   `oncelm.data.prepare.prepare`: JSONL on disk to shards on disk, with checksums and fsync
+    prepare   `oncelm.data.prepare.prepare`: two JSONL files to shards on disk, with checksums and fsync
+    one file  the same texts in one .jsonl.zst, which only one thread can read
 
 Then the time to load a batch of random blocks, and how long a training step waits for one that is read ahead.
 A line of the result has tokens per second, CPU seconds of all threads per million tokens (which a busy machine
@@ -26,6 +27,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+from backports import zstd
 
 from oncelm.bench.measure import PeakMemory
 from oncelm.data.corpora import load_corpus
@@ -118,6 +120,10 @@ def main() -> None:
         for number, shard in enumerate((texts[0::2], texts[1::2])):
             lines_of = "".join(json.dumps({"text": one}) + "\n" for one in shard)
             (text / f"{number}.jsonl").write_text(lines_of, encoding="utf-8")
+        compressed = Path(folder) / "compressed" / "all.jsonl.zst"
+        compressed.parent.mkdir()
+        with zstd.open(compressed, "wt", encoding="utf-8") as file:
+            file.writelines(json.dumps({"text": one}) + "\n" for one in texts)
         threads(encoder, texts)  # warm: the library remembers words that it has seen
         for number in range(args.rounds):
             out = Path(folder) / f"tokens-{number}"
@@ -125,6 +131,7 @@ def main() -> None:
                 ("library", lambda: library(encoder, texts)),
                 ("threads", lambda: threads(encoder, texts)),
                 ("prepare", lambda out=out: prepared(text, tokenizer, out)),
+                ("one file", lambda out=out: prepared(compressed.parent, tokenizer, out.with_name(f"{out.name}-one"))),
             ):
                 line = {"part": name, "round": number, "tokenizer": args.tokenizer, **measured(work)}
                 print(name, f"{line['tokens_per_second']:,.0f} tokens/s, load {line['load_average']}", flush=True)
