@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from oncelm.bench import llama_config
+from oncelm.models.longllama import LongLlamaConfig
 from oncelm.models.yoco import YocoConfig, YocoForCausalLM
+from oncelm.models.yoco.presets import preset_config
 from oncelm.train.optimizer import build_optimizers
 from oncelm.train.plan import activation_bytes, describe_plan, estimate_memory
 
@@ -48,10 +51,39 @@ def kept_bytes(model, dtype: str) -> int:
 @pytest.mark.parametrize("name", ["retention", "window", "llama"])
 def test_activations_are_about_what_autograd_keeps(name: str, dtype: str) -> None:
     model = make(name)
-    estimate = activation_bytes(model.config, 512, dtype, 1, checkpointing=False)
+    estimate = activation_bytes(model.config, 512, dtype, 1, checkpointing=False, compiled=False)
     # the plain form of retention keeps matrices of each of its chunks, too
     assert estimate == pytest.approx(kept_bytes(model, dtype), rel=0.4 if name == "retention" else 0.25)
-    assert activation_bytes(model.config, 512, dtype, 1, checkpointing=True) < 0.6 * estimate
+    checkpointed = activation_bytes(model.config, 512, dtype, 1, checkpointing=True, compiled=False)
+    assert checkpointed < 0.6 * estimate
+
+
+SMOLLM2 = {
+    **{"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30},
+    **{"num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True},
+}
+
+
+@pytest.mark.parametrize(
+    ("model", "rows", "seq_len", "checkpointing", "measured"),
+    [
+        # bytes that PyTorch allocated on an H200 (benchmarks/results/h200-longest-sequence.jsonl, docs/longllama.md)
+        ("yoco", 1, 131072, False, 50.5e9),
+        ("yoco", 1, 524288, True, 40.6e9),
+        ("llama", 1, 32768, False, 35.3e9),
+        ("llama", 1, 32768, True, 25.4e9),
+        ("smollm2", 64, 2048, False, 76.4e9),
+        ("smollm2", 16, 2048, False, 21.5e9),
+    ],
+)
+def test_estimates_are_near_what_compiled_runs_took(make_config, model, rows, seq_len, checkpointing, measured) -> None:
+    yoco = preset_config("yoco-160m")
+    config = {"yoco": yoco, "llama": llama_config(yoco), "smollm2": LongLlamaConfig(**SMOLLM2)}[model]
+    options = {"dtype": "bfloat16", "compile": True, "activation_checkpointing": checkpointing}
+    with torch.device("meta"):
+        made = AutoModelForCausalLM.from_config(config)
+    memory = estimate_memory(made, make_config(batch_size=rows, seq_len=seq_len, **options), 1)
+    assert memory.total == pytest.approx(measured, rel=0.15)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])

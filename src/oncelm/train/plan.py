@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from transformers import LlamaConfig, PreTrainedConfig, PreTrainedModel
 
+from oncelm.models.longllama import LongLlamaConfig
 from oncelm.models.yoco import YocoConfig, YocoForCausalLM
 from oncelm.train.config import TrainConfig
 from oncelm.train.crossbatch import describe_crossbatch
@@ -72,7 +73,9 @@ def estimate_memory(model: PreTrainedModel, config: TrainConfig, processes: int)
         gathered = 2 * element * inner // layers // tensor + 4 * (parameters - inner) // tensor  # one ahead is gathered
     tokens = min(config.batch_size, sequences) * -(-config.seq_len // chunk)
     kept = [
-        activation_bytes(model.config, tokens, config.dtype, tensor, checkpointing)
+        activation_bytes(
+            model.config, tokens, config.dtype, tensor, checkpointing=checkpointing, compiled=config.compile
+        )
         for checkpointing in (config.activation_checkpointing, not config.activation_checkpointing)
     ]
     gradients = 4 * parameters // processes + (4 * parameters // tensor if unsummed else 0)
@@ -80,14 +83,15 @@ def estimate_memory(model: PreTrainedModel, config: TrainConfig, processes: int)
 
 
 def activation_bytes(
-    config: PreTrainedConfig, tokens: int, dtype: str, tensor_parallel: int, checkpointing: bool
+    config: PreTrainedConfig, tokens: int, dtype: str, tensor_parallel: int, *, checkpointing: bool, compiled: bool
 ) -> int | None:
     """Bytes kept for the backward pass of one forward pass over `tokens` tokens; None for models not known.
 
     Of each layer and token: the residual stream before both of its parts (float32), their normalised inputs (in
     float32, and rounded), what mixes tokens (queries, keys and values as made and as rotated, gate, output), and four
-    of the feed-forward width: what plain PyTorch keeps; fused kernels keep less. With checkpointing: each layer's
-    input, and one layer's all.
+    of the feed-forward width: what plain PyTorch keeps. A compiled layer of OnceLM computes the normalised inputs and
+    one of the four again. With checkpointing: the input of each layer up to one, and that one's all. The
+    loss of transformers' own models keeps the logits, as made and in float32.
     """
     if not isinstance(config, YocoConfig | LlamaConfig):
         return None
@@ -99,12 +103,18 @@ def activation_bytes(
         retention = config.self_decoder == "gated_retention"
         own = 12 * d if retention else 3 * d + 3 * config.self_kv_heads * config.self_head_dim
         mixing = [own] * config.num_self_decoder_layers + [3 * d] * config.num_cross_decoder_layers
-    residual = 8 * d + (8 * d if e == 2 else 0)
-    layers = [residual + e * (2 * d + (inner + 4 * f) // tensor_parallel) for inner in mixing]
+    ours = isinstance(config, YocoConfig | LongLlamaConfig)
+    normalised = 0 if compiled and ours else e * 2 * d + (8 * d if e == 2 else 0)
+    widths = 3 if compiled and ours else 4
+    layers = [8 * d + normalised + e * ((inner + widths * f) // tensor_parallel) for inner in mixing]
     embeddings = 4 * d + 4 * d + e * d  # the stream's start; the last norm's input and output
     shared = 0 if isinstance(config, LlamaConfig) else 3 * e * config.shared_kv_heads * head_dim
-    kept = 4 * d * len(layers) + max(layers) if checkpointing else sum(layers)
-    return tokens * (kept + embeddings + shared)
+    logits = 0 if ours else (e + 4) * config.vocab_size
+    if checkpointing:  # the backward pass comes to a layer when the inputs of those behind it are gone
+        kept = max(4 * d * number + layer for number, layer in enumerate(layers, start=1))
+    else:
+        kept = sum(layers)
+    return tokens * (kept + embeddings + shared + logits)
 
 
 def describe_plan(config: TrainConfig, model: PreTrainedModel, data: str, processes: int) -> str:
