@@ -96,7 +96,7 @@ def search(attempt: Callable[[int], dict[str, Any]], start: int, longest_step: f
     """
     fits: list[dict[str, Any]] = []
     too_long, length = None, start
-    while too_long is None or not fits or too_long - fits[-1]["length"] > CLOSE * too_long:
+    while too_long is None or not fits or too_long - fits[-1]["length"] > max(1, CLOSE * too_long):
         yield (line := attempt(length))
         if "error" in line:
             too_long = length
@@ -104,6 +104,8 @@ def search(attempt: Callable[[int], dict[str, Any]], start: int, longest_step: f
             fits.append(line)
         if not fits:
             length //= 2
+            if length < WARM_UP[0]:
+                return
             continue
         longest, seconds = fits[-1]["length"], fits[-1]["seconds"]
         length = 2 * longest if too_long is None else (longest + too_long) // 2

@@ -6,6 +6,7 @@ import errno
 import json
 import multiprocessing
 import os
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -374,6 +375,33 @@ def test_damaged_folders_are_named(tmp_path, write_jsonl, byte_tokenizer) -> Non
     (folder / "tokens.json").write_text(json.dumps(manifest | {"format": 99}))
     with pytest.raises(ValueError, match="it is of format 99, this version reads 1"):
         open_tokens(folder)
+
+
+def test_the_last_shard_is_encoded_by_all_threads(tmp_path, write_jsonl, byte_tokenizer, monkeypatch) -> None:
+    """One large file beside small ones that are soon done."""
+    monkeypatch.setattr(writer, "BATCH_CHARACTERS", 1)
+    lock, now, most = threading.Lock(), 0, 0
+    encode = encoding.Encoder.encode
+
+    def slow(self, texts):
+        nonlocal now, most
+        with lock:
+            now += 1
+            most = max(most, now)
+        if texts[0].startswith("large"):
+            time.sleep(0.01)
+        encoded = encode(self, texts)
+        with lock:
+            now -= 1
+        return encoded
+
+    write_jsonl(tmp_path / "large.jsonl", [f"large {number}" for number in range(60)])
+    for number in range(3):
+        write_jsonl(tmp_path / f"{number}.jsonl", [f"small {number}"])
+    with monkeypatch.context() as patch:
+        patch.setattr(encoding.Encoder, "encode", slow)
+        prepare.prepare(find_corpus(tmp_path), byte_tokenizer, workers=4)
+    assert most == 4
 
 
 def test_lists_that_are_cut_off_are_made_again(tmp_path, write_jsonl, byte_tokenizer, made, caplog) -> None:

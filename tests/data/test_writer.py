@@ -43,7 +43,7 @@ def parts_of(parts: list[str], damaged: bool):
 def written(documents, bos: bool, threads: int, ahead: int) -> tuple[list[int], list[int], ShardWriter, list[bool]]:
     tokens, borders = io.BytesIO(), io.BytesIO()
     with ThreadPoolExecutor(threads) as pool:
-        made = ShardWriter(tokens, borders, Uneven(TOKENIZER), bos=bos, pool=pool, ahead=ahead)
+        made = ShardWriter(tokens, borders, Uneven(TOKENIZER), bos=bos, pool=pool, ahead=lambda: ahead)
         refused = [made.add(Document(1, parts_of(*one))) is not None for one in documents]
         made.finish()
     ids = np.frombuffer(tokens.getvalue(), made._dtype).tolist()
@@ -72,6 +72,8 @@ def test_documents_come_out_in_order(documents, bos: bool, ahead: int) -> None:
     assert borders == np.cumsum([len(one) for one in whole]).tolist()
     assert (made.num_documents, made.num_tokens) == (len(whole), len(ids))
     assert made.longest == max(map(len, whole), default=0)
+    assert made.largest_id >= max(ids, default=0)  # what was taken back may count
+    assert made.largest_id < TOKENIZER.vocab_size
 
 
 def test_one_file_is_encoded_by_all_threads(monkeypatch) -> None:
@@ -87,7 +89,7 @@ def test_one_file_is_encoded_by_all_threads(monkeypatch) -> None:
     monkeypatch.setattr(writer, "BATCH_CHARACTERS", 1)
     tokens, borders = io.BytesIO(), io.BytesIO()
     with ThreadPoolExecutor(3) as pool:
-        made = ShardWriter(tokens, borders, Waits(TOKENIZER), bos=False, pool=pool, ahead=3)
+        made = ShardWriter(tokens, borders, Waits(TOKENIZER), bos=False, pool=pool, ahead=lambda: 3)
         for number in range(6):
             made.add(Document(number, [f"x{number}"]))
         made.finish()
@@ -102,7 +104,40 @@ def test_a_failure_in_a_thread_is_raised(monkeypatch) -> None:
             return super().encode(texts)
 
     with ThreadPoolExecutor(2) as pool:
-        made = ShardWriter(io.BytesIO(), io.BytesIO(), Fails(TOKENIZER), bos=False, pool=pool, ahead=2)
+        made = ShardWriter(io.BytesIO(), io.BytesIO(), Fails(TOKENIZER), bos=False, pool=pool, ahead=lambda: 2)
         made.add(Document(1, ["bad"]))
         with pytest.raises(MemoryError, match="no room"):
             made.finish()
+
+
+def test_no_more_is_in_hand_than_asked(monkeypatch) -> None:
+    """However long the file: one that adds waits for what is encoded."""
+    monkeypatch.setattr(writer, "BATCH_CHARACTERS", 1)
+    begun, go_on = threading.Semaphore(0), threading.Event()
+
+    class Waits(Encoder):
+        def encode(self, texts):
+            if texts[0].startswith("x"):
+                begun.release()
+                assert go_on.wait(30)
+            return super().encode(texts)
+
+    with ThreadPoolExecutor(8) as pool:
+        made = ShardWriter(io.BytesIO(), io.BytesIO(), Waits(TOKENIZER), bos=False, pool=pool, ahead=lambda: 2)
+        added = []
+
+        def add() -> None:
+            for number in range(6):
+                made.add(Document(number, [f"x{number}"]))
+                added.append(number)
+
+        adding = threading.Thread(target=add)
+        adding.start()
+        for _ in range(3):  # the third does not come back before the first is written
+            assert begun.acquire(timeout=30)
+        assert not begun.acquire(timeout=0.2)
+        assert added == [0, 1]
+        go_on.set()
+        adding.join(30)
+        made.finish()
+    assert made.num_documents == 6

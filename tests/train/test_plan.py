@@ -67,7 +67,7 @@ SMOLLM2 = {
 @pytest.mark.parametrize(
     ("model", "rows", "seq_len", "checkpointing", "measured"),
     [
-        # bytes that PyTorch allocated on an H200 (benchmarks/results/h200-longest-sequence.jsonl, docs/longllama.md)
+        # bytes that PyTorch allocated on an H200 (benchmarks/results/h200-longest-sequence.jsonl, h200-longllama.jsonl)
         ("yoco", 1, 131072, False, 50.5e9),
         ("yoco", 1, 524288, True, 40.6e9),
         ("llama", 1, 32768, False, 35.3e9),

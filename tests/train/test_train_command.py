@@ -7,11 +7,14 @@ import os
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import oncelm.models
 from oncelm.cli import main
+from oncelm.cli.train import digest_conversations
+from oncelm.data.conversations import Conversation
 from oncelm.data.read_ahead import ReadAhead
 from oncelm.data.tokenizers import load_tokenizer
 from oncelm.train.checkpoint import list_checkpoints
@@ -147,6 +150,17 @@ def test_a_run_that_is_resumed_on_changed_conversations_says_so(tmp_path, caplog
     chats.write_text("".join(lines[:-1]) + json.dumps({"prompt": "7?", "answer": "It is 8."}) + "\n")
     assert main(["train", "--out", out, "--resume", "--steps", "3"]) == 0
     assert f"on other data: {str(chats)!r} has changed" in caplog.text
+
+
+def test_a_digest_of_conversations_sees_what_is_learned_and_where_one_ends() -> None:
+    def chat(*lengths: int, first: bool) -> list[Conversation]:
+        made = [Conversation(np.zeros(n, np.uint32), np.ones(n, bool), "a.jsonl:1") for n in lengths]
+        made[0].answer[0] = first
+        return made
+
+    chats = [chat(4, 2, first=True), chat(4, 2, first=False), chat(2, 4, first=True), chat(6, first=True)]
+    assert len(set(map(digest_conversations, chats))) == len(chats)
+    assert digest_conversations(chat(4, 2, first=True)) == digest_conversations(chats[0])
 
 
 def test_a_dry_run_prints_and_writes_nothing(book, tmp_path, capsys) -> None:

@@ -19,8 +19,8 @@ from tokenizers import Tokenizer
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-LONG_TEXT = 1 << 20  # characters; a longer text is cut
-PIECE_CHARACTERS = 1 << 18  # of a cut text, at least
+LONG_TEXT = 1 << 18  # characters; a longer text is cut
+PIECE_CHARACTERS = 1 << 17  # of a cut text, at least
 # Where a cut is tried, best first: after a line, before a word, behind punctuation.
 _CUTS = (re.compile(r"(?<=\S)\n(?=\S)"), re.compile(r"(?<=\w)(?= \w)"), re.compile(r"(?<=[^\w\s])(?=\w)"))
 _SEARCH = 1 << 16  # characters in which a cut is looked for, with ...

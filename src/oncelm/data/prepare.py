@@ -119,7 +119,7 @@ def prepare(
         folder: of the result; None: `.oncelm/<tokenizer>` beside the text.
         bos: start every document with the tokenizer's bos token.
         strict: a malformed line is an error (the first in the corpus's order), instead of counted and left out.
-        workers: threads that encode; None: one a core.
+        workers: threads that encode, each with up to about 30 MB in hand; None: one a core.
 
     Raises:
         ValueError: a source without any document, a tokenizer without eos, a malformed line with `strict`; a `folder`
@@ -252,26 +252,33 @@ def _make_shards(units: Sequence[Unit], shards: Path, encoder: Encoder, bos: boo
     for unit in units:
         by_key.setdefault(unit.key, unit)  # of files with the same text the first is told of
     missing = [unit for key, unit in by_key.items() if not is_complete(shards, key, dtype)]
-    readers = max(1, min(workers, len(missing)))
+    left, counting = len(missing), threading.Lock()
+
+    def ahead() -> int:  # all threads for the last shard, about two batches of each of many
+        return 1 + workers // min(workers, max(left, 1))
+
     with (
         _bar("tokenize", sum(unit.num_bytes for unit in missing)) as progress,
         _one_thread_a_call(),
         ThreadPoolExecutor(workers) as encoders,  # of their own: a compressed file has one reader, and wants them all
-        ThreadPoolExecutor(readers) as pool,
+        ThreadPoolExecutor(workers) as readers,
     ):
-        open_writer = partial(ShardWriter, encoder=encoder, bos=bos, pool=encoders, ahead=1 + workers // readers)
+        open_writer = partial(ShardWriter, encoder=encoder, bos=bos, pool=encoders, ahead=ahead)
 
         def make(unit: Unit) -> None:
+            nonlocal left
             if not stop.is_set():
                 _make_shard(unit, shards, open_writer, strict, progress, stop)
+            with counting:
+                left -= 1
 
-        tasks = [pool.submit(make, unit) for unit in missing]
+        tasks = [readers.submit(make, unit) for unit in missing]
         try:
             for task in tasks:
                 task.result()
         except BaseException:
             stop.set()
-            pool.shutdown(cancel_futures=True)
+            readers.shutdown(cancel_futures=True)
             raise
 
 
@@ -284,6 +291,12 @@ def _make_shard(
     stop: threading.Event,
 ) -> None:
     """Write the three files of one shard; KEY.json, which completes it, last."""
+
+    def read_on(num_bytes: int) -> None:  # also within a document, which may be a file of gigabytes
+        if stop.is_set():
+            raise InterruptedError("stopped")
+        progress(num_bytes)
+
     stem = shards / unit.key
     malformed: list[tuple[int, int, str]] = []
     num_malformed = 0
@@ -295,7 +308,7 @@ def _make_shard(
     ):
         writer = open_writer(token_file, document_file)
         for number, piece in enumerate(unit.pieces):
-            for item in read(piece, progress):
+            for item in read(piece, read_on):
                 if stop.is_set():
                     raise InterruptedError("stopped")
                 problem = writer.add(item) if isinstance(item, Document) else item

@@ -26,7 +26,7 @@ class ShardWriter:
         encoder: of the documents.
         bos: start every document with the tokenizer's bos token.
         pool: threads that encode. This one reads, and writes.
-        ahead: batches of short documents, or pieces of a long one, that are encoded before the next is written.
+        ahead: how many batches of short documents, or pieces of a long one, may be encoded now and not written yet.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class ShardWriter:
         *,
         bos: bool,
         pool: ThreadPoolExecutor,
-        ahead: int,
+        ahead: Callable[[], int],
     ) -> None:
         self.num_tokens = self.num_documents = self.longest = self.largest_id = 0
         self._tokens, self._documents, self._encoder = tokens, documents, encoder
@@ -49,6 +49,7 @@ class ShardWriter:
         self._waiting_characters = 0
         # what is to be done next, in order, and what it is done with once a thread has made it
         self._queue: deque[tuple[Callable[..., None], Future[Any] | None]] = deque()
+        self._num_made = 0  # entries of the queue that a thread makes
         self._begin, self._length = 0, 0  # of the long document that is written: its place in the file, tokens so far
 
     def add(self, document: Document) -> Malformed | None:
@@ -99,8 +100,12 @@ class ShardWriter:
 
     def _then(self, action: Callable[..., None], make: Callable[..., Any] | None = None, *arguments: Any) -> None:
         """Behind all that is to be done: `action`, with what `make(*arguments)` gives in another thread."""
-        self._queue.append((action, None if make is None else self._pool.submit(make, *arguments)))
-        while len(self._queue) > self._ahead:
+        if make is None:
+            self._queue.append((action, None))
+            return
+        self._queue.append((action, self._pool.submit(make, *arguments)))
+        self._num_made += 1
+        while self._num_made > self._ahead():
             self._do_next()
 
     def _do_next(self) -> None:
@@ -108,6 +113,7 @@ class ShardWriter:
         if made is None:
             action()
         else:
+            self._num_made -= 1
             action(made.result())
 
     def _write_documents(self, encoded: Iterable[array[int]]) -> None:
