@@ -377,6 +377,38 @@ def test_damaged_folders_are_named(tmp_path, write_jsonl, byte_tokenizer) -> Non
         open_tokens(folder)
 
 
+def test_a_failure_stops_the_others_within_a_document(tmp_path, write_jsonl, byte_tokenizer, monkeypatch) -> None:
+    for module, name, value in ((reading, "_PART_CHARACTERS", 100), (encoding, "LONG_TEXT", 120)):
+        monkeypatch.setattr(module, name, value)
+    monkeypatch.setattr(encoding, "PIECE_CHARACTERS", 30)
+    monkeypatch.setattr(writer, "LONG_TEXT", 120)
+    write_jsonl(tmp_path / "a.jsonl", ["bad"])
+    (tmp_path / "b.txt").write_text("One line.\n" * 20_000)
+    encode, encode_piece = encoding.Encoder.encode, encoding.Encoder.encode_piece
+    pieces: list[int] = []
+    under_way = threading.Event()
+
+    def fail(self, texts):
+        if texts == ["bad"]:
+            assert under_way.wait(30)
+            raise MemoryError("no room")
+        return encode(self, texts)
+
+    def count(self, text, continued):
+        pieces.append(len(text))
+        if len(pieces) == 10:
+            under_way.set()
+        time.sleep(0.002)
+        return encode_piece(self, text, continued)
+
+    monkeypatch.setattr(encoding.Encoder, "encode", fail)
+    monkeypatch.setattr(encoding.Encoder, "encode_piece", count)
+    with pytest.raises(MemoryError, match="no room"):
+        prepare.prepare(find_corpus(tmp_path), byte_tokenizer, tmp_path / "tokens", workers=2)
+    assert sum(pieces) < 100_000  # of 200,000 characters
+    assert not list((tmp_path / "tokens" / "shards").iterdir())
+
+
 def test_the_last_shard_is_encoded_by_all_threads(tmp_path, write_jsonl, byte_tokenizer, monkeypatch) -> None:
     """One large file beside small ones that are soon done."""
     monkeypatch.setattr(writer, "BATCH_CHARACTERS", 1)
