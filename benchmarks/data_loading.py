@@ -35,7 +35,7 @@ from oncelm.data.encoding import Encoder
 from oncelm.data.layout import find_corpus
 from oncelm.data.prepare import prepare
 from oncelm.data.read_ahead import ReadAhead
-from oncelm.data.reading import _zstd
+from oncelm.data.reading import zstd_module
 from oncelm.data.tokenizers import load_tokenizer
 from oncelm.data.tokens import open_tokens
 from oncelm.utils.environment import environment_report, usable_cores
@@ -122,7 +122,7 @@ def main() -> None:
             (text / f"{number}.jsonl").write_text(lines_of, encoding="utf-8")
         compressed = Path(folder) / "compressed" / "all.jsonl.zst"
         compressed.parent.mkdir()
-        with _zstd().open(compressed, "wt", encoding="utf-8") as file:
+        with zstd_module().open(compressed, "wt", encoding="utf-8") as file:
             file.writelines(json.dumps({"text": one}) + "\n" for one in texts)
         threads(encoder, texts)  # warm: the library remembers words that it has seen
         for number in range(args.rounds):

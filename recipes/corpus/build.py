@@ -37,11 +37,7 @@ from typing import Any
 from documents import Document, debian_document, kernel_documents, wheel_document
 from tqdm import tqdm
 
-if sys.version_info >= (3, 14):
-    from compression import zstd
-else:
-    from backports import zstd
-
+from oncelm.data.reading import zstd_module
 from oncelm.utils.errors import check_choice
 from oncelm.utils.files import atomic_file
 
@@ -113,7 +109,7 @@ def shard_path(package: Package, corpus: Path) -> Path:
 
 
 def write_shard(path: Path, package: Package, documents: list[Document]) -> None:
-    with atomic_file(path) as temporary, zstd.open(temporary, "wt", level=6, encoding="utf-8") as file:
+    with atomic_file(path) as temporary, zstd_module().open(temporary, "wt", level=6, encoding="utf-8") as file:
         for document in documents:
             # a Debian package's licence is a page or more, and stands in sources.jsonl
             licence = "see sources.jsonl" if package.kind == "docs" else document.licence

@@ -51,7 +51,6 @@ FIRST = 1 / 2  # of the time, with few negatives
 # then; small.yaml says why
 LONG_MEMORY = ("packing=32", "model_overrides.cross_batch_range=63", "batch_size=64", "lr=1e-4")
 BUILD_FACTS = Path(__file__).parents[1] / "needles" / "build.py"
-MOST_FACTS = 192  # in one of its rows, which is `packing` rows of a batch
 FOCUS_TRIALS, DECODED = 5, 16  # texts of each length in focus; tokens in a timing of knn
 
 
@@ -117,7 +116,7 @@ class Evidence:
         settings = load_config(RECIPE, [*LONG_MEMORY, *self.args.set], {"data": "-", "out": "-"})
         length = settings.packing * (settings.seq_len - 1) + 1  # of a piece: a row is one, without the token they share
         rows = self.out / "rows"
-        options = ("--tokenizer", self.args.model, "--facts", MOST_FACTS, "--leave-out", "pass key", "--drill")
+        options = ("--tokenizer", self.args.model, "--leave-out", "pass key", "--drill")
         options += ("--tokens", f"{length}:{self.args.facts_tokens}")
         subprocess.run([*map(str, (sys.executable, BUILD_FACTS, self.args.data, rows, *options))], check=True)
         model = self.train_from(self.trained, rows / str(length), "facts", self.args.facts_seconds, *LONG_MEMORY)

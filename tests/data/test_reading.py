@@ -16,7 +16,7 @@ from pyarrow import parquet
 from oncelm.data import reading
 from oncelm.data.reading import DamagedText, Document, Malformed, read, read_text, sample_texts, scan
 
-zstd = reading._zstd()
+zstd = reading.zstd_module()
 
 
 def documents(path) -> list[str]:

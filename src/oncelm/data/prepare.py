@@ -255,7 +255,7 @@ def _make_shards(units: Sequence[Unit], shards: Path, encoder: Encoder, bos: boo
     left, counting = len(missing), threading.Lock()
 
     def ahead() -> int:  # all threads for the last shard, about two batches of each of many
-        return 1 + workers // min(workers, max(left, 1))
+        return 1 + workers // min(workers, left)
 
     with (
         _bar("tokenize", sum(unit.num_bytes for unit in missing)) as progress,
@@ -278,6 +278,7 @@ def _make_shards(units: Sequence[Unit], shards: Path, encoder: Encoder, bos: boo
                 task.result()
         except BaseException:
             stop.set()
+            encoders.shutdown(wait=False, cancel_futures=True)  # ends a reader within a document, too
             readers.shutdown(cancel_futures=True)
             raise
 
@@ -291,12 +292,6 @@ def _make_shard(
     stop: threading.Event,
 ) -> None:
     """Write the three files of one shard; KEY.json, which completes it, last."""
-
-    def read_on(num_bytes: int) -> None:  # also within a document, which may be a file of gigabytes
-        if stop.is_set():
-            raise InterruptedError("stopped")
-        progress(num_bytes)
-
     stem = shards / unit.key
     malformed: list[tuple[int, int, str]] = []
     num_malformed = 0
@@ -308,7 +303,7 @@ def _make_shard(
     ):
         writer = open_writer(token_file, document_file)
         for number, piece in enumerate(unit.pieces):
-            for item in read(piece, read_on):
+            for item in read(piece, progress):
                 if stop.is_set():
                     raise InterruptedError("stopped")
                 problem = writer.add(item) if isinstance(item, Document) else item

@@ -148,7 +148,7 @@ def _read_jsonl(piece: Piece, progress: Callable[[int], None]) -> Iterator[Docum
     with open(piece.path, "rb") as raw:
         raw.seek(piece.start)
         lines = _decompressed(raw, piece.path)
-        damage = (OSError, EOFError, zlib.error, *([_zstd().ZstdError] if piece.path.endswith(".zst") else []))
+        damage = (OSError, EOFError, zlib.error, *([zstd_module().ZstdError] if piece.path.endswith(".zst") else []))
         position = piece.start
         while raw is not lines or raw.tell() < piece.stop:
             number += 1
@@ -203,11 +203,11 @@ def _decompressed(raw: IO[bytes], path: str) -> IO[bytes]:
     if path.endswith(".gz"):
         return gzip.open(raw)  # type: ignore[return-value]
     if path.endswith(".zst"):
-        return _zstd().open(raw)
+        return zstd_module().open(raw)
     return raw
 
 
-def _zstd() -> Any:
+def zstd_module() -> Any:
     """Python 3.14's module for zstd, or its backport."""
     try:
         return importlib.import_module("compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd")

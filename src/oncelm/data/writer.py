@@ -49,7 +49,6 @@ class ShardWriter:
         self._waiting_characters = 0
         # what is to be done next, in order, and what it is done with once a thread has made it
         self._queue: deque[tuple[Callable[..., None], Future[Any] | None]] = deque()
-        self._num_made = 0  # entries of the queue that a thread makes
         self._begin, self._length = 0, 0  # of the long document that is written: its place in the file, tokens so far
 
     def add(self, document: Document) -> Malformed | None:
@@ -100,12 +99,8 @@ class ShardWriter:
 
     def _then(self, action: Callable[..., None], make: Callable[..., Any] | None = None, *arguments: Any) -> None:
         """Behind all that is to be done: `action`, with what `make(*arguments)` gives in another thread."""
-        if make is None:
-            self._queue.append((action, None))
-            return
-        self._queue.append((action, self._pool.submit(make, *arguments)))
-        self._num_made += 1
-        while self._num_made > self._ahead():
+        self._queue.append((action, None if make is None else self._pool.submit(make, *arguments)))
+        while sum(made is not None for _, made in self._queue) > self._ahead():
             self._do_next()
 
     def _do_next(self) -> None:
@@ -113,7 +108,6 @@ class ShardWriter:
         if made is None:
             action()
         else:
-            self._num_made -= 1
             action(made.result())
 
     def _write_documents(self, encoded: Iterable[array[int]]) -> None:
