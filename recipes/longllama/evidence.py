@@ -47,9 +47,10 @@ from oncelm.utils.environment import environment_report
 from oncelm.utils.files import atomic_file, atomic_folder
 
 RECIPE = Path(__file__).with_name("small.yaml")
-FIRST = 1 / 2  # of the time, with few negatives
-# then; small.yaml says why
-LONG_MEMORY = ("packing=32", "model_overrides.cross_batch_range=63", "batch_size=64", "lr=1e-4")
+FIRST = 1 / 8  # of the time, with short memories
+LONG_MEMORY = ("packing=64", "model_overrides.cross_batch_range=63", "batch_size=64")  # then; docs/longllama.md says why
+LONG_LR, FACTS_LR = "lr=3e-4", "lr=1e-4"
+TOKENS_A_FACT = 341  # of a row, at least
 BUILD_FACTS = Path(__file__).parents[1] / "needles" / "build.py"
 FOCUS_TRIALS, DECODED = 5, 16  # texts of each length in focus; tokens in a timing of knn
 
@@ -94,7 +95,7 @@ class Evidence:
 
     def train(self) -> None:
         first = self.train_from(self.args.model, self.args.data, "first", FIRST * self.args.seconds)
-        self.train_from(first, self.args.data, "trained", (1 - FIRST) * self.args.seconds, *LONG_MEMORY)
+        self.train_from(first, self.args.data, "trained", (1 - FIRST) * self.args.seconds, *LONG_MEMORY, LONG_LR)
 
     def train_from(self, model: Path, data: str | Path, name: str, seconds: float, *more: str) -> Path:
         """small.yaml into OUT/NAME, unless it is there; the folder of the model."""
@@ -117,9 +118,10 @@ class Evidence:
         length = settings.packing * (settings.seq_len - 1) + 1  # of a piece: a row is one, without the token they share
         rows = self.out / "rows"
         options = ("--tokenizer", self.args.model, "--leave-out", "pass key", "--drill")
-        options += ("--tokens", f"{length}:{self.args.facts_tokens}")
+        options += ("--tokens", f"{length}:{self.args.facts_tokens}", "--facts", -(-length // TOKENS_A_FACT))
         subprocess.run([*map(str, (sys.executable, BUILD_FACTS, self.args.data, rows, *options))], check=True)
-        model = self.train_from(self.trained, rows / str(length), "facts", self.args.facts_seconds, *LONG_MEMORY)
+        rows /= str(length)
+        model = self.train_from(self.trained, rows, "facts", self.args.facts_seconds, *LONG_MEMORY, FACTS_LR)
         self.find_passkeys(model, "facts", self.args.lengths)
         self.ask("context-nll", model, "facts", "--documents", self.held_out(), "--contexts", self.args.contexts)
 
@@ -244,9 +246,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("out", metavar="OUT", type=Path)
     names = [step.__name__ for step in STEPS]
     parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="STEP", help="these steps (all)")
-    parser.add_argument("--seconds", type=float, default=240, help="of training (240)")
-    parser.add_argument("--facts-seconds", type=float, default=120, help="of training with facts (120)")
-    parser.add_argument("--facts-tokens", default="16M", metavar="N", help="of text with facts to build (16M)")
+    parser.add_argument("--seconds", type=float, default=760, help="of training (760)")
+    parser.add_argument("--facts-seconds", type=float, default=170, help="of training with facts (170)")
+    parser.add_argument("--facts-tokens", default="24M", metavar="N", help="of text with facts to build (24M)")
     parser.add_argument("--lengths", default="4K,8K,16K,32K,64K,128K", help="of passkey (4K to 128K)")
     parser.add_argument("--plain-lengths", default="4K,8K,16K,32K", help="of passkey on MODEL as it is (4K to 32K)")
     parser.add_argument("--trials", type=int, default=20, help="of passkey, at each length (20)")
