@@ -194,6 +194,23 @@ def test_what_all_keys_share_leads_no_index_astray(index) -> None:
     assert store.found / store.wanted > 0.95
 
 
+@pytest.mark.parametrize("index", ["flat", "ivf", "hnsw"])
+def test_any_of_equal_keys_is_a_find(index) -> None:
+    """Keys of the first layer are the same wherever a token comes again."""
+    needs_faiss("knn")
+    from oncelm.cache.memory_knn import MemoryIndex
+
+    generator = torch.Generator().manual_seed(0)
+    kinds = torch.randn(25, 16, generator=generator)
+    keys = kinds.repeat(200, 1)[None, :, None]
+    store = MemoryIndex(1, 1, 16, torch.float32, top_k=8, index=index, measure_recall=True)
+    store.append(slice(0, 1), keys, keys, 0)
+    store.attend(kinds[None, :, None], slice(0, 1), 5000)
+    assert store.wanted == 25 * 8
+    recall = store.found / store.wanted
+    assert recall > 0.7 if index == "hnsw" else recall == 1  # equal keys are each other's only neighbours in its graph
+
+
 def test_few_keys_are_not_all() -> None:
     needs_faiss("knn")
     model, tokens = make_long(), ids(1, 120)
@@ -397,10 +414,10 @@ def test_a_full_disk_when_a_memory_is_saved(failure, monkeypatch, tmp_path: Path
     [
         ({"memory": "gpu"}, "unknown memory 'gpu'"),
         ({"memory": "knn", "index": "hsnw"}, "did you mean 'hnsw'"),
-        ({"memory": "knn", "top_k": 0}, "top_k must be at least 1"),
-        ({"memory": "cpu", "block_tokens": 0}, "block_tokens must be a number above 0"),
+        ({"memory": "knn", "top_k": 0}, "top_k must be a whole number of at least 1"),
+        ({"memory": "cpu", "block_tokens": 0}, "block_tokens must be a whole number of at least 1"),
         ({"memory": "disk", "folder": "/no/such/folder"}, "'/no/such/folder' for the files of memory 'disk'"),
-        ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"batch_size": 0}, "batch_size must be a whole number of at least 1"),
     ],
 )
 def test_bad_options(options, message) -> None:

@@ -69,7 +69,7 @@ def test_a_prompt_longer_than_the_cache_changes_nothing(model) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"chunk_size": 0}, "chunk_size must be at least 1"),
+        ({"chunk_size": 0}, "chunk_size must be a whole number of at least 1"),
         ({"attention_mask": torch.zeros(1, 4)}, "without any token"),
     ],
 )
@@ -96,9 +96,9 @@ def test_integers_of_any_width(model) -> None:
 
 
 def test_new_cache_sizes(model) -> None:
-    with pytest.raises(ValueError, match="batch_size must be at least 1"):
+    with pytest.raises(ValueError, match="batch_size must be a whole number of at least 1"):
         model.new_cache(0)
-    with pytest.raises(ValueError, match="max_tokens must be at least 1"):
+    with pytest.raises(ValueError, match="max_tokens must be a whole number of at least 1"):
         model.new_cache(1, 0)
 
 

@@ -337,7 +337,7 @@ def test_crossbatch_of_one_document_is_memory() -> None:
         ({"mem_layers": [1, 1]}, "must not repeat a layer"),
         ({"mem_layers": ["a", 1]}, r"0\.\.2, got \['a', 1\]"),
         ({"mem_layers": 2}, r"mem_layers must be a list of layers, .* got 2"),
-        ({"max_position_embeddings": 0}, "max_position_embeddings must be a number above 0, got 0"),
+        ({"max_position_embeddings": 0}, "max_position_embeddings must be a whole number of at least 1, got 0"),
         ({"mem_dtype": "bfloat61"}, "unknown mem_dtype 'bfloat61'; did you mean 'bfloat16'"),
         ({"mem_attention_grouping": [0, 4]}, r"mem_attention_grouping must be \(heads, queries\), .* got \[0, 4\]"),
         ({"mem_attention_grouping": 3}, r"mem_attention_grouping must be \(heads, queries\), .*\[4, 2048\].* got 3"),
@@ -346,9 +346,12 @@ def test_crossbatch_of_one_document_is_memory() -> None:
         ({"mem_attention_grouping": [1.5, 2]}, r"two whole numbers of at least 1, .* got \[1\.5, 2\]"),
         ({"mem_attention_grouping": [True, 2]}, r"two whole numbers of at least 1, .* got \[True, 2\]"),
         ({"last_context_length": 17}, "last_context_length must be from 1 to max_position_embeddings = 16"),
-        ({"last_context_length": 0}, "last_context_length must be from 1"),
+        ({"last_context_length": 0}, "last_context_length must be a whole number of at least 1, got 0"),
+        ({"last_context_length": "x"}, "last_context_length must be a whole number of at least 1, got 'x'"),
         ({"mem_layer": [1]}, "unknown LongLlamaConfig key 'mem_layer'; did you mean 'mem_layers'"),
-        ({"cross_batch_range": -1}, "cross_batch_range must be at least 0"),
+        ({"cross_batch_range": -1}, "cross_batch_range must be a whole number of at least 0, got -1"),
+        ({"cross_batch_range": [3]}, r"cross_batch_range must be a whole number of at least 0, got \[3\]"),
+        ({"dataset_packing": 1.5}, r"dataset_packing must be a whole number of at least 1, got 1\.5"),
         ({"attention_dropout": 0.1}, "attention_dropout is not offered"),
         ({"num_key_value_heads": 3}, "num_attention_heads 4 is not a multiple of num_key_value_heads 3"),
     ],
@@ -390,7 +393,8 @@ def test_overrides_are_for_llamas(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"cross_batch_range": -1}, "cross_batch_range must be at least 0"),
+        ({"cross_batch_range": -1}, "cross_batch_range must be a whole number of at least 0"),
+        ({"last_context_length": "9"}, "last_context_length must be a whole number of at least 1, got '9'"),
         ({"cross_batch_range": 1, "dataset_packing": 3}, "batch of 4 is not divisible by dataset_packing 3"),
         (
             {"cross_batch_range": 1, "attention_mask": torch.tensor([[0] + [1] * 9] * 4)},

@@ -153,7 +153,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "null": (lambda f: edit_params(f, n_layers=None), "n_layers must be an integer, got None"),
     "true for a number": (lambda f: edit_params(f, norm_eps=True), "norm_eps must be a number, got True"),
     "odd layers": (lambda f: edit_params(f, n_layers=3), "n_layers must be even .* got 3"),
-    "no layers": (lambda f: edit_params(f, n_layers=0), "params.json: a model needs at least one layer"),
+    "no layers": (lambda f: edit_params(f, n_layers=0), "params.json: a model needs a layer"),
     "heads do not divide": (lambda f: edit_params(f, n_attn_heads=3), "params.json: hidden_size 32 does not split"),
     "empty file": (lambda f: os.truncate(f / WEIGHTS, 0), "checkpoint.pth is no PyTorch checkpoint"),
     "text file": (lambda f: (f / WEIGHTS).write_text("hello"), "checkpoint.pth is no PyTorch checkpoint"),

@@ -180,8 +180,8 @@ def test_the_papers_schedule() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"cross_batch_range": 0}, "cross_batch_range must be at least 1, got 0"),
-        ({"dataset_packing": 0}, "dataset_packing must be at least 1, got 0"),
+        ({"cross_batch_range": 0}, "cross_batch_range must be a whole number of at least 1, got 0"),
+        ({"dataset_packing": 0}, "dataset_packing must be a whole number of at least 1, got 0"),
         ({"dataset_packing": 3}, "a batch of 4 is not divisible by dataset_packing 3"),
         ({"backend": "blokcs"}, "did you mean 'blocks'"),
     ],

@@ -93,7 +93,7 @@ class LongLlamaCache(SequenceCache):
         return sum(layer.nbytes() for layer in self.layers)
 
     def recall(self) -> dict[int, float]:
-        """Of a "knn" cache with `measure_recall`: layer -> share of the true nearest keys that its index found."""
+        """Of a "knn" cache with `measure_recall`: layer -> share of what it found that is as near as the nearest."""
         stores = {i: getattr(layer, "store", None) for i, layer in enumerate(self.layers)}
         return {i: s.found / s.wanted for i, s in stores.items() if isinstance(s, MemoryIndex) and s.wanted}
 

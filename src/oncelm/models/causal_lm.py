@@ -11,7 +11,7 @@ from transformers.generation.configuration_utils import GenerationMode
 
 from oncelm.cache.sequence_cache import SequenceCache
 from oncelm.models.checks import refuse_incomplete
-from oncelm.utils.errors import unknown
+from oncelm.utils.errors import check_whole, unknown
 
 
 class CausalLM(PreTrainedModel, GenerationMixin):
@@ -97,9 +97,9 @@ class CausalLM(PreTrainedModel, GenerationMixin):
 
 def check_cache_size(batch_size: int, max_tokens: int | None) -> None:
     """ValueError unless a cache can have these sizes."""
-    for name, value in (("batch_size", batch_size), ("max_tokens", max_tokens)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}.")
+    check_whole(1, batch_size=batch_size)
+    if max_tokens is not None:
+        check_whole(1, max_tokens=max_tokens)
 
 
 def refuse_outputs(model: str, **outputs: bool | None) -> None:

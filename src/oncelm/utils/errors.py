@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from numbers import Integral
 
 
 def unknown(kind: str, value: object, allowed: Iterable[object]) -> ValueError:
@@ -30,3 +31,15 @@ def check_positive(**values: int | float) -> None:
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
             raise ValueError(f"{name} must be a number above 0, got {value!r}.")
+
+
+def check_whole(at_least: int, **values: object) -> None:
+    """Raise ValueError naming the first argument that is not a whole number of at least `at_least`.
+
+    >>> check_whole(1, top_k=0)
+    Traceback (most recent call last):
+    ValueError: top_k must be a whole number of at least 1, got 0.
+    """
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, Integral) or value < at_least:
+            raise ValueError(f"{name} must be a whole number of at least {at_least}, got {value!r}.")

@@ -11,7 +11,7 @@ from transformers import GenerationConfig, LlamaConfig
 
 from oncelm.models.yoco.config import _TRANSFORMERS_KEYS
 from oncelm.utils.device import DTYPES
-from oncelm.utils.errors import check_choice, check_positive, unknown
+from oncelm.utils.errors import check_choice, check_whole, unknown
 
 MEMORY_DTYPES = (*DTYPES, "int8")
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
@@ -67,6 +67,7 @@ class LongLlamaConfig(LlamaConfig):
         if self.mem_attention_grouping is not None:
             self.mem_attention_grouping = _heads_and_queries(self.mem_attention_grouping)
         super().__post_init__(**kwargs)
+        check_whole(1, max_position_embeddings=self.max_position_embeddings)
         if self.last_context_length is None:
             self.last_context_length = max(1, min(1024, self.max_position_embeddings // 2))
         self._check(self.last_context_length)
@@ -87,15 +88,14 @@ class LongLlamaConfig(LlamaConfig):
         self.mem_layers = sorted(self.mem_layers)  # one order, one fingerprint
         if self.mem_dtype is not None:
             check_choice("mem_dtype", self.mem_dtype, MEMORY_DTYPES)
-        check_positive(max_position_embeddings=self.max_position_embeddings)
+        check_whole(1, last_context_length=last_context_length, dataset_packing=self.dataset_packing)
         if not 1 <= last_context_length <= self.max_position_embeddings:
             raise ValueError(
                 f"last_context_length must be from 1 to max_position_embeddings = {self.max_position_embeddings} "
                 f"(the window), got {last_context_length}."
             )
-        check_positive(dataset_packing=self.dataset_packing)
-        if self.cross_batch_range is not None and self.cross_batch_range < 0:
-            raise ValueError(f"cross_batch_range must be at least 0, got {self.cross_batch_range}.")
+        if self.cross_batch_range is not None:
+            check_whole(0, cross_batch_range=self.cross_batch_range)
         check_choice("rope_type", self.rope_parameters["rope_type"], ROPE_TYPES)
         if self.attention_dropout:
             raise ValueError(f"attention_dropout is not offered by LongLLaMA models, got {self.attention_dropout}.")

@@ -15,7 +15,7 @@ from oncelm.cache.memory_knn import MemoryIndex
 from oncelm.cache.memory_kv import MemoryKV
 from oncelm.cache.memory_remote import MemoryStore, RemoteMemory
 from oncelm.models.longllama.config import LongLlamaConfig
-from oncelm.utils.errors import check_choice, check_positive
+from oncelm.utils.errors import check_choice, check_whole
 
 MEMORIES = ("exact", "knn", "cpu", "disk")
 
@@ -33,7 +33,7 @@ class MemoryOptions:
 
     def __post_init__(self) -> None:
         check_choice("memory", self.memory, MEMORIES)
-        check_positive(block_tokens=self.block_tokens)
+        check_whole(1, block_tokens=self.block_tokens)
         if self.folder is not None and not self.folder.is_dir():
             raise ValueError(f"folder {str(self.folder)!r} for the files of memory 'disk' does not exist.")
 

@@ -26,6 +26,7 @@ from oncelm.models.longllama.model import PLAIN, LongLlamaModel, Parts, compiled
 from oncelm.models.rms_norm import RMSNorm
 from oncelm.ops import linear_cross_entropy
 from oncelm.ops.crossbatch import earlier_contexts
+from oncelm.utils.errors import check_whole
 
 # Keys on which a memory's content depends, beside the weights; the others say how it is kept and read.
 _KEYS_OF_MEMORY = (
@@ -332,7 +333,8 @@ class LongLlamaForCausalLM(CompilesLayers, CausalLM):
     def _last_context_length(self, given: int | None) -> int:
         length = self.config.last_context_length if given is None else given
         assert length is not None, "the configuration sets it"
-        if isinstance(length, bool) or not 1 <= length <= self.config.max_position_embeddings:
+        check_whole(1, last_context_length=length)
+        if length > self.config.max_position_embeddings:
             raise ValueError(
                 f"last_context_length must be from 1 to the window of {self.config.max_position_embeddings}, "
                 f"got {length}."
@@ -352,10 +354,11 @@ class LongLlamaForCausalLM(CompilesLayers, CausalLM):
         config = self.config
         if cross_batch_range is None and self.training and cache is None:
             cross_batch_range = config.cross_batch_range
-        if not cross_batch_range:
+        if cross_batch_range is None:
             return None
-        if cross_batch_range < 0:
-            raise ValueError(f"cross_batch_range must be at least 0 (0: no crossbatch), got {cross_batch_range}.")
+        check_whole(0, cross_batch_range=cross_batch_range)
+        if cross_batch_range == 0:
+            return None
         B, T = tokens.shape[:2]
         if not config.mem_layers:
             raise ValueError("crossbatch needs memory layers; this model's mem_layers is empty.")

@@ -8,7 +8,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import GenerationConfig, PreTrainedConfig
 
 from oncelm.ops.rope import PAIRINGS, SPACINGS
-from oncelm.utils.errors import check_choice, check_positive, unknown
+from oncelm.utils.errors import check_choice, check_positive, check_whole, unknown
 
 SELF_DECODERS = ("gated_retention", "sliding_window")
 LAYOUTS = ("stacked", "unstacked", "interleaved")
@@ -107,11 +107,10 @@ class YocoConfig(PreTrainedConfig):
         for name in ("vocab_size", "hidden_size", "intermediate_size", "window_size", "rope_theta", "num_self_heads",
                      "num_attention_heads", "num_key_value_heads", "num_self_key_value_heads"):  # fmt: skip
             check_positive(**{name: getattr(self, name)})
-        if min(self.num_self_decoder_layers, self.num_cross_decoder_layers) < 0 or self.num_hidden_layers == 0:
-            raise ValueError(
-                "a model needs at least one layer and no negative number of them, got "
-                f"{self.num_self_decoder_layers} self- and {self.num_cross_decoder_layers} cross-decoder layers."
-            )
+        for name in ("num_self_decoder_layers", "num_cross_decoder_layers"):
+            check_whole(0, **{name: getattr(self, name)})
+        if self.num_hidden_layers == 0:
+            raise ValueError("a model needs a layer: num_self_decoder_layers and num_cross_decoder_layers are both 0.")
         if self.num_self_decoder_layers == 0 and self.layout != "stacked":
             raise ValueError(f"layout {self.layout!r} needs self-decoder layers; num_self_decoder_layers is 0.")
         if self.layout == "interleaved" and self.num_self_decoder_layers != self.num_cross_decoder_layers:

@@ -34,7 +34,7 @@ from oncelm.models.yoco.model import CrossDecoder, SelfDecoder, run_layers
 from oncelm.models.yoco.stepper import stepper
 from oncelm.ops import linear_cross_entropy, vocab_parallel_cross_entropy
 from oncelm.ops.quantize import LARGEST
-from oncelm.utils.errors import check_choice
+from oncelm.utils.errors import check_choice, check_whole
 
 
 class YocoForCausalLM(Execution, CausalLM):
@@ -358,8 +358,8 @@ class YocoForCausalLM(Execution, CausalLM):
         Returns:
             Logits [B, V] of each sequence's last token.
         """
-        if chunk_size is not None and chunk_size < 1:
-            raise ValueError(f"chunk_size must be at least 1, got {chunk_size}.")
+        if chunk_size is not None:
+            check_whole(1, chunk_size=chunk_size)
         input_ids = check_tokens(input_ids, None, self.config)
         self._check_cache(cache)
         B, T = input_ids.shape

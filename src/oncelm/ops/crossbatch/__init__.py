@@ -11,6 +11,7 @@ import torch
 
 from oncelm.ops.dispatch import implementation
 from oncelm.ops.rope import apply_rope, rope_frequencies, rope_rotation
+from oncelm.utils.errors import check_whole
 
 __all__ = ["attend_contexts", "crossbatch_attention", "earlier_contexts"]
 
@@ -90,10 +91,7 @@ def earlier_contexts(
 
     (The first document of a batch has no rows before it to be its negatives.)
     """
-    if cross_batch_range < 1:
-        raise ValueError(f"cross_batch_range must be at least 1, got {cross_batch_range}.")
-    if dataset_packing < 1:
-        raise ValueError(f"dataset_packing must be at least 1, got {dataset_packing}.")
+    check_whole(1, cross_batch_range=cross_batch_range, dataset_packing=dataset_packing)
     if batch_size % dataset_packing:
         raise ValueError(
             f"a batch of {batch_size} is not divisible by dataset_packing {dataset_packing} (rows of one document)."
