@@ -386,6 +386,46 @@ def test_a_full_disk_behind_disk_memory(monkeypatch, tmp_path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_disk_that_is_full_when_rows_are_chosen(monkeypatch, tmp_path) -> None:
+    model = make_long()
+    cache = model.new_cache(2, memory="disk", folder=tmp_path, block_tokens=20)
+    read(model, ids(2, 45), [], cache)
+    allocate, calls = os.posix_fallocate, []
+
+    def full_at_last(*args: Any) -> None:
+        calls.append(args)
+        if len(calls) > 3:  # some of the first layer's rows have been chosen
+            raise OSError(errno.ENOSPC, "No space left on device")
+        allocate(*args)
+
+    monkeypatch.setattr(os, "posix_fallocate", full_at_last)
+    with pytest.raises(OSError, match="no room for a block of memory"):
+        cache.select([1, 0, 1])
+    for use in (lambda: read(model, ids(2, 3), [], cache), cache.snapshot, lambda: cache.select([0])):
+        with pytest.raises(ValueError, match="failed midway"):
+            use()
+
+
+def test_disk_memory_needs_a_folder_to_write_to(monkeypatch, tmp_path) -> None:
+    def refuse(*args: Any, **options: Any) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    model = make_long()
+    cache = model.new_cache(1, memory="disk", folder=tmp_path)
+    monkeypatch.setattr("oncelm.cache.memory_blocks.tempfile.mkstemp", refuse)
+    with pytest.raises(OSError, match=rf"cannot make a file in {tmp_path}: Permission denied"):
+        read(model, ids(1, 40), [], cache)
+
+
+@pytest.mark.parametrize("changes", [{"num_key_value_heads": 1}, {"num_key_value_heads": 4}, {"head_dim": 4}])
+def test_a_snapshot_of_other_heads_is_refused(changes) -> None:
+    model, other = make_long(), make_long(**changes)
+    cache = model.new_cache(1)
+    with pytest.raises(ValueError, match=r"layers\.0\..* of the snapshot has heads of"):
+        cache.restore(model_copy(other, ids(1, 45)).snapshot())
+    cache.restore(model_copy(model, ids(1, 45)).snapshot())  # nothing had changed
+
+
 def test_disk_memory_leaves_no_files(tmp_path) -> None:
     cache = make_long().new_cache(1, memory="disk", folder=tmp_path)
     read(make_long(), ids(1, 60), [], cache)
@@ -417,6 +457,8 @@ def test_a_full_disk_when_a_memory_is_saved(failure, monkeypatch, tmp_path: Path
         ({"memory": "knn", "top_k": 0}, "top_k must be a whole number of at least 1"),
         ({"memory": "cpu", "block_tokens": 0}, "block_tokens must be a whole number of at least 1"),
         ({"memory": "disk", "folder": "/no/such/folder"}, "'/no/such/folder' for the files of memory 'disk'"),
+        ({"dtype": "bfloat16"}, "did you mean 'torch.bfloat16'"),
+        ({"batch_size": "2"}, "batch_size must be a whole number of at least 1, got '2'"),
         ({"batch_size": 0}, "batch_size must be a whole number of at least 1"),
     ],
 )

@@ -298,6 +298,11 @@ def test_files_that_are_refused(tmp_path: Path) -> None:
     file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     with pytest.raises(ValueError, match="is damaged"):
         load_snapshot(file, mark)
+    for old, new in ((b'"columns":"30"', b'"columns":"20"'), (b'"lengths":"[30]"', b'"lengths":"oops"')):
+        assert old in whole
+        file.write_bytes(whole.replace(old, new))
+        with pytest.raises(ValueError, match="is damaged"):
+            load_snapshot(file, mark)
     file.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match="not a readable cache file"):
         load_snapshot(file, mark)

@@ -200,7 +200,7 @@ def test_a_bad_cache_file(yoco, generate, tmp_path, capsys) -> None:
     content = bytearray(file.read_bytes())
     content[-5] ^= 1
     file.write_bytes(content)
-    assert_refused(capsys, ["--model", str(yoco), *options, str(file)], "is damaged: the checksum")
+    assert_refused(capsys, ["--model", str(yoco), *options, str(file)], "is damaged: its checksum")
 
 
 # -- mistakes ---------------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """A cache on disk: one safetensors file, written atomically, checked when read.
 
-Its header holds the sequence lengths, the fingerprint of the model that computed it, and a checksum of the tensors: a
+Its header holds the sequence lengths, the fingerprint of the model that computed it, and a checksum of all of it: a
 file of another model, a damaged one or half of one is refused with a ValueError, never used.
 """
 
@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from oncelm.cache.model_cache import Snapshot
 from oncelm.utils.files import atomic_file
 
-FORMAT = "oncelm-cache-1"
+FORMAT = "oncelm-cache-2"
 
 
 def save_snapshot(snapshot: Snapshot, path: str | os.PathLike[str], fingerprint: str) -> None:
@@ -26,13 +26,9 @@ def save_snapshot(snapshot: Snapshot, path: str | os.PathLike[str], fingerprint:
     if snapshot.rewind_point is not None:
         raise ValueError("a rewind point has no shared K/V to save; take cache.snapshot(shared=True).")
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in snapshot.tensors.items()}
-    header = {
-        "format": FORMAT,
-        "fingerprint": fingerprint,
-        "lengths": json.dumps(snapshot.lengths),
-        "columns": str(snapshot.columns),
-        "checksum": _checksum(tensors),
-    }
+    lengths, columns = json.dumps(snapshot.lengths), str(snapshot.columns)
+    header = {"format": FORMAT, "fingerprint": fingerprint, "lengths": lengths, "columns": columns}
+    header["checksum"] = _checksum(tensors, lengths, columns)
     with atomic_file(path) as temporary:
         save_file(tensors, temporary, metadata=header)
 
@@ -60,8 +56,8 @@ def load_snapshot(path: str | os.PathLike[str], fingerprint: str, device: torch.
         raise ValueError(
             f"{path} was computed by another model (fingerprint {header['fingerprint']}, this model {fingerprint})."
         )
-    if header["checksum"] != _checksum(tensors):
-        raise ValueError(f"{path} is damaged: the checksum of its tensors does not match.")
+    if header["checksum"] != _checksum(tensors, header["lengths"], header["columns"]):
+        raise ValueError(f"{path} is damaged: its checksum does not match.")
     return Snapshot(
         {name: tensor.to(device) for name, tensor in tensors.items()},
         tuple(json.loads(header["lengths"])),
@@ -69,8 +65,8 @@ def load_snapshot(path: str | os.PathLike[str], fingerprint: str, device: torch.
     )
 
 
-def _checksum(tensors: dict[str, torch.Tensor]) -> str:
-    digest = hashlib.blake2b(digest_size=16)
+def _checksum(tensors: dict[str, torch.Tensor], lengths: str, columns: str) -> str:
+    digest = hashlib.blake2b(f"{lengths} {columns}".encode(), digest_size=16)
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

@@ -146,7 +146,8 @@ class LongLlamaCache(SequenceCache):
         """Take in a snapshot; the cache must be new.
 
         Raises:
-            ValueError: the cache holds tokens, or the snapshot is of another batch size or other layers, or too long.
+            ValueError: the cache holds tokens, or the snapshot is of another batch size, other layers or heads, or too
+                long; nothing has changed then.
         """
         if self.columns or self._running:
             raise ValueError("a snapshot is restored into a new cache: model.new_cache(...).")
@@ -154,9 +155,15 @@ class LongLlamaCache(SequenceCache):
             raise ValueError(f"the snapshot is of {len(snapshot.lengths)} sequences, the cache has {self.batch_size}.")
         if self.max_tokens is not None and max(snapshot.lengths) > self.max_tokens:
             raise ValueError(f"the snapshot holds {max(snapshot.lengths)} tokens, the cache at most {self.max_tokens}.")
-        here = {f"layers.{i}.{name}" for i, layer in enumerate(self.layers) for name in layer.state(*self._empty())}
-        if here | {"remembered", "local", "local_columns"} != set(snapshot.tensors):
+        empty = ((0,) * self.batch_size, (0,) * self.batch_size)
+        states = (layer.state(*empty) for layer in self.layers)
+        here = {f"layers.{i}.{name}": x for i, state in enumerate(states) for name, x in state.items()}
+        if {*here, "remembered", "local", "local_columns"} != set(snapshot.tensors):
             raise ValueError("the snapshot is of a cache with other layers than this one.")
+        for name, own in here.items():
+            heads, theirs = own.shape[2:], snapshot.tensors[name].shape[2:]
+            if heads != theirs:
+                raise ValueError(f"{name} of the snapshot has heads of {tuple(theirs)}, the cache of {tuple(heads)}.")
         remembered, local = (tuple(snapshot.tensors[name].tolist()) for name in ("remembered", "local"))
         self.begin()
         for i, layer in enumerate(self.layers):
@@ -166,9 +173,6 @@ class LongLlamaCache(SequenceCache):
         self.remembered, self.local = remembered, local
         self.columns, self.local_columns = snapshot.columns, int(snapshot.tensors["local_columns"])
         self.commit()
-
-    def _empty(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        return (0,) * self.batch_size, (0,) * self.batch_size
 
     def crop(self, tokens_to_remove: int) -> None:
         """Undo the last `abs(tokens_to_remove)` tokens of every sequence (Hugging Face passes them negative).

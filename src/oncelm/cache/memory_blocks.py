@@ -136,7 +136,10 @@ def _allocate(shape: tuple[int, ...], dtype: torch.dtype, place: torch.device | 
 def _in_file(shape: tuple[int, ...], dtype: torch.dtype, folder: Path) -> torch.Tensor:
     """A tensor whose memory is a file without a name: it goes when the tensor goes, or the process."""
     size = torch.Size(shape).numel()
-    descriptor, name = tempfile.mkstemp(dir=folder, prefix="oncelm-memory-")
+    try:
+        descriptor, name = tempfile.mkstemp(dir=folder, prefix="oncelm-memory-")
+    except OSError as error:
+        raise OSError(f"memory 'disk' cannot make a file in {folder}: {error.strerror}") from error
     try:
         # the space is taken now: on a full disk a write through the mapping would end the process
         os.posix_fallocate(descriptor, 0, size * dtype.itemsize)

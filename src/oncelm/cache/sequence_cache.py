@@ -27,7 +27,7 @@ class SequenceCache(Cache):
         super().__init__(layers=list(layers))
         self.max_tokens, self.made_for = max_tokens, made_for
         self.columns = 0
-        self._running = False  # between begin and commit; still set when a forward pass failed midway
+        self._running = False  # between begin and the end of a change; still set when that failed midway
 
     # -- what it holds --------------------------------------------------------------------------------------------
 
@@ -61,10 +61,10 @@ class SequenceCache(Cache):
     # -- a forward pass -------------------------------------------------------------------------------------------
 
     def check_whole(self) -> None:
-        """ValueError if a forward pass failed midway: some layers have taken its tokens in, others not."""
+        """ValueError if a forward pass or `select` failed midway: some layers are behind it, others are not."""
         if self._running:
             raise ValueError(
-                f"an earlier forward pass on this cache failed midway, so its state is undefined: {self.after_failure}"
+                f"an earlier call on this cache failed midway, so its state is undefined: {self.after_failure}"
             )
 
     def check_room(self, new_tokens: Sequence[int]) -> None:
@@ -87,7 +87,8 @@ class SequenceCache(Cache):
         """Keep sequences `rows`, in that order, with repeats (beam search, dropping finished sequences).
 
         Raises:
-            ValueError: no rows, others than the cache has, or a cache whose forward pass failed midway.
+            ValueError: no rows, others than the cache has, or a cache on which a call failed midway.
+            OSError, RuntimeError: no room for the new rows; the cache is of no use then.
         """
         self.check_whole()
         given = torch.as_tensor(rows, device=self.device)
@@ -97,7 +98,9 @@ class SequenceCache(Cache):
         if min(chosen) < 0 or max(chosen) >= self.batch_size:
             raise ValueError(f"rows must be in 0..{self.batch_size - 1}, got {chosen}.")
         if chosen != list(range(self.batch_size)):
+            self.begin()
             self._select(given.long(), chosen)
+            self._running = False
 
     def _select(self, index: torch.Tensor, rows: list[int]) -> None:
         """Keep sequences `index` [M], which is `rows` on the device."""

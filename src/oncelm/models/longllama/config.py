@@ -88,6 +88,9 @@ class LongLlamaConfig(LlamaConfig):
         self.mem_layers = sorted(self.mem_layers)  # one order, one fingerprint
         if self.mem_dtype is not None:
             check_choice("mem_dtype", self.mem_dtype, MEMORY_DTYPES)
+        for name in ("mem_positionals", "cross_batch_stepping"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}.")
         check_whole(1, last_context_length=last_context_length, dataset_packing=self.dataset_packing)
         if not 1 <= last_context_length <= self.max_position_embeddings:
             raise ValueError(

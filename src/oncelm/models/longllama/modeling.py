@@ -21,12 +21,13 @@ from oncelm.models.causal_lm import CausalLM, check_cache_size, refuse_outputs
 from oncelm.models.checks import check_tokens, fingerprint
 from oncelm.models.compiling import CompilesLayers
 from oncelm.models.longllama.config import LongLlamaConfig
-from oncelm.models.longllama.memories import MemoryOptions, new_layers
+from oncelm.models.longllama.memories import MEMORIES, MemoryOptions, new_layers
 from oncelm.models.longllama.model import PLAIN, LongLlamaModel, Parts, compiled_parts
 from oncelm.models.rms_norm import RMSNorm
 from oncelm.ops import linear_cross_entropy
 from oncelm.ops.crossbatch import earlier_contexts
-from oncelm.utils.errors import check_whole
+from oncelm.utils.device import DTYPES
+from oncelm.utils.errors import check_choice, check_whole
 
 # Keys on which a memory's content depends, beside the weights; the others say how it is kept and read.
 _KEYS_OF_MEMORY = (
@@ -105,6 +106,8 @@ class LongLlamaForCausalLM(CompilesLayers, CausalLM):
             folder: of "disk": where its files go (they vanish with the cache); None means the temporary folder.
         """
         check_cache_size(batch_size, max_tokens)
+        if dtype is not None:
+            check_choice("dtype of a cache", dtype, [getattr(torch, name) for name in DTYPES])
         where = None if folder is None else Path(folder)
         options = MemoryOptions(memory, top_k, index, measure_recall, block_tokens, where)
         layers = new_layers(self.config, options, batch_size, max_tokens, dtype or self.dtype, self.device)
@@ -175,6 +178,8 @@ class LongLlamaForCausalLM(CompilesLayers, CausalLM):
         cache = past_key_values
         if cache is not None:
             self._check_cache(cache)
+        if memory is not None:
+            check_choice("memory", memory, MEMORIES)
         has_loss = labels is not None or targets is not None
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training and not has_loss
