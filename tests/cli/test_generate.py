@@ -372,7 +372,8 @@ def test_longllama_options(long, llama, yoco, generate, capsys) -> None:
     assert generate(llama, "--mem-layers", "0", "--prompt", TEXT, "--max-new-tokens", "5")
     for model, arguments, message in (
         (long, ["--prefill-chunk-size", "4"], "they read window by window"),
-        (long, ["--last-context-length", "17"], "from 1 to the window of 16, got 17"),
+        (long, ["--last-context-length", "17"], "from 1 to the model's window of 16, got 17"),
+        (long, ["--last-context-length", "0"], "from 1 to the model's window of 16, got 0"),
         (long, ["--memory", "cpus"], "did you mean 'cpu'"),
         (long, ["--mem-layers", "0"], "are not the checkpoint's"),
         (llama, ["--memory", "cpu"], "with --mem-layers a LLaMA-family model becomes one"),

@@ -148,6 +148,9 @@ def check_memory_options(config: PreTrainedConfig, args: argparse.Namespace) -> 
     if config.model_type == "longllama":
         if args.prefill_chunk_size is not None:
             raise ValueError("--prefill-chunk-size is not for LongLLaMA models: they read window by window.")
+        given, window = args.last_context_length, config.max_position_embeddings
+        if given is not None and not 1 <= given <= window:
+            raise ValueError(f"--last-context-length must be from 1 to the model's window of {window}, got {given}.")
         return
     for option in ("last_context_length", "memory"):
         if getattr(args, option) is not None:

@@ -107,7 +107,7 @@ class LongLlamaForCausalLM(CompilesLayers, CausalLM):
         """
         check_cache_size(batch_size, max_tokens)
         if dtype is not None:
-            check_choice("dtype of a cache", dtype, [getattr(torch, name) for name in DTYPES])
+            check_choice("dtype of a cache", dtype, DTYPES.values())
         where = None if folder is None else Path(folder)
         options = MemoryOptions(memory, top_k, index, measure_recall, block_tokens, where)
         layers = new_layers(self.config, options, batch_size, max_tokens, dtype or self.dtype, self.device)
