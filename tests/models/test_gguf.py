@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -56,19 +57,31 @@ def interleaved(weight: np.ndarray, heads: int) -> np.ndarray:
     return weight.reshape(heads, 2, -1, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
 
 
-def write(model: LlamaForCausalLM, file: Path, architecture: str = "llama", quantisation: str | None = None) -> None:
+def write(
+    model: LlamaForCausalLM,
+    file: Path,
+    architecture: str = "llama",
+    quantisation: str | None = None,
+    **metadata: int | None,
+) -> None:
+    """A GGUF file of the model, with these numbers of its metadata changed, or left out where None."""
     config = model.config
     writer = gguf.GGUFWriter(str(file), architecture)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
+    sizes = {
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "block_count": config.num_hidden_layers,
+        "feed_forward_length": config.intermediate_size,
+        "head_count": config.num_attention_heads,
+        "head_count_kv": config.num_key_value_heads,
+        "rope_dimension_count": config.head_dim,
+        "vocab_size": config.vocab_size,
+    }
+    for name, size in (sizes | metadata).items():
+        if size is not None:
+            getattr(writer, f"add_{name}")(size)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_rope_dimension_count(config.head_dim)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_vocab_size(config.vocab_size)
     tokenizer = oncelm.load_tokenizer("bytes")
     tokens = [*sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().__getitem__), "Hi", "He"]
     writer.add_tokenizer_model("gpt2")
@@ -142,8 +155,9 @@ def test_convert_writes_a_folder_with_the_tokenizer(file, tmp_path, capsys) -> N
     ("damage", "message"),
     [
         (lambda f: f.write_bytes(b"no"), "does not start with GGUF"),
-        (lambda f: os.truncate(f, 300), "model.gguf"),
-        (lambda f: os.truncate(f, f.stat().st_size - 500), "model.gguf"),
+        (lambda f: os.truncate(f, 4), "is damaged or cut off: it has 4 bytes and should have at least 8."),
+        (lambda f: f.write_bytes(f.read_bytes()[:4] + b"\x09" + f.read_bytes()[5:]), "version 9"),
+        (lambda f: f.write_bytes(f.read_bytes()[:16] + b"\xff" * 8), "is damaged or cut off: it has 24 bytes"),
         (lambda f: write(make_llama(), f, architecture="gpt2"), "architecture 'gpt2'; only LLaMA-family"),
     ],
 )
@@ -154,6 +168,71 @@ def test_a_bad_file_is_refused_in_one_line(file, tmp_path, damage, message, caps
     assert message in error
     assert error.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("part", [0.0002, 0.001, 0.01, 0.03, 0.3, 0.999])
+def test_a_file_cut_off_anywhere_is_called_cut_off(file, part, capsys) -> None:
+    whole = file.stat().st_size
+    kept = int(whole * part)
+    os.truncate(file, kept)
+    assert main(["convert", str(file), str(file.parent / "out")]) == 2
+    error = capsys.readouterr().err
+    should = re.fullmatch(
+        rf"oncelm: error: {re.escape(str(file))} is damaged or cut off: it has {kept:,} bytes "
+        r"and should have (at least )?([\d,]+)\.\n",
+        error,
+    )
+    assert should, error
+    size = int(should[2].replace(",", ""))
+    assert kept < size <= whole if should[1] else size == whole  # known once the header is whole
+    assert bool(should[1]) == (part < 0.02)
+    assert not (file.parent / "out").exists()
+
+
+def test_an_array_longer_than_the_file_is_damage(file) -> None:
+    data = file.read_bytes()
+    at = data.index(b"tokenizer.ggml.token_type") + len(b"tokenizer.ggml.token_type") + 8  # kind, kind of the items
+    file.write_bytes(data[:at] + (2**60).to_bytes(8, "little") + data[at + 8 :])
+    with pytest.raises(ValueError, match=r"is damaged"):
+        read_gguf(file)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ({"head_count": 0}, "llama.attention.head_count must be a whole number of at least 1, got 0"),
+        ({"head_count": None}, "llama.attention.head_count must be a whole number of at least 1, got None"),
+        ({"head_count": 3}, r"head_count 3: of dimension 16 they are 48 rows of blk.0.attn_q.weight, which has 64"),
+        ({"head_count": 8}, r"head_count 8: of dimension 16 they are 128 rows of blk.0.attn_q.weight, which has 64"),
+        (
+            {"head_count": 8, "rope_dimension_count": None},
+            "head_count_kv 2: of dimension 8 they are 16 rows of blk.0.a",
+        ),
+        ({"head_count_kv": 0}, "llama.attention.head_count_kv must be a whole number of at least 1, got 0"),
+        (
+            {"head_count_kv": 3},
+            "head_count_kv 3: of dimension 16 they are 48 rows of blk.0.attn_k.weight, which has 32",
+        ),
+        ({"rope_dimension_count": 8}, "head_count 4: of dimension 8 they are 32 rows of blk.0.attn_q.weight"),
+        ({"block_count": 1}, "llama.block_count 1 and the tensors of 2 blocks"),
+        ({"block_count": 3}, "lacks 9 tensors: model.layers.2."),
+        ({"embedding_length": 32}, r"weight is \[262, 64\], its metadata asks for \[262, 32\]"),
+        ({"feed_forward_length": 32}, r"down_proj.weight is \[64, 96\], its metadata asks for \[64, 32\]"),
+        ({"vocab_size": 100}, r"weight is \[262, 64\], its metadata asks for \[100, 64\]"),
+        ({"context_length": None}, "llama.context_length must be a whole number of at least 1, got None"),
+    ],
+)
+def test_metadata_that_are_not_the_tensors(metadata, message, tmp_path) -> None:
+    write(make_llama(), tmp_path / "model.gguf", **metadata)
+    with pytest.raises(ValueError, match=message) as refused:
+        read_gguf(tmp_path / "model.gguf")
+    assert "\n" not in str(refused.value)
+
+
+def test_metadata_with_defaults(tmp_path) -> None:
+    write(make_llama(), tmp_path / "model.gguf", rope_dimension_count=None, vocab_size=None)
+    model, _ = read_gguf(tmp_path / "model.gguf")
+    torch.testing.assert_close(logits(model), logits(make_llama()), rtol=0, atol=1e-5)
 
 
 def test_options_that_make_no_sense(file, tmp_path, capsys) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, T5Config
 
 import oncelm
-from oncelm.models.load import quiet_transformers, read_config
+from oncelm.models.load import errors_in_one_line, quiet_transformers, read_config
+from oncelm.models.longllama.llama_keys import SIZES
 from tests.models.small import KINDS, make_model
 
 
@@ -164,6 +166,77 @@ def test_a_pickle_cannot_run_code(folder, tmp_path) -> None:
     with pytest.raises(ValueError, match="could run code, so it is refused"):
         oncelm.load(folder)
     assert not (tmp_path / "harm").exists()
+
+
+@pytest.fixture
+def llama(tmp_path) -> Path:
+    """A plain LLaMA in a folder."""
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2
+    )
+    with quiet_transformers():
+        LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
+    return tmp_path / "llama"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        *(
+            ({name: value}, f"{name} must be a whole number of at least 1, got {value!r}.")
+            for name in SIZES
+            for value in (0, -1, "8", 1.5)
+        ),
+        ({"hidden_act": "sliu"}, "unknown hidden_act 'sliu'; did you mean 'silu'? Allowed: gelu, "),
+        ({"max_position_embeddings": "8"}, "'max_position_embeddings' expected int, got str (value: '8')"),
+        ({"rms_norm_eps": "small"}, "'rms_norm_eps' expected float, got str (value: 'small')"),
+        ({"num_attention_heads": 3}, "The hidden size (16) is not a multiple of the number of attention heads (3)."),
+        ({"rope_parameters": {"rope_type": "foo"}}, ": KeyError: 'foo'"),
+        ({"pad_token_id": 64}, ": AssertionError: Padding_idx must be within num_embeddings"),
+    ],
+)
+def test_a_bad_key_of_a_llama_is_named_with_its_value(changes, message, llama) -> None:
+    edit_config(llama, **changes)
+    with pytest.raises(ValueError, match=re.escape(message)) as refused:
+        oncelm.load(llama)
+    assert "\n" not in str(refused.value)
+    assert str(llama) in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"max_position_embeddings": "8"}, "'max_position_embeddings' expected int, got str (value: '8')"),
+        ({"rms_norm_eps": "small"}, "'rms_norm_eps' expected float, got str (value: 'small')"),
+        ({"attention_bias": 3}, "'attention_bias' expected bool, got int (value: 3)"),
+    ],
+)
+def test_a_bad_override_is_named_with_its_value(overrides, message, llama) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)) as refused:
+        oncelm.load(llama, mem_layers=[1], **overrides)
+    assert "\n" not in str(refused.value)
+
+
+def test_absent_keys_of_a_llama_have_defaults(llama) -> None:
+    edit_config(llama, head_dim=None, num_key_value_heads=None)
+    assert oncelm.load(llama).config.head_dim == 8
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (KeyError("heads"), "KeyError: 'heads'"),
+        (ZeroDivisionError("integer modulo by zero"), "ZeroDivisionError: integer modulo by zero"),
+        (NotImplementedError(), "NotImplementedError"),
+        (RuntimeError("first:\n\n    second\tline  \n"), "first: second line"),
+        (TypeError("a" * 500 + "b" * 7000 + "c" * 500), "a" * 500 + " ... " + "c" * 500),
+    ],
+)
+def test_errors_in_one_line(error, reason, tmp_path) -> None:
+    with pytest.raises(ValueError, match="cannot load a model from") as refused, errors_in_one_line(tmp_path):
+        raise error
+    assert str(refused.value) == f"cannot load a model from {tmp_path}: {reason}"
+    assert refused.value.__cause__ is error
 
 
 def test_no_folder(tmp_path, monkeypatch) -> None:

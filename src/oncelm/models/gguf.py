@@ -7,17 +7,27 @@ interleaved RoPE. Here its result is checked and completed.
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from oncelm.models.load import errors_in_one_line, quiet_transformers
+from oncelm.models.load import check_complete, errors_in_one_line, quiet_transformers
+from oncelm.utils.errors import check_whole
+
+if TYPE_CHECKING:
+    from gguf import GGUFReader
 
 MAGIC = b"GGUF"
+HEADS, KV_HEADS, HEAD_DIM = "llama.attention.head_count", "llama.attention.head_count_kv", "llama.rope.dimension_count"
+WIDTH, BLOCKS = "llama.embedding_length", "llama.block_count"
+REQUIRED = (HEADS, WIDTH, BLOCKS, "llama.feed_forward_length", "llama.context_length")
+OPTIONAL = (KV_HEADS, HEAD_DIM, "llama.vocab_size")
 SPECIAL_TOKENS = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
 
 
@@ -41,23 +51,28 @@ def read_gguf(
 
     Raises:
         ImportError: the package gguf is not installed.
-        ValueError: damaged, of another architecture, or incomplete.
+        ValueError: damaged, cut off, of another architecture, incomplete, or with metadata that are not its tensors'.
     """
     if importlib.util.find_spec("gguf") is None:
         raise ImportError(f"{path}: reading GGUF files needs `pip install 'oncelm[gguf]'`")
     file = Path(path)
     with errors_in_one_line(path), quiet_transformers():
-        fields = _fields(file)
+        reader = _open(file)
+        fields = _fields(reader)
         if fields.get("general.architecture") != "llama":
             raise ValueError(
                 f"{path} is a GGUF file of architecture {fields.get('general.architecture')!r}; only LLaMA-family "
                 "models ('llama') can be read."
             )
+        _check_sizes(path, fields, {tensor.name: tensor.shape.tolist() for tensor in reader.tensors})
         model, info = AutoModelForCausalLM.from_pretrained(
-            file.parent, gguf_file=file.name, dtype=dtype or torch.float32, output_loading_info=True
+            file.parent,
+            gguf_file=file.name,
+            dtype=dtype or torch.float32,
+            ignore_mismatched_sizes=True,  # they are listed in `info` instead, and refused
+            output_loading_info=True,
         )
-        if missing := sorted(info["missing_keys"]):
-            raise ValueError(f"{path} lacks {len(missing)} tensors: {', '.join(missing[:4])}.")
+        check_complete(path, info, shapes_in="its metadata")
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     _forget_the_file(model)
     if fields.get("tokenizer.ggml.pre") == "smollm":  # transformers leaves out that digits stand alone
@@ -69,17 +84,64 @@ def read_gguf(
     return model.eval(), tokenizer
 
 
-def _fields(file: Path) -> dict[str, Any]:
-    """The single-valued metadata of a file."""
-    from gguf import GGUFReader
+def _open(file: Path) -> GGUFReader:
+    """The metadata and tensors of a file that is whole."""
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader
 
     with file.open("rb") as stream:
         if stream.read(len(MAGIC)) != MAGIC:
             raise ValueError(f"{file} is no GGUF file: it does not start with {MAGIC.decode()}.")
+    size = file.stat().st_size
+
+    class WholeFile(GGUFReader):
+        """Stops at the end of the file, where GGUFReader goes on with empty arrays."""
+
+        def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
+            if (end := int(offset) + np.dtype(dtype).itemsize * int(count)) > size:
+                raise EOFError(f"it has {size:,} bytes and should have at least {end:,}")
+            return super()._get(offset, dtype, count, override_order)
+
+        def _build_tensors(self, start_offs: int, fields: list[Any]) -> None:
+            try:
+                super()._build_tensors(start_offs, fields)
+            except EOFError:  # of the first tensor that is cut; the file should have them all
+                ends = [int(start_offs)]
+                for _, _, _, shape, kind, offset in (field.parts for field in fields):
+                    block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(kind[0])]
+                    ends.append(ends[0] + int(offset[0]) + math.prod(shape.tolist()) // block * block_bytes)
+                raise EOFError(f"it has {size:,} bytes and should have {max(ends):,}") from None
+
+    try:
+        return WholeFile(file)
+    except EOFError as error:
+        raise ValueError(f"{file} is damaged or cut off: {error}.") from None
+    except Exception as error:  # numpy, enum and unicode errors: whatever stands where a number or a name should be
+        raise ValueError(f"{file} is damaged: {type(error).__name__}: {error}") from error
+
+
+def _fields(reader: GGUFReader) -> dict[str, Any]:
+    """The metadata used here."""
     special = (f"tokenizer.ggml.{name}_token_id" for name in SPECIAL_TOKENS)
-    names = ("general.architecture", "tokenizer.ggml.pre", *special)
-    fields = GGUFReader(file).fields
-    return {name: fields[name].contents() for name in names if name in fields}
+    names = ("general.architecture", "tokenizer.ggml.pre", *special, *REQUIRED, *OPTIONAL)
+    return {name: reader.fields[name].contents() for name in names if name in reader.fields}
+
+
+def _check_sizes(path: str | os.PathLike[str], fields: dict[str, Any], shapes: dict[str, list[int]]) -> None:
+    """Refuse sizes that are missing or not those of the tensors; transformers takes defaults, or drops layers."""
+    check_whole(1, **{name: fields.get(name) for name in REQUIRED})
+    check_whole(1, **{name: fields[name] for name in OPTIONAL if name in fields})
+    heads = fields[HEADS]
+    head_dim = fields.get(HEAD_DIM, fields[WIDTH] // heads)
+    for name, count, tensor in ((HEADS, heads, "attn_q"), (KV_HEADS, fields.get(KV_HEADS, heads), "attn_k")):
+        shape = shapes.get(f"blk.0.{tensor}.weight")  # (columns, rows)
+        if shape and shape[1] != count * head_dim:
+            raise ValueError(
+                f"{path} has {name} {count}: of dimension {head_dim} they are {count * head_dim} rows of "
+                f"blk.0.{tensor}.weight, which has {shape[1]}."
+            )
+    blocks = len({name.split(".")[1] for name in shapes if name.startswith("blk.")})
+    if blocks > fields[BLOCKS]:  # fewer are missing tensors
+        raise ValueError(f"{path} has {BLOCKS} {fields[BLOCKS]} and the tensors of {blocks} blocks.")
 
 
 def _forget_the_file(model: PreTrainedModel) -> None:

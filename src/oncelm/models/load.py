@@ -24,6 +24,7 @@ from transformers.utils import logging as transformers_logging
 
 from oncelm.models.compiling import CompilesLayers
 from oncelm.models.longllama.config import LongLlamaConfig
+from oncelm.models.longllama.llama_keys import check_llama_keys
 from oncelm.models.sharded import is_sharded_folder, read_shards
 from oncelm.models.yoco.modeling import YocoForCausalLM
 from oncelm.models.yoco.official import is_official_folder, read_official, read_params, unsafe_pickle
@@ -32,6 +33,14 @@ from oncelm.utils.device import resolve_device, resolve_dtype
 from oncelm.utils.errors import check_choice
 
 logger = logging.getLogger(__name__)
+
+LONGEST_REASON = 1000  # characters: some of transformers' errors list every model there is
+TERSE_ERRORS = (
+    LookupError,
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+)  # a KeyError's text is the key, and no more
 
 
 def load(
@@ -93,7 +102,7 @@ def _read_model(
             ignore_mismatched_sizes=True,  # they are listed in `info` instead, and refused below
             output_loading_info=True,
         )
-    _check_complete(path, info)
+    check_complete(path, info)
     return model.to(target).eval()
 
 
@@ -103,8 +112,10 @@ def read_config(path: str | os.PathLike[str], **overrides: Any) -> PreTrainedCon
         if overrides:
             raise ValueError(f"{path} is an official YOCO folder: {', '.join(overrides)} are keys of LongLLaMA models.")
         return read_params(path)
-    _check_folder(path)
+    settings = _check_folder(path)
     with errors_in_one_line(path), quiet_transformers():
+        if settings.get("model_type") == LlamaConfig.model_type:
+            check_llama_keys(settings)
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         if not overrides:
             return config
@@ -146,11 +157,12 @@ def quiet_transformers(progress_bars: bool = False) -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _check_folder(path: str | os.PathLike[str]) -> None:
+def _check_folder(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The settings in a folder's config.json; none for what may be a hub id."""
     folder = Path(path)
     if not folder.exists():
         if _may_be_hub_id(path):
-            return
+            return {}
         hint = " That is a preset: a shape without weights; `oncelm train` makes some." if str(path) in PRESETS else ""
         raise FileNotFoundError(f"no model folder at {path}.{hint}")
     config = folder / "config.json"
@@ -166,6 +178,7 @@ def _check_folder(path: str | os.PathLike[str]) -> None:
         raise ValueError(f"{config} is not JSON: {error}") from error
     if not isinstance(settings, dict) or "model_type" not in settings:
         raise ValueError(f"{config} describes no model: it must be a JSON object with a key model_type.")
+    return settings
 
 
 def _may_be_hub_id(path: str | os.PathLike[str]) -> bool:
@@ -173,14 +186,14 @@ def _may_be_hub_id(path: str | os.PathLike[str]) -> bool:
     return bool(owner and slash and name) and "/" not in name and owner[0] not in ".~"
 
 
-def _check_complete(path: str | os.PathLike[str], info: dict[str, Any]) -> None:
+def check_complete(path: str | os.PathLike[str], info: dict[str, Any], shapes_in: str = "config.json") -> None:
     """What transformers only warns of: parts of the model that would be random numbers."""
     missing, mismatched = sorted(info["missing_keys"]), sorted(info["mismatched_keys"])
     if missing:
         raise ValueError(f"{path} lacks {_some(missing)}.")
     if mismatched:
         name, found, expected = mismatched[0]
-        raise ValueError(f"{path}: {name} is {list(found)}, config.json asks for {list(expected)}.")
+        raise ValueError(f"{path}: {name} is {list(found)}, {shapes_in} asks for {list(expected)}.")
     if unexpected := sorted(info["unexpected_keys"]):
         logger.warning("%s: not used by this model: %s.", path, _some(unexpected))
 
@@ -197,9 +210,18 @@ def errors_in_one_line(path: str | os.PathLike[str]) -> Iterator[None]:
     except pickle.UnpicklingError as error:
         raise unsafe_pickle(path) from error
     except Exception as error:  # config classes, safetensors and torch each raise their own
-        lines = str(error).splitlines()
-        reason = next((line.strip() for line in lines if line.strip()), type(error).__name__)
+        reason = _reason(error)
         where = str(path) if Path(path).exists() else f"{path} (no such folder, so taken for a Hugging Face hub id)"
         raise ValueError(
             reason if reason.startswith(str(path)) else f"cannot load a model from {where}: {reason}"
         ) from error
+
+
+def _reason(error: Exception) -> str:
+    """An error's text in one line, with its type where the text alone may say nothing."""
+    text = " ".join(str(error).split())
+    if len(text) > LONGEST_REASON:  # the cause may stand at either end
+        text = f"{text[: LONGEST_REASON // 2]} ... {text[-LONGEST_REASON // 2 :]}"
+    if not text:
+        return type(error).__name__
+    return f"{type(error).__name__}: {text}" if isinstance(error, TERSE_ERRORS) else text
