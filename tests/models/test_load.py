@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, T5Config
 
 import oncelm
 from oncelm.models.load import errors_in_one_line, quiet_transformers, read_config
-from oncelm.models.longllama.llama_keys import SIZES
+from oncelm.models.longllama.config import LLAMA_SIZES
 from tests.models.small import KINDS, make_model
 
 
@@ -184,7 +184,7 @@ def llama(tmp_path) -> Path:
     [
         *(
             ({name: value}, f"{name} must be a whole number of at least 1, got {value!r}.")
-            for name in SIZES
+            for name in LLAMA_SIZES
             for value in (0, -1, "8", 1.5)
         ),
         ({"hidden_act": "sliu"}, "unknown hidden_act 'sliu'; did you mean 'silu'? Allowed: gelu, "),

@@ -7,12 +7,10 @@ interleaved RoPE. Here its result is checked and completed.
 from __future__ import annotations
 
 import importlib.util
-import math
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -86,37 +84,16 @@ def read_gguf(
 
 def _open(file: Path) -> GGUFReader:
     """The metadata and tensors of a file that is whole."""
-    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader
+    from gguf import GGUFReader
 
     with file.open("rb") as stream:
         if stream.read(len(MAGIC)) != MAGIC:
             raise ValueError(f"{file} is no GGUF file: it does not start with {MAGIC.decode()}.")
-    size = file.stat().st_size
-
-    class WholeFile(GGUFReader):
-        """Stops at the end of the file, where GGUFReader goes on with empty arrays."""
-
-        def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
-            if (end := int(offset) + np.dtype(dtype).itemsize * int(count)) > size:
-                raise EOFError(f"it has {size:,} bytes and should have at least {end:,}")
-            return super()._get(offset, dtype, count, override_order)
-
-        def _build_tensors(self, start_offs: int, fields: list[Any]) -> None:
-            try:
-                super()._build_tensors(start_offs, fields)
-            except EOFError:  # of the first tensor that is cut; the file should have them all
-                ends = [int(start_offs)]
-                for _, _, _, shape, kind, offset in (field.parts for field in fields):
-                    block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(kind[0])]
-                    ends.append(ends[0] + int(offset[0]) + math.prod(shape.tolist()) // block * block_bytes)
-                raise EOFError(f"it has {size:,} bytes and should have {max(ends):,}") from None
-
     try:
-        return WholeFile(file)
-    except EOFError as error:
-        raise ValueError(f"{file} is damaged or cut off: {error}.") from None
-    except Exception as error:  # numpy, enum and unicode errors: whatever stands where a number or a name should be
-        raise ValueError(f"{file} is damaged: {type(error).__name__}: {error}") from error
+        return GGUFReader(file)
+    except Exception as error:  # numpy, enum and unicode errors: of what stands where a number or a name should be
+        size, kind = file.stat().st_size, type(error).__name__
+        raise ValueError(f"{file} is damaged, or cut off after {size:,} bytes ({kind}: {error}).") from error
 
 
 def _fields(reader: GGUFReader) -> dict[str, Any]:

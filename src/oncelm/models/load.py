@@ -23,8 +23,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from oncelm.models.compiling import CompilesLayers
-from oncelm.models.longllama.config import LongLlamaConfig
-from oncelm.models.longllama.llama_keys import check_llama_keys
+from oncelm.models.longllama.config import LongLlamaConfig, check_llama_keys
 from oncelm.models.sharded import is_sharded_folder, read_shards
 from oncelm.models.yoco.modeling import YocoForCausalLM
 from oncelm.models.yoco.official import is_official_folder, read_official, read_params, unsafe_pickle
@@ -35,12 +34,7 @@ from oncelm.utils.errors import check_choice
 logger = logging.getLogger(__name__)
 
 LONGEST_REASON = 1000  # characters: some of transformers' errors list every model there is
-TERSE_ERRORS = (
-    LookupError,
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-)  # a KeyError's text is the key, and no more
+TERSE_ERRORS = (LookupError, ArithmeticError, AssertionError, AttributeError)  # a KeyError's text is the key alone
 
 
 def load(

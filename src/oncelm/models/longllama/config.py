@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import GenerationConfig, LlamaConfig
+from transformers.activations import ACT2FN
 
 from oncelm.models.yoco.config import _TRANSFORMERS_KEYS
 from oncelm.utils.device import DTYPES
 from oncelm.utils.errors import check_choice, check_whole, unknown
 
 MEMORY_DTYPES = (*DTYPES, "int8")
+LLAMA_SIZES = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
+    *("num_attention_heads", "num_key_value_heads", "head_dim"),
+)
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
 # Keys of LLaMA's older configurations and of the official LongLLaMA folders that mean nothing here, or are translated.
 _OLDER_KEYS = {
@@ -66,6 +71,7 @@ class LongLlamaConfig(LlamaConfig):
         self.mem_layers = _layer_list(self.mem_layers)
         if self.mem_attention_grouping is not None:
             self.mem_attention_grouping = _heads_and_queries(self.mem_attention_grouping)
+        check_llama_keys(vars(self))  # before LLaMA's own code divides by them
         super().__post_init__(**kwargs)
         check_whole(1, max_position_embeddings=self.max_position_embeddings)
         if self.last_context_length is None:
@@ -122,6 +128,13 @@ class LongLlamaConfig(LlamaConfig):
         given = {key: kwargs.pop(key) for key in cls.own_keys() if key in kwargs}
         check_mem_layers(config_dict.get("mem_layers"), given.get("mem_layers"))
         return super().from_dict({**config_dict, **given}, **kwargs)
+
+
+def check_llama_keys(settings: Mapping[str, Any]) -> None:
+    """Raise ValueError naming the first key whose value no LLaMA can have; one that is absent or None has a default."""
+    check_whole(1, **{name: settings[name] for name in LLAMA_SIZES if settings.get(name) is not None})
+    if settings.get("hidden_act") is not None:
+        check_choice("hidden_act", settings["hidden_act"], ACT2FN)
 
 
 def llama_settings(settings: dict[str, Any]) -> dict[str, Any]:
