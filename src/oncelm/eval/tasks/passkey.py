@@ -17,8 +17,10 @@ from oncelm.eval.examples import Example, Generate, Output, Scores
 from oncelm.eval.model import Codec
 from oncelm.eval.papers import PASSKEY
 from oncelm.eval.results import Run
+from oncelm.eval.statistics import estimate
 from oncelm.eval.task import Task, option
-from oncelm.eval.views import View, by_column, tokens
+from oncelm.eval.views import Curves, View, by_column, group, heatmap, tokens
+from oncelm.utils.errors import check_whole
 
 TASK = (
     "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. "
@@ -32,29 +34,28 @@ LARGEST_KEY = 50_000
 
 @dataclass(frozen=True)
 class Passkey(Task):
-    """The pass key stands at a random place of the filler in every trial."""
+    """The pass key stands at a random place of the filler in every trial, or at each of some depths."""
 
     name: ClassVar[str] = "passkey"
     summary: ClassVar[str] = "find a number in a long text of five sentences over and over"
 
     lengths: tuple[int, ...] = option((4096, 16384, 32768), "tokens of prompt and answer together")
-    trials: int = option(20, "samples of each length")
+    depths: int = option(0, "depths of the key, evenly from 0 to 100 %%; 0: a random one in every trial")
+    trials: int = option(20, "samples of each length, and of each depth")
     max_new_tokens: int = option(10, "tokens of the answer")
 
     def __post_init__(self) -> None:
-        for name in ("trials", "max_new_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        check_whole(0, depths=self.depths)
+        check_whole(1, trials=self.trials, max_new_tokens=self.max_new_tokens)
 
     def count(self) -> int:
-        return len(self.lengths) * self.trials
+        return len(self.lengths) * max(1, self.depths) * self.trials
 
     def examples(self, codec: Codec, seed: int) -> Iterator[Example]:
         codec.check(KEY.format(key=1234567890), "the pass key")
         start, filler, question = np.concatenate([codec.prefix, codec.encode(TASK)]), codec.encode(FILLER), QUESTION
         for length in self.lengths:
-            places = np.sort(np.random.default_rng([seed, length]).random(self.trials))  # ever deeper: read once
-            for trial, place in enumerate(places.tolist()):
+            for trial, place in enumerate(self._places(seed, length)):
                 key = str(np.random.default_rng([seed, length, trial]).integers(1, LARGEST_KEY + 1))
                 hidden, asked = codec.encode(KEY.format(key=key)), codec.encode(question)
                 room = length - self.max_new_tokens - len(start) - len(hidden) - len(asked)
@@ -66,6 +67,13 @@ class Passkey(Task):
                 prompt = np.concatenate([start, text[:at], hidden, text[at:], asked])
                 tags = {"context_length": length, "depth": round(100 * place, 1), "trial": trial}
                 yield Generate(prompt, key, self.max_new_tokens, tags=tags)
+
+    def _places(self, seed: int, length: int) -> list[float]:
+        """Where the keys stand, as shares of the filler; ever deeper, so that what texts share is read once."""
+        if self.depths:
+            evenly = np.linspace(0, 1, self.depths) if self.depths > 1 else np.array([0.5])
+            return np.repeat(evenly, self.trials).tolist()
+        return np.sort(np.random.default_rng([seed, length]).random(self.trials)).tolist()
 
     def decided(self, example: Example, text: str) -> bool:
         """Something else than a digit is there, behind a number or instead of one."""
@@ -81,9 +89,18 @@ class Passkey(Task):
     @classmethod
     def views(cls, runs: Sequence[Run]) -> list[View]:
         quoted = {label: {length: f"{v:.3f}" for length, v in row.items()} for label, row in PASSKEY.items()}
-        note = "95 % interval in brackets."
-        return [
-            by_column(
-                "share right, by length", runs, "correct", "context_length", head=tokens, quoted=quoted, note=note
-            )
+        title, note = "share right, by length", "95 % interval in brackets."
+        table = by_column(title, runs, "correct", "context_length", head=tokens, quoted=quoted, note=note)
+        series = {}
+        for run in runs:
+            found = group(run.samples.values(), ("context_length",))
+            series[run.label] = [
+                (length, estimate([s["scores"]["correct"] for s in samples]).mean)
+                for (length,), samples in sorted(found.items())
+            ]
+        maps = [
+            heatmap(run, "correct", "context_length", "depth", run.label, "tokens", "depth, %")
+            for run in runs
+            if run.configuration["options"].get("depths")  # random ones are all different
         ]
+        return [table, Curves(title, "tokens", "share right", series), *maps]
