@@ -208,14 +208,17 @@ def test_cross_decoder_never_sees_an_unwanted_position(models, kind) -> None:
     labels[0, 5] = labels[1, 9] = 3
     model(ids, use_cache=False, logits_to_keep=2)
     model(ids, use_cache=False, logits_to_keep=torch.tensor([1, 4, 7]))
+    model.train()
     model(ids, labels=labels)
+    model.eval()
+    model(ids, labels=labels, logits_to_keep=torch.empty(0, dtype=torch.long))
     cache = model.new_cache(2, 12)
     model.prefill(ids, cache, chunk_size=5)
     for hook in hooks:
         hook.remove()
     n = len(behind)
     assert n > 0
-    assert seen == [4] * n + [6] * n + [2] * n + [2] * n
+    assert seen == [4] * n + [6] * n + [2] * n + [2] * n + [2] * n
 
 
 def test_labels_and_logits_together(models) -> None:

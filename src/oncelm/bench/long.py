@@ -11,6 +11,7 @@ from oncelm.bench.gate import CHUNK, STEPS
 from oncelm.bench.peer import SHAPE_KEYS
 from oncelm.cache.long_cache import LongLlamaCache
 from oncelm.models import LongLlamaConfig, LongLlamaForCausalLM
+from oncelm.models.inputs import NOTHING
 from oncelm.models.work import LongLlamaWork
 
 
@@ -43,7 +44,8 @@ class LongLlama:
         return output.logits.detach()
 
     def loss(self, ids: torch.Tensor) -> torch.Tensor:
-        return self.model(ids, labels=ids, use_cache=False, last_context_length=self._local(CHUNK) + STEPS).loss
+        last = self._local(CHUNK) + STEPS
+        return self.model(ids, labels=ids, use_cache=False, last_context_length=last, logits_to_keep=NOTHING).loss
 
     def prefill(
         self, ids: torch.Tensor, room: int = 0, chunk_size: int | None = None

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from oncelm.cache import ModelCache
 from oncelm.models import YocoConfig, YocoForCausalLM
+from oncelm.models.inputs import NOTHING
 from oncelm.models.work import WorkCounts, YocoWork
 from oncelm.ops.quantize import LARGEST
 
@@ -125,7 +126,7 @@ class Yoco:
         return logits
 
     def loss(self, ids: torch.Tensor) -> torch.Tensor:
-        return self.model(ids, labels=ids, use_cache=False).loss
+        return self.model(ids, labels=ids, use_cache=False, logits_to_keep=NOTHING).loss
 
     def prefill(
         self, ids: torch.Tensor, room: int = 0, chunk_size: int | None = None

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+import torch
+from torch.utils.checkpoint import checkpoint
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.generation.configuration_utils import GenerationMode
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from oncelm.cache.sequence_cache import SequenceCache
 from oncelm.models.checks import refuse_incomplete
+from oncelm.models.headless import Headless
 from oncelm.utils.errors import check_whole, unknown
 
 
@@ -19,13 +24,16 @@ class CausalLM(PreTrainedModel, GenerationMixin):
 
     Attributes:
         cache_keys: keys of the configuration that a cache must agree in with the model.
+        cache_options: arguments of `new_cache` that `forward` and `generate` take too.
     """
 
     main_input_name = "input_ids"
+    accepts_loss_kwargs = True  # Trainer then hands num_items_in_batch on: accumulated batches are one large batch
     supports_gradient_checkpointing = True
     _no_split_modules = ["DecoderLayer"]  # noqa: RUF012
     _supports_sdpa = True
     cache_keys: tuple[str, ...]
+    cache_options: tuple[str, ...] = ()
     new_cache: Callable[..., Any]  # (batch_size, max_tokens, ...)
 
     def _cache_settings(self) -> dict[str, Any]:
@@ -47,17 +55,39 @@ class CausalLM(PreTrainedModel, GenerationMixin):
                     "another model."
                 )
 
+    @property
+    def cache_device(self) -> torch.device:
+        """Where this model computes, so where its caches are: with offloaded weights not where those are kept."""
+        if self.device.type != "meta":
+            return self.device
+        hooks = (getattr(module, "_hf_hook", None) for module in self.modules())
+        devices = (getattr(hook, "execution_device", None) for hook in hooks)
+        return torch.device(next((device for device in devices if device is not None), self.device))
+
+    # -- without the head -----------------------------------------------------------------------------------------
+
+    @property
+    def base_model(self) -> Headless:
+        return Headless(self)
+
+    def hidden_states(
+        self, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, **kwargs: Any
+    ) -> BaseModelOutputWithPast:
+        """Final hidden states [B, T, d] of all positions; arguments as in `forward`."""
+        raise NotImplementedError
+
     # -- transformers' hooks --------------------------------------------------------------------------------------
 
     def _set_gradient_checkpointing(
         self, enable: bool = True, gradient_checkpointing_func: Any = None, **kwargs: Any
     ) -> None:
         """Memories reach the layers through objects, and the reentrant variant loses the gradients of whatever is not
-        an argument: it is refused."""
-        options = getattr(gradient_checkpointing_func, "keywords", {})
+        an argument: it is refused, and not taken where nobody says which (torch's own default is the reentrant one)."""
+        run = gradient_checkpointing_func or checkpoint
+        options = getattr(run, "keywords", {})
         if enable and options.get("use_reentrant"):
             raise ValueError("gradient checkpointing of OnceLM's models needs use_reentrant=False (the default here).")
-        super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **kwargs)
+        super()._set_gradient_checkpointing(enable, partial(run, use_reentrant=False), **kwargs)
 
     def _prepare_cache_for_generation(
         self,
@@ -70,20 +100,34 @@ class CausalLM(PreTrainedModel, GenerationMixin):
         """generate's hook: a preallocated cache of the length that the generation needs."""
         if generation_config.cache_implementation not in (None, "static", "dynamic"):
             raise unknown("cache_implementation", generation_config.cache_implementation, ["static", "dynamic"])
+        mask = model_kwargs.get("attention_mask")
+        if mask is not None and generation_config.is_assistant:
+            # a draft that is the padding token is a token; generate, which made this mask of what it drafted, hides it
+            mask = model_kwargs["attention_mask"] = mask.cummax(1).values
+        if mask is not None and mask.dim() == 2 and not bool(mask[:, -1].all()):
+            rows = (mask[:, -1] == 0).nonzero().flatten().tolist()
+            raise ValueError(
+                f"the prompt is padded on the right (attention_mask ends in 0 in row {rows[0]}), so generate would go "
+                "on from padding. Pad on the left: tokenizer.padding_side = 'left'."
+            )
+        options = {name: model_kwargs[name] for name in self.cache_options if model_kwargs.get(name) is not None}
         if model_kwargs.get("past_key_values") is not None:
             self._check_cache(model_kwargs["past_key_values"])
+            if options:
+                raise ValueError(f"{', '.join(options)}: for the cache that generate makes; past_key_values is one.")
+            generation_config.use_cache = True  # or every step would append the whole text again
             return
         if generation_config.use_cache is False:
             return
         rows = max(generation_config.num_beams, generation_config.num_return_sequences) * batch_size
         drafts = generation_mode == GenerationMode.ASSISTED_GENERATION  # they may run past the end before they are cut
-        cache = self._generation_cache(rows, None if drafts else max_cache_length, model_kwargs)
+        for name in options:
+            del model_kwargs[name]  # said to this cache, and not again to each step
+        cache = self.new_cache(rows, None if drafts else max_cache_length, **options)
+        cache.max_tokens = None  # it has room for this call, and grows where a next turn (or PEFT's prompts) needs more
         if generation_config.is_assistant:  # a draft model's tokens are taken back when they are rejected
             cache.activate_past_recording()
         model_kwargs["past_key_values"] = cache
-
-    def _generation_cache(self, batch_size: int, max_tokens: int | None, model_kwargs: dict) -> Any:
-        return self.new_cache(batch_size, max_tokens)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike | None, *args: Any, **kwargs: Any) -> Any:
@@ -100,10 +144,3 @@ def check_cache_size(batch_size: int, max_tokens: int | None) -> None:
     check_whole(1, batch_size=batch_size)
     if max_tokens is not None:
         check_whole(1, max_tokens=max_tokens)
-
-
-def refuse_outputs(model: str, **outputs: bool | None) -> None:
-    """ValueError for what Hugging Face models can return and these cannot."""
-    for name, value in outputs.items():
-        if value:
-            raise ValueError(f"{name}=True is not offered by {model} models.")

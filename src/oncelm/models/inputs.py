@@ -12,6 +12,13 @@ from oncelm.cache import Batch, Selection
 
 IGNORE_INDEX = -100  # Hugging Face's mark of a target that does not count
 
+# A cache holds no padding, and what it has read cannot be taken back: a mask says of earlier columns what it said then
+HIDDEN_PAST = (
+    "attention_mask hides tokens that the cache has taken in, or shows padding that it has not: its earlier columns "
+    "must be those of the calls before. Sequences that ended before others in a batch cannot be gone on with by hiding "
+    "what followed their end: read the whole text into a new cache."
+)
+
 
 @dataclass(frozen=True)
 class Inputs:
@@ -43,6 +50,7 @@ def read_inputs(
     cu_seqlens: torch.Tensor | None,
     starts: tuple[int, ...] | None,
     columns_before: int,
+    position_ids: torch.Tensor | None = None,
 ) -> Inputs:
     """Describe a [B, T] grid of tokens.
 
@@ -52,12 +60,16 @@ def read_inputs(
         cu_seqlens: [N + 1] borders of sequences packed into one row.
         starts: tokens of each sequence that a cache holds; None means no cache.
         columns_before: columns of input that the cache has taken in.
+        position_ids: [B, T] where the caller thinks that tokens are (`find_packing` checks its shape).
     """
     B, T = shape[0], shape[1]
     if T == 0 or B == 0:
         raise ValueError(f"input_ids is empty (shape {[B, T]}); give at least one token.")
     if cu_seqlens is not None:
-        return _read_packed(B, T, device, attention_mask, cu_seqlens, starts)
+        inputs = _read_packed(B, T, device, attention_mask, cu_seqlens, starts)
+        if position_ids is not None and bool((position_ids != inputs.batch.positions).any()):
+            raise ValueError("position_ids are not those of the sequences that cu_seqlens packs: each begins at 0.")
+        return inputs
     if starts is not None and len(starts) != B:
         raise ValueError(f"the cache is for a batch of {len(starts)}, the input is a batch of {B}.")
     starts = starts or (0,) * B
@@ -70,8 +82,12 @@ def read_inputs(
                 + f", got {list(attention_mask.shape)}."
             )
         real = attention_mask[:, -T:].bool()
+        if attention_mask.shape[1] > T and bool((attention_mask[:, :-T].bool().sum(1) != _tensor(starts, real)).any()):
+            raise ValueError(HIDDEN_PAST)
         if bool(real.all()):
             real = None
+    if position_ids is not None:
+        _check_places(position_ids, real, starts, columns_before)
     if real is None:
         return Inputs(Batch.dense(starts, T, device), None, T)
     return Inputs(Batch.packed(starts, tuple(real.sum(1).tolist()), device), real, T)
@@ -87,6 +103,11 @@ def _read_packed(
 ) -> Inputs:
     if attention_mask is not None:
         raise ValueError("give attention_mask (padded rows) or cu_seqlens (packed rows), not both.")
+    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2 or cu_seqlens.is_floating_point():
+        raise ValueError(
+            "cu_seqlens must be [N + 1] integers, the borders of N >= 1 packed sequences, got "
+            f"{cu_seqlens.dtype} {list(cu_seqlens.shape)}."
+        )
     bounds = cu_seqlens.tolist()
     if B != 1 or bounds[0] != 0 or bounds[-1] != T or sorted(bounds) != bounds:
         raise ValueError(
@@ -96,6 +117,131 @@ def _read_packed(
     if starts is not None and len(starts) != len(lengths):
         raise ValueError(f"cu_seqlens packs {len(lengths)} sequences, the cache has {len(starts)}.")
     return Inputs(Batch.packed(starts or (0,) * len(lengths), lengths, device), None, T)
+
+
+def _tensor(counts: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
+    return torch.tensor(counts, device=like.device)
+
+
+def find_packing(
+    shape: torch.Size,
+    device: torch.device,
+    position_ids: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    starts_anew: bool,
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """position_ids [B, T], attention_mask and cu_seqlens, with what position_ids say of packed sequences in the last.
+
+    starts_anew: nothing came before, so that position 0 begins a sequence.
+    """
+    if position_ids is None:
+        return None, attention_mask, cu_seqlens
+    position_ids = _check_position_ids(position_ids, shape[0], shape[1], device)
+    if starts_anew and cu_seqlens is None:
+        cu_seqlens = _packed_borders(position_ids, attention_mask)
+        if cu_seqlens is not None:
+            return None, None, cu_seqlens
+    return position_ids, attention_mask, cu_seqlens
+
+
+def _check_position_ids(position_ids: torch.Tensor, B: int, T: int, device: torch.device) -> torch.Tensor:
+    """position_ids as [B, T] on `device`; ValueError for another shape or dtype."""
+    if position_ids.dim() == 1:
+        position_ids = position_ids[None]
+    if position_ids.dim() != 2 or position_ids.shape[0] not in (1, B) or position_ids.shape[1] != T:
+        raise ValueError(f"position_ids must be [B, T] = {[B, T]} or [1, {T}], got {list(position_ids.shape)}.")
+    if position_ids.is_floating_point() or position_ids.dtype == torch.bool:
+        raise ValueError(f"position_ids must be integers, got {position_ids.dtype}.")
+    return position_ids.to(device).long().expand(B, T)
+
+
+def _packed_borders(position_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
+    """cu_seqlens [N + 1] of the sequences that position_ids [B, T] count anew from 0; None for one sequence a row.
+
+    Padding behind packed sequences becomes sequences of its own, which nobody sees.
+
+    Raises:
+        ValueError: several sequences in one of several rows, or a sequence that does not count 0, 1, 2, ...
+    """
+    B, T = position_ids.shape
+    fits = attention_mask is not None and attention_mask.shape == position_ids.shape
+    real = attention_mask.to(position_ids.device) != 0 if attention_mask is not None and fits else None
+    seen = torch.ones_like(position_ids, dtype=torch.bool) if real is None else real
+    together = seen[:, 1:] & seen[:, :-1]
+    new = position_ids[:, 1:] != position_ids[:, :-1] + 1  # does not go on from the token before
+    if not bool((new & together).any()):
+        return None
+    bad = new & together & (position_ids[:, 1:] != 0)
+    if bool(bad.any()):
+        row, column = bad.nonzero()[0].tolist()
+        before, here = position_ids[row, column : column + 2].tolist()
+        raise ValueError(
+            f"position_ids go from {before} to {here} in row {row}: they must count up by one, or begin anew at 0 "
+            "where another packed sequence begins."
+        )
+    if B > 1:
+        raise ValueError(
+            f"position_ids begin anew within a row of a batch of {B}: packed sequences stand in one row, as "
+            "DataCollatorWithFlattening makes it (input_ids [1, total])."
+        )
+    first = torch.cat((new.new_ones(1), (new | ~together)[0]))
+    starts = first.nonzero().flatten()
+    return torch.cat((starts, starts.new_tensor([T]))).to(torch.int32)
+
+
+def _check_places(
+    position_ids: torch.Tensor, real: torch.Tensor | None, starts: tuple[int, ...], columns_before: int
+) -> None:
+    """ValueError unless tokens are where position_ids [B, T] say, or, without anything before them, as far apart."""
+    counted = position_ids.new_ones(position_ids.shape) if real is None else real.long()
+    off = position_ids - (counted.cumsum(1) - 1) - _tensor(starts, position_ids)[:, None]
+    if not columns_before:  # only distances count
+        first = counted.argmax(1, keepdim=True)
+        off = off - off.gather(1, first)
+    wrong = (off != 0) & (counted != 0)
+    if bool(wrong.any()):
+        row, column = wrong.nonzero()[0].tolist()
+        place = int(position_ids[row, column] - off[row, column])
+        raise ValueError(
+            f"position_ids has {int(position_ids[row, column])} in row {row}, column {column}; this token is number "
+            f"{place} of its sequence. Positions count tokens (not padding) one by one from what the cache holds."
+        )
+
+
+# `logits_to_keep` for no logits at all: an index tensor, so that callers can ask for it too
+NOTHING = torch.empty(0, dtype=torch.long)
+
+
+def is_nothing(logits_to_keep: int | torch.Tensor | None, training: bool) -> bool:
+    """Whether a pass with labels returns no logits: asked for, or in training, where nobody said otherwise."""
+    if isinstance(logits_to_keep, torch.Tensor):
+        return logits_to_keep.dim() == 1 and logits_to_keep.numel() == 0
+    return logits_to_keep is None and training
+
+
+def is_next_token(
+    attention_mask: torch.Tensor | None,
+    position_ids: torch.Tensor | None,
+    lengths: tuple[int, ...],
+    columns_before: int,
+) -> bool:
+    """Whether mask and positions of one new column say just that it is each sequence's next token. Waits once."""
+    said = []
+    if attention_mask is not None:
+        if attention_mask.dim() != 2 or attention_mask.shape[1] not in (1, columns_before + 1):
+            return False
+        if attention_mask.shape[1] == 1:
+            said.append(attention_mask != 0)
+        else:
+            seen = (attention_mask != 0).cumsum(1)  # of the earlier columns as many as the cache holds, and this one
+            held = lengths[0] if len(set(lengths)) == 1 else _tensor(lengths, seen)
+            said += [seen[:, -2] == held, seen[:, -1] == held + 1]
+    if position_ids is not None:
+        if position_ids.dim() != 2 or position_ids.shape[1] != 1:
+            return False
+        said.append(position_ids[:, 0] == (lengths[0] if len(set(lengths)) == 1 else _tensor(lengths, position_ids)))
+    return not said or bool(torch.cat([x.flatten() for x in said]).all())
 
 
 def wanted_columns(logits_to_keep: int | torch.Tensor | None, T: int, device: torch.device) -> slice | torch.Tensor:

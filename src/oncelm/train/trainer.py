@@ -30,7 +30,8 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from oncelm.models.inputs import IGNORE_INDEX
+from oncelm.models.causal_lm import CausalLM
+from oncelm.models.inputs import IGNORE_INDEX, NOTHING
 from oncelm.models.load import load, quiet_transformers
 from oncelm.train.checkpoint import FOLDER, check_new, find_checkpoint, list_checkpoints
 from oncelm.train.config import TrainConfig
@@ -308,6 +309,8 @@ class Trainer:
             inputs = {"input_ids": tokens, "labels": labels}
             inputs |= {} if cu_seqlens is None else {"cu_seqlens": cu_seqlens}
         with torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=self.config.dtype == "bfloat16"):
+            if isinstance(self.model, CausalLM):
+                inputs["logits_to_keep"] = NOTHING  # in evaluation too
             return self.model(**inputs, num_items_in_batch=divisor, use_cache=False).loss
 
     @torch.no_grad()

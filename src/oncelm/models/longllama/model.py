@@ -20,6 +20,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from oncelm.cache.window import Window
 from oncelm.models.compiling import compiled
 from oncelm.models.longllama.config import LongLlamaConfig
+from oncelm.models.plain import is_untouched
 from oncelm.models.rms_norm import RMSNorm
 from oncelm.ops import apply_rope, rope_frequencies, rope_rotation, swiglu
 
@@ -53,6 +54,16 @@ class Attention(nn.Module):
         if self.rotates:
             q, k = apply_rope(q, rotation, "half"), apply_rope(k, rotation, "half")
         return q, k, v, *raw
+
+    def mix(self, inputs: tuple[torch.Tensor, ...], rope: Rope, memory: LayerMemory, window: Window) -> torch.Tensor:
+        """What `before` gave -> o [B, T, H, D]."""
+        q, k, v, *raw = inputs
+        raw_k = rope.at_start(raw[0]) if raw and self.rotates else k
+        return memory.attend(q, k, raw_k, v, window)
+
+    def forward(self, h: torch.Tensor, rope: Rope, memory: LayerMemory, window: Window) -> torch.Tensor:
+        """h [B, T, d] -> [B, T, d], to be added to the residual stream."""
+        return self.o_proj(self.mix(self.before(h, rope.rotation), rope, memory, window).flatten(2))
 
 
 class MLP(nn.Module):
@@ -90,9 +101,10 @@ class DecoderLayer(GradientCheckpointingLayer):
         return x + self.mlp(self.post_attention_layernorm(x))
 
     def forward(self, x: torch.Tensor, rope: Rope, memory: LayerMemory, window: Window, parts: Parts) -> torch.Tensor:
-        q, k, v, *raw = parts.before(self, x, rope.rotation)
-        raw_k = rope.at_start(raw[0]) if raw and self.self_attn.rotates else k
-        return parts.after(self, x, memory.attend(q, k, raw_k, v, window))
+        if parts is PLAIN or not is_untouched(self.self_attn):  # a hook on the attention waits for it to be called
+            x = x + self.self_attn(self.input_layernorm(x), rope, memory, window)
+            return x + self.mlp(self.post_attention_layernorm(x))
+        return parts.after(self, x, self.self_attn.mix(parts.before(self, x, rope.rotation), rope, memory, window))
 
 
 class Parts(NamedTuple):

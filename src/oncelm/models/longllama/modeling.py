@@ -4,27 +4,29 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import initialization as init
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from oncelm.cache import Batch
 from oncelm.cache.fresh_memory import CrossbatchMemory, FreshLocal, FreshMemory
 from oncelm.cache.long_cache import LongLlamaCache, Piece, plan
 from oncelm.cache.window import Window
 from oncelm.models import inputs as reading
-from oncelm.models.causal_lm import CausalLM, check_cache_size, refuse_outputs
+from oncelm.models.causal_lm import CausalLM, check_cache_size
 from oncelm.models.checks import check_tokens, fingerprint
 from oncelm.models.compiling import CompilesLayers
+from oncelm.models.extras import one_of, read_extras
+from oncelm.models.head import head_loss
 from oncelm.models.longllama.config import LongLlamaConfig
 from oncelm.models.longllama.memories import MEMORIES, MemoryOptions, new_layers
 from oncelm.models.longllama.model import PLAIN, LongLlamaModel, Parts, compiled_parts
 from oncelm.models.rms_norm import RMSNorm
-from oncelm.ops import linear_cross_entropy
 from oncelm.ops.crossbatch import earlier_contexts
 from oncelm.utils.device import DTYPES
 from oncelm.utils.errors import check_choice, check_whole
@@ -49,6 +51,7 @@ class LongLlamaForCausalLM(CompilesLayers, CausalLM):
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
     _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq"]  # noqa: RUF012 (a buffer of older checkpoints)
     cache_keys = ("num_hidden_layers", "num_key_value_heads", "head_dim", "mem_layers", "max_position_embeddings")
+    cache_options = ("memory",)
 
     def __init__(self, config: LongLlamaConfig) -> None:
         super().__init__(config)
@@ -110,7 +113,7 @@ class LongLlamaForCausalLM(CompilesLayers, CausalLM):
             check_choice("dtype of a cache", dtype, DTYPES.values())
         where = None if folder is None else Path(folder)
         options = MemoryOptions(memory, top_k, index, measure_recall, block_tokens, where)
-        layers = new_layers(self.config, options, batch_size, max_tokens, dtype or self.dtype, self.device)
+        layers = new_layers(self.config, options, batch_size, max_tokens, dtype or self.dtype, self.cache_device)
         window = self.config.max_position_embeddings
         return LongLlamaCache(layers, batch_size, max_tokens, window, self._cache_settings())
 
@@ -124,6 +127,7 @@ class LongLlamaForCausalLM(CompilesLayers, CausalLM):
         self,
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: LongLlamaCache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
@@ -139,6 +143,8 @@ class LongLlamaForCausalLM(CompilesLayers, CausalLM):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         targets: torch.Tensor | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+        **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple:
         """Logits, loss, or both, of input of any length, cut into windows.
 
@@ -149,21 +155,29 @@ class LongLlamaForCausalLM(CompilesLayers, CausalLM):
             input_ids: [B, T] token ids.
             attention_mask: [B, T], or [B, earlier + T] with a cache; 0 marks padding, which is left out of all
                 computation. Windows are cut by columns, padding included.
+            position_ids: [B or 1, T]; in one row of packed sequences each begins at 0. Otherwise they must be the
+                tokens' places, which the model knows by itself.
             past_key_values: a cache from `new_cache` or an earlier call; the tokens are appended to it.
             inputs_embeds: [B, T, d] instead of input_ids.
             labels: [B, T] targets as in Hugging Face: not shifted, -100 ignored. The loss is the mean over targets.
             use_cache: return a cache; None means config.use_cache in evaluation without labels. A pass with a cache
                 computes no gradients.
-            logits_to_keep: which logits to return: None or 0 all (with labels, None means none), n the last n columns,
-                a vector the columns at these indices, or a [B, T] mask of booleans (logits [number of True, V]).
+            logits_to_keep: which logits to return: None or 0 all (with labels in training mode, None means none), n the
+                last n columns, a vector the columns at these indices (an empty one: none), or a [B, T] mask of booleans
+                (logits [number of True, V]).
             last_context_length: columns at the end that are not loaded into memory; None means the config's.
-            memory: kind of the cache that this call makes (see `new_cache`); None means "exact".
+            memory: kind of the cache that this call makes (see `new_cache`); None means "exact". Refused beside a
+                cache, and with gradients or crossbatch, where there is none.
             cross_batch_range, cross_batch_stepping, dataset_packing: crossbatch over the rows of this batch
                 (see `oncelm.ops.crossbatch.earlier_contexts`); None means the config's in training mode, else none.
             num_items_in_batch: divide the summed loss by this instead of the number of targets (gradient accumulation).
             output_attentions, output_hidden_states: not offered; True is refused.
             return_dict: False returns a tuple.
             targets: [B, T] labels that stand where they are predicted, for rows whose next token is elsewhere.
+            cu_seqlens: [N + 1] borders of N sequences packed into one row of input_ids, computed one after the other;
+                without a cache.
+            kwargs: what Hugging Face tools pass along: `cu_seq_lens_q` is cu_seqlens, `shift_labels` is targets; names
+                that are no model's are refused.
 
         Returns:
             CausalLMOutputWithPast with `loss`, `logits` [B, P, V] (zeros at padding) and `past_key_values`.
@@ -171,38 +185,29 @@ class LongLlamaForCausalLM(CompilesLayers, CausalLM):
         Raises:
             ValueError: inputs that do not fit the model, the cache or each other; nothing has been changed then.
         """
-        refuse_outputs("LongLLaMA", output_attentions=output_attentions, output_hidden_states=output_hidden_states)
-        if labels is not None and targets is not None:
-            raise ValueError("give labels or targets, not both.")
+        extras = read_extras(self, kwargs, output_attentions, output_hidden_states)
+        cu_seqlens = one_of(cu_seqlens=cu_seqlens, cu_seq_lens_q=extras.cu_seqlens)
+        targets = one_of(targets=targets, shift_labels=extras.targets)
+        has_loss = one_of(labels=labels, targets=targets) is not None
         tokens = check_tokens(input_ids, inputs_embeds, self.config)
-        cache = past_key_values
-        if cache is not None:
-            self._check_cache(cache)
-        if memory is not None:
-            check_choice("memory", memory, MEMORIES)
-        has_loss = labels is not None or targets is not None
-        if use_cache is None:
-            use_cache = self.config.use_cache and not self.training and not has_loss
         counts = self._crossbatch(
-            tokens, cache, attention_mask, cross_batch_range, cross_batch_stepping, dataset_packing
+            tokens, past_key_values, attention_mask, cross_batch_range, cross_batch_stepping, dataset_packing
         )
-        if cache is None and use_cache and counts is None:
-            cache = self.new_cache(tokens.shape[0], memory=memory or "exact")
-        inputs = reading.read_inputs(
-            tokens.shape,
-            tokens.device,
-            attention_mask,
-            None,
-            None if cache is None else cache.lengths,
-            0 if cache is None else cache.columns,
+        if counts is not None and (use_cache or cu_seqlens is not None):
+            raise ValueError("crossbatch is a way of training: it goes without use_cache and packed sequences.")
+        if use_cache is None and (has_loss or counts is not None):
+            use_cache = False
+        cache, inputs = self._read(
+            tokens, attention_mask, position_ids, past_key_values, use_cache, cu_seqlens, memory, counts
         )
         if has_loss:
             targets = reading.read_targets(labels, targets, inputs, tokens.shape, self.config.vocab_size)
-        wanted = _Wanted(_NOTHING if has_loss and logits_to_keep is None else logits_to_keep, inputs, tokens)
+        nothing = has_loss and reading.is_nothing(logits_to_keep, self.training)
+        wanted = _Wanted(reading.NOTHING if nothing else logits_to_keep, inputs, tokens)
         # a cache holds values, not graphs: with gradients on, the earlier tokens' share would be missing silently
         with torch.set_grad_enabled(torch.is_grad_enabled() and cache is None):
             total = torch.zeros((), dtype=torch.promote_types(self.dtype, torch.float32), device=tokens.device)
-            for columns, hidden in self._windows(tokens, inputs.real, cache, last_context_length, counts, memory):
+            for columns, hidden in self._sequences(tokens, inputs, cache, last_context_length, counts, memory):
                 if targets is not None:
                     total = total + self._window_loss(hidden, targets[:, columns])
                 wanted.take(columns, hidden)
@@ -219,7 +224,90 @@ class LongLlamaForCausalLM(CompilesLayers, CausalLM):
     def _window_loss(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Summed cross-entropy of a window's targets [B, t] from its hidden states [B, t, d]."""
         counted = targets != reading.IGNORE_INDEX
-        return linear_cross_entropy(hidden[counted], self.lm_head.weight, targets[counted])
+        return head_loss(self.lm_head, hidden[counted], targets[counted])
+
+    def hidden_states(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: LongLlamaCache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        last_context_length: int | None = None,
+        memory: str | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Final hidden states [B, T, d] of all positions, zeros at padding; arguments as in `forward`."""
+        extras = read_extras(self, kwargs)
+        cu_seqlens = one_of(cu_seqlens=cu_seqlens, cu_seq_lens_q=extras.cu_seqlens)
+        tokens = check_tokens(input_ids, inputs_embeds, self.config)
+        counts = self._crossbatch(tokens, past_key_values, attention_mask, None, None, None)
+        cache, inputs = self._read(
+            tokens, attention_mask, position_ids, past_key_values, use_cache, cu_seqlens, memory, counts
+        )
+        with torch.set_grad_enabled(torch.is_grad_enabled() and cache is None):
+            windows = self._sequences(tokens, inputs, cache, last_context_length, counts, memory)
+            hidden = torch.cat([hidden for _, hidden in windows], 1)
+        return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=cache)
+
+    def _read(
+        self,
+        tokens: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        cache: LongLlamaCache | None,
+        use_cache: bool | None,
+        cu_seqlens: torch.Tensor | None,
+        memory: str | None,
+        counts: tuple[int, ...] | None,
+    ) -> tuple[LongLlamaCache | None, reading.Inputs]:
+        """The cache of a forward pass (the given one, a new one, none), and what it is to read."""
+        position_ids, attention_mask, cu_seqlens = reading.find_packing(
+            tokens.shape, tokens.device, position_ids, attention_mask, cu_seqlens, cache is None
+        )
+        if cu_seqlens is not None and (cache is not None or use_cache):
+            raise ValueError(
+                "packed sequences (cu_seqlens, position_ids that begin anew) are read without past_key_values and "
+                "use_cache; a LongLLaMA's cache takes rows."
+            )
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training and cu_seqlens is None
+        if cache is not None:
+            self._check_cache(cache)
+        if memory is not None:
+            check_choice("memory", memory, MEMORIES)
+            trains = counts is not None or (torch.is_grad_enabled() and not use_cache)
+            if cache is not None or trains:
+                where = "past_key_values has one already" if cache is not None else "a pass with gradients has none"
+                raise ValueError(f"memory={memory!r} is the kind of the cache that a call makes; {where}.")
+        if cache is None and use_cache and counts is None:
+            cache = self.new_cache(tokens.shape[0], memory=memory or "exact")
+        starts, columns = (None, 0) if cache is None else (cache.lengths, cache.columns)
+        inputs = reading.read_inputs(
+            tokens.shape, tokens.device, attention_mask, cu_seqlens, starts, columns, position_ids
+        )
+        return cache, inputs
+
+    def _sequences(
+        self,
+        tokens: torch.Tensor,
+        inputs: reading.Inputs,
+        cache: LongLlamaCache | None,
+        last_context_length: int | None,
+        counts: tuple[int, ...] | None,
+        memory: str | None,
+    ) -> Iterator[tuple[slice, torch.Tensor]]:
+        """`_windows` of the rows, or of each of the packed sequences in one row."""
+        if inputs.batch.cu_seqlens is None or inputs.real is not None:  # the latter are rows with padding
+            yield from self._windows(tokens, inputs.real, cache, last_context_length, counts, memory)
+            return
+        for first, last in pairwise(inputs.batch.cu_seqlens.tolist()):
+            if first == last:
+                continue
+            for columns, hidden in self._windows(tokens[:, first:last], None, None, last_context_length, None, memory):
+                yield slice(first + columns.start, first + columns.stop), hidden
 
     def _windows(
         self,
@@ -379,18 +467,12 @@ class LongLlamaForCausalLM(CompilesLayers, CausalLM):
         stepping = config.cross_batch_stepping if stepping is None else stepping
         return earlier_contexts(B, cross_batch_range, stepping, config.dataset_packing if packing is None else packing)
 
-    def _generation_cache(self, batch_size: int, max_tokens: int | None, model_kwargs: dict) -> LongLlamaCache:
-        return self.new_cache(batch_size, max_tokens, memory=model_kwargs.get("memory") or "exact")
-
-
-_NOTHING = object()
-
 
 class _Wanted:
     """Collects the hidden states whose logits are asked for, window by window."""
 
     def __init__(self, logits_to_keep: Any, inputs: reading.Inputs, tokens: torch.Tensor) -> None:
-        self.nothing = logits_to_keep is _NOTHING
+        self.nothing = logits_to_keep is reading.NOTHING
         self.mask: torch.Tensor | None = None
         self.parts: list[torch.Tensor] = []
         self.places: list[torch.Tensor] = []  # of each part's rows or columns, in the caller's order

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+from collections.abc import Callable
 from typing import Any, Self
 
 import torch
+from torch import nn
 
 from oncelm.models.compiling import CompilesLayers, compiled
 from oncelm.models.yoco.config import YocoConfig
-from oncelm.models.yoco.linear import MIN_FLOAT8_TOKENS, Linear
+from oncelm.models.yoco.linear import MIN_FLOAT8_TOKENS, set_float8
 from oncelm.models.yoco.model import PLAIN, DecoderLayer, SelfDecoder, TokenParts
 from oncelm.ops.float8 import check_float8
 from oncelm.utils.errors import check_choice
@@ -99,23 +101,38 @@ class Execution(CompilesLayers):
 
         Raises:
             ValueError: an unknown name; a device that cannot; another dtype than bfloat16; sizes that are no multiples
-                of 16.
+                of 16; layers in 4 or 8 bits.
         """
-        layers = [
-            module
-            for name, module in self.self_decoder.named_modules()
-            if isinstance(module, Linear) and not name.endswith("gt_proj")
-        ]
+        layers = self._float8_layers()
         if gemm is not None:
             check_choice("gemm", gemm, ("float8",))
+            if getattr(self, "is_quantized", False):
+                raise ValueError(
+                    "gemm='float8' is for models in bfloat16; the layers of this one are quantised already."
+                )
             check_float8(self.device, self.dtype)
             if odd := [size for layer in layers for size in layer.weight.shape if size % 16]:
                 raise ValueError(
                     f"gemm='float8' needs layers whose sizes are multiples of 16; this model has {odd[0]}."
                 )
         for layer in layers:
-            layer.set_float8(gemm is not None)
+            set_float8(layer, gemm is not None)
         self.gemm = gemm
+        return self
+
+    def _float8_layers(self) -> list[nn.Linear]:
+        return [
+            module
+            for name, module in self.self_decoder.named_modules()
+            if type(module) is nn.Linear and not name.endswith("gt_proj")
+        ]
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> Self:
+        """Another device or dtype: the rounded weights follow."""
+        super()._apply(fn, recurse)  # type: ignore[misc]
+        if self.gemm is not None:
+            for layer in self._float8_layers():
+                set_float8(layer, True)
         return self
 
     def token_parts(self, x: torch.Tensor) -> TokenParts:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from oncelm.models.plain import is_plain_norm, is_untouched
 from oncelm.models.yoco.linear import Rounded, rounded_weight
 from oncelm.models.yoco.model import PLAIN, DecoderLayer, GatedRetention, Tensors, TokenParts
 from oncelm.ops.float8 import Float8Rows, linear_float8, round_rows
@@ -20,17 +21,17 @@ __all__ = ["FLOAT8"]
 
 def before(layer: DecoderLayer, x: torch.Tensor, rotation: torch.Tensor) -> tuple[Tensors, torch.Tensor | None]:
     """As DecoderLayer.before."""
-    if not is_rounded(layer):
-        return PLAIN.before(layer, x, rotation)
     norm = layer.mixer_layer_norm
+    if not is_rounded(layer) or not is_plain_norm(norm):
+        return PLAIN.before(layer, x, rotation)
     return layer.mixer.before(Rounded(*norm_rows(x, norm.weight, norm.eps)), rotation)
 
 
 def after(layer: DecoderLayer, x: torch.Tensor, o: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:
     """As DecoderLayer.after."""
-    if not is_rounded(layer):
-        return PLAIN.after(layer, x, o, gate)
     mixer, ffn, norm = layer.mixer, layer.ffn, layer.final_layer_norm
+    if not is_rounded(layer) or not is_plain_norm(norm) or not is_untouched(ffn):
+        return PLAIN.after(layer, x, o, gate)
 
     def times(rows: Float8Rows, linear: nn.Module) -> torch.Tensor:
         weight = rounded_weight(linear)

@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from oncelm.models.plain import is_plain_linear, is_plain_norm, is_untouched
 from oncelm.models.rms_norm import RMSNorm
-from oncelm.models.yoco.linear import is_plain
 from oncelm.models.yoco.model import (
     PLAIN,
     CrossDecoder,
@@ -28,7 +28,7 @@ def before(layer: DecoderLayer, x: torch.Tensor, rotation: torch.Tensor) -> tupl
     """As DecoderLayer.before."""
     mixer = layer.mixer
     names = [name for name in ("q_proj", "k_proj", "v_proj", "g_proj", "gt_proj") if hasattr(mixer, name)]
-    if not is_plain(*(getattr(mixer, name) for name in names)):
+    if not is_plain_norm(layer.mixer_layer_norm) or not is_plain_linear(*(getattr(mixer, name) for name in names)):
         return PLAIN.before(layer, x, rotation)
     kinds = {"q_proj": "rope", "k_proj": "rope", "gt_proj": "decay"}
     outputs = norm_linears(
@@ -54,7 +54,8 @@ def after(layer: DecoderLayer, x: torch.Tensor, o: torch.Tensor, gate: torch.Ten
     """As DecoderLayer.after."""
     mixer, ffn, norm = layer.mixer, layer.ffn, layer.final_layer_norm
     head_fits = mixer.head_dim <= LARGEST_HEAD and mixer.head_dim & (mixer.head_dim - 1) == 0
-    if not (head_fits or gate is None) or not is_plain(mixer.out_proj, ffn.fc1, ffn.gate, ffn.fc2):
+    is_plain = is_plain_norm(norm) and is_untouched(ffn) and is_plain_linear(mixer.out_proj, ffn.fc1, ffn.gate, ffn.fc2)
+    if not (head_fits or gate is None) or not is_plain:
         return PLAIN.after(layer, x, o, gate)
     rows, mixed = x.flatten(0, 1), o.flatten(2).flatten(0, 1)
     if isinstance(mixer, GatedRetention):
@@ -69,7 +70,7 @@ def after(layer: DecoderLayer, x: torch.Tensor, o: torch.Tensor, gate: torch.Ten
 
 def keys_and_values(cross: CrossDecoder, y: torch.Tensor, rotation: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """As CrossDecoder.keys_and_values."""
-    if not is_plain(cross.k_proj, cross.v_proj):
+    if not is_plain_norm(cross.kv_layer_norm) or not is_plain_linear(cross.k_proj, cross.v_proj):
         return PLAIN.keys_and_values(cross, y, rotation)
     k, v = norm_linears(
         y.flatten(0, 1),
@@ -86,7 +87,7 @@ def keys_and_values(cross: CrossDecoder, y: torch.Tensor, rotation: torch.Tensor
 
 def head(x: torch.Tensor, norm: RMSNorm, projection: nn.Linear) -> torch.Tensor:
     """As PLAIN.head."""
-    if not is_plain(projection):
+    if not is_plain_norm(norm) or not is_plain_linear(projection):
         return PLAIN.head(x, norm, projection)
     (logits,) = norm_linears(x.flatten(0, 1), norm.weight, norm.eps, [projection.weight], ["plain"])
     return logits.unflatten(0, x.shape[:2])

@@ -12,7 +12,7 @@ Shapes: B rows, T tokens (packed: B = 1), d hidden size, H heads, D head dimensi
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -21,9 +21,10 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from oncelm.cache import Batch, Memory, RetentionMemory, Selection, SharedMemory, WindowMemory
+from oncelm.models.plain import is_untouched
 from oncelm.models.rms_norm import RMSNorm
 from oncelm.models.yoco.config import YocoConfig
-from oncelm.models.yoco.linear import Linear, Rounded, XavierLinear, project
+from oncelm.models.yoco.linear import Rounded, linear, project
 from oncelm.ops import apply_rope, rms_norm, rope_frequencies, rope_rotation, swiglu
 
 Tensors = tuple[torch.Tensor, ...]
@@ -49,6 +50,13 @@ class Mixer(nn.Module):
         """[B, T, d], to be added to the residual stream."""
         raise NotImplementedError
 
+    def forward(self, h: torch.Tensor, rotation: torch.Tensor, memory: Any, batch: Batch) -> torch.Tensor:
+        """The three in turn: h [B, T, d] -> [B, T, d], to be added to the residual stream."""
+        inputs, gate = self.before(h, rotation)
+        o = self.mix(inputs, memory, batch)
+        del inputs
+        return self.after(o, gate)
+
 
 class GatedRetention(Mixer):
     """Multi-head gated retention: rotate, retain, normalise each head, gate, project (section 3.1)."""
@@ -58,12 +66,12 @@ class GatedRetention(Mixer):
         d, self.head_dim = config.hidden_size, config.self_head_dim
         self.pairing, self.eps = config.rope_pairing, config.rms_norm_eps
         self.gate_logit_normalizer = config.gate_logit_normalizer
-        self.q_proj = XavierLinear(d, d, gain=2**-2.5)
-        self.k_proj = XavierLinear(d, d, gain=2**-2.5)
-        self.v_proj = XavierLinear(d, d, gain=2**-2.5)
-        self.g_proj = XavierLinear(d, d, gain=2**-2.5)
-        self.gt_proj = XavierLinear(d, config.num_self_heads, gain=2**-2.5)
-        self.out_proj = XavierLinear(d, d, gain=2**-1)
+        self.q_proj = linear(d, d, xavier_gain=2**-2.5)
+        self.k_proj = linear(d, d, xavier_gain=2**-2.5)
+        self.v_proj = linear(d, d, xavier_gain=2**-2.5)
+        self.g_proj = linear(d, d, xavier_gain=2**-2.5)
+        self.gt_proj = linear(d, config.num_self_heads, xavier_gain=2**-2.5)
+        self.out_proj = linear(d, d, xavier_gain=2**-1)
 
     def before(self, h: torch.Tensor | Rounded, rotation: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
         *qkv, gate, decay = project(h, self.q_proj, self.k_proj, self.v_proj, self.g_proj, self.gt_proj)
@@ -78,7 +86,7 @@ class GatedRetention(Mixer):
 
     def after(self, o: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:
         assert gate is not None
-        return self.out_proj(swiglu(gate, rms_norm(o, None, self.eps).flatten(2)))
+        return project(swiglu(gate, rms_norm(o, None, self.eps).flatten(2)), self.out_proj)[0]
 
 
 class SlidingWindowAttention(Mixer):
@@ -89,10 +97,10 @@ class SlidingWindowAttention(Mixer):
         d, self.head_dim = config.hidden_size, config.self_head_dim
         self.pairing = config.rope_pairing
         kv_dim = config.self_kv_heads * self.head_dim
-        self.q_proj = Linear(d, d)
-        self.k_proj = Linear(d, kv_dim)
-        self.v_proj = Linear(d, kv_dim)
-        self.out_proj = Linear(d, d)
+        self.q_proj = linear(d, d)
+        self.k_proj = linear(d, kv_dim)
+        self.v_proj = linear(d, kv_dim)
+        self.out_proj = linear(d, d)
 
     def before(self, h: torch.Tensor | Rounded, rotation: torch.Tensor) -> tuple[Tensors, None]:
         projected = project(h, self.q_proj, self.k_proj, self.v_proj)
@@ -114,8 +122,8 @@ class CrossAttention(Mixer):
         super().__init__()
         d, self.head_dim = config.hidden_size, config.head_dim
         self.pairing = config.rope_pairing
-        self.q_proj = Linear(d, d)
-        self.out_proj = Linear(d, d)
+        self.q_proj = linear(d, d)
+        self.out_proj = linear(d, d)
 
     def before(self, h: torch.Tensor | Rounded, rotation: torch.Tensor) -> tuple[Tensors, None]:
         (q,) = project(h, self.q_proj)
@@ -134,12 +142,12 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: YocoConfig) -> None:
         super().__init__()
-        self.fc1 = Linear(config.hidden_size, config.intermediate_size)
-        self.gate = Linear(config.hidden_size, config.intermediate_size)
-        self.fc2 = Linear(config.intermediate_size, config.hidden_size)
+        self.fc1 = linear(config.hidden_size, config.intermediate_size)
+        self.gate = linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        return residual + self.fc2(swiglu(*project(x, self.fc1, self.gate)))
+        return residual + project(swiglu(*project(x, self.fc1, self.gate)), self.fc2)[0]
 
 
 class DecoderLayer(GradientCheckpointingLayer):
@@ -169,6 +177,9 @@ class DecoderLayer(GradientCheckpointingLayer):
         batch: Batch,
         parts: TokenParts,
     ) -> torch.Tensor:
+        if parts is PLAIN or not is_untouched(self.mixer):  # a hook on the mixer waits for the mixer to be called
+            x = x + self.mixer(self.mixer_layer_norm(x), rotation, memory, batch)
+            return self.ffn(self.final_layer_norm(x), x)
         inputs, gate = parts.before(self, x, rotation)
         o = self.mixer.mix(inputs, memory, batch)
         del inputs  # in a chunk of a long prompt, half of the memory that the feed-forward layer needs
@@ -183,6 +194,19 @@ class SelfDecoder(nn.Module):
         mixer = GatedRetention if config.self_decoder == "gated_retention" else SlidingWindowAttention
         self.layers = nn.ModuleList(DecoderLayer(config, mixer(config)) for _ in range(config.num_self_decoder_layers))
 
+    def forward(
+        self,
+        x: torch.Tensor,
+        rotation: torch.Tensor,
+        memories: Sequence[RetentionMemory | WindowMemory],
+        batch: Batch,
+        parts: Callable[[torch.Tensor], TokenParts],
+    ) -> torch.Tensor:
+        """x [B, T, d] -> [B, T, d]; each layer's memory takes the batch in."""
+        for layer, memory in zip(self.layers, memories, strict=True):
+            x = layer(x, rotation, memory, batch, parts(x))
+        return x
+
 
 class CrossDecoder(nn.Module):
     """The projections of the shared keys and values, and the layers that read them."""
@@ -191,8 +215,8 @@ class CrossDecoder(nn.Module):
         super().__init__()
         self.head_dim, self.pairing = config.head_dim, config.rope_pairing
         kv_dim = config.shared_kv_heads * config.head_dim
-        self.k_proj = Linear(config.hidden_size, kv_dim)
-        self.v_proj = Linear(config.hidden_size, kv_dim)
+        self.k_proj = linear(config.hidden_size, kv_dim)
+        self.v_proj = linear(config.hidden_size, kv_dim)
         self.kv_layer_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.layers = nn.ModuleList(
             DecoderLayer(config, CrossAttention(config)) for _ in range(config.num_cross_decoder_layers)
@@ -203,6 +227,30 @@ class CrossDecoder(nn.Module):
         projected = project(self.kv_layer_norm(y), self.k_proj, self.v_proj)
         k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in projected)
         return apply_rope(k, rotation, self.pairing), v
+
+    def forward(
+        self,
+        y: torch.Tensor,
+        x: torch.Tensor,
+        rotate: Callable[[Batch], torch.Tensor],
+        memory: SharedMemory,
+        batch: Batch,
+        wanted: Selection | None,
+        parts: Callable[[torch.Tensor], TokenParts],
+    ) -> torch.Tensor | None:
+        """y [B, T, d] for the shared keys and values, x [B, T, d] to go on from -> hidden states [B, P, d] at `wanted`;
+        None where nothing is wanted. rotate: of a batch's positions."""
+        rotation = rotate(batch)
+        memory.append(*parts(y).keys_and_values(self, y, rotation), batch)
+        if wanted is None:
+            return None
+        # without gaps, as the next layers get it: one compiled form serves all of them
+        x = wanted.take(x).contiguous()
+        if wanted.batch is not batch:
+            rotation = rotate(wanted.batch)
+        for layer in self.layers:
+            x = layer(x, rotation, memory, wanted.batch, parts(x))
+        return x
 
 
 class TokenParts(NamedTuple):
@@ -253,34 +301,53 @@ def run_layers(
         Hidden states [B, P, d] before the final norm, or None.
     """
 
-    def rotation(head_dim: int, at: Batch) -> torch.Tensor:
+    def rotate(at: Batch, head_dim: int) -> torch.Tensor:
         frequencies = rope_frequencies(head_dim, config.rope_theta, config.rope_spacing, embeddings.device)
         return rope_rotation(at.positions, frequencies)
 
-    order = config.layer_order
-    last_mixing = max((place for place, (kind, _) in enumerate(order) if kind == "self"), default=-1)
-    x, at = embeddings, batch
-    self_rotation = rotation(config.self_head_dim, batch)
-    same = config.head_dim == config.self_head_dim
-    cross_rotation = self_rotation if same else rotation(config.head_dim, batch)
-    for place, (kind, i) in enumerate(order):
-        if kind == "self":
-            x = self_decoder.layers[i](x, self_rotation, memory.layers[i], batch, parts(x))
-            continue
-        assert cross_decoder is not None
+    own = rotate(batch, config.self_head_dim)
+
+    def rotate_cross(at: Batch) -> torch.Tensor:
+        return own if at is batch and config.head_dim == config.self_head_dim else rotate(at, config.head_dim)
+
+    if config.layout == "interleaved":
+        return _run_in_turn(self_decoder, cross_decoder, embeddings, batch, memory, wanted, parts, own, rotate_cross)
+    y = self_decoder(embeddings, own, memory.layers, batch, parts)
+    if cross_decoder is not None:
+        x = embeddings if config.layout == "unstacked" else y
+        return cross_decoder(y, x, rotate_cross, memory.shared, batch, wanted, parts)
+    return None if wanted is None else wanted.take(y)
+
+
+def _run_in_turn(
+    self_decoder: SelfDecoder,
+    cross_decoder: CrossDecoder | None,
+    x: torch.Tensor,
+    batch: Batch,
+    memory: Memory,
+    wanted: Selection | None,
+    parts: Callable[[torch.Tensor], TokenParts],
+    rotation: torch.Tensor,
+    rotate_cross: Callable[[Batch], torch.Tensor],
+) -> torch.Tensor | None:
+    """run_layers where self and cross layers alternate; the cache is written after the first self layer."""
+    assert cross_decoder is not None
+    for name, decoder in (("self_decoder", self_decoder), ("cross_decoder", cross_decoder)):
+        if decoder._forward_hooks or decoder._forward_pre_hooks:
+            raise ValueError(
+                f"in layout 'interleaved' {name} is not called as a whole, so its hooks would never run: "
+                f"register them on {name}.layers."
+            )
+    cross_rotation, last = rotate_cross(batch), len(self_decoder.layers) - 1
+    for i, (own, cross) in enumerate(zip(self_decoder.layers, cross_decoder.layers, strict=True)):
+        x = own(x, rotation, memory.layers[i], batch, parts(x))
         if i == 0:
-            shared_k, shared_v = parts(x).keys_and_values(cross_decoder, x, cross_rotation)
-            memory.shared.append(shared_k, shared_v, batch)
-            if config.layout == "unstacked":
-                x = embeddings
-        if place == last_mixing + 1:
+            memory.shared.append(*parts(x).keys_and_values(cross_decoder, x, cross_rotation), batch)
+        at = batch
+        if i == last:  # the last cross layer mixes no new tokens
             if wanted is None:
                 return None
-            # without gaps, as the next layers get it: one compiled form serves all of them
             x, at = wanted.take(x).contiguous(), wanted.batch
-            if at is not batch:
-                cross_rotation = rotation(config.head_dim, at)
-        x = cross_decoder.layers[i](x, cross_rotation, memory.shared, at, parts(x))
-    if at is batch and wanted is not None:  # the last layer was a self layer
-        x = wanted.take(x)
-    return None if wanted is None else x
+            cross_rotation = cross_rotation if at is batch else rotate_cross(at)
+        x = cross(x, cross_rotation, memory.shared, at, parts(x))
+    return x

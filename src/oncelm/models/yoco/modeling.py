@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import initialization as init
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from oncelm.cache import (
     FreshCache,
@@ -24,15 +25,16 @@ from oncelm.cache import (
 )
 from oncelm.cache.shared_kv import STORED_DTYPES
 from oncelm.models import inputs as reading
-from oncelm.models.causal_lm import CausalLM, check_cache_size, refuse_outputs
+from oncelm.models.causal_lm import CausalLM, check_cache_size
 from oncelm.models.checks import check_tokens, fingerprint
+from oncelm.models.extras import one_of, read_extras
+from oncelm.models.head import head_loss
 from oncelm.models.rms_norm import RMSNorm
 from oncelm.models.yoco.config import YocoConfig
 from oncelm.models.yoco.execution import Execution
-from oncelm.models.yoco.linear import XavierLinear
 from oncelm.models.yoco.model import CrossDecoder, SelfDecoder, run_layers
 from oncelm.models.yoco.stepper import stepper
-from oncelm.ops import linear_cross_entropy, vocab_parallel_cross_entropy
+from oncelm.ops import vocab_parallel_cross_entropy
 from oncelm.ops.quantize import LARGEST
 from oncelm.utils.errors import check_choice, check_whole
 
@@ -48,6 +50,7 @@ class YocoForCausalLM(Execution, CausalLM):
         "self_decoder", "num_self_decoder_layers", "hidden_size", "num_self_heads", "self_kv_heads", "window_size",
         "num_cross_decoder_layers", "num_attention_heads", "shared_kv_heads",
     )  # fmt: skip
+    use_cuda_graphs = True  # for decode steps on a GPU; False goes back to plain PyTorch
 
     def __init__(self, config: YocoConfig) -> None:
         super().__init__(config)
@@ -60,8 +63,8 @@ class YocoForCausalLM(Execution, CausalLM):
 
     def _init_weights(self, module: nn.Module) -> None:
         """The official code's initialisation."""
-        if isinstance(module, XavierLinear):
-            init.xavier_uniform_(module.weight, gain=module.gain)
+        if getattr(module, "xavier_gain", None) is not None:
+            init.xavier_uniform_(module.weight, gain=module.xavier_gain)
         elif isinstance(module, nn.Linear):
             init.kaiming_uniform_(module.weight, a=math.sqrt(5))
         elif isinstance(module, nn.Embedding):
@@ -96,7 +99,7 @@ class YocoForCausalLM(Execution, CausalLM):
                 are always float32.
         """
         check_cache_size(batch_size, max_tokens)
-        config, device = self.config, self.device
+        config, device = self.config, self.cache_device
         dtype = dtype or self.dtype
         check_choice("dtype of a cache", dtype, STORED_DTYPES)
         window_dtype = dtype if dtype not in LARGEST else self.dtype
@@ -131,6 +134,7 @@ class YocoForCausalLM(Execution, CausalLM):
         self,
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: ModelCache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
@@ -143,6 +147,7 @@ class YocoForCausalLM(Execution, CausalLM):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple:
         """Logits, loss, or both; the cross-decoder runs only on the positions that they need.
 
@@ -150,13 +155,16 @@ class YocoForCausalLM(Execution, CausalLM):
             input_ids: [B, T] token ids.
             attention_mask: [B, T], or [B, earlier + T] with a cache; 0 marks padding. Padding is left out of all
                 computation; positions count real tokens.
+            position_ids: [B or 1, T]; in one row of packed sequences each begins at 0. Otherwise they must be the
+                tokens' places, which the model knows by itself.
             past_key_values: a cache from `new_cache` or an earlier call; the tokens are appended to it.
             inputs_embeds: [B, T, d] instead of input_ids, before scaling by sqrt(d).
             labels: [B, T] targets as in Hugging Face: not shifted, -100 ignored. The loss is the mean over targets.
             use_cache: return a cache; None means config.use_cache in evaluation without labels. A pass with a cache
                 computes no gradients.
-            logits_to_keep: which logits to return: None or 0 all (with labels, None means none), n the last n columns,
-                a vector the columns at these indices, or a [B, T] mask of booleans (logits [number of True, V]).
+            logits_to_keep: which logits to return: None or 0 all (with labels in training mode, None means none), n the
+                last n columns, a vector the columns at these indices (an empty one: none), or a [B, T] mask of booleans
+                (logits [number of True, V]).
             cu_seqlens: [N + 1] borders of N sequences packed into one row of input_ids.
             num_items_in_batch: divide the summed loss by this instead of the number of targets (gradient accumulation).
             targets: [B, T] labels that stand where they are predicted, for rows whose next token is elsewhere.
@@ -164,6 +172,8 @@ class YocoForCausalLM(Execution, CausalLM):
                 hold. Its `lengths` count the tokens before this pass.
             output_attentions, output_hidden_states: not offered; True is refused.
             return_dict: False returns a tuple.
+            kwargs: what Hugging Face tools pass along: `cu_seq_lens_q` is cu_seqlens, `shift_labels` is targets; names
+                that are no model's are refused.
 
         Returns:
             CausalLMOutputWithPast with `loss`, `logits` [B, P, V] (zeros at padding) and `past_key_values`.
@@ -171,37 +181,33 @@ class YocoForCausalLM(Execution, CausalLM):
         Raises:
             ValueError: inputs that do not fit the model, the cache or each other; nothing has been changed then.
         """
-        refuse_outputs("YOCO", output_attentions=output_attentions, output_hidden_states=output_hidden_states)
+        extras = read_extras(self, kwargs, output_attentions, output_hidden_states)
+        cu_seqlens = one_of(cu_seqlens=cu_seqlens, cu_seq_lens_q=extras.cu_seqlens)
+        targets = one_of(targets=targets, shift_labels=extras.targets)
+        given = one_of(labels=labels, targets=targets)
         tokens = check_tokens(input_ids, inputs_embeds, self.config)
-        cache = past_key_values
-        if cache is not None:
-            self._check_cache(cache)
-        if labels is not None and targets is not None:
-            raise ValueError("give labels or targets, not both.")
-        if cache is not None and memory is not None:
-            raise ValueError("give past_key_values or memory, not both.")
+        if memory is not None and (past_key_values is not None or use_cache):
+            raise ValueError("memory stands for what came before: give it without past_key_values and use_cache.")
         if use_cache is None:
-            use_cache = (
-                self.config.use_cache and not self.training and memory is None and labels is None and targets is None
-            )
-        if cache is None and use_cache:
-            cache = self.new_cache(tokens.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1)
-        before, given = memory if cache is None else cache, labels if targets is None else targets
+            use_cache = self.config.use_cache and not self.training and memory is None and given is None
+        starts_anew = past_key_values is None and memory is None
+        position_ids, attention_mask, cu_seqlens = reading.find_packing(
+            tokens.shape, tokens.device, position_ids, attention_mask, cu_seqlens, starts_anew
+        )
+        cache = self._cache(tokens, past_key_values, use_cache, cu_seqlens)
         loss: torch.Tensor | None = None
         logits: torch.Tensor | None = None
-        if cache is not None and self._is_step(input_ids, attention_mask, cache, given, logits_to_keep, cu_seqlens):
+        if cache is not None and self._is_step(
+            input_ids, attention_mask, position_ids, cache, given, logits_to_keep, cu_seqlens
+        ):
             logits = self.step(tokens, cache)[:, None]
         else:
-            inputs = reading.read_inputs(
-                tokens.shape,
-                tokens.device,
-                attention_mask,
-                cu_seqlens,
-                None if before is None else before.lengths,
-                0 if cache is None else cache.columns,
-            )
-            if labels is not None or targets is not None:
+            before = memory if cache is None else cache
+            inputs = self._read(tokens, attention_mask, position_ids, cu_seqlens, before)
+            if given is not None:
                 targets = reading.read_targets(labels, targets, inputs, tokens.shape, self.config.vocab_size)
+                if reading.is_nothing(logits_to_keep, self.training):
+                    logits_to_keep = reading.NOTHING
             # a cache holds values, not graphs: with gradients on, the earlier tokens' share would be missing silently
             with torch.set_grad_enabled(torch.is_grad_enabled() and cache is None):
                 loss, logits = self._loss_and_logits(
@@ -210,6 +216,73 @@ class YocoForCausalLM(Execution, CausalLM):
         output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
         wants_dict = self.config.return_dict if return_dict is None else return_dict
         return output if wants_dict else output.to_tuple()
+
+    def hidden_states(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: ModelCache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Final hidden states [B, T, d] of all positions, zeros at padding; arguments as in `forward`."""
+        extras = read_extras(self, kwargs)
+        cu_seqlens = one_of(cu_seqlens=cu_seqlens, cu_seq_lens_q=extras.cu_seqlens)
+        tokens = check_tokens(input_ids, inputs_embeds, self.config)
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        position_ids, attention_mask, cu_seqlens = reading.find_packing(
+            tokens.shape, tokens.device, position_ids, attention_mask, cu_seqlens, past_key_values is None
+        )
+        cache = self._cache(tokens, past_key_values, use_cache, cu_seqlens)
+        inputs = self._read(tokens, attention_mask, position_ids, cu_seqlens, cache)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and cache is None):
+            everything = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+            if inputs.real is not None:
+                everything = inputs.real
+            dense = inputs.batch.cu_seqlens is None
+            wanted = inputs.batch.columns(slice(None)) if dense else inputs.select(everything)
+            hidden = self._hidden(tokens, inputs, cache, wanted)
+            if inputs.real is not None:
+                hidden = hidden.new_zeros(*everything.shape, hidden.shape[-1]).index_put((everything,), hidden[0])
+        return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=cache)
+
+    def _cache(
+        self,
+        tokens: torch.Tensor,
+        given: ModelCache | None,
+        use_cache: bool,
+        cu_seqlens: torch.Tensor | None,
+    ) -> ModelCache | None:
+        """The cache of a forward pass: the given one, a new one where one is wanted, or none."""
+        if given is not None:
+            self._check_cache(given)
+            return given
+        if not use_cache:
+            return None
+        rows = tokens.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
+        return self.new_cache(max(rows, 1))
+
+    def _read(
+        self,
+        tokens: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        cu_seqlens: torch.Tensor | None,
+        before: HeldMemory | None,
+    ) -> reading.Inputs:
+        return reading.read_inputs(
+            tokens.shape,
+            tokens.device,
+            attention_mask,
+            cu_seqlens,
+            None if before is None else before.lengths,
+            before.columns if isinstance(before, ModelCache) else 0,
+            position_ids,
+        )
 
     def _loss_and_logits(
         self,
@@ -229,7 +302,7 @@ class YocoForCausalLM(Execution, CausalLM):
             hidden = self._hidden(tokens, inputs, memory, inputs.batch.columns(columns))
             return None, self.output_projection(hidden)
         counted = None if targets is None else targets != reading.IGNORE_INDEX
-        if targets is not None and counted is not None and logits_to_keep is None and dense and T > 1:
+        if targets is not None and counted is not None and logits_to_keep is reading.NOTHING and dense and T > 1:
             # plain training: every column has a target, but perhaps the last one
             body, last, any_last = torch.stack(
                 (counted[:, :-1].all(), counted[:, -1].all(), counted[:, -1].any())
@@ -245,7 +318,7 @@ class YocoForCausalLM(Execution, CausalLM):
         if keep_mask:
             assert isinstance(logits_to_keep, torch.Tensor)
             kept |= reading.check_mask(logits_to_keep.to(device, torch.bool), inputs, shape)
-        elif targets is None or logits_to_keep is not None:
+        elif logits_to_keep is not reading.NOTHING:
             wanted = reading.wanted_columns(logits_to_keep, T, device)
             kept[:, wanted] = True
             if inputs.real is not None:
@@ -291,7 +364,7 @@ class YocoForCausalLM(Execution, CausalLM):
         if isinstance(weight, DTensor):  # split over ranks, in training
             total = vocab_parallel_cross_entropy(hidden, weight, targets)
         else:
-            total = linear_cross_entropy(hidden, weight, targets)
+            total = head_loss(self.output_projection, hidden, targets)
         return total / (max(len(targets), 1) if num_items is None else num_items)
 
     # -- one token at a time ----------------------------------------------------------------------------------------
@@ -300,17 +373,23 @@ class YocoForCausalLM(Execution, CausalLM):
     def step(self, tokens: torch.Tensor, cache: ModelCache) -> torch.Tensor:
         """Append tokens [N, 1], one a sequence, to a cache: logits [N, V]. On a GPU a CUDA graph (stepper.py).
 
-        `forward` does this by itself where it is given one token and a cache on a GPU.
+        `forward` does this by itself where it is given one token and a cache on a GPU, unless adapters, hooks or other
+        things are in the model that a graph would pass over, or `model.use_cuda_graphs` is False.
         """
+        found = stepper(self, cache)
+        if not self.use_cuda_graphs or not found.is_plain:
+            inputs = self._read(tokens, None, None, None, cache)
+            return self.output_projection(self._hidden(tokens, inputs, cache, inputs.batch.columns(slice(None))))[:, -1]
         cache.check_room((1,) * cache.batch_size)
         if cache.shared is not None:
             cache.shared.reserve(cache.num_tokens + 1)
-        return stepper(self, cache)(tokens, cache).clone()
+        return found(tokens, cache).clone()
 
     def _is_step(
         self,
         input_ids: torch.Tensor | None,
         attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
         cache: ModelCache,
         labels: torch.Tensor | None,
         logits_to_keep: int | torch.Tensor | None,
@@ -325,11 +404,9 @@ class YocoForCausalLM(Execution, CausalLM):
             and cu_seqlens is None
             and (logits_to_keep is None or (isinstance(logits_to_keep, int) and logits_to_keep in (0, 1)))
             and not cache.recording
-            and (
-                attention_mask is None
-                or attention_mask.shape in (input_ids.shape, (cache.batch_size, cache.columns + 1))
-            )
-            and (attention_mask is None or bool(attention_mask[:, -1].all()))
+            and self.use_cuda_graphs
+            and stepper(self, cache).is_plain
+            and reading.is_next_token(attention_mask, position_ids, cache.lengths, cache.columns)
         )
 
     # -- reading long input ---------------------------------------------------------------------------------------

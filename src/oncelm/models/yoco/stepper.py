@@ -11,13 +11,30 @@ from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 import torch
+from torch import nn
 
 from oncelm.cache import Batch, ModelCache, Selection, StepMemory
-from oncelm.models.yoco.model import run_layers
+from oncelm.models.plain import Wiring
+from oncelm.models.rms_norm import RMSNorm
+from oncelm.models.yoco.model import (
+    CrossAttention,
+    CrossDecoder,
+    DecoderLayer,
+    FeedForward,
+    GatedRetention,
+    SelfDecoder,
+    SlidingWindowAttention,
+    run_layers,
+)
 
 if TYPE_CHECKING:
     from oncelm.models.yoco.modeling import YocoForCausalLM
 
+# modules whose `forward` a graph can stand for
+PLAIN_MODULES = (
+    nn.Embedding, nn.Linear, nn.ModuleList, RMSNorm, SelfDecoder, CrossDecoder, DecoderLayer, GatedRetention,
+    SlidingWindowAttention, CrossAttention, FeedForward,
+)  # fmt: skip
 WARM_UP_STEPS = 1  # steps without a graph: they compile the kernels and allocate what libraries want
 
 
@@ -31,12 +48,17 @@ class Stepper:
 
     def __init__(self, model: YocoForCausalLM, cache: ModelCache) -> None:
         self.model, self.memory = model, StepMemory(cache)
-        self.key = _addresses(model, cache)
+        self.wiring, self.key = Wiring(model, PLAIN_MODULES), _addresses(cache)
         self.tokens = torch.zeros(cache.batch_size, 1, dtype=torch.long, device=model.device)
         self.positions = torch.zeros_like(self.tokens)
         self.reached: tuple[int, ...] | None = None  # where `positions` stands
         self.steps = 0
         self.graph: torch.cuda.CUDAGraph | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether a graph can stand for the model: nothing in it that runs Python of its own at every step."""
+        return self.wiring.is_plain
 
     def __call__(self, tokens: torch.Tensor, cache: ModelCache) -> torch.Tensor:
         """Append tokens [N, 1]: logits [N, V], valid until the next step."""
@@ -89,14 +111,14 @@ _STEPPERS: WeakKeyDictionary[ModelCache, Stepper] = WeakKeyDictionary()
 
 
 def stepper(model: YocoForCausalLM, cache: ModelCache) -> Stepper:
-    """The Stepper of this cache, a new one where either has moved in memory."""
+    """The Stepper of this cache, a new one where the cache has moved in memory or the model has other modules or
+    weights than it was made with."""
     found = _STEPPERS.get(cache)
-    if found is None or found.model is not model or found.key != _addresses(model, cache):
+    if found is None or found.model is not model or found.key != _addresses(cache) or not found.wiring.is_unchanged:
         found = _STEPPERS[cache] = Stepper(model, cache)
     return found
 
 
-def _addresses(model: YocoForCausalLM, cache: ModelCache) -> tuple[int, ...]:
-    """Where a graph would read and write: it is recorded anew when one of them has changed."""
-    weights = (model.embed_tokens.weight, model.output_projection.weight, model.layer_norm.weight)
-    return tuple(tensor.data_ptr() for tensor in (*weights, *cache.tensors().values()))
+def _addresses(cache: ModelCache) -> tuple[int, ...]:
+    """Where a graph would read and write a cache, and of how many sequences: it is recorded anew where they change."""
+    return cache.batch_size, *(tensor.data_ptr() for tensor in cache.tensors().values())

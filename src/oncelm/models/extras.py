@@ -1,0 +1,71 @@
+"""Arguments of a forward pass that Hugging Face tools pass under names of their own."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+# What Hugging Face tools hand to every model, and what says nothing that these models do not know already.
+_NOT_OURS = frozenset({
+    "assistant_model", "assistant_tokenizer", "cache_position", "is_first_iteration", "max_length_k", "max_length_q",
+    "seq_idx", "token_type_ids", "tokenizer",
+})  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Extras:
+    """What `forward` takes under other tools' names.
+
+    Attributes:
+        cu_seqlens: `cu_seq_lens_q`, borders of packed sequences.
+        targets: `shift_labels`, labels at the token that predicts them.
+    """
+
+    cu_seqlens: torch.Tensor | None
+    targets: torch.Tensor | None
+
+
+def read_extras(
+    model: PreTrainedModel,
+    kwargs: dict[str, Any],
+    output_attentions: bool | None = None,
+    output_hidden_states: bool | None = None,
+) -> Extras:
+    """Read what is left of the keyword arguments of a forward pass.
+
+    Raises:
+        ValueError: outputs that these models do not have, asked for by argument or by the configuration.
+        TypeError: an argument that no model has; the nearest that this one has is named.
+    """
+    asked = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
+    asked = {name: getattr(model.config, name, None) if value is None else value for name, value in asked.items()}
+    asked["output_router_logits"] = kwargs.get("output_router_logits")
+    for name, value in asked.items():
+        if value:
+            raise ValueError(f"{name}=True is not offered by {type(model).__name__}.")
+    if kwargs.get("is_causal") is False:
+        raise ValueError("is_causal=False is not offered: these models read from left to right.")
+    names = {"cu_seq_lens_q", "cu_seq_lens_k", "is_causal", "output_router_logits", "shift_labels"}
+    for name in kwargs:
+        if name not in _NOT_OURS | names:
+            known = inspect.signature(type(model).forward).parameters
+            close = difflib.get_close_matches(name, [*known, *names], n=1, cutoff=0.5)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise TypeError(f"{type(model).__name__}.forward() got an unexpected keyword argument {name!r}{hint}")
+    borders, keys = kwargs.get("cu_seq_lens_q"), kwargs.get("cu_seq_lens_k")
+    if borders is not None and keys is not None and not torch.equal(borders, keys):
+        raise ValueError("cu_seq_lens_q and cu_seq_lens_k differ: packed sequences read themselves only.")
+    return Extras(borders, kwargs.get("shift_labels"))
+
+
+def one_of(**given: torch.Tensor | None) -> torch.Tensor | None:
+    """The argument that is given; ValueError where several are."""
+    named = {name: value for name, value in given.items() if value is not None}
+    if len(named) > 1:
+        raise ValueError(f"give {' or '.join(named)}, not both.")
+    return next(iter(named.values()), None)
