@@ -52,7 +52,7 @@ def test_yoco_prefill_and_training(shape, every_pair):
     ids = torch.zeros(B, T, dtype=torch.long)
     with torch.no_grad():
         prefill = counted(lambda: yoco.prefill(ids)), yoco.work.prefill(B, T)
-    train = counted(lambda: yoco.model(ids, labels=ids).loss.backward()), yoco.work.train(B, T)
+    train = counted(lambda: yoco.model.train()(ids, labels=ids).loss.backward()), yoco.work.train(B, T)
     for (linear, mixing), expected in (prefill, train):
         assert linear == expected.linear
         if config.self_decoder == "gated_retention" and config.num_self_decoder_layers:

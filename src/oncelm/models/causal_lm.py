@@ -89,6 +89,9 @@ class CausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError("gradient checkpointing of OnceLM's models needs use_reentrant=False (the default here).")
         super()._set_gradient_checkpointing(enable, partial(run, use_reentrant=False), **kwargs)
 
+    def _prepare_position_ids_for_generation(self, inputs_tensor: torch.Tensor, model_kwargs: dict) -> None:
+        """None: the model knows its tokens' places, and would have to check what generate says of them at each step."""
+
     def _prepare_cache_for_generation(
         self,
         generation_config: Any,

@@ -226,22 +226,24 @@ def is_next_token(
     lengths: tuple[int, ...],
     columns_before: int,
 ) -> bool:
-    """Whether mask and positions of one new column say just that it is each sequence's next token. Waits once."""
-    said = []
+    """Whether mask and positions of one new column say just that it is each sequence's next token. A GPU is waited for
+    once, and asked for little: this stands before every step of `generate`."""
+    said: list[torch.Tensor] = []
+    expected: list[list[int]] = []
     if attention_mask is not None:
         if attention_mask.dim() != 2 or attention_mask.shape[1] not in (1, columns_before + 1):
             return False
-        if attention_mask.shape[1] == 1:
-            said.append(attention_mask != 0)
-        else:
-            seen = (attention_mask != 0).cumsum(1)  # of the earlier columns as many as the cache holds, and this one
-            held = lengths[0] if len(set(lengths)) == 1 else _tensor(lengths, seen)
-            said += [seen[:, -2] == held, seen[:, -1] == held + 1]
+        said.append(attention_mask[:, -1])
+        expected.append([1] * len(lengths))
+        if attention_mask.shape[1] > 1:  # of the earlier columns as many as the cache holds
+            said.append(attention_mask.sum(1))
+            expected.append([length + 1 for length in lengths])
     if position_ids is not None:
-        if position_ids.dim() != 2 or position_ids.shape[1] != 1:
+        if position_ids.shape != (len(lengths), 1):
             return False
-        said.append(position_ids[:, 0] == (lengths[0] if len(set(lengths)) == 1 else _tensor(lengths, position_ids)))
-    return not said or bool(torch.cat([x.flatten() for x in said]).all())
+        said.append(position_ids[:, 0])
+        expected.append(list(lengths))
+    return not said or torch.stack([x.long() for x in said]).tolist() == expected
 
 
 def wanted_columns(logits_to_keep: int | torch.Tensor | None, T: int, device: torch.device) -> slice | torch.Tensor:

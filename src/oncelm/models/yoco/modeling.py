@@ -33,7 +33,7 @@ from oncelm.models.rms_norm import RMSNorm
 from oncelm.models.yoco.config import YocoConfig
 from oncelm.models.yoco.execution import Execution
 from oncelm.models.yoco.model import CrossDecoder, SelfDecoder, run_layers
-from oncelm.models.yoco.stepper import stepper
+from oncelm.models.yoco.stepper import Stepper, stepper
 from oncelm.ops import vocab_parallel_cross_entropy
 from oncelm.ops.quantize import LARGEST
 from oncelm.utils.errors import check_choice, check_whole
@@ -197,10 +197,11 @@ class YocoForCausalLM(Execution, CausalLM):
         cache = self._cache(tokens, past_key_values, use_cache, cu_seqlens)
         loss: torch.Tensor | None = None
         logits: torch.Tensor | None = None
-        if cache is not None and self._is_step(
-            input_ids, attention_mask, position_ids, cache, given, logits_to_keep, cu_seqlens
-        ):
-            logits = self.step(tokens, cache)[:, None]
+        step = None
+        if given is None and cu_seqlens is None:
+            step = self._graphed_step(input_ids, attention_mask, position_ids, cache, logits_to_keep)
+        if step is not None and cache is not None:
+            logits = step(tokens, cache).clone()[:, None]
         else:
             before = memory if cache is None else cache
             inputs = self._read(tokens, attention_mask, position_ids, cu_seqlens, before)
@@ -376,38 +377,43 @@ class YocoForCausalLM(Execution, CausalLM):
         `forward` does this by itself where it is given one token and a cache on a GPU, unless adapters, hooks or other
         things are in the model that a graph would pass over, or `model.use_cuda_graphs` is False.
         """
-        found = stepper(self, cache)
-        if not self.use_cuda_graphs or not found.is_plain:
-            inputs = self._read(tokens, None, None, None, cache)
-            return self.output_projection(self._hidden(tokens, inputs, cache, inputs.batch.columns(slice(None))))[:, -1]
+        step = self._stepper(cache)
+        if step is not None:
+            return step(tokens, cache).clone()
+        inputs = self._read(tokens, None, None, None, cache)
+        return self.output_projection(self._hidden(tokens, inputs, cache, inputs.batch.columns(slice(None))))[:, -1]
+
+    def _stepper(self, cache: ModelCache) -> Stepper | None:
+        """What takes a step with this cache, which then has room for it; None where no graph can stand for the model."""
+        if not self.use_cuda_graphs:
+            return None
         cache.check_room((1,) * cache.batch_size)
         if cache.shared is not None:
             cache.shared.reserve(cache.num_tokens + 1)
-        return found(tokens, cache).clone()
+        found = stepper(self, cache)
+        return found if found.is_plain else None
 
-    def _is_step(
+    def _graphed_step(
         self,
         input_ids: torch.Tensor | None,
         attention_mask: torch.Tensor | None,
         position_ids: torch.Tensor | None,
-        cache: ModelCache,
-        labels: torch.Tensor | None,
+        cache: ModelCache | None,
         logits_to_keep: int | torch.Tensor | None,
-        cu_seqlens: torch.Tensor | None,
-    ) -> bool:
-        """Whether this forward pass is one new token of every sequence of a cache, on a GPU, and nothing else."""
-        return (
-            input_ids is not None
-            and input_ids.is_cuda
-            and input_ids.shape == (cache.batch_size, 1)
-            and labels is None
-            and cu_seqlens is None
-            and (logits_to_keep is None or (isinstance(logits_to_keep, int) and logits_to_keep in (0, 1)))
-            and not cache.recording
-            and self.use_cuda_graphs
-            and stepper(self, cache).is_plain
-            and reading.is_next_token(attention_mask, position_ids, cache.lengths, cache.columns)
-        )
+    ) -> Stepper | None:
+        """What takes this forward pass as a step, if it is one new token of every sequence of a cache, on a GPU, and
+        nothing else."""
+        if (
+            cache is None
+            or input_ids is None
+            or not input_ids.is_cuda
+            or input_ids.shape != (cache.batch_size, 1)
+            or not (logits_to_keep is None or (isinstance(logits_to_keep, int) and logits_to_keep in (0, 1)))
+            or cache.recording
+            or not reading.is_next_token(attention_mask, position_ids, cache.lengths, cache.columns)
+        ):
+            return None
+        return self._stepper(cache)
 
     # -- reading long input ---------------------------------------------------------------------------------------
 
