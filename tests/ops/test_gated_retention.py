@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from oncelm.ops import gated_retention
+from oncelm.ops.gated_retention.chunk import CHUNK_SIZE
 
 
 def make_inputs(
@@ -41,6 +42,22 @@ def test_forms_agree(T: int, B: int, strength: float, backend: str, with_state: 
     got, got_final = gated_retention(q, k, v, g, initial_state=initial, output_final_state=True, backend=backend)
     torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-10)
     torch.testing.assert_close(got_final, final, rtol=1e-9, atol=1e-10)
+
+
+def relative_error(found: torch.Tensor, exact: torch.Tensor) -> float:
+    return ((found.double() - exact).norm() / exact.norm()).item()
+
+
+@pytest.mark.parametrize("strength", [1 / 16, 1.0])
+@pytest.mark.parametrize(("backend", "T"), [("chunk", 131072), ("recurrent", 2048), ("naive", 2048)])
+def test_long_sequences_keep_their_digits(backend: str, T: int, strength: float) -> None:
+    """Sums of gates grow with the sequence; what rounding does to their differences must not."""
+    inputs = make_inputs([T], H=1, strength=strength)[:4]
+    exact, exact_state = gated_retention(*inputs, output_final_state=True, backend="chunk")
+    found, state = gated_retention(*(x.float() for x in inputs), output_final_state=True, backend=backend)
+    in_a_chunk = CHUNK_SIZE * -inputs[3].mean().item() if backend == "chunk" else 0.0  # its sums of gates
+    for got, wanted in ((found, exact), (state, exact_state)):
+        assert relative_error(got, wanted) < 5e-7 + 2**-24 * in_a_chunk
 
 
 @settings(max_examples=30, deadline=None)
