@@ -33,16 +33,29 @@ def golden() -> Path:
     return GOLDEN
 
 
+def _poison(tensor: torch.Tensor) -> torch.Tensor:
+    """NaN, or of integers a number that is no index, no count and no token of a test."""
+    if tensor.device.type == "meta":
+        return tensor
+    if tensor.is_floating_point() or tensor.is_complex():
+        value: float = float("nan")
+    else:
+        value = 1 if tensor.dtype == torch.bool else min(torch.iinfo(tensor.dtype).max, 1 << 62) - 5
+    tensor.detach().fill_(value)
+    return tensor
+
+
 @pytest.fixture
 def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Uninitialised memory holds NaN, so that an element that nobody wrote shows."""
-    empty, empty_like = torch.empty, torch.empty_like
+    """Uninitialised memory holds what no computation survives, so that an element that nobody wrote shows."""
+    makers = {torch: ("empty", "empty_like", "empty_strided"), torch.Tensor: ("new_empty", "new_empty_strided")}
+    for owner, names in makers.items():
+        for name in names:
 
-    def poison(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.fill_(float("nan")) if tensor.is_floating_point() and tensor.device.type != "meta" else tensor
+            def make(*args: Any, _make: Any = getattr(owner, name), **kwargs: Any) -> torch.Tensor:
+                return _poison(_make(*args, **kwargs))
 
-    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: poison(empty(*args, **kwargs)))
-    monkeypatch.setattr(torch, "empty_like", lambda *args, **kwargs: poison(empty_like(*args, **kwargs)))
+            monkeypatch.setattr(owner, name, make)
 
 
 @pytest.fixture
