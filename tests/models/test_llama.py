@@ -10,7 +10,6 @@ from oncelm.models.llama import LLAMA_PRESETS, build_llama
 from oncelm.models.load import build_model
 from oncelm.models.yoco.presets import PRESETS
 
-
 # feed-forward widths of the twins: 8/3 d up to a multiple of 128, as LLaMA's own (4096: 11008, that of its 7B)
 WIDTHS = {128: 384, 256: 768, 768: 2048, 1024: 2816, 1536: 4096, 2048: 5504, 2560: 6912, 3072: 8192, 4096: 11008,
           5120: 13696}  # fmt: skip
