@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -48,14 +49,14 @@ def _poison(tensor: torch.Tensor) -> torch.Tensor:
 @pytest.fixture
 def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Uninitialised memory holds what no computation survives, so that an element that nobody wrote shows."""
-    makers = {torch: ("empty", "empty_like", "empty_strided"), torch.Tensor: ("new_empty", "new_empty_strided")}
-    for owner, names in makers.items():
-        for name in names:
 
-            def make(*args: Any, _make: Any = getattr(owner, name), **kwargs: Any) -> torch.Tensor:
-                return _poison(_make(*args, **kwargs))
+    def poisoned(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        return lambda *args, **kwargs: _poison(make(*args, **kwargs))
 
-            monkeypatch.setattr(owner, name, make)
+    for name in ("empty", "empty_like", "empty_strided"):
+        monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))
+    for name in ("new_empty", "new_empty_strided"):
+        monkeypatch.setattr(torch.Tensor, name, poisoned(getattr(torch.Tensor, name)))
 
 
 @pytest.fixture

@@ -31,8 +31,8 @@ def linear_cross_entropy(
     Args:
         hidden: [M, d].
         weight: [V, d].
-        targets: [M] integers in 0..V-1; drop ignored rows before the call. Others are refused on a CPU; elsewhere, where
-            reading them would wait for the device, they make the loss NaN.
+        targets: [M] integers in 0..V-1; drop ignored rows before the call. Others are refused on a CPU; elsewhere,
+            where looking at them would wait for the device, they make the loss NaN.
         backend: "auto", "triton" or "naive".
 
     Returns:
