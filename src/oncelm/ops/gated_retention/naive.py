@@ -21,8 +21,7 @@ def parallel(
     future = torch.ones(T, T, dtype=torch.bool, device=g.device).triu(1)
     # G_i - G_j summed as g_{j+1} + ... + g_i: a difference of long sums keeps their rounding and not their digits
     between = g[..., :, None].expand(*g.shape, T).tril(-1).cumsum(-2)
-    # masked before exp: what stands there is not the future's, and exp could overflow if it were
-    decay = between.masked_fill(future, -torch.inf).exp()
+    decay = between.exp().masked_fill(future, 0.0)  # of the future, where `between` is 0, nothing is seen
     o = (q @ k.mT * decay * scale) @ v
     last, to_end = (total[..., -1:], between[..., -1, :]) if T else (g.new_zeros(*g.shape[:-1], 1), total)
     state = (k * to_end.exp()[..., None] * scale).mT @ v
