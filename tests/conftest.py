@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,16 +34,29 @@ def golden() -> Path:
     return GOLDEN
 
 
+def _poison(tensor: torch.Tensor) -> torch.Tensor:
+    """NaN, or of integers a number that is no index, no count and no token of a test."""
+    if tensor.device.type == "meta":
+        return tensor
+    if tensor.is_floating_point() or tensor.is_complex():
+        value: float = float("nan")
+    else:
+        value = 1 if tensor.dtype == torch.bool else min(torch.iinfo(tensor.dtype).max, 1 << 62) - 5
+    tensor.detach().fill_(value)
+    return tensor
+
+
 @pytest.fixture
 def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Uninitialised memory holds NaN, so that an element that nobody wrote shows."""
-    empty, empty_like = torch.empty, torch.empty_like
+    """Uninitialised memory holds what no computation survives, so that an element that nobody wrote shows."""
 
-    def poison(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.fill_(float("nan")) if tensor.is_floating_point() and tensor.device.type != "meta" else tensor
+    def poisoned(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        return lambda *args, **kwargs: _poison(make(*args, **kwargs))
 
-    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: poison(empty(*args, **kwargs)))
-    monkeypatch.setattr(torch, "empty_like", lambda *args, **kwargs: poison(empty_like(*args, **kwargs)))
+    for name in ("empty", "empty_like", "empty_strided"):
+        monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))
+    for name in ("new_empty", "new_empty_strided"):
+        monkeypatch.setattr(torch.Tensor, name, poisoned(getattr(torch.Tensor, name)))
 
 
 @pytest.fixture

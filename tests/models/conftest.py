@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from oncelm import YocoForCausalLM
-from tests.models.small import make_model
+from tests.models.small import make_ill_conditioned, make_model
 
 
 @pytest.fixture(scope="session")
@@ -17,7 +17,7 @@ def models() -> Callable[[str], YocoForCausalLM]:
 
     def get(kind: str) -> YocoForCausalLM:
         if kind not in made:
-            made[kind] = make_model(kind)
+            made[kind] = make_ill_conditioned() if kind == "ill-conditioned" else make_model(kind)
         return made[kind]
 
     return get

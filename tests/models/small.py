@@ -47,6 +47,22 @@ def make_model(kind: str, **changes: Any) -> YocoForCausalLM:
     return model.eval()
 
 
+def make_ill_conditioned() -> YocoForCausalLM:
+    """A model of gated retention in whose first layer q . k of one token is 0 but for rounding.
+
+    What the first token of a sequence reads there is then near 0, and the norm of the head makes rounding large: in
+    float32 any way of computing it is off by as much, up to 5e-4 in the logits.
+    """
+    model = make_model("retention")
+    mixer = model.self_decoder.layers[0].mixer
+    heads = model.config.num_self_heads
+    turn = torch.randn(heads, mixer.head_dim, mixer.head_dim, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():  # k = A q, and q . A q = 0 where A^T = -A
+        turned = 100 * (turn - turn.mT) @ mixer.q_proj.weight.unflatten(0, (heads, -1))
+        mixer.k_proj.weight.copy_(turned.flatten(0, 1))
+    return model
+
+
 def make_long(**changes: Any) -> LongLlamaForCausalLM:
     """A LongLLaMA with windows of 16 tokens and memory in layers 1 and 2 of 3."""
     settings = {

@@ -3,6 +3,9 @@
 full forward = prefill + decode = chunked prefill + decode = several turns on one cache
 padded batch = each sequence alone = packed sequences
 cross-decoder at all positions = cross-decoder only where logits are asked for
+
+The same but for rounding: each way is compared with float64, and may be off by a small multiple of what the full
+forward pass is off (reference.py).
 """
 
 from __future__ import annotations
@@ -12,20 +15,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.models.reference import whole
 from tests.models.small import KINDS, VOCAB, make_model
 
-kinds = pytest.mark.parametrize("kind", KINDS)
+kinds = pytest.mark.parametrize("kind", [*KINDS, "ill-conditioned"])
 seeds = st.integers(0, 2**31)
-close = {"rtol": 2e-4, "atol": 2e-4}
 
 
 def draw_ids(seed: int, *shape: int) -> torch.Tensor:
     return torch.randint(0, VOCAB, shape, generator=torch.Generator().manual_seed(seed))
-
-
-def full(model, ids: torch.Tensor) -> torch.Tensor:
-    with torch.no_grad():
-        return model(ids, use_cache=False).logits
 
 
 @kinds
@@ -34,14 +32,14 @@ def full(model, ids: torch.Tensor) -> torch.Tensor:
 def test_any_pieces_on_one_cache_give_the_full_forward(models, kind, data, seed, B, T) -> None:
     """Several turns of several tokens, decode steps among them: each piece's logits are the full forward's."""
     model, ids = models(kind), draw_ids(seed, B, T)
-    expected = full(model, ids)
+    expected = whole(model, ids)
     cache = model.new_cache(B, data.draw(st.sampled_from([None, T, T + 5])))
     place = 0
     while place < T:
         length = data.draw(st.sampled_from([1, 1, 2, 3, 9, 20]))
         piece = ids[:, place : place + length]
         logits = model(piece, past_key_values=cache).logits
-        torch.testing.assert_close(logits, expected[:, place : place + piece.shape[1]], **close)
+        expected[:, place : place + piece.shape[1]].check(logits)
         place += piece.shape[1]
     assert cache.num_tokens == T
 
@@ -51,13 +49,13 @@ def test_any_pieces_on_one_cache_give_the_full_forward(models, kind, data, seed,
 @given(seed=seeds, T=st.integers(1, 40), chunk_size=st.integers(1, 45), extra=st.integers(1, 10))
 def test_chunked_prefill_then_decode(models, kind, seed, T, chunk_size, extra) -> None:
     model, ids = models(kind), draw_ids(seed, 2, T + extra)
-    expected = full(model, ids)
+    expected = whole(model, ids)
     cache = model.new_cache(2, T + extra)
     last = model.prefill(ids[:, :T], cache, chunk_size=chunk_size)
-    torch.testing.assert_close(last, expected[:, T - 1], **close)
+    expected[:, T - 1].check(last)
     for t in range(T, T + extra):
         step = model(ids[:, t : t + 1], past_key_values=cache).logits
-        torch.testing.assert_close(step[:, 0], expected[:, t], **close)
+        expected[:, t].check(step[:, 0])
 
 
 @kinds
@@ -66,7 +64,7 @@ def test_prefill_may_be_called_again(models, kind) -> None:
     cache = model.new_cache(1, 30)
     model.prefill(ids[:, :11], cache, chunk_size=4)
     last = model.prefill(ids[:, 11:], cache, chunk_size=7)
-    torch.testing.assert_close(last, full(model, ids)[:, -1], **close)
+    whole(model, ids)[:, -1].check(last)
 
 
 @kinds
@@ -75,16 +73,16 @@ def test_prefill_may_be_called_again(models, kind) -> None:
 def test_any_subset_of_positions(models, kind, data, seed, B, T) -> None:
     """The fourth rung: an int, indices in any order and repeated, or a mask."""
     model, ids = models(kind), draw_ids(seed, B, T)
-    expected = full(model, ids)
+    expected = whole(model, ids)
     count = data.draw(st.integers(1, T + 2))
     last = model(ids, use_cache=False, logits_to_keep=count).logits
-    torch.testing.assert_close(last, expected[:, -count:], **close)
+    expected[:, -count:].check(last)
     index = torch.tensor(data.draw(st.lists(st.integers(-T, T - 1), min_size=1, max_size=8)))
     some = model(ids, use_cache=False, logits_to_keep=index).logits
-    torch.testing.assert_close(some, expected[:, index], **close)
+    expected[:, index].check(some)
     mask = torch.tensor(data.draw(st.lists(st.booleans(), min_size=B * T, max_size=B * T))).view(B, T)
     masked = model(ids, use_cache=False, logits_to_keep=mask).logits
-    torch.testing.assert_close(masked, expected[mask], **close)
+    expected[mask].check(masked)
 
 
 @kinds
@@ -106,7 +104,6 @@ def test_padding_anywhere_changes_nothing(models, kind, data, seed, T, steps) ->
     cache = model.new_cache(3, T + steps)
     logits = model(ids[:, :T], attention_mask=mask, past_key_values=cache).logits
     uncached = model(ids[:, :T], attention_mask=mask, use_cache=False).logits
-    torch.testing.assert_close(uncached, logits, **close)
     pieces = [logits]
     for step in range(steps):
         so_far = torch.cat((mask, torch.ones(3, step + 1, dtype=torch.long)), dim=1)
@@ -115,9 +112,11 @@ def test_padding_anywhere_changes_nothing(models, kind, data, seed, T, steps) ->
     together = torch.cat(pieces, dim=1)
     whole_mask = torch.cat((mask, torch.ones(3, steps, dtype=torch.long)), dim=1).bool()
     for row in range(3):
-        alone = full(model, ids[row : row + 1][whole_mask[row : row + 1]][None])
-        torch.testing.assert_close(together[row][whole_mask[row]], alone[0], **close)
+        alone = whole(model, ids[row : row + 1][whole_mask[row : row + 1]][None])[0]
+        alone.check(together[row][whole_mask[row]])
+        alone[: int(mask[row].sum())].check(uncached[row][mask[row].bool()])
     assert (together[~whole_mask] == 0).all()
+    assert (uncached[mask == 0] == 0).all()
 
 
 @kinds
@@ -131,7 +130,7 @@ def test_padded_prefill(models, kind, data, seed, T, chunk_size) -> None:
     mask[1, 0] = 1
     last = model.prefill(ids, model.new_cache(2, T), chunk_size=chunk_size, attention_mask=mask)
     for row in range(2):
-        torch.testing.assert_close(last[row], full(model, ids[row][mask[row].bool()][None])[0, -1], **close)
+        whole(model, ids[row][mask[row].bool()][None])[0, -1].check(last[row])
 
 
 @kinds
@@ -144,18 +143,18 @@ def test_packed_sequences(models, kind, seed, lengths) -> None:
     borders = torch.tensor([0, *lengths]).cumsum(0)
     packed = model(ids, cu_seqlens=borders, use_cache=False).logits
     cached = model(ids, cu_seqlens=borders, use_cache=True)
-    torch.testing.assert_close(cached.logits, packed, **close)
     again = model(ids.flip(1), cu_seqlens=borders, past_key_values=cached.past_key_values).logits
     for start, end in zip(borders[:-1].tolist(), borders[1:].tolist(), strict=True):
         if start == end:
             continue
         both = torch.cat((ids[:, start:end], ids.flip(1)[:, start:end]), dim=1)
-        expected = full(model, both)
-        torch.testing.assert_close(packed[:, start:end], expected[:, : end - start], **close)
-        torch.testing.assert_close(again[:, start:end], expected[:, end - start :], **close)
+        expected = whole(model, both)
+        for first in (packed, cached.logits):
+            expected[:, : end - start].check(first[:, start:end])
+        expected[:, end - start :].check(again[:, start:end])
 
 
-@kinds
+@pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=10, deadline=None)
 @given(data=st.data(), seed=seeds, T=st.integers(2, 20), padded=st.booleans())
 def test_loss_and_gradients_on_any_targets(kind, data, seed, T, padded) -> None:
@@ -180,7 +179,7 @@ def test_loss_and_gradients_on_any_targets(kind, data, seed, T, padded) -> None:
             loss = model(ids, attention_mask=mask, labels=labels).loss
         loss.backward()
         results.append((loss.detach(), {name: p.grad for name, p in model.named_parameters()}))
-    torch.testing.assert_close(results[0][0], results[1][0], **close)
+    torch.testing.assert_close(results[0][0], results[1][0], rtol=2e-4, atol=2e-4)
     for name, got in results[0][1].items():
         expected = results[1][1][name]
         if got is None or expected is None:
@@ -221,15 +220,28 @@ def test_cross_decoder_never_sees_an_unwanted_position(models, kind) -> None:
     assert seen == [4] * n + [6] * n + [2] * n + [2] * n + [2] * n
 
 
+def test_the_ill_conditioned_model_is_one(models) -> None:
+    """Its first tokens' logits are lost to rounding by the plain forward pass itself; the checks have to bear it."""
+    model, ids = models("ill-conditioned"), torch.arange(VOCAB)[:, None]
+    reference = whole(model, ids)
+    assert reference.error.max() > 2e-4
+    assert reference.error.max() > 100 * whole(models("retention"), ids).error.max()
+    answers = model(ids, use_cache=False).logits.detach()
+    reference.check(answers)
+    for wrong in (answers + 1e-2, answers.roll(1, dims=0), answers * torch.nan):
+        with pytest.raises(AssertionError, match="off by"):
+            reference.check(wrong)
+
+
 def test_labels_and_logits_together(models) -> None:
     model, ids = models("retention"), draw_ids(0, 2, 9)
     labels = ids.clone()
     labels[:, :4] = -100
     both = model(ids, labels=labels, logits_to_keep=2)
     torch.testing.assert_close(both.loss, model(ids, labels=labels).loss)
-    torch.testing.assert_close(both.logits, full(model, ids)[:, -2:], **close)
+    whole(model, ids)[:, -2:].check(both.logits)
     every = model(ids, labels=labels, logits_to_keep=0)
-    torch.testing.assert_close(every.logits, full(model, ids), **close)
+    whole(model, ids).check(every.logits)
 
 
 def test_packed_labels_do_not_cross_borders(models) -> None:

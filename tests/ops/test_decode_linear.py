@@ -78,3 +78,29 @@ def test_feed_forward(M, dtype):
     h = rms_norm(x.double(), norm_weight.double(), EPS)
     expected = swiglu(h @ weight.double().T, h @ gate.double().T)
     close(norm_swiglu(x, norm_weight, EPS, weight, gate), expected, dtype)
+
+
+def apart(x):
+    """The same numbers with gaps between them."""
+    return torch.stack((x, torch.full_like(x, torch.nan)), dim=-1)[..., 0]
+
+
+def test_inputs_and_weights_that_lie_apart():
+    K, H, D, n = 64, 2, 32, 50
+    x, norm_weight, residual = (normal(*shape, dtype=torch.float32) for shape in ((3, K), (K,), (3, n)))
+    weight, other = (normal(n, K, dtype=torch.float32, seed=i) for i in (1, 2))
+    rotation = rope_rotation(torch.arange(3), rope_frequencies(D, 1e4, "standard")).to(DEVICE)
+    rotated = normal(H * D, K, dtype=torch.float32)
+    for lie in (apart, lambda x: x.T.contiguous().T if x.dim() == 2 else x):
+        results = []
+        for x_, norm_, weight_, other_, residual_, rotated_, rotation_ in (
+            (x, norm_weight, weight, other, residual, rotated, rotation),
+            (*map(lie, (x, norm_weight, weight, other, residual, rotated)), apart(rotation)),
+        ):
+            results.append([
+                *norm_linears(x_, norm_, EPS, [rotated_, weight_], ["rope", "plain"], rotation=rotation_),
+                linear_add(x_, weight_, residual_, gate=x_, head_dim=D, eps=EPS),
+                norm_swiglu(x_, norm_, EPS, weight_, other_),
+            ])  # fmt: skip
+        for found, expected in zip(*results, strict=True):
+            assert torch.equal(found, expected)

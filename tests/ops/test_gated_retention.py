@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from oncelm.ops import gated_retention
+from oncelm.ops import gated_retention, global_attention, window_attention
+from oncelm.ops.gated_retention.chunk import CHUNK_SIZE
 
 
 def make_inputs(
@@ -41,6 +42,22 @@ def test_forms_agree(T: int, B: int, strength: float, backend: str, with_state: 
     got, got_final = gated_retention(q, k, v, g, initial_state=initial, output_final_state=True, backend=backend)
     torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-10)
     torch.testing.assert_close(got_final, final, rtol=1e-9, atol=1e-10)
+
+
+def relative_error(found: torch.Tensor, exact: torch.Tensor) -> float:
+    return ((found.double() - exact).norm() / exact.norm()).item()
+
+
+@pytest.mark.parametrize("strength", [1 / 16, 1.0])
+@pytest.mark.parametrize(("backend", "T"), [("chunk", 131072), ("recurrent", 2048), ("naive", 2048)])
+def test_long_sequences_keep_their_digits(backend: str, T: int, strength: float) -> None:
+    """Sums of gates grow with the sequence; what rounding does to their differences must not."""
+    inputs = make_inputs([T], H=1, strength=strength)[:4]
+    exact, exact_state = gated_retention(*inputs, output_final_state=True, backend="chunk")
+    found, state = gated_retention(*(x.float() for x in inputs), output_final_state=True, backend=backend)
+    in_a_chunk = CHUNK_SIZE * -inputs[3].mean().item() if backend == "chunk" else 0.0  # its sums of gates
+    for got, wanted in ((found, exact), (state, exact_state)):
+        assert relative_error(got, wanted) < 5e-7 + 2**-24 * in_a_chunk
 
 
 @settings(max_examples=30, deadline=None)
@@ -129,7 +146,7 @@ def test_low_precision_error_is_that_of_rounding_the_inputs(dtype: torch.dtype) 
     assert (o.double() - exact).norm() <= allowed
 
 
-def test_every_output_is_written(poisoned_memory: None) -> None:
+def test_every_output_is_written() -> None:
     q, k, v, g, _ = make_inputs([131])
     for backend in ("chunk", "recurrent", "naive"):
         assert torch.isfinite(gated_retention(q, k, v, g, backend=backend)[0]).all()
@@ -149,3 +166,41 @@ def test_bad_shapes_and_backends() -> None:
         gated_retention(q, k, v, g, backend="chunky")
     with pytest.raises(ValueError, match="must rise from 0 to the number of tokens 8"):
         gated_retention(q, k, v, g, cu_seqlens=torch.tensor([0, 9]))
+
+
+NO_BORDERS = [torch.tensor([], dtype=torch.int32), torch.tensor([0]), torch.tensor(8), torch.tensor([[0, 8]])]
+
+
+@pytest.mark.parametrize("borders", NO_BORDERS, ids=lambda borders: str(tuple(borders.shape)))
+def test_borders_of_no_sequence_are_refused_by_every_op(borders: torch.Tensor) -> None:
+    q, k, v, g, _ = make_inputs([8], K=4, V=4)
+    message = r"must hold the borders of at least one sequence, a vector \[0, ..., 8\], got shape"
+    with pytest.raises(ValueError, match=message):
+        gated_retention(q, k, v, g, cu_seqlens=borders)
+    with pytest.raises(ValueError, match=message):
+        window_attention(q, k, v, window_size=2, cu_seqlens=borders)
+    with pytest.raises(ValueError, match=message):
+        global_attention(q, k, v, cu_seqlens=borders)
+    with pytest.raises(ValueError, match=f"cu_seqlens_k {message}"):
+        global_attention(q, k, v, cu_seqlens=torch.tensor([0, 8]), cu_seqlens_k=borders)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bool])
+def test_borders_are_integers(dtype: torch.dtype) -> None:
+    q, k, v, g, _ = make_inputs([8], K=4, V=4)
+    for op in (lambda **options: gated_retention(q, k, v, g, **options), lambda **o: global_attention(q, k, v, **o)):
+        with pytest.raises(ValueError, match=f"cu_seqlens must be integers, got {dtype}"):
+            op(cu_seqlens=torch.tensor([0, 8]).to(dtype))
+
+
+def test_packed_sequences_without_a_token() -> None:
+    q, k, v, g, state = make_inputs([0, 0], K=4, V=4)
+    borders = torch.zeros(3, dtype=torch.int32)
+    o, final = gated_retention(q, k, v, g, initial_state=state, output_final_state=True, cu_seqlens=borders)
+    assert torch.equal(final, state)
+    for out in (
+        o,
+        window_attention(q, k, v, window_size=2, cu_seqlens=borders),
+        global_attention(q, k, v, cu_seqlens=borders),
+    ):
+        assert out.shape == v.shape

@@ -45,6 +45,14 @@ def test_states_change_in_place(backend, T, K, V):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_slots_that_lie_apart(backend):
+    *inputs, state = make(2, 1, 2, 16, 16, rows=5)
+    slots, other = torch.tensor([3, 0, 1, 0], device=DEVICE)[::2], state.clone()
+    torch.testing.assert_close(step(backend, *inputs, state, slots=slots), step("naive", *inputs, other, slots=slots))
+    torch.testing.assert_close(state, other)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_only_the_slots_of_the_batch_change(backend):
     q, k, v, g, states = make(3, 2, 2, 16, 16, rows=5)
     slots = torch.tensor([4, -1, 0], device=DEVICE)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from oncelm.ops import linear_cross_entropy, vocab_parallel_cross_entropy
+from oncelm.ops import linear_cross_entropy, vocab_parallel, vocab_parallel_cross_entropy
 from oncelm.train.parallel.ranks import join_ranks
 from tests.train.ranks import run_ranks
 
@@ -36,6 +36,31 @@ def test_loss_and_gradients(rows: int, vocab_size: int) -> None:
     for results in found:
         for result, expected in zip(results, (loss.detach(), hidden.grad, weight.grad), strict=True):
             torch.testing.assert_close(result, expected, atol=1e-12, rtol=1e-12)
+
+
+def unchecked(*arguments):
+    """The loss as on a GPU, where nobody waits to look at the targets."""
+    vocab_parallel.check_range = lambda targets, vocabulary: None
+    return split_vocabulary(*arguments)
+
+
+@pytest.mark.parametrize("target", [-100, -1, 10, 2**31])
+def test_a_target_of_no_rank_is_refused_and_never_a_finite_loss(target: int) -> None:
+    hidden, weight = torch.randn(3, 6), torch.randn(10, 6)
+    targets = torch.tensor([4, target, 9])
+    with pytest.raises(AssertionError, match=rf"targets must lie in 0\.\.9, the vocabulary, got {target}"):
+        run_ranks(2, split_vocabulary, hidden, weight, targets)
+    for loss, _, _ in run_ranks(2, unchecked, hidden, weight, targets):
+        assert loss.isnan()
+
+
+def test_mixed_and_narrow_dtypes_are_those_of_one_rank() -> None:
+    hidden, weight = torch.randn(3, 6).bfloat16(), torch.randn(10, 6)
+    targets = torch.tensor([4, 0, 9], dtype=torch.uint8)
+    expected = linear_cross_entropy(hidden, weight, targets)
+    for loss, grad_hidden, grad_weight in run_ranks(2, split_vocabulary, hidden, weight, targets):
+        torch.testing.assert_close(loss, expected)
+        assert (grad_hidden.dtype, grad_weight.dtype) == (hidden.dtype, weight.dtype)
 
 
 def test_a_rank_without_an_entry_is_refused() -> None:

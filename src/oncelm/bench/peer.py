@@ -9,6 +9,7 @@ from transformers import Cache, DynamicCache, LlamaConfig, LlamaForCausalLM, Sta
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from oncelm.models import YocoConfig
+from oncelm.models.llama import llama_twin
 from oncelm.models.work import LlamaWork
 
 SHAPE_KEYS = (
@@ -18,23 +19,8 @@ SHAPE_KEYS = (
 
 
 def llama_config(config: YocoConfig) -> LlamaConfig:
-    """The Llama that a YOCO is compared with.
-
-    Same width, depth, vocabulary, heads and, in every layer, key/value heads as the shared cache. Its feed-forward is
-    8/3 d wide, rounded up to a multiple of 128: the YOCO paper pairs that with 3 d for its own model, which spends less
-    on key and value projections. So the Llama has a few percent fewer parameters, never more.
-    """
-    return LlamaConfig(
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        intermediate_size=-(-8 * config.hidden_size // (3 * 128)) * 128,
-        num_hidden_layers=config.num_hidden_layers,
-        num_attention_heads=config.num_attention_heads,
-        num_key_value_heads=config.shared_kv_heads,
-        tie_word_embeddings=config.tie_word_embeddings,
-        max_position_embeddings=config.max_position_embeddings,
-        attn_implementation="sdpa",
-    )
+    """The Llama that a YOCO is compared with (`llama_twin`), with SDPA attention."""
+    return LlamaConfig(**llama_twin(config), attn_implementation="sdpa")
 
 
 class Llama:

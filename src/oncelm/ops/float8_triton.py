@@ -162,13 +162,13 @@ def _(o, gate, eps):
 
 def norm_rows(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Float8Rows]:
     """rms_norm(x) weight, x [..., K], in x's dtype and rounded."""
-    normed, values, scales = norm_rows_op(x.contiguous(), weight, eps)
+    normed, values, scales = norm_rows_op(x.contiguous(), weight.contiguous(), eps)
     return normed, Float8Rows(values, scales)
 
 
 def add_norm_rows(x: Tensor, y: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Float8Rows]:
     """x + y [..., K] in x's dtype, and its norm rounded."""
-    total, values, scales = add_norm_rows_op(x.contiguous(), y.contiguous(), weight, eps)
+    total, values, scales = add_norm_rows_op(x.contiguous(), y.contiguous(), weight.contiguous(), eps)
     return total, Float8Rows(values, scales)
 
 

@@ -43,12 +43,20 @@ def apply_rope(x: torch.Tensor, rotation: torch.Tensor, pairing: str) -> torch.T
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     if pairing == "interleaved" and not torch.compiler.is_compiling():
         # a pair of neighbours is a complex number as it stands in memory: one pass, but none that a compiler can fuse
-        pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)))
-        return torch.view_as_real(pairs * torch.view_as_complex(rotation)).flatten(-2).to(x.dtype)
+        turned = _as_complex(wide.unflatten(-1, (-1, 2))) * _as_complex(rotation)
+        return torch.view_as_real(turned).flatten(-2).to(x.dtype)
     cos, sin = rotation.unbind(-1)
     if pairing == "interleaved":
         pairs = wide.unflatten(-1, (-1, 2))
-        turned = torch.stack((-sin, sin), dim=-1)  # (a, b) -> (a cos - b sin, b cos + a sin)
-        return (pairs * cos[..., None] + pairs.flip(-1) * turned).flatten(-2).to(x.dtype)
+        across = torch.stack((-sin, sin), dim=-1)  # (a, b) -> (a cos - b sin, b cos + a sin)
+        return (pairs * cos[..., None] + pairs.flip(-1) * across).flatten(-2).to(x.dtype)
     real, imaginary = wide.chunk(2, dim=-1)
     return torch.cat((real * cos - imaginary * sin, imaginary * cos + real * sin), dim=-1).to(x.dtype)
+
+
+def _as_complex(pairs: torch.Tensor) -> torch.Tensor:
+    """pairs [..., 2] as complex numbers [...]: a view, or a copy where they do not lie in memory as such."""
+    *strides, last = pairs.stride()
+    if last != 1 or pairs.storage_offset() % 2 or any(stride % 2 for stride in strides):
+        pairs = pairs.clone(memory_format=torch.contiguous_format)
+    return torch.view_as_complex(pairs)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 
+from oncelm.train.parallel.chunk import _state_from_zero
 from tests.train.parallel.cases import in_chunks, make_tokens, one_rank
 from tests.train.ranks import run_ranks
 
@@ -69,6 +71,23 @@ def test_layers_computed_again_in_the_backward_pass(options: dict) -> None:
 def test_layouts(options: dict, layout: str) -> None:
     tokens = make_tokens(2, 12)
     check(2, tokens, tokens, options | {"layout": layout})
+
+
+@pytest.mark.parametrize("strength", [1 / 16, 1.0])
+def test_states_of_long_chunks_keep_their_digits(strength: float) -> None:
+    """At 131,072 tokens a rank, state, decay and gradients are off float64's by float32's rounding alone."""
+    T, generator = 131072, torch.Generator().manual_seed(0)
+    k, v, g = (torch.randn(1, T, 1, *tail, generator=generator, dtype=torch.float64) for tail in ((4,), (4,), ()))
+    g = F.logsigmoid(g) * strength
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        inputs = [x.to(dtype).requires_grad_() for x in (k, v, g)]
+        update, decay = _state_from_zero(*inputs)
+        update.square().sum().backward()
+        results.append((update.detach(), *(x.grad for x in inputs)))
+        assert decay == g.sum().exp()  # 0 in either: that much is lost
+    for found, exact in zip(*results, strict=True):
+        assert (found - exact).norm() < 1e-6 * exact.norm()
 
 
 def test_without_a_cross_decoder() -> None:

@@ -13,6 +13,7 @@ import torch
 from oncelm.ops.attention import decode
 from oncelm.ops.attention.packed import Borders, by_sequence
 from oncelm.ops.dispatch import choose, implementation
+from oncelm.ops.dtypes import one_dtype
 from oncelm.ops.quantize import LARGEST
 
 __all__ = ["decode_attention", "global_attention", "window_attention"]
@@ -117,10 +118,14 @@ def _run(
     """The op with its `rest(S, T)` of arguments: all packed sequences in one call, where the implementation can."""
     chosen = choose(op, backend, q.device)
     compute = chosen.load()
+    dtype = q.dtype
+    q, k, v = one_dtype(q, k, v)
     if borders is None or chosen.packed:
         packed = () if borders is None else (borders,)
-        return compute(q, k, v, *rest(k.shape[1], q.shape[1]), *packed)
-    return by_sequence(lambda q, k, v: compute(q, k, v, *rest(k.shape[1], q.shape[1])), q, k, v, borders)
+        o = compute(q, k, v, *rest(k.shape[1], q.shape[1]), *packed)
+    else:
+        o = by_sequence(lambda q, k, v: compute(q, k, v, *rest(k.shape[1], q.shape[1])), q, k, v, borders)
+    return o if q.dtype == dtype else o.to(dtype)  # as it is under autocast
 
 
 def decode_attention(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 
 from oncelm.ops.dispatch import implementation
+from oncelm.ops.dtypes import one_dtype
 from oncelm.ops.rope import apply_rope, rope_frequencies, rope_rotation
 from oncelm.utils.errors import check_whole
 
@@ -71,7 +72,9 @@ def attend_contexts(
         )
     if q.shape[3] != k.shape[3] or q.shape[2] % k.shape[2]:
         raise ValueError(f"the heads of q {tuple(q.shape)} and k {tuple(k.shape)} do not fit each other.")
-    return implementation("crossbatch_attention", backend, q.device)(q, k, first_k, v, counts, scale)
+    attend = implementation("crossbatch_attention", backend, q.device)
+    o = attend(*one_dtype(q, k, first_k, v), counts, scale)
+    return o if torch.is_autocast_enabled(q.device.type) else o.to(q.dtype)
 
 
 def earlier_contexts(

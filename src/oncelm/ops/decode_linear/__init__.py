@@ -82,7 +82,8 @@ def norm_linears(
     grid = sum(triton.cdiv(weight.shape[0], 2 * sizes["BLOCK_N"]) for weight in weights)
     with gpu.on(x):
         kernels.norm_linears_kernel[(grid,)](
-            x.contiguous(), norm_weight, eps, tuple(weights), tuple(outputs), rotation, decay_scale,
+            x.contiguous(), norm_weight.contiguous(), eps, tuple(weight.contiguous() for weight in weights),
+            tuple(outputs), None if rotation is None else rotation.contiguous(), decay_scale,
             COUNTS=tuple(weight.shape[0] for weight in weights), KINDS=tuple(KINDS[kind].value for kind in kinds),
             HALF=pairing == "half", PAIRS=1 if rotation is None else rotation.shape[1], **sizes,
         )  # fmt: skip
@@ -106,8 +107,9 @@ def linear_add(
     sizes = _sizes("linear_add_long" if M == 1 and K > LONG else "linear_add", M, K, smallest=head_dim)
     with gpu.on(x):
         kernels.linear_add_kernel[(triton.cdiv(weight.shape[0], sizes["BLOCK_N"]),)](
-            x.contiguous(), gate, eps, weight, residual.contiguous(), y, COUNT=weight.shape[0], HEAD=head_dim, **sizes
-        )
+            x.contiguous(), gate, eps, weight.contiguous(), residual.contiguous(), y,
+            COUNT=weight.shape[0], HEAD=head_dim, **sizes,
+        )  # fmt: skip
     return y
 
 
@@ -118,8 +120,9 @@ def norm_swiglu(x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, gate
     sizes = _sizes("norm_swiglu", M, K)
     with gpu.on(x):
         kernels.norm_swiglu_kernel[(triton.cdiv(weight.shape[0], sizes["BLOCK_N"]),)](
-            x.contiguous(), norm_weight, eps, weight, gate_weight, y, COUNT=weight.shape[0], **sizes
-        )
+            x.contiguous(), norm_weight.contiguous(), eps, weight.contiguous(), gate_weight.contiguous(), y,
+            COUNT=weight.shape[0], **sizes,
+        )  # fmt: skip
     return y
 
 

@@ -16,6 +16,7 @@ from itertools import pairwise
 import torch
 
 from oncelm.ops.dispatch import choose
+from oncelm.ops.dtypes import one_dtype
 
 __all__ = ["gated_retention"]
 
@@ -35,7 +36,7 @@ def gated_retention(
     """Gated retention over a batch of sequences, or over packed sequences.
 
     Args:
-        q, k: [B, T, H, K], any floating dtype, already rotated.
+        q, k: [B, T, H, K], any floating dtype, already rotated; of several dtypes the widest is computed in.
         v: [B, T, H, V].
         g: [B, T, H] log decay, at most 0; float32 is advised.
         scale: factor on k^T v; None means K ** -0.5.
@@ -58,13 +59,16 @@ def gated_retention(
     chosen = choose("gated_retention", backend, q.device)
     compute = chosen.load()
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    out_dtype = v.dtype
+    q, k, v = one_dtype(q, k, v)
+    g = g.to(torch.promote_types(q.dtype, torch.float32))
     if cu_seqlens is None:
         o, final_state = compute(q, k, v, g, scale, initial_state)
     elif chosen.packed:
         o, final_state = compute(q, k, v, g, scale, initial_state, cu_seqlens)
     else:
         o, final_state = by_sequence(compute, q, k, v, g, scale, initial_state, cu_seqlens)
-    return o.to(v.dtype), (final_state if output_final_state else None)
+    return o.to(out_dtype), (final_state if output_final_state else None)
 
 
 def by_sequence(
@@ -121,8 +125,13 @@ def _check(
 
 def check_cu_seqlens(name: str, cu_seqlens: torch.Tensor, total: int) -> None:
     """Raise ValueError unless `cu_seqlens` is a vector of integers that, on a CPU, rises from 0 to `total`."""
-    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2 or cu_seqlens.is_floating_point():
-        raise ValueError(f"{name} must be a vector of at least 2 integers, got shape {tuple(cu_seqlens.shape)}.")
+    if cu_seqlens.is_floating_point() or cu_seqlens.dtype == torch.bool:
+        raise ValueError(f"{name} must be integers, got {cu_seqlens.dtype}.")
+    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2:
+        raise ValueError(
+            f"{name} must hold the borders of at least one sequence, a vector [0, ..., {total}], got shape "
+            f"{tuple(cu_seqlens.shape)}."
+        )
     if not cu_seqlens.is_cuda:  # where reading the values does not wait for the device
         _check_borders(name, cu_seqlens.tolist(), total)
 

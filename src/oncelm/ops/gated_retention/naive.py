@@ -17,12 +17,14 @@ def parallel(
     dtype = torch.promote_types(q.dtype, torch.float32)
     q, k, v, g = (x.to(dtype).transpose(1, 2) for x in (q, k, v, g))  # [B, H, T, *]
     total = g.cumsum(-1)  # G
-    future = torch.ones(g.shape[-1], g.shape[-1], dtype=torch.bool, device=g.device).triu(1)
-    # masked before exp: exp of a future difference may overflow, and inf * 0 is NaN in the backward pass
-    decay = (total[..., :, None] - total[..., None, :]).masked_fill(future, -torch.inf).exp()
+    T = g.shape[-1]
+    future = torch.ones(T, T, dtype=torch.bool, device=g.device).triu(1)
+    # G_i - G_j summed as g_{j+1} + ... + g_i: a difference of long sums keeps their rounding and not their digits
+    between = g[..., :, None].expand(*g.shape, T).tril(-1).cumsum(-2)
+    decay = between.exp().masked_fill(future, 0.0)  # of the future, where `between` is 0, nothing is seen
     o = (q @ k.mT * decay * scale) @ v
-    last = total[..., -1:] if g.shape[-1] else g.new_zeros(*g.shape[:-1], 1)
-    state = (k * (last - total).exp()[..., None] * scale).mT @ v
+    last, to_end = (total[..., -1:], between[..., -1, :]) if T else (g.new_zeros(*g.shape[:-1], 1), total)
+    state = (k * to_end.exp()[..., None] * scale).mT @ v
     if initial_state is not None:
         initial_state = initial_state.to(dtype)
         o = o + total.exp()[..., None] * (q @ initial_state)

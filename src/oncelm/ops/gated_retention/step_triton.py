@@ -54,6 +54,7 @@ def step(
     N, T, H, K = q.shape
     V = v.shape[-1]
     q, k, v, g = (x.contiguous() for x in (q, k, v, g))
+    slots = None if slots is None else slots.contiguous()
     o = torch.empty_like(v)
     block = min(32, triton.next_power_of_2(V))
     with gpu.on(q):

@@ -31,18 +31,14 @@ def linear_cross_entropy(
     Args:
         hidden: [M, d].
         weight: [V, d].
-        targets: [M] integers in 0..V-1; drop ignored rows before the call.
+        targets: [M] integers in 0..V-1; drop ignored rows before the call. Others are refused on a CPU; elsewhere,
+            where looking at them would wait for the device, they make the loss NaN.
         backend: "auto", "triton" or "naive".
 
     Returns:
         The summed loss, a float32 scalar (float64 for float64 inputs); divide by M for the mean.
     """
-    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
-        raise ValueError(f"hidden [M, d] and weight [V, d] do not fit: {tuple(hidden.shape)}, {tuple(weight.shape)}.")
-    if targets.shape != hidden.shape[:1] or targets.is_floating_point() or targets.dtype == torch.bool:
-        raise ValueError(
-            f"targets must be [M] = [{hidden.shape[0]}] integers, got {targets.dtype} {tuple(targets.shape)}."
-        )
+    check_shapes(hidden, weight, targets)
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
@@ -51,6 +47,27 @@ def linear_cross_entropy(
     needed = [torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight)]
     loss, _, _ = linear_cross_entropy_op(hidden, weight, targets, dtype, *needed, backend)
     return loss
+
+
+def check_shapes(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> None:
+    """ValueError unless they are [M, d], [V, d] and [M] integers."""
+    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
+        raise ValueError(f"hidden [M, d] and weight [V, d] do not fit: {tuple(hidden.shape)}, {tuple(weight.shape)}.")
+    if targets.shape != hidden.shape[:1] or targets.is_floating_point() or targets.dtype == torch.bool:
+        raise ValueError(
+            f"targets must be [M] = [{hidden.shape[0]}] integers, got {targets.dtype} {tuple(targets.shape)}."
+        )
+
+
+def check_range(targets: torch.Tensor, vocabulary: int) -> None:
+    """ValueError for a target outside 0..vocabulary - 1 on a CPU, where to look does not wait for a device."""
+    if targets.device.type == "cpu" and targets.numel():
+        low, high = (int(x) for x in targets.aminmax())
+        if low < 0 or high >= vocabulary:
+            wrong = low if low < 0 else high
+            raise ValueError(
+                f"targets must lie in 0..{vocabulary - 1}, the vocabulary, got {wrong}; drop ignored rows (-100) first."
+            )
 
 
 @torch.library.custom_op("oncelm::linear_cross_entropy", mutates_args=())
@@ -65,6 +82,7 @@ def linear_cross_entropy_op(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The summed loss, and its gradients [M, d] and [V, d]; empty where not needed."""
     to_gradient = implementation("linear_cross_entropy", backend, hidden.device)
+    check_range(targets, weight.shape[0])
     M, V = hidden.shape[0], weight.shape[0]
     loss, grad_hidden, grad_weight = _outputs(hidden, weight, dtype, needs_hidden, needs_weight)
     losses = loss.new_empty(M)

@@ -56,4 +56,6 @@ def to_gradient(logits: torch.Tensor, targets: torch.Tensor, losses: torch.Tenso
     warps = max(1, min(32, block // (32 * ELEMENTS_PER_THREAD)))
     if M:
         with gpu.on(logits):
-            softmax_kernel[(M,)](logits, targets, losses, V, GRADIENT=gradient, BLOCK=block, num_warps=warps)
+            softmax_kernel[(M,)](
+                logits, targets.contiguous(), losses, V, GRADIENT=gradient, BLOCK=block, num_warps=warps
+            )

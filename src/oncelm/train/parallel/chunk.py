@@ -56,11 +56,13 @@ def _state_from_zero(k: Tensor, v: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     One matrix product instead of a pass over the chunk: no outputs are needed. float32 or wider.
     """
     wide = torch.promote_types(k.dtype, torch.float32)
-    total = g.to(wide).cumsum(1)
-    weights = (total[:, -1:] - total).exp() * k.shape[-1] ** -0.5
+    # what a state loses from token t to the chunk's end, summed from the end: as a difference of two sums from the
+    # beginning, both large in a long chunk, the few tokens that still count would lose most of their digits
+    lost = g.to(wide).flip(1).cumsum(1).flip(1)  # over t, t + 1, ...
+    weights = F.pad(lost[:, 1:], (0, 0, 0, 1)).exp() * k.shape[-1] ** -0.5
     with torch.autocast(k.device.type, enabled=False):
         update = torch.einsum("bthk,bthv->bhkv", k.to(wide) * weights[..., None], v.to(wide))
-    return update, total[:, -1].exp()
+    return update, lost[:, 0].exp()
 
 
 class ChunkWindow:
