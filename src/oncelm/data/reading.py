@@ -20,7 +20,6 @@ import threading
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -260,18 +259,20 @@ def _text_of(record: Any) -> str:
     """The text of one JSON object; ValueError where there is none to train on."""
     if not isinstance(record, dict):
         raise ValueError(f"a JSON object is needed, got {type(record).__name__}")
-    fields = [field for field in TEXT_FIELDS if field in record]
-    if not fields:
+    empty = None
+    for field in TEXT_FIELDS:
+        if field in record:
+            if not _is_empty(value := record[field]):
+                return _checked(field, value)
+            empty = empty or field
+    if empty is None:
         raise ValueError(f"no {' or '.join(TEXT_FIELDS)} among its keys ({', '.join(record)[:60]})")
-    return _first_text(fields, record.__getitem__)
+    return _checked(empty, record[empty])
 
 
-def _first_text(fields: Sequence[str], value_of: Callable[[str], Any]) -> str:
-    """The text of the first field that is not empty; ValueError where that is no text, or all are empty."""
-    for field in fields:
-        if (value := value_of(field)) not in (None, "", []):
-            return _checked(field, value)
-    return _checked(fields[0], value_of(fields[0]))
+def _is_empty(value: Any) -> bool:
+    """Whether another field may have the text."""
+    return value is None or value == "" or value == []
 
 
 def _checked(field: str, text: Any) -> str:
@@ -306,20 +307,19 @@ def _read_parquet(piece: Piece, progress: Callable[[int], None]) -> Iterator[Doc
                 return
             num_rows, told = file.metadata.num_rows, 0
             for batch in file.iter_batches(batch_size=8, columns=fields, use_threads=False):
-                for place in range(batch.num_rows):
+                for place, cell in enumerate(batch.column(fields[0])):
                     row += 1
+                    record = {fields[0]: cell.as_py()}
+                    if _is_empty(record[fields[0]]):
+                        record |= {field: batch.column(field)[place].as_py() for field in fields[1:]}
                     try:
-                        yield Document(row, (_first_text(fields, partial(_cell, batch, place)),))
+                        yield Document(row, (_text_of(record),))
                     except ValueError as error:
                         yield Malformed(row, str(error))
                 progress(piece.stop * row // num_rows - told)
                 told = piece.stop * row // num_rows
     except (pyarrow.ArrowException, OSError) as error:
         yield Malformed(row + 1 if row else 0, f"the file is damaged: {' '.join(str(error).split())[:120]}")
-
-
-def _cell(batch: Any, row: int, column: str) -> Any:
-    return batch.column(column)[row].as_py()
 
 
 def _read_text(piece: Piece, progress: Callable[[int], None]) -> Iterator[str]:
