@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from oncelm.data import folder
 from oncelm.data.folder import list_folder
 
 
@@ -64,19 +63,13 @@ def test_all_that_is_not_read_is_counted_and_named(tmp_path) -> None:
     )
 
 
-def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch) -> None:
-    make(tmp_path, "a.txt", "secret/b.txt")
-    scandir = os.scandir
-
-    def deny(path):
-        if path == denied:
-            raise PermissionError(13, "Permission denied", str(path))
-        return scandir(path)
-
-    monkeypatch.setattr(folder.os, "scandir", deny)
-    denied = tmp_path / "secret"
-    assert read(tmp_path) == ["a.txt"]
-    assert left_out(tmp_path) == {"secret": "that cannot be read (Permission denied)"}
-    denied = tmp_path
-    with pytest.raises(PermissionError):
-        list_folder(tmp_path, (".txt",))
+def test_what_cannot_be_read_is_named(public_folder, permissions) -> None:
+    make(public_folder, "b.txt", "secret/c.txt")
+    (public_folder / "b.txt").chmod(0o000)
+    (public_folder / "secret").chmod(0o000)
+    with permissions():
+        assert read(public_folder) == ["a.txt"]
+        reason = "that cannot be read (Permission denied)"
+        assert left_out(public_folder) == {"b.txt": reason, "secret": reason}
+        with pytest.raises(PermissionError):
+            list_folder(public_folder / "secret", (".txt",))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections import defaultdict
 from dataclasses import dataclass
@@ -62,15 +63,15 @@ def list_folder(root: Path, suffixes: tuple[str, ...]) -> Listing:
             left_out.append(LeftOut(folder, "linked folders that are read elsewhere or lead back"))
             continue
         seen.add(real)
-        if folder != root and (folder / MANIFEST).is_file():
-            left_out.append(LeftOut(folder, "of prepared tokens"))
-            continue
         try:
             entries = [entry for entry in os.scandir(folder) if entry.name != _OWN]
         except OSError as error:
             if folder == root:
                 raise
             left_out.append(LeftOut(folder, f"that cannot be read ({error.strerror})"))
+            continue
+        if folder != root and any(entry.name == MANIFEST for entry in entries):
+            left_out.append(LeftOut(folder, "of prepared tokens"))
             continue
         for entry in sorted(entries, key=lambda entry: entry.name, reverse=True):  # the first is taken first
             path = folder / entry.name
@@ -91,8 +92,11 @@ def _why_left_out(entry: os.DirEntry[str], suffixes: tuple[str, ...]) -> str | N
         is_folder, is_file = entry.is_dir(), entry.is_file()
     except OSError:  # links in a circle
         is_folder = is_file = False
-    if is_folder or (is_file and entry.name.endswith(suffixes)):
+    if is_folder:
         return None
+    if is_file and entry.name.endswith(suffixes):
+        readable = os.access(entry.path, os.R_OK, effective_ids=os.access in os.supports_effective_ids)
+        return None if readable else f"that cannot be read ({os.strerror(errno.EACCES)})"
     if is_file:
         return f"with the suffix {_suffix(entry.name)}" if _suffix(entry.name) else "without a suffix"
     return "links to nothing" if entry.is_symlink() else "that are no files"
