@@ -102,6 +102,24 @@ def test_malformed_lines_are_shown_and_strict_stops(corpus, tmp_path, capsys, ca
     assert "left out 1 malformed lines, the first: " in caplog.text
 
 
+def test_what_is_left_out_is_named_by_every_verb(tmp_path, capsys, caplog) -> None:
+    data = tmp_path / "data"
+    (tmp_path / "disk2").mkdir()
+    data.mkdir()
+    (data / "a.jsonl").write_text('{"text": "plain"}\n{"text": "one", "score": NaN}\n')
+    (tmp_path / "disk2" / "b.jsonl").write_text('{"text": "linked"}\n' * 20)
+    (data / "more").symlink_to("../disk2")
+    (data / "notes.md").touch()
+    named = f"left out of {data}: 1 with the suffix .md (notes.md)\n"
+    for action in ("prepare", "info"):
+        assert main(["data", action, str(data)]) == 0
+        shown = capsys.readouterr()
+        assert shown.err == named
+    assert "150" in shown.out  # 5 + 3 + 20 * 6 bytes, and an end behind each of 22
+    assert main(["train", str(data), "--out", str(tmp_path / "run"), *QUICK]) == 0
+    assert named.strip() in caplog.text
+
+
 def test_unchanged_text_keeps_its_own_tokenizer_and_tokens(corpus, capsys) -> None:
     command = ["data", "prepare", str(corpus), "--tokenizer", "bpe:300", "--prune"]
     assert main(command) == 0

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
@@ -46,3 +50,33 @@ def write_corpus(write_jsonl):
         return root
 
     return write
+
+
+@pytest.fixture
+def public_folder() -> Iterator[Path]:
+    """A folder with a text, which everybody may read; into pytest's own folders only their owner may look."""
+    folder = Path(tempfile.mkdtemp())
+    folder.chmod(0o755)
+    (folder / "a.txt").write_text("It was a bright cold day in April.\n" * 20)
+    yield folder
+    for path in [folder, *folder.rglob("*")]:
+        path.chmod(0o755)
+    shutil.rmtree(folder)
+
+
+@pytest.fixture
+def permissions() -> Callable[[], AbstractContextManager[None]]:
+    """Within it permissions count, for root too, who becomes nobody; what is imported there may be out of reach."""
+
+    @contextmanager
+    def counting() -> Iterator[None]:
+        was_root = os.geteuid() == 0
+        if was_root:
+            os.seteuid(65534)
+        try:
+            yield
+        finally:
+            if was_root:
+                os.seteuid(0)
+
+    return counting

@@ -1,7 +1,8 @@
-"""Conversations to rows: every form read, the assistant's tokens alone as targets, the same rows for the same step."""
+"""Conversations to rows: what is cut, left out and unread is told, the same rows for the same step."""
 
 from __future__ import annotations
 
+import gzip
 import json
 from itertools import pairwise
 from pathlib import Path
@@ -11,18 +12,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from oncelm.data.conversations import ConversationDataset, encode, pack, read_conversations, read_messages
+from oncelm.data.conversations import ConversationDataset, pack, read_conversations
 from oncelm.data.tokenizers import load_tokenizer
-
-CHAT = [{"role": "user", "content": "Two and two?"}, {"role": "assistant", "content": "Four."}]
-MARKED = (
-    "{% for m in messages %}<{{ m.role }}>{% if m.role == 'assistant' %}{% generation %}{{ m.content }}|"
-    "{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}"
-)
-UNMARKED = (
-    "{% for m in messages %}<{{ m.role }}>{{ m.content }}|{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
-)
 
 
 @pytest.fixture
@@ -30,50 +21,16 @@ def tokenizer():
     return load_tokenizer("bytes")
 
 
-@pytest.mark.parametrize(
-    "record",
-    [
-        {"messages": CHAT},
-        {"conversations": [{"from": "human", "value": "Two and two?"}, {"from": "gpt", "value": "Four."}]},
-        {"prompt": "Two and two?", "response": "Four."},
-        {"prompt": "Two and two?", "answer": "Four."},
-        {"prompt": "Two and two?", "completion": "Four."},
-        {"question": "Two and two?", "answer": "Four."},
-        {"instruction": "Two and two?", "input": "", "output": "Four."},
-    ],
-    ids=lambda record: "/".join(record),
-)
-def test_every_form_gives_the_same_messages(record: dict) -> None:
-    assert read_messages(json.dumps(record).encode()) == CHAT
+def write(file: Path, *records: dict) -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("\n".join(map(json.dumps, records)))
+    return file
 
 
-def test_an_instruction_has_its_input_behind_it() -> None:
-    line = b'{"instruction": "Add.", "input": "2 2", "output": "4"}'
-    assert read_messages(line)[0]["content"] == "Add.\n\n2 2"
-
-
-@pytest.mark.parametrize(
-    ("line", "reason"),
-    [
-        ("{", "not JSON"),
-        ("[1]", "a JSON object is needed, got list"),
-        ('{"text": "a"}', "neither messages nor conversations nor prompt and response"),
-        ('{"messages": []}', "messages must be a list of messages"),
-        ('{"messages": [{"role": "user"}]}', r"messages\[0\] must have role and content"),
-        ('{"messages": [{"role": "bot", "content": "a"}]}', "has role 'bot'; allowed: system, user, assistant"),
-        (
-            '{"messages": [{"role": ["user"], "content": "a"}]}',
-            r"has role \['user'\]; allowed: system, user, assistant",
-        ),
-        ('{"messages": [{"role": "user", "content": ""}]}', "content must be text that is not empty"),
-        ('{"messages": [{"role": "user", "content": "a"}]}', "no message of the assistant"),
-        ('{"prompt": "a", "response": 4}', "response must be text"),
-    ],
-)
-def test_a_malformed_line_is_named(tmp_path, tokenizer, line: str, reason: str) -> None:
+def test_a_line_that_is_none_is_told_with_its_place(tmp_path, tokenizer) -> None:
     file = tmp_path / "chats.jsonl"
-    file.write_text('{"prompt": "a", "response": "b"}\n\n' + line + "\n")
-    with pytest.raises(ValueError, match=rf"chats\.jsonl:3: .*{reason}"):
+    file.write_text('{"prompt": "a", "response": "b"}\n\n{"prompt": "a", "response": 4}\n')
+    with pytest.raises(ValueError, match=r"chats\.jsonl:3: response must be text"):
         read_conversations(file, tokenizer, 100)
 
 
@@ -87,44 +44,70 @@ def test_a_byte_order_mark_is_no_part_of_the_first_line(tmp_path, tokenizer) -> 
 def test_nothing_to_read_is_an_error(tmp_path, tokenizer) -> None:
     with pytest.raises(FileNotFoundError, match="no conversations at"):
         read_conversations(tmp_path / "none.jsonl", tokenizer, 100)
-    with pytest.raises(ValueError, match=r"holds no \.jsonl file"):
+    with pytest.raises(ValueError, match=r"holds no \.jsonl or \.jsonl\.gz or \.jsonl\.zst file"):
         read_conversations(tmp_path, tokenizer, 100)
 
 
-@pytest.mark.parametrize(
-    ("template", "text", "answers"),
-    [
-        (None, "User:\nTwo and two?\n\nAssistant:\nFour.</s>", ["Four.</s>"]),
-        (MARKED, "<user>Two and two?<assistant>Four.|", ["Four.|"]),
-        (UNMARKED, "<user>Two and two?|<assistant>Four.|", ["Four.|"]),
-    ],
-    ids=["plain", "marked", "unmarked"],
-)
-def test_the_answer_alone_is_learned(tokenizer, template: str | None, text: str, answers: list[str]) -> None:
-    tokenizer.chat_template = template
-    tokens, answer = encode(CHAT, tokenizer)
-    assert tokenizer.decode(tokens) == text
-    assert [tokenizer.decode(tokens[answer])] == answers
-    twice, answer = encode([{"role": "system", "content": "Be brief."}, *CHAT, *CHAT], tokenizer)
-    assert tokenizer.decode(twice[answer]) == answers[0] * 2
+def test_every_file_of_a_folder_is_read_or_named(tmp_path, tokenizer, caplog) -> None:
+    folder, elsewhere = tmp_path / "chats", tmp_path / "elsewhere"
+    write(folder / "a.jsonl", {"prompt": "a", "response": "one"})
+    write(folder / "more" / "b.jsonl", {"prompt": "a", "response": "two"})
+    (folder / "c.jsonl.gz").write_bytes(gzip.compress(b'{"prompt": "a", "response": "three"}\n'))
+    write(elsewhere / "d.jsonl", {"prompt": "a", "response": "four"})
+    (folder / "linked").symlink_to(elsewhere)
+    write(folder / "e.json", {"prompt": "a", "response": "five"})
+    found = read_conversations(folder, tokenizer, 100)
+    learned = [tokenizer.decode(one.tokens[one.answer], skip_special_tokens=True) for one in found]
+    assert learned == ["one", "three", "four", "two"]
+    assert "1 with the suffix .json (e.json)" in caplog.text
 
 
-def test_a_template_that_changes_what_came_before_is_refused(tokenizer) -> None:
-    tokenizer.chat_template = "{{ messages | length }}" + UNMARKED
-    with pytest.raises(ValueError, match="mark the assistant's part"):
-        encode(CHAT, tokenizer)
-
-
-@pytest.mark.parametrize("rest", [MARKED, UNMARKED], ids=["marked", "unmarked"])
-def test_a_conversation_that_the_template_refuses_is_named(tmp_path, tokenizer, rest: str) -> None:
-    tokenizer.chat_template = (
-        "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
-        "{{ raise_exception('Roles must alternate') }}{% endif %}{% endfor %}" + rest
-    )
-    file = tmp_path / "chats.jsonl"
-    file.write_text("\n".join(json.dumps({"messages": messages}) for messages in (CHAT, [CHAT[0], *CHAT])))
-    with pytest.raises(ValueError, match=r"chats\.jsonl:2: .*chat template .*: Roles must alternate"):
+def test_a_damaged_file_is_named(tmp_path, tokenizer) -> None:
+    file = tmp_path / "a.jsonl.gz"
+    file.write_bytes(gzip.compress(b'{"prompt": "a", "response": "three"}\n')[:-9])
+    with pytest.raises(ValueError, match=r"a\.jsonl\.gz: the file is damaged"):
         read_conversations(file, tokenizer, 100)
+
+
+def test_unread_fields_are_counted_and_named_once(tmp_path, tokenizer, caplog) -> None:
+    chat = [{"role": "user", "content": "a", "time": 3}, {"role": "assistant", "content": "b", "time": 4}]
+    file = write(tmp_path / "a.jsonl", {"messages": chat, "id": 1}, {"prompt": "a", "response": "b", "id": 2})
+    read_conversations(file, tokenizer, 100)
+    assert [record.message for record in caplog.records] == [
+        "fields that are not read: id (2 lines), messages[].time (1 lines)"
+    ]
+
+
+UNMARKED = (
+    "{% for m in messages %}{{ m.content }}{% if false %}{% generation %}{% endgeneration %}{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("record", "template", "size", "reason"),
+    [
+        (
+            {"prompt": "a" * 99, "response": "b"},
+            None,
+            40,
+            "1 left out: no answer remains in the first seq_len=40 tokens",
+        ),
+        ({"prompt": "a", "response": "b"}, UNMARKED, 40, "1 left out: the tokenizer's chat template marks no answer"),
+        (
+            {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0}]},
+            None,
+            40,
+            r"1 left out: no answer is to be learned, as its weight \(train, loss\) says",
+        ),
+        (None, None, 40, "every line is blank"),
+    ],
+    ids=["long", "unmarked", "weight", "blank"],
+)
+def test_the_error_says_why_none_is_left(tmp_path, tokenizer, record, template, size, reason) -> None:
+    tokenizer.chat_template = template
+    file = write(tmp_path / "a.jsonl", *([record] if record else []))
+    with pytest.raises(ValueError, match=rf"holds no conversation to learn from \({reason}\)"):
+        read_conversations(file, tokenizer, size)
 
 
 def test_long_ones_are_cut_and_left_out_where_no_answer_remains(tmp_path, tokenizer, caplog) -> None:

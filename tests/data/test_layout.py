@@ -43,6 +43,32 @@ def test_a_folder_is_one_source_of_all_it_holds_but_what_is_hidden(tmp_path) -> 
     assert find_corpus(tmp_path / "g.md").train[0].files == (tmp_path / "g.md",)
 
 
+def test_what_no_source_lists_is_named(tmp_path, write_corpus, write_jsonl) -> None:
+    root = write_corpus(tmp_path, {"a": (1, ["a"]), "off": (0, ["b"])}, {"held": (1, ["c"])})
+    assert find_corpus(root).left_out == (
+        f"left out of {root}: 2 in no source with a weight (json/off.json, shards/off.jsonl)"
+    )
+    write_jsonl(root / "shards" / "forgotten.jsonl", ["d"])
+    assert "3 in no source with a weight (json/off.json, shards/forgotten.jsonl, " in find_corpus(root).left_out
+
+
+def test_a_linked_folder_is_read_and_what_is_not_is_named(tmp_path, write_jsonl) -> None:
+    plain = write_jsonl(tmp_path / "data" / "a.jsonl", ["plain"])
+    write_jsonl(tmp_path / "disk2" / "b.jsonl", ["linked"])
+    (plain.parent / "more").symlink_to("../disk2")
+    (plain.parent / "notes.md").touch()
+    corpus = find_corpus(plain.parent)
+    assert corpus.train[0].files == (plain, plain.parent / "more" / "b.jsonl")
+    assert corpus.left_out == f"left out of {plain.parent}: 1 with the suffix .md (notes.md)"
+    assert find_corpus(plain).left_out == ""
+    plain.unlink()
+    (plain.parent / "more").unlink()
+    with pytest.raises(
+        ValueError, match=r"give a folder that does; left out of .*: 1 with the suffix \.md \(notes\.md\)"
+    ):
+        find_corpus(plain.parent)
+
+
 @pytest.mark.parametrize(
     ("train", "listing", "message"),
     [

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+from oncelm.data.conversations import Conversation, ConversationDataset
 from oncelm.data.dataset import TokenDataset
 from oncelm.data.read_ahead import ReadAhead
+from oncelm.train.trainer import labelled
 
 
 @pytest.fixture
@@ -74,6 +76,20 @@ def test_closing_ends_the_thread_and_forgets_the_rest(dataset: TokenDataset) -> 
     read = len(slow.steps)
     assert read < 10
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("read-ahead")]
+
+
+def test_what_is_learned_is_seen_behind_it_and_read_ahead(dataset: TokenDataset) -> None:
+    tokens, answer = np.arange(4, 9, dtype=np.uint32), np.array([False, False, True, True, False])
+    chats = ConversationDataset([Conversation(tokens + i, answer, f"a:{i}") for i in range(40)], 8)
+    with ReadAhead(chats) as ahead:
+        found = labelled(ahead)
+        for step in range(3):
+            assert torch.equal(found.labels(step, 4, slice(1, 3)), chats.labels(step, 4)[1:3])
+            assert torch.equal(ahead.batch(step, 4), chats.batch(step, 4))
+        assert {key[:2] for key in ahead._ahead} >= {("labels", 3), ("labels", 4)}
+        assert torch.equal(found.validation_labels(0, 2), chats.validation_labels(0, 2))
+    with ReadAhead(dataset) as ahead:
+        assert labelled(ahead) is None
 
 
 @pytest.mark.gpu

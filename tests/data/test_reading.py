@@ -5,7 +5,9 @@ from __future__ import annotations
 import codecs
 import gzip
 import json
+import math
 import sys
+import time
 
 import pyarrow
 import pytest
@@ -14,7 +16,7 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from oncelm.data import reading
-from oncelm.data.reading import DamagedText, Document, Malformed, read, read_text, sample_texts, scan
+from oncelm.data.reading import DamagedText, Document, Malformed, parse_json, read, read_text, sample_texts, scan
 
 zstd = reading.zstd_module()
 
@@ -96,6 +98,83 @@ def test_parquet_columns_are_documents(tmp_path) -> None:
     (((line, reason)),) = problems(tmp_path / "c.parquet")
     assert line == 0
     assert "the file is damaged" in reason
+
+
+def test_a_parquet_row_without_text_has_it_in_another_column(tmp_path) -> None:
+    columns = {
+        "content": ["no", "two", "three", None],
+        "text": ["one", None, "", None],
+        "raw_content_lines": [["no"], ["no"], ["no"], ["fo", "ur"]],
+    }
+    parquet.write_table(pyarrow.table(columns), tmp_path / "a.parquet", row_group_size=3)
+    assert documents(tmp_path / "a.parquet") == ["one", "two", "three", "fo\nur"]
+    parquet.write_table(pyarrow.table({"text": pyarrow.nulls(1), "content": ["body"]}), tmp_path / "b.parquet")
+    assert documents(tmp_path / "b.parquet") == ["body"]
+    for name, column in {"c": [b"\xff"], "d": pyarrow.array([b"text"], pyarrow.large_binary())}.items():
+        parquet.write_table(pyarrow.table({"text": column}), tmp_path / f"{name}.parquet")
+        assert problems(tmp_path / f"{name}.parquet") == [(1, "text is binary; make the column one of text (string)")]
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
+@pytest.mark.parametrize("large", [20, 1 << 20])
+def test_numbers_that_json_lacks_cost_no_document(tmp_path, monkeypatch, suffix, large) -> None:
+    monkeypatch.setattr(reading, "_LARGE_LINE_BYTES", large)
+    texts = ["a good document", 'NaN, "Infinity" and \\', "-Infinity\\n"]
+    odd = [float("nan"), float("inf"), float("-inf")]
+    records = [{"score": score, "text": text, "more": odd} for score, text in zip(odd, texts, strict=True)]
+    path = tmp_path / f"a.jsonl{suffix}"
+    lines = "".join(json.dumps(record) + "\n" for record in records).encode()
+    path.write_bytes({"": bytes, ".gz": gzip.compress, ".zst": zstd.compress}[suffix](lines))
+    assert documents(path) == texts
+
+
+@given(
+    st.recursive(
+        st.floats() | st.text(st.sampled_from('NaInfity-"\\{[,: ')) | st.none(),
+        lambda inner: st.lists(inner) | st.dictionaries(st.text(st.sampled_from('Na"\\')), inner),
+    )
+)
+def test_json_that_python_writes_is_read(value) -> None:
+    def finite(value):
+        if isinstance(value, dict):
+            return {key: finite(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [finite(item) for item in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    assert parse_json(json.dumps(value).encode()) == finite(value)
+
+
+@pytest.mark.parametrize("line", [b'{"text": "a", "b": -NaN}', b'{"text": "a NaN', b'{"text": nNaN}', b"NaN Infinity"])
+def test_what_is_no_json_beside_a_nan_is_told_as_before(line) -> None:
+    with pytest.raises(ValueError, match="not JSON: "):
+        parse_json(line)
+
+
+def test_a_long_broken_line_with_a_nan_is_looked_through_once() -> None:
+    start = time.perf_counter()
+    with pytest.raises(ValueError, match="not JSON"):
+        parse_json(b'{"score": NaN, "text": "' + rb"\"" * (1 << 20))
+    assert time.perf_counter() - start < 5
+
+
+@pytest.mark.parametrize(
+    ("line", "text"),
+    [
+        ('{"text": null, "content": "body"}', "body"),
+        ('{"text": "", "content": "body"}', "body"),
+        ('{"text": NaN, "content": "body"}', "body"),
+        ('{"text": null, "content": null, "raw_content_lines": ["a", "b"]}', "a\nb"),
+    ],
+)
+def test_a_line_without_text_has_it_in_another_field(tmp_path, line, text) -> None:
+    (tmp_path / "a.jsonl").write_text(line)
+    assert documents(tmp_path / "a.jsonl") == [text]
+
+
+def test_a_field_of_no_text_is_not_passed_over(tmp_path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": 5, "content": "body"}\n{"text": null, "content": ""}\n')
+    assert problems(tmp_path / "a.jsonl") == [(1, "text must be text, got int"), (2, "text must be text, got NoneType")]
 
 
 def test_other_fields_than_text_are_read(tmp_path) -> None:

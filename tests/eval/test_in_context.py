@@ -9,6 +9,7 @@ import pytest
 
 from oncelm import load_tokenizer
 from oncelm.eval import TASKS, Codec, Generate, make_task, run
+from oncelm.eval.tasks.in_context import find_split
 
 CLASSES = {"DESC:manner": "Description", "HUM:ind": "Human", "NUM:date": "Number"}
 
@@ -119,6 +120,16 @@ def test_damaged_webqs(suffix, content, message, split, tmp_path, codec) -> None
     task = make_task(TASKS["webqs"], data=str(tmp_path), lengths=(500,), trials=1)
     with pytest.raises(ValueError, match=message.format(split=split)):
         list(task.examples(codec, 0))
+
+
+def test_a_second_file_of_a_split_is_named(tmp_path, caplog) -> None:
+    for name in ("train-0.jsonl", "train-1.jsonl", "test.jsonl"):
+        (tmp_path / name).touch()
+    assert find_split(str(tmp_path), "train") == tmp_path / "train-0.jsonl"
+    assert "left out, as one file is read: train-1.jsonl" in caplog.text
+    caplog.clear()
+    assert find_split(str(tmp_path), "test") == tmp_path / "test.jsonl"
+    assert not caplog.text
 
 
 def test_missing_or_odd_data(trec, tmp_path, codec) -> None:

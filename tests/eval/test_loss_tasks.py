@@ -193,6 +193,17 @@ def test_the_public_forms(tmp_path) -> None:
     assert all(DOCUMENT.strip() in q.document for q in read_questions(str(tmp_path)))
 
 
+def test_linked_folders_are_read_and_other_files_named(tmp_path, caplog) -> None:
+    for name in ("data", "disk2"):
+        (tmp_path / name).mkdir()
+    write_questions(tmp_path / "disk2")
+    (tmp_path / "data" / "more").symlink_to(tmp_path / "disk2")
+    for name in ("triviaqa.jsonl", "README.md"):
+        (tmp_path / "data" / name).write_text("{}")
+    assert read_questions(str(tmp_path / "data")) == read_questions(str(tmp_path / "disk2"))
+    assert "1 of no known data set (triviaqa.jsonl); 1 with the suffix .md (README.md)" in caplog.text
+
+
 def test_longbench_zeroscrolls_and_the_stories(tmp_path) -> None:
     long = {"context": DOCUMENT, "input": "Q?", "answers": ["a", "b"], "dataset": "qasper"}
     (tmp_path / "qasper.jsonl").write_text(json.dumps(long) + "\n" + json.dumps(long | {"answers": "one text"}))

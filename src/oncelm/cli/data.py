@@ -84,6 +84,7 @@ def run_prepare(args: argparse.Namespace) -> int:
     folder = prepare(corpus, tokenizer, args.out, bos=args.bos, strict=args.strict, workers=args.workers)
     tokens = open_tokens(folder)
     report_malformed(tokens)
+    report_left_out(corpus)
     if args.prune:
         print(f"freed {size(prune(folder))}")
     count = sum(source.stream.num_tokens for source in (*tokens.train, *tokens.valid))
@@ -93,6 +94,7 @@ def run_prepare(args: argparse.Namespace) -> int:
 
 def choose_tokenizer(name: str, corpus: Corpus, out: str | None) -> PreTrainedTokenizerBase:
     """The tokenizer of that name; one made from the text ("bpe:SIZE") is kept beside the tokens and used again."""
+    from oncelm.data.place import make_place
     from oncelm.data.reading import sample_texts
     from oncelm.data.tokenizers import load_tokenizer, train_bpe
     from oncelm.train.config import bpe_vocab_size
@@ -104,6 +106,7 @@ def choose_tokenizer(name: str, corpus: Corpus, out: str | None) -> PreTrainedTo
     hidden = corpus.path if corpus.path.is_dir() else corpus.path.parent
     kept = Path(out) / name.replace(":", "-") if out else hidden / ".oncelm" / name.replace(":", "-")
     if not kept.exists():
+        make_place(kept.parent)
         files = [file for source in corpus.train for file in source.files]
         tokenizer = train_bpe(sample_texts(files), vocab_size)
         with atomic_folder(kept) as folder:
@@ -121,6 +124,11 @@ def report_malformed(tokens: TokenFolder, shown: int = 5) -> None:
             print("  ...", file=sys.stderr)
 
 
+def report_left_out(corpus: Corpus) -> None:
+    if corpus.left_out:
+        print(corpus.left_out, file=sys.stderr)
+
+
 # -- info -------------------------------------------------------------------------------------------------------------
 
 
@@ -134,6 +142,7 @@ def run_info(args: argparse.Namespace) -> int:
         return 0
     corpus = find_corpus(args.data)
     describe_text(corpus)
+    report_left_out(corpus)
     hidden = corpus.path if corpus.path.is_dir() else corpus.path.parent
     prepared = sorted(manifest.parent for manifest in (hidden / ".oncelm").glob(f"*/{MANIFEST}"))
     if corpus.path.is_file():

@@ -242,11 +242,14 @@ def open_data(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> TokenF
         if config.bos and not tokens.manifest["bos"]:
             raise ValueError(f"data {config.data!r} was prepared without bos; prepare the text again with --bos.")
         return tokens
-    tokens = open_tokens(prepare_tokens(find_corpus(config.data), tokenizer, config.tokens, bos=config.bos))
+    corpus = find_corpus(config.data)
+    tokens = open_tokens(prepare_tokens(corpus, tokenizer, config.tokens, bos=config.bos))
     malformed = tokens.manifest["malformed"]
     if malformed["count"]:
         first = malformed["examples"][0]
         logging.getLogger(__name__).warning("left out %s malformed lines, the first: %s", malformed["count"], first)
+    if corpus.left_out:
+        logging.getLogger(__name__).warning("%s", corpus.left_out)
     return tokens
 
 
@@ -421,7 +424,7 @@ def describe_data(config: TrainConfig) -> str:
     from oncelm.utils.units import size
 
     if config.task == "sft":
-        files = conversation_files(config.data)
+        files = conversation_files(config.data).files
         return f"conversations, {len(files)} file(s), {size(sum(file.stat().st_size for file in files))}"
     if is_token_folder(config.data):
         count = sum(source.stream.num_tokens for source in open_tokens(config.data).train)

@@ -2,53 +2,32 @@
 
     file:line -> messages -> tokens, and which of them the assistant wrote -> rows [T] of whole conversations
 
-A line is one JSON object, in any of these forms (`read_messages`):
-
-    {"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}, ...]}
-    {"conversations": [{"from": "human", "value": ...}, {"from": "gpt", "value": ...}, ...]}
-    {"prompt": ..., "response": ...}        also prompt/answer, prompt/completion, question/answer,
-                                            instruction(/input)/output
-
-Conversations are written by the tokenizer's chat template; where it has none, plainly:
-
-    "User:\\n" + text + "\\n\\n"        "System:\\n" + text + "\\n\\n"        "Assistant:\\n" + text + eos
-
-The answer and the eos are targets, and nothing else.
+`oncelm.data.chats` says what a line may look like, `oncelm.data.templates` how it becomes tokens.
 """
 
 from __future__ import annotations
 
 import bisect
-import codecs
 import logging
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import orjson
 import torch
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from oncelm.data.chats import Chat, read_chat
+from oncelm.data.folder import Listing, list_folder
+from oncelm.data.reading import JSONL, lines_of
 from oncelm.data.sampler import permute
+from oncelm.data.templates import encode
 
 logger = logging.getLogger(__name__)
 
 IGNORED = -100  # Hugging Face's mark of a target that does not count
-ROLES = ("system", "user", "assistant")
-PAIRS = (
-    ("prompt", "response"),
-    ("prompt", "answer"),
-    ("prompt", "completion"),
-    ("question", "answer"),
-    ("instruction", "output"),
-)
-_SHAREGPT = {"human": "user", "gpt": "assistant"}  # names of ShareGPT's "from"
-
-Messages = list[dict[str, str]]
 
 
 @dataclass(frozen=True)
@@ -60,160 +39,74 @@ class Conversation:
     where: str
 
 
-def conversation_files(path: str | os.PathLike[str]) -> list[Path]:
-    """The .jsonl files of a folder, sorted, or a file itself."""
+def conversation_files(path: str | os.PathLike[str]) -> Listing:
+    """The files of conversations below a folder, or a file itself."""
     given = Path(path)
     if not given.exists():
         raise FileNotFoundError(f"no conversations at {given}.")
-    files = sorted(given.glob("*.jsonl")) if given.is_dir() else [given]
-    if not files:
-        raise ValueError(f"{given} holds no .jsonl file of conversations.")
-    return files
+    if not given.is_dir():
+        return Listing(given, (given,))
+    listing = list_folder(given, JSONL)
+    if not listing.files:
+        reason = f"; {listing.describe()}" if listing.left_out else ""
+        raise ValueError(f"{given} holds no {' or '.join(JSONL)} file of conversations{reason}.")
+    return listing
 
 
 def read_conversations(
     path: str | os.PathLike[str], tokenizer: PreTrainedTokenizerBase, max_tokens: int
 ) -> list[Conversation]:
-    """All conversations of a file or folder, cut to `max_tokens`, with a warning; left out where no answer remains.
+    """All conversations of a file or folder, cut to `max_tokens`, but those without an answer to learn.
+
+    Warnings tell what is cut, what is left out and why, and which fields and files are not read.
 
     Raises:
         ValueError: a line that is no conversation, as file:line and the reason; none at all.
     """
     found: list[Conversation] = []
-    cut = lost = 0
-    for file in conversation_files(path):
-        with file.open("rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                if number == 1:
-                    line = line.removeprefix(codecs.BOM_UTF8)
-                if not line.strip():
-                    continue
-                where = f"{file}:{number}"
-                try:
-                    tokens, answer = encode(read_messages(line), tokenizer)
-                except ValueError as error:
-                    raise ValueError(f"{where}: {error}") from None
-                cut += len(tokens) > max_tokens
-                conversation = Conversation(tokens[:max_tokens], answer[:max_tokens], where)
-                if conversation.answer[1:].any():
-                    found.append(conversation)
-                else:
-                    lost += 1
-    if cut or lost:
-        logger.warning(
-            "%d conversations are longer than seq_len=%d tokens and are cut; %d are left out: no answer remains",
-            *(cut, max_tokens, lost),
-        )
+    lost: Counter[str] = Counter()  # conversations, by reason
+    unread: Counter[str] = Counter()  # lines, by field
+    cut = 0
+    listing = conversation_files(path)
+    for file in listing.files:
+        for number, line in lines_of(file):
+            where = f"{file}:{number}"
+            try:
+                chat = read_chat(line)
+                tokens, answer = encode(chat, tokenizer)
+            except ValueError as error:
+                raise ValueError(f"{where}: {error}") from None
+            unread.update(chat.unread)
+            cut += len(tokens) > max_tokens
+            conversation = Conversation(tokens[:max_tokens], answer[:max_tokens], where)
+            if conversation.answer[1:].any():
+                found.append(conversation)
+            else:
+                lost[_why_lost(chat, answer, max_tokens)] += 1
+    _warn(listing, unread, cut, lost, max_tokens)
     if not found:
-        raise ValueError(f"{path} holds no conversation with an answer in its first {max_tokens} tokens.")
+        reasons = "; ".join(f"{count} left out: {reason}" for reason, count in lost.items()) or "every line is blank"
+        raise ValueError(f"{path} holds no conversation to learn from ({reasons}).")
     return found
 
 
-def read_messages(line: bytes) -> Messages:
-    """The messages of one line; ValueError says what is wrong with it."""
-    try:
-        record = orjson.loads(line)
-    except orjson.JSONDecodeError as error:
-        raise ValueError(f"not JSON: {error}") from None
-    if not isinstance(record, dict):
-        raise ValueError(f"a JSON object is needed, got {type(record).__name__}")
-    if "messages" in record:
-        messages = _messages(record["messages"], "messages", "role", "content")
-    elif "conversations" in record:
-        messages = _messages(record["conversations"], "conversations", "from", "value")
-    else:
-        messages = _pair(record)
-    if not any(message["role"] == "assistant" for message in messages):
-        raise ValueError("no message of the assistant: there would be nothing to learn")
-    return messages
+def _why_lost(chat: Chat, answer: np.ndarray, max_tokens: int) -> str:
+    if not chat.learned:
+        return "no answer is to be learned, as its weight (train, loss) says"
+    if not answer[1:].any():
+        return "the tokenizer's chat template marks no answer"
+    return f"no answer remains in the first seq_len={max_tokens} tokens"
 
 
-def _messages(listed: Any, field: str, role_key: str, text_key: str) -> Messages:
-    if not isinstance(listed, list) or not listed:
-        raise ValueError(f"{field} must be a list of messages, got {listed!r:.60}")
-    messages = []
-    for number, message in enumerate(listed):
-        name = f"{field}[{number}]"
-        if not isinstance(message, dict) or not {role_key, text_key} <= message.keys():
-            raise ValueError(f"{name} must have {role_key} and {text_key}, got {message!r:.60}")
-        role = message[role_key]
-        role = _SHAREGPT.get(role, role) if isinstance(role, str) else role
-        if role not in ROLES:
-            raise ValueError(f"{name} has {role_key} {role!r}; allowed: {', '.join(ROLES)}")
-        messages.append({"role": role, "content": _text(message[text_key], f"{name}.{text_key}")})
-    return messages
-
-
-def _pair(record: dict[str, Any]) -> Messages:
-    for question, answer in PAIRS:
-        if question in record and answer in record:
-            asked = _text(record[question], question)
-            if question == "instruction" and record.get("input"):
-                asked += "\n\n" + _text(record["input"], "input")
-            told = _text(record[answer], answer)
-            return [{"role": "user", "content": asked}, {"role": "assistant", "content": told}]
-    forms = ", ".join(f"{question} and {answer}" for question, answer in PAIRS)
-    raise ValueError(f"neither messages nor conversations nor {forms} among its keys ({', '.join(record)[:60]})")
-
-
-def _text(value: Any, name: str) -> str:
-    if not isinstance(value, str) or not value:
-        raise ValueError(f"{name} must be text that is not empty, got {value!r:.60}")
-    return value
-
-
-def encode(messages: Messages, tokenizer: PreTrainedTokenizerBase) -> tuple[np.ndarray, np.ndarray]:
-    """A conversation's tokens, uint32 [n], and which of them the assistant wrote, [n] booleans.
-
-    Raises:
-        ValueError: the tokenizer's chat template refuses the conversation, or does not show what the assistant wrote.
-    """
-    try:
-        if tokenizer.chat_template is None:
-            tokens, answer = _encode_plainly(messages, tokenizer)
-        elif "generation" in str(tokenizer.chat_template).replace("add_generation_prompt", ""):
-            encoded = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
-            tokens, answer = encoded["input_ids"], encoded["assistant_masks"]
-        else:
-            tokens, answer = _encode_by_turns(messages, tokenizer)
-    except TemplateError as error:
-        raise ValueError(f"the tokenizer's chat template does not take this conversation: {error}") from None
-    return np.array(tokens, dtype=np.uint32), np.array(answer, dtype=bool)
-
-
-def _encode_plainly(messages: Messages, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[bool]]:
-    tokens: list[int] = []
-    answer: list[bool] = []
-    for message in messages:
-        name, is_answer = f"{message['role'].capitalize()}:\n", message["role"] == "assistant"
-        end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-        head, text = (tokenizer.encode(part, add_special_tokens=False) for part in (name, message["content"]))
-        text += end if is_answer else tokenizer.encode("\n\n", add_special_tokens=False)
-        tokens += head + text
-        answer += [False] * len(head) + [is_answer] * len(text)
-    return tokens, answer
-
-
-def _encode_by_turns(messages: Messages, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[bool]]:
-    """By a template that does not mark the assistant's part: what each answer adds to the conversation before it."""
-    tokens = _apply(tokenizer, messages)
-    answer = [False] * len(tokens)
-    for number, message in enumerate(messages):
-        if message["role"] == "assistant":
-            before = _apply(tokenizer, messages[:number], add_generation_prompt=True)
-            after = _apply(tokenizer, messages[: number + 1])
-            if tokens[: len(after)] != after or after[: len(before)] != before:
-                raise ValueError(
-                    "the tokenizer's chat template writes a conversation's beginning differently when more follows; "
-                    "mark the assistant's part in it with {% generation %} ... {% endgeneration %}"
-                )
-            answer[len(before) : len(after)] = [True] * (len(after) - len(before))
-    return tokens, answer
-
-
-def _apply(tokenizer: PreTrainedTokenizerBase, messages: Messages, add_generation_prompt: bool = False) -> list[int]:
-    encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=add_generation_prompt, return_dict=True)
-    return list(encoded["input_ids"])
+def _warn(listing: Listing, unread: Counter[str], cut: int, lost: Counter[str], max_tokens: int) -> None:
+    if cut or lost:
+        left_out = "".join(f"; {count} are left out: {reason}" for reason, count in lost.items())
+        logger.warning("%d conversations are longer than seq_len=%d tokens and are cut%s", cut, max_tokens, left_out)
+    if unread:
+        fields = ", ".join(f"{field} ({count:,} lines)" for field, count in sorted(unread.items()))
+        logger.warning("fields that are not read: %s", fields)
+    if listing.left_out:
+        logger.warning("%s", listing.describe())
 
 
 def pack(lengths: Sequence[int], size: int) -> list[list[int]]:

@@ -14,10 +14,13 @@ from __future__ import annotations
 
 import json
 import math
+import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from oncelm.data.folder import LeftOut, Listing, list_folder
 from oncelm.utils.errors import unknown
 
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
@@ -40,6 +43,7 @@ class Corpus:
     path: Path
     train: tuple[Source, ...]
     valid: tuple[Source, ...] = ()
+    left_out: str = ""  # what of the folder is not read, in words
 
     @property
     def sources(self) -> tuple[Source, ...]:
@@ -57,16 +61,26 @@ def find_corpus(path: str | Path) -> Corpus:
     if not root.is_dir():
         raise ValueError(f"data {str(root)!r} does not exist; give a text file, a folder of text or a corpus folder.")
     if (root / TRAIN).is_file():
+        train = _read_sources(root, TRAIN)
         valid = _read_sources(root, VALID) if (root / VALID).exists() else ()
-        return Corpus(root, _read_sources(root, TRAIN), valid)
-    files = [file for file in sorted(root.rglob("*")) if file.name.endswith(SUFFIXES) and file.is_file()]
-    # What is hidden was not put there to be read; prepared tokens are.
-    files = [file for file in files if not any(part.startswith(".") for part in file.relative_to(root).parts)]
-    if not files:
+        return Corpus(root, train, valid, _unlisted(root, (*train, *valid)).describe())
+    listing = list_folder(root, SUFFIXES)  # what is hidden was not put there to be read; prepared tokens are
+    if not listing.files:
+        reason = f"; {listing.describe()}" if listing.left_out else ""
         raise ValueError(
-            f"data {str(root)!r} holds no {', '.join(SUFFIXES)} file and no {TRAIN}; give a folder that does."
+            f"data {str(root)!r} holds no {', '.join(SUFFIXES)} file and no {TRAIN}; give a folder that does{reason}."
         )
-    return Corpus(root, (Source(root.resolve().name, 1.0, tuple(files)),))
+    return Corpus(root, (Source(root.resolve().name, 1.0, listing.files),), left_out=listing.describe())
+
+
+def _unlisted(root: Path, sources: Iterable[Source]) -> Listing:
+    """What lies in a corpus folder and belongs to none of its sources that have a weight."""
+    listing = list_folder(root, ("",))
+    read = {os.path.realpath(file) for source in sources for file in source.files}
+    named = {"train", "valid", *(source.name for source in sources)}
+    read |= {os.path.realpath(root / "json" / f"{name}.json") for name in named}
+    unlisted = [file for file in listing.files if os.path.realpath(file) not in read]
+    return Listing(root, (), (*listing.left_out, *(LeftOut(file, "in no source with a weight") for file in unlisted)))
 
 
 def _read_sources(root: Path, name: str) -> tuple[Source, ...]:

@@ -25,11 +25,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from oncelm.data.encoding import Encoder
 from oncelm.data.layout import Corpus, Source
+from oncelm.data.place import default_folder, make_place, turn
 from oncelm.data.reading import Document, Piece, is_text, read, scan
 from oncelm.data.shards import (
     FILE_NAME,
@@ -92,13 +92,6 @@ class MalformedLine(ValueError):
         self.problem = problem
 
 
-def default_folder(corpus: Corpus, fingerprint: str) -> Path:
-    """Where the tokens of a corpus are kept when nothing else is said: hidden beside the text, by tokenizer."""
-    if corpus.path.is_dir():
-        return corpus.path / ".oncelm" / fingerprint[:12]
-    return corpus.path.parent / ".oncelm" / f"{corpus.path.name}-{fingerprint[:12]}"
-
-
 def prepare(
     corpus: Corpus,
     tokenizer: PreTrainedTokenizerBase,
@@ -138,13 +131,9 @@ def prepare(
     if out.resolve() == corpus.path.resolve():
         raise ValueError(f"folder {str(out)!r} is the text's own; name another for its tokens.")
     shards = out / "shards"
-    try:
-        shards.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OSError(
-            f"no place for tokens: {error}; name one (--out of oncelm data, the setting tokens of oncelm train)."
-        ) from error
-    with _turn(out):
+    make_place(out)
+    make_place(shards)
+    with turn(out):
         clean_up(out)  # nobody else is here
         clean_up(shards)
         pieces = _scan_all(corpus, out / "scan.json", workers)
@@ -163,7 +152,7 @@ def prepare(
 
 def prune(folder: Path) -> int:
     """Delete the shards that FOLDER/tokens.json does not name (of text or a tokenizer since replaced); bytes freed."""
-    with _turn(folder):
+    with turn(folder):
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         used = {shard["key"] for split in ("train", "valid") for s in manifest[split] for shard in s["shards"]}
         named = ((FILE_NAME.fullmatch(file.name), file) for file in (folder / "shards").iterdir())
@@ -172,21 +161,6 @@ def prune(folder: Path) -> int:
         for file in stale:
             file.unlink()
     return freed
-
-
-@contextmanager
-def _turn(folder: Path) -> Iterator[None]:
-    """While no other process prepares `folder`."""
-    lock = FileLock(folder / ".lock")
-    try:
-        lock.acquire(timeout=2)
-    except Timeout:
-        logger.warning("waiting for another process that prepares %s", folder)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 # -- what there is to do ----------------------------------------------------------------------------------------------

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
+from oncelm.data.conversations import ConversationDataset
 from oncelm.data.crossbatch import CrossbatchDataset
 from oncelm.data.dataset import TokenDataset
 
@@ -24,7 +26,13 @@ class ReadAhead:
         pin_memory: put batches into page-locked memory, from which a copy to a GPU does not wait (`non_blocking=True`).
     """
 
-    def __init__(self, dataset: TokenDataset | CrossbatchDataset, depth: int = 2, *, pin_memory: bool = False) -> None:
+    def __init__(
+        self,
+        dataset: TokenDataset | CrossbatchDataset | ConversationDataset,
+        depth: int = 2,
+        *,
+        pin_memory: bool = False,
+    ) -> None:
         self.dataset, self.depth, self.pin_memory = dataset, depth, pin_memory
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
         self._ahead: dict[tuple[Any, ...], Future[Tensor]] = {}  # by method, step, batch size, rows
@@ -50,7 +58,8 @@ class ReadAhead:
         return self.dataset.validation_batches(batch_size)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.dataset, name)  # what takes no time
+        found = getattr(self.dataset, name)  # an error where the dataset has none: not every one has labels
+        return partial(self._get, name) if name == "labels" else found  # the rest takes no time
 
     def _get(self, method: str, step: int, batch_size: int, rows: slice | None) -> Tensor:
         span = (rows or slice(None)).indices(batch_size)

@@ -14,6 +14,7 @@ import gzip
 import hashlib
 import importlib
 import os
+import re
 import sys
 import threading
 import zlib
@@ -28,8 +29,12 @@ PIECE_BYTES = 64 << 20
 MAX_LINE_BYTES = 128 << 20  # a longer line is not read: that file is not JSONL
 _LARGE_LINE_BYTES = 8 << 20  # such lines, which take several times their size while they are parsed, ...
 _one_large_line = threading.Lock()  # ... are so one at a time
+JSONL = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 TEXT_FIELDS = ("text", "content", "raw_content_lines")
 _PART_CHARACTERS = 4 << 20  # of a large text, at a time
+# Strings, to pass over, and behind them what JSON does not have. The end of a string may lack: else one that is cut off
+# would be looked through again from each of its quotes.
+_NO_NUMBER = re.compile(rb'("[^"\\]*+(?:\\.[^"\\]*+)*+"?)|NaN|-?Infinity', re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -148,13 +153,12 @@ def _read_jsonl(piece: Piece, progress: Callable[[int], None]) -> Iterator[Docum
     with open(piece.path, "rb") as raw:
         raw.seek(piece.start)
         lines = _decompressed(raw, piece.path)
-        damage = (OSError, EOFError, zlib.error, *([zstd_module().ZstdError] if piece.path.endswith(".zst") else []))
         position = piece.start
         while raw is not lines or raw.tell() < piece.stop:
             number += 1
             try:
                 parts = _next_text(lines, is_first=number == 1)
-            except damage as error:
+            except _damage(piece.path) as error:
                 yield Malformed(number, f"the file is damaged: {error}")
                 return
             except ValueError as error:
@@ -167,6 +171,24 @@ def _read_jsonl(piece: Piece, progress: Callable[[int], None]) -> Iterator[Docum
                 position = raw.tell()
             if parts is not None:
                 yield Document(number, parts)
+
+
+def lines_of(path: Path) -> Iterator[tuple[int, bytes]]:
+    """The lines of a JSONL file that are not blank, with their numbers from 1; ValueError where it is damaged."""
+    with path.open("rb") as raw:
+        try:
+            for number, line in enumerate(_decompressed(raw, str(path)), start=1):
+                if number == 1:
+                    line = line.removeprefix(codecs.BOM_UTF8)
+                if line.strip():
+                    yield number, line
+        except _damage(str(path)) as error:
+            raise ValueError(f"{path}: the file is damaged: {error}") from None
+
+
+def _damage(path: str) -> tuple[type[Exception], ...]:
+    """What reading a damaged file raises."""
+    return (OSError, EOFError, zlib.error, *((zstd_module().ZstdError,) if path.endswith(".zst") else ()))
 
 
 class EndOfFile(Exception):
@@ -182,7 +204,7 @@ def _next_text(lines: IO[bytes], is_first: bool) -> Iterable[str] | None:
     if is_first:
         line = line.removeprefix(codecs.BOM_UTF8)  # as Python's utf-8-sig does for plain text
     if is_whole:
-        return (_text_of(_parse(line)),) if line.strip() else None
+        return (_text_of(parse_json(line)),) if line.strip() else None
     with _one_large_line:
         line += lines.readline(MAX_LINE_BYTES - len(line))
         if len(line) == MAX_LINE_BYTES and not line.endswith(b"\n"):
@@ -190,7 +212,7 @@ def _next_text(lines: IO[bytes], is_first: bool) -> Iterable[str] | None:
                 pass
             raise ValueError(f"the line is longer than {MAX_LINE_BYTES >> 20} MiB")
         # as bytes: one emoji makes a str of four bytes a character
-        return _decoded(_text_of(_parse(line)).encode())
+        return _decoded(_text_of(parse_json(line)).encode())
 
 
 def _decoded(text: bytes) -> Iterator[str]:
@@ -215,11 +237,17 @@ def zstd_module() -> Any:
         raise ImportError("reading .zst needs backports.zstd: pip install 'oncelm[data]'") from None
 
 
-def _parse(line: bytes) -> Any:
+def parse_json(line: bytes) -> Any:
+    """What a line of JSON holds, null for the NaN and Infinity that Python writes; ValueError says what is wrong."""
     try:
         return orjson.loads(line)
     except orjson.JSONDecodeError as error:
         reason = f"not JSON: {error}"
+    if b"NaN" in line or b"Infinity" in line:
+        try:
+            return orjson.loads(_NO_NUMBER.sub(lambda found: found[0] if found[1] else b"null", line))
+        except orjson.JSONDecodeError:
+            pass  # told as it was found first
     try:
         line.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -231,15 +259,27 @@ def _text_of(record: Any) -> str:
     """The text of one JSON object; ValueError where there is none to train on."""
     if not isinstance(record, dict):
         raise ValueError(f"a JSON object is needed, got {type(record).__name__}")
-    field = next((field for field in TEXT_FIELDS if field in record), None)
-    if field is None:
+    empty = None
+    for field in TEXT_FIELDS:
+        if field in record:
+            if not _is_empty(value := record[field]):
+                return _checked(field, value)
+            empty = empty or field
+    if empty is None:
         raise ValueError(f"no {' or '.join(TEXT_FIELDS)} among its keys ({', '.join(record)[:60]})")
-    return _checked(field, record[field])
+    return _checked(empty, record[empty])
+
+
+def _is_empty(value: Any) -> bool:
+    """Whether another field may have the text."""
+    return value is None or value == "" or value == []
 
 
 def _checked(field: str, text: Any) -> str:
     if field == "raw_content_lines" and isinstance(text, list) and all(isinstance(line, str) for line in text):
         text = "\n".join(text)
+    if isinstance(text, bytes):
+        raise ValueError(f"{field} is binary; make the column one of text (string)")
     if not isinstance(text, str):
         raise ValueError(f"{field} must be text, got {type(text).__name__}")
     if not text:
@@ -261,16 +301,19 @@ def _read_parquet(piece: Piece, progress: Callable[[int], None]) -> Iterator[Doc
         # a part of a row group at a time, and few rows: documents may be of megabytes
         with parquet.ParquetFile(piece.path, pre_buffer=False, buffer_size=1 << 20) as file:
             names = file.schema_arrow.names
-            field = next((field for field in TEXT_FIELDS if field in names), None)
-            if field is None:
+            fields = [field for field in TEXT_FIELDS if field in names]
+            if not fields:
                 yield Malformed(0, f"no column {' or '.join(TEXT_FIELDS)} among {', '.join(names)[:60]}")
                 return
             num_rows, told = file.metadata.num_rows, 0
-            for batch in file.iter_batches(batch_size=8, columns=[field], use_threads=False):
-                for value in batch.column(0):
+            for batch in file.iter_batches(batch_size=8, columns=fields, use_threads=False):
+                for place, cell in enumerate(batch.column(fields[0])):
                     row += 1
+                    record = {fields[0]: cell.as_py()}
+                    if _is_empty(record[fields[0]]):
+                        record |= {field: batch.column(field)[place].as_py() for field in fields[1:]}
                     try:
-                        yield Document(row, (_checked(field, value.as_py()),))
+                        yield Document(row, (_text_of(record),))
                     except ValueError as error:
                         yield Malformed(row, str(error))
                 progress(piece.stop * row // num_rows - told)

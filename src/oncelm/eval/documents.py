@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
@@ -14,6 +15,8 @@ from oncelm.data.layout import find_corpus
 from oncelm.data.reading import DamagedText, Malformed, Piece, is_text, read, scan
 from oncelm.eval.model import Codec
 from oncelm.utils.errors import unknown
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,10 @@ def read_documents(source: str) -> Iterator[Document]:
         return
     if not Path(source).exists():
         raise unknown("text", source, (*CORPORA, "a file or folder that exists"))
-    for file in (file for part in find_corpus(source).sources for file in part.files):
+    corpus = find_corpus(source)
+    if corpus.left_out:
+        logger.warning("%s", corpus.left_out)
+    for file in (file for part in corpus.sources for file in part.files):
         for piece in scan(file):
             yield from _read_piece(file, piece)
 

@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol, cast
 
 import numpy as np
 import torch
@@ -80,15 +80,22 @@ class Batches(Protocol):
         """int32 [N + 1]: borders of the documents in the validation batch of that index."""
 
 
-@runtime_checkable
 class Labelled(Protocol):
-    """What data has besides, of which not every token is learned (`oncelm.data.conversations`)."""
+    """What data has besides, of which not every token is learned (`oncelm.data.conversations`).
+
+    Data is asked for it by name (`labelled`): `isinstance` does not see what a wrapper hands on.
+    """
 
     def labels(self, step: int, batch_size: int, rows: slice | None = None) -> Tensor:
         """int64 [B, T]: what is learned of those rows of the step's batch, -100 for what is not."""
 
     def validation_labels(self, index: int, batch_size: int) -> Tensor:
         """int64 [B, T]: what counts of the validation batch of that index."""
+
+
+def labelled(dataset: Batches) -> Labelled | None:
+    """The dataset, if it says what of it is learned."""
+    return cast(Labelled, dataset) if hasattr(dataset, "labels") else None
 
 
 @dataclass(frozen=True)
@@ -278,10 +285,10 @@ class Trainer:
 
     def _labels(self, rows: slice) -> Tensor | None:
         """What is learned of these rows of the step's batch, if it is not every token."""
-        if not isinstance(self.dataset, Labelled):
+        if (dataset := labelled(self.dataset)) is None:
             return None
         with self.watch.waiting():
-            return self.dataset.labels(self.step, self.config.sequences_per_step, rows)
+            return dataset.labels(self.step, self.config.sequences_per_step, rows)
 
     def _pass_loss(self, batch: Tensor, rows: slice, divisor: float) -> Tensor:
         """The loss of one forward pass: `rows` of the step's batch, of which this rank has its own, `batch`."""
@@ -325,7 +332,7 @@ class Trainer:
             mine = min(self.ranks.data.index, len(turn) - 1)
             index, batch = turn[mine]
             borders = self.dataset.validation_cu_seqlens(index, size) if within else None
-            labels = self.dataset.validation_labels(index, size) if isinstance(self.dataset, Labelled) else None
+            labels = None if (dataset := labelled(self.dataset)) is None else dataset.validation_labels(index, size)
             loss = self._loss(batch, 1.0, borders, labels)
             if mine == self.ranks.data.index:
                 share = num_targets(batch.numel(), len(batch), borders, labels) / self.ranks.chunk.size

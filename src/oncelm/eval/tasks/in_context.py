@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import logging
 import re
 import string
 from abc import abstractmethod
@@ -21,6 +22,8 @@ from oncelm.eval.papers import TREC, WEBQS
 from oncelm.eval.results import Run
 from oncelm.eval.task import Task, option
 from oncelm.eval.views import Curves, View, by_column, group, tokens
+
+logger = logging.getLogger(__name__)
 
 SUFFIXES = (".label", ".jsonl", ".json", ".txt", ".tsv")
 
@@ -185,9 +188,12 @@ def find_split(folder: str, split: str) -> Path:
     """The file of a split: its name says "train" or "test" (TREC's own test file is TREC_10)."""
     root = Path(folder)
     files = sorted(file for file in root.glob("*") if file.suffix in SUFFIXES) if root.is_dir() else []
-    for file in files:
-        if split in file.name.lower() or (split == "test" and file.stem == "TREC_10"):
-            return file
+    named = [file for file in files if split in file.name.lower() or (split == "test" and file.stem == "TREC_10")]
+    if named:
+        if len(named) > 1:
+            others = ", ".join(file.name for file in named[1:])
+            logger.warning("the %s split is %s; left out, as one file is read: %s", split, named[0], others)
+        return named[0]
     there = ", ".join(file.name for file in files) or "none"
     raise ValueError(
         f"{folder!r} has no {split} split: a file with {split!r} in its name ({', '.join(SUFFIXES)}); found: {there}."

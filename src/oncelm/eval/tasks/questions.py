@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from oncelm.data.folder import LeftOut, list_folder
 from oncelm.eval.documents import read_utf8
+
+logger = logging.getLogger(__name__)
 
 # how a file's name says what it is: (part of the name, data set)
 DATASETS = (
@@ -47,11 +51,20 @@ def read_questions(folder: str) -> list[Question]:
     if not root.is_dir():
         raise ValueError(f"data {folder!r} is no folder; it must hold files such as gov_report.jsonl or qasper.json.")
     found: list[Question] = []
-    for file in sorted(root.rglob("*")):
+    listing = list_folder(root, (".jsonl", ".json", ".csv"))
+    unknown = []
+    for file in listing.files:
         name = file.name.lower() if file.name != "qaps.csv" else "narrativeqa.csv"
         dataset = next((dataset for part, dataset in DATASETS if part in name), None)
-        if dataset and file.suffix in (".jsonl", ".json", ".csv"):
+        if dataset:
             found += _grouped(_read_file(file, dataset))
+        else:
+            unknown.append(LeftOut(file, "of no known data set"))
+    # NarrativeQA's stories are read with its questions
+    unread = (one for one in listing.left_out if one.path.suffix != ".content")
+    listing = replace(listing, left_out=(*unread, *unknown))
+    if found and listing.left_out:
+        logger.warning("%s", listing.describe())
     if not found:
         raise ValueError(
             f"folder {folder!r} holds no file of a known data set: a name must contain one of "

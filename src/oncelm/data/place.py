@@ -1,0 +1,60 @@
+"""Where tokens are kept: a folder that can be written to, by one process at a time."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from oncelm.data.layout import Corpus
+
+logger = logging.getLogger(__name__)
+
+
+def default_folder(corpus: Corpus, fingerprint: str) -> Path:
+    """Where the tokens of a corpus are kept when nothing else is said: hidden beside the text, by tokenizer."""
+    if corpus.path.is_dir():
+        return corpus.path / ".oncelm" / fingerprint[:12]
+    return corpus.path.parent / ".oncelm" / f"{corpus.path.name}-{fingerprint[:12]}"
+
+
+@contextmanager
+def _named(folder: Path) -> Iterator[None]:
+    """What cannot be written in `folder` as an error that says how to name another."""
+    try:
+        yield
+    except Timeout:  # an OSError too, which says that it is another's turn
+        raise
+    except OSError as error:
+        raise OSError(
+            f"no place for tokens: {folder}: {error.strerror}; name one (--out of oncelm data, the setting tokens of "
+            "oncelm train)."
+        ) from error
+
+
+def make_place(folder: Path) -> None:
+    """Make a folder for what is prepared, and try whether files can be made in it."""
+    with _named(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+
+
+@contextmanager
+def turn(folder: Path) -> Iterator[None]:
+    """While no other process prepares `folder`."""
+    lock = FileLock(folder / ".lock")
+    try:
+        with _named(folder):  # the lock may be another user's
+            lock.acquire(timeout=2)
+    except Timeout:
+        logger.warning("waiting for another process that prepares %s", folder)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
