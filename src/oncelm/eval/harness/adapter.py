@@ -24,9 +24,12 @@ from oncelm.eval.harness.tree import Request
 from oncelm.eval.model import LanguageModel
 from oncelm.eval.prefix import PrefixReader
 from oncelm.eval.runner import LOOK_AHEAD
+from oncelm.utils.errors import check_whole
 
 UNBOUNDED = 1 << 30  # tokens: of models that were made for any length
 GENERATED = 256  # tokens at most, where a task does not say
+# what a task may set: the last four change nothing where the likeliest token is taken
+GREEDY = ("until", "max_gen_toks", "do_sample", "temperature", "top_p", "top_k", "min_p", "typical_p")
 
 
 class OnceLM(TemplateLM):
@@ -145,18 +148,15 @@ class OnceLM(TemplateLM):
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         examples, stops = [], []
         for context, options in (request.args for request in requests):
-            settings = normalize_gen_kwargs(options, GENERATED)
-            if settings["do_sample"]:
-                raise ValueError(f"generation is greedy here; the task asks for sampling: {options}.")
-            longest = self.max_length - settings["max_gen_toks"]
+            new_tokens, until = self._settings(options)
+            longest = self.max_length - new_tokens
             if longest < 1:
                 raise ValueError(
-                    f"the task asks for {settings['max_gen_toks']} new tokens; {self.model.name} has room for "
-                    f"{self.max_length} in all."
+                    f"the task asks for {new_tokens} new tokens; {self.model.name} has room for {self.max_length} "
+                    "in all."
                 )
-            ids = np.array(self.tok_encode(context)[-longest:], np.int32)
-            examples.append(Generate(ids, "", settings["max_gen_toks"]))
-            stops.append([stop for stop in settings["until"] if stop])
+            examples.append(Generate(np.array(self.tok_encode(context)[-longest:], np.int32), "", new_tokens))
+            stops.append(until)
         order = sorted(range(len(examples)), key=lambda i: examples[i].prompt.tolist())
         texts = [""] * len(examples)
         prefix = PrefixReader(self.model)
@@ -166,13 +166,32 @@ class OnceLM(TemplateLM):
             self.cache_hook.add_partial("generate_until", requests[i].args, texts[i])
         return texts
 
+    def _settings(self, options: dict[str, Any]) -> tuple[int, list[str]]:
+        """New tokens at most, and the texts that end an answer: the task's and, as HFLM has it, the end token's."""
+        settings = normalize_gen_kwargs(options, GENERATED)
+        if settings["do_sample"]:
+            raise ValueError(f"generation is greedy here; the task asks for sampling: {options}.")
+        for name, value in settings.items():
+            if name not in GREEDY and not (name == "num_beams" and value == 1):
+                raise ValueError(
+                    f"generation is greedy here; the task sets {name}={value!r}, which lm-eval's --model hf knows. "
+                    f"Allowed: {', '.join(GREEDY)}."
+                )
+        until = [] if settings["until"] == [None] else settings["until"]
+        if not all(isinstance(stop, str) for stop in until):
+            raise ValueError(f"until must be a text or a list of texts, got {options['until']!r}.")
+        check_whole(1, max_gen_toks=settings["max_gen_toks"])
+        end = self.tokenizer.eos_token_id
+        stops = until if end is None else [*until, self.tokenizer.decode(end)]
+        return settings["max_gen_toks"], [stop for stop in stops if stop]
+
     def _write(self, prefix: PrefixReader, example: Generate, upcoming: Sequence[Generate], stops: list[str]) -> str:
         """The greedy continuation up to the first stop or end of text."""
-        end = self.tokenizer.eos_token_id
 
         def is_complete(ids: list[int]) -> bool:
-            return ids[-1] == end or any(stop in self.model.codec.decode(ids) for stop in stops)
+            text = self.tokenizer.decode(ids)  # with special tokens: a stop may be one
+            return any(stop in text for stop in stops)
 
         reader, _ = prefix.read(example, upcoming)
-        text = self.model.codec.decode(reader.generate(example.max_new_tokens, is_complete))
-        return postprocess_generated_text(text, stops, None)
+        ids = reader.generate(example.max_new_tokens, is_complete, keep_end=True)
+        return postprocess_generated_text(self.tokenizer.decode(ids, skip_special_tokens=True), stops, None)
