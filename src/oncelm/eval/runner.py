@@ -85,7 +85,7 @@ def _left(
             return
         if index not in done:
             yield index, example
-        elif done[index]["prompt_hash"] != example.hash():
+        elif done[index].get("prompt_hash") != example.hash():
             raise ValueError(
                 f"{out} belongs to another run: its sample {index} has another prompt, so the texts that it was made "
                 "of have changed. Name another file with --out."

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from oncelm.eval.examples import Example, Output, Score, Scores
+from oncelm.eval.fields import NUMBER, TEXT, Kinds, check_fields
 from oncelm.eval.harness.folder import check_folder, folder_task
 from oncelm.eval.model import Codec, LanguageModel
 from oncelm.eval.papers import LONGLLAMA_LM_EVAL, YOCO_LM_EVAL
@@ -49,6 +50,7 @@ class Battery(Task):
     scorer: str = option("auto", "oncelm, hflm (lm-eval's own), or auto: hflm for models of transformers")
 
     by: ClassVar[tuple[str, ...]] = ("task",)
+    tag_kinds: ClassVar[Kinds] = {"task": TEXT}
     columns: ClassVar[tuple[tuple[str, str, str], ...]]  # head, task of lm-eval, metric
     published: ClassVar[dict[str, tuple[float, ...]]]
 
@@ -121,6 +123,12 @@ class Battery(Task):
         for task in tasks.values():
             task.set_fewshot_seed(SEED + seed)
         return tasks
+
+    @classmethod
+    def check(cls, sample: Sample) -> None:
+        super().check(sample)
+        metrics = [metric for _, task, metric in cls.columns if task == sample["tags"]["task"]]
+        check_fields("scores", sample["scores"], dict.fromkeys(metrics, NUMBER))
 
     @classmethod
     def views(cls, runs: Sequence[Run]) -> list[View]:
@@ -230,7 +238,7 @@ def _ask_task(
         index = offset + doc_id
         if index not in done:
             left.append((index, asked))
-        elif done[index]["prompt_hash"] != _hash(model, asked):
+        elif done[index].get("prompt_hash") != _hash(model, asked):
             raise ValueError(
                 f"the result file belongs to another run: its sample {index} has another prompt, so the questions of "
                 f"{name} have changed. Name another file with --out."
@@ -364,7 +372,8 @@ def accuracy_table(
         by_task = group(run.samples.values(), ("task",))
         values = [[s["scores"][metric] for s in by_task.get((task,), ())] for _, task, metric in columns]
         found.append([estimate(v) if v else None for v in values])
-        shots, scorer = (run.configuration["options"][name] for name in ("fewshot", "scorer"))
+        options = run.configuration["options"]
+        shots, scorer = options.get("fewshot"), options.get("scorer", "auto")
         named = "" if scorer == "auto" else f", by {scorer}"
         labels.append(run.label + (f", {shots}-shot" if shots else "") + named)
     rows = [
