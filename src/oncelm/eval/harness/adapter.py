@@ -1,5 +1,6 @@
 """lm-eval's view of a model: its requests in, our scoring behind it.
 
+    lm_eval --model oncelm --model_args pretrained=runs/books/model --tasks arc_easy
     lm_eval.simple_evaluate(model=OnceLM(LanguageModel(model, tokenizer, "mine")), tasks=["arc_easy"])
 
 Text becomes tokens as in lm-eval's own HFLM, and log-likelihoods equal HFLM's; what differs is what is computed.
@@ -8,15 +9,18 @@ Text becomes tokens as in lm-eval's own HFLM, and log-likelihoods equal HFLM's; 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
 import numpy as np
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
 from lm_eval.models.utils import has_bos_prefix, normalize_gen_kwargs, postprocess_generated_text
-from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simple_parse_args_string
 from tqdm import tqdm
 
+from oncelm.data.tokenizers import load_tokenizer
 from oncelm.eval.examples import Generate
 from oncelm.eval.harness.rows import new_rows
 from oncelm.eval.harness.scoring import Answer, score_requests
@@ -24,14 +28,22 @@ from oncelm.eval.harness.tree import Request
 from oncelm.eval.model import LanguageModel
 from oncelm.eval.prefix import PrefixReader
 from oncelm.eval.runner import LOOK_AHEAD
-from oncelm.utils.errors import check_whole
+from oncelm.models.load import load, read_config
+from oncelm.models.yoco.official import is_official_folder
+from oncelm.utils.errors import check_whole, unknown
 
 UNBOUNDED = 1 << 30  # tokens: of models that were made for any length
 GENERATED = 256  # tokens at most, where a task does not say
+# of --model_args
+ARGUMENTS = (
+    "pretrained", "tokenizer", "device", "dtype", "compile", "max_length", "mem_layers", "memory",
+    "last_context_length",
+)  # fmt: skip
 # what a task may set: the last four change nothing where the likeliest token is taken
 GREEDY = ("until", "max_gen_toks", "do_sample", "temperature", "top_p", "top_k", "min_p", "typical_p")
 
 
+@register_model("oncelm")
 class OnceLM(TemplateLM):
     """A language model for lm-eval 0.4.13.
 
@@ -46,6 +58,21 @@ class OnceLM(TemplateLM):
         self.tokenizer: Any = model.codec.tokenizer
         self.max_length = max_length or model.longest or UNBOUNDED
         self._encoded: dict[str, list[int]] = {}
+
+    @classmethod
+    def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> Self:
+        return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
+
+    @classmethod
+    def create_from_arg_obj(cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None) -> Self:
+        """What `lm_eval --model oncelm --model_args ...` makes; batches are as large as fits, whatever it asks for."""
+        options = {"device": (additional_config or {}).get("device"), **arg_dict}
+        for name in ("batch_size", "max_batch_size"):
+            options.pop(name, None)
+        max_length = options.pop("max_length", None)
+        if max_length is not None:
+            check_whole(1, max_length=max_length)
+        return cls(open_model(**options), max_length)
 
     # -- tokens, as HFLM makes them ---------------------------------------------------------------------------------
 
@@ -195,3 +222,41 @@ class OnceLM(TemplateLM):
         reader, _ = prefix.read(example, upcoming)
         ids = reader.generate(example.max_new_tokens, is_complete, keep_end=True)
         return postprocess_generated_text(self.tokenizer.decode(ids, skip_special_tokens=True), stops, None)
+
+
+def open_model(
+    pretrained: str = "",
+    tokenizer: str | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    compile: bool = False,
+    mem_layers: Sequence[int] | int | None = None,
+    memory: str | None = None,
+    last_context_length: int | None = None,
+    **unknown_options: Any,
+) -> LanguageModel:
+    """The model of lm-eval's --model_args: what `oncelm eval` takes, with a folder's own tokenizer.
+
+    Raises:
+        ValueError: no model named, an unknown argument (with the nearest), or what `oncelm.load` raises.
+    """
+    for name in unknown_options:
+        raise unknown("argument of --model oncelm", name, ARGUMENTS)
+    if not pretrained:
+        raise ValueError("--model oncelm needs a model: --model_args pretrained=DIR.")
+    if isinstance(mem_layers, str):
+        raise ValueError(f'mem_layers must be a list, as in {{"mem_layers": [8, 16]}}, got {mem_layers!r}.')
+    layers = [mem_layers] if isinstance(mem_layers, int) else mem_layers
+    overrides = {} if layers is None else {"mem_layers": list(layers)}
+    config = read_config(pretrained, **overrides)
+    for name, value in (("memory", memory), ("last_context_length", last_context_length)):
+        if value is not None and config.model_type != "longllama":
+            raise ValueError(f"{name} is for LongLLaMA models, {pretrained} is a model of type {config.model_type}.")
+    named = tokenizer or ("cl100k_base" if is_official_folder(pretrained) else pretrained)
+    return LanguageModel(
+        load(pretrained, device, None if dtype == "auto" else dtype, compile=compile, **overrides),
+        load_tokenizer(named),
+        Path(pretrained).name,
+        {} if memory is None else {"memory": memory},
+        {} if last_context_length is None else {"last_context_length": last_context_length},
+    )
