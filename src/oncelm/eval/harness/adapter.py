@@ -247,7 +247,7 @@ def open_model(
     if isinstance(mem_layers, str):
         raise ValueError(f'mem_layers must be a list, as in {{"mem_layers": [8, 16]}}, got {mem_layers!r}.')
     layers = [mem_layers] if isinstance(mem_layers, int) else mem_layers
-    overrides = {} if layers is None else {"mem_layers": list(layers)}
+    overrides: dict[str, Any] = {} if layers is None else {"mem_layers": list(layers)}
     config = read_config(pretrained, **overrides)
     for name, value in (("memory", memory), ("last_context_length", last_context_length)):
         if value is not None and config.model_type != "longllama":

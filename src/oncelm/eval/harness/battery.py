@@ -6,7 +6,6 @@ lm-eval gives the questions, the prompts and the judgement; a result file, resum
 from __future__ import annotations
 
 import contextlib
-import difflib
 import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -20,6 +19,7 @@ import torch
 from oncelm.eval.examples import Example, Output, Score, Scores
 from oncelm.eval.fields import NUMBER, TEXT, Kinds, check_fields
 from oncelm.eval.harness.folder import check_folder, folder_task
+from oncelm.eval.harness.hub import hub_tasks
 from oncelm.eval.model import Codec, LanguageModel
 from oncelm.eval.papers import LONGLLAMA_LM_EVAL, YOCO_LM_EVAL
 from oncelm.eval.results import Run
@@ -119,7 +119,7 @@ class Battery(Task):
         if self.data:
             tasks = {name: folder_task(self.data, name, self.fewshot) for name in self.tasks()}
         else:
-            tasks = _hub_tasks(self.tasks(), self.fewshot)
+            tasks = hub_tasks(self.tasks(), self.fewshot)
         for task in tasks.values():
             task.set_fewshot_seed(SEED + seed)
         return tasks
@@ -190,30 +190,6 @@ class AnyTasks(Battery):
 def split_names(text: str) -> list[str]:
     """ "a, b" as ["a", "b"]."""
     return [name.strip() for name in text.split(",") if name.strip()]
-
-
-def _hub_tasks(names: Sequence[str], fewshot: int) -> dict[str, ConfigurableTask]:
-    """lm-eval's own tasks; their data come from the hub or its cache."""
-    from lm_eval.tasks import TaskManager
-
-    manager = TaskManager()
-    for name in names:
-        if name not in manager.all_tasks:  # thousands: the nearest few are enough
-            near = difflib.get_close_matches(name, manager.all_tasks, n=5)
-            hint = f" did you mean {' or '.join(map(repr, near))}?" if near else ""
-            raise ValueError(f"unknown task of lm-eval {name!r};{hint} `lm-eval ls tasks` lists them all.")
-    try:
-        tasks = manager.load(list(names))["tasks"]
-    except (ConnectionError, OSError, ValueError) as error:  # `datasets` raises each of them without a network
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ValueError(
-            f"lm-eval cannot load the data of {', '.join(names)} ({reason}); without a network, give a folder of "
-            "questions with --data (docs/evaluation.md; recipes/eval_data.py builds one)."
-        ) from error
-    for task in tasks.values():
-        if task.get_config("num_fewshot") != 0:  # where a task's own prompt has examples, it stays as it is
-            task.set_config(key="num_fewshot", value=fewshot)
-    return tasks
 
 
 # -- asking -----------------------------------------------------------------------------------------------------------
