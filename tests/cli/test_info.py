@@ -7,7 +7,17 @@ import re
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, MambaConfig, T5Config
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GPT2Config,
+    GptOssConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    Qwen3Config,
+    T5Config,
+)
 
 import oncelm
 from oncelm.cli import main
@@ -133,6 +143,78 @@ def test_mistakes_are_one_line(tmp_path, capsys) -> None:
         assert message in captured.err
         assert captured.err.count("\n") == 1
         assert captured.out == ""
+
+
+# -- how weights are stored -------------------------------------------------------------------------------------------
+
+
+def change_config(folder, **changes) -> None:
+    settings = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps(settings))
+
+
+@pytest.mark.parametrize("make", [lambda: make_model("retention"), make_long])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_the_dtype_is_that_of_the_file(make, dtype, info, tmp_path) -> None:
+    make().to(getattr(torch, dtype)).save_pretrained(tmp_path)
+    assert f"in bfloat16; stored in {dtype} context length" in info(str(tmp_path))
+    change_config(tmp_path, dtype=None)
+    shown = info(str(tmp_path))
+    assert f"in bfloat16; stored in {dtype} context length" in shown
+    assert f"Cache of one sequence, in {dtype}" in shown
+    assert oncelm.load(tmp_path, "cpu").dtype == getattr(torch, dtype)
+    change_config(tmp_path, dtype="float64")
+    assert f"; stored in {dtype}, loaded in float64 as its configuration says" in info(str(tmp_path))
+    assert oncelm.load(tmp_path, "cpu").dtype == torch.float64
+
+
+def test_several_dtypes_in_several_files(info, tmp_path) -> None:
+    model = make_model("retention").bfloat16()
+    norms = [parameter.data.float() for name, parameter in model.named_parameters() if "norm" in name]
+    for parameter, norm in zip([p for n, p in model.named_parameters() if "norm" in n], norms, strict=True):
+        parameter.data = norm
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
+    small = sum(norm.numel() for norm in norms)
+    rest = model.num_parameters() - small
+    assert f"stored in bfloat16 ({rest:,} numbers) and float32 ({small:,} numbers), loaded in" in info(str(tmp_path))
+    for part in tmp_path.glob("model-*.safetensors"):
+        part.write_bytes(part.read_bytes()[:100])
+    assert re.search(r"model-0\S+\.safetensors cannot be read \(", info(str(tmp_path)))
+    (tmp_path / "model.safetensors.index.json").write_text("[]")
+    assert "model.safetensors.index.json names no files of weights" in info(str(tmp_path))
+
+
+def test_pickles_and_official_folders(info, tmp_path) -> None:
+    model = make_model("retention").bfloat16()
+    write_official(model, tmp_path / "official")
+    assert "stored in bfloat16 context" in info(str(tmp_path / "official"))
+    (tmp_path / "official" / WEIGHTS).write_bytes(b"")
+    assert f"{WEIGHTS} cannot be read" in info(str(tmp_path / "official"))
+    model.config.save_pretrained(tmp_path / "pickle")
+    torch.save(model.half().state_dict(), tmp_path / "pickle/pytorch_model.bin")
+    assert "stored in float16" in info(str(tmp_path / "pickle"))
+    torch.save({"x": change_config}, tmp_path / "pickle/pytorch_model.bin")
+    assert "pytorch_model.bin cannot be read (UnpicklingError" in info(str(tmp_path / "pickle"))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        Qwen3Config(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4),
+        Gemma2Config(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4),
+        GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4),
+        MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2),
+        GptOssConfig(vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_folders_of_other_families(config, info, tmp_path) -> None:
+    model = AutoModelForCausalLM.from_config(config).bfloat16()
+    model.save_pretrained(tmp_path)
+    shown = info(str(tmp_path))
+    assert f"{type(model).__name__} ({config.model_type})" in shown
+    assert "stored in bfloat16 context" in shown
 
 
 # -- LongLLaMA --------------------------------------------------------------------------------------------------------

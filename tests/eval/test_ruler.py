@@ -19,7 +19,6 @@ from oncelm.eval.tasks import ruler_prompts
 from oncelm.eval.tasks.ruler import most_that_fits
 from oncelm.eval.tasks.ruler_prompts import KINDS, Draft, Texts
 
-pytest.importorskip("wonderwords")
 OFFLINE = [name for name, kind in KINDS.items() if not kind.file]
 ESSAY = " ".join(f"Essay {i} says that {i * i % 97} is odd. Does it {'really ' * (i % 5)}matter?" for i in range(900))
 
@@ -27,6 +26,13 @@ ESSAY = " ".join(f"Essay {i} says that {i * i % 97} is odd. Does it {'really ' *
 @pytest.fixture(scope="module")
 def codec() -> Codec:
     return Codec(load_tokenizer("bytes"), 260)
+
+
+def test_the_words_are_those_that_lm_eval_draws_from() -> None:
+    source = pytest.importorskip("wonderwords").RandomWord(enhanced_prefixes=False)
+    for kind, words in Texts("").words.items():
+        assert words == sorted(set(source.filter(include_categories=[kind])))
+    assert [len(words) for words in Texts("").words.values()] == [6782, 910, 1041]
 
 
 @pytest.fixture(scope="module")
@@ -289,6 +295,7 @@ def to(order: list):
 def lm_eval_ruler():
     """lm-eval's modules; without this, one of them asks the network for data at import."""
     pytest.importorskip("lm_eval")
+    pytest.importorskip("wonderwords")
     nltk = pytest.importorskip("nltk")
     patch = pytest.MonkeyPatch()
     patch.setattr(nltk, "download", lambda *_: True)

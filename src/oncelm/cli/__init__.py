@@ -22,6 +22,7 @@ VERBS = {
     "info": "describe a model, a preset, or this installation",
     "convert": "convert official YOCO folders and GGUF files to Hugging Face folders, and back",
     "eval": "evaluate a model: needles, loss by position, in-context learning; write a report",
+    "run": "run another tool, such as lm_eval or transformers, so that it knows OnceLM's models",
     "bench": "measure prefill, decode, memory and training beside a Llama of the same shape",
 }
 
@@ -72,9 +73,9 @@ def _run(arguments: list[str]) -> int:
     parser.add_argument("verb", nargs="?", metavar="VERB")
     known = parser.parse(arguments[:1])
     if known.version:
-        from importlib.metadata import version
+        from oncelm import __version__
 
-        print(version("oncelm"))
+        print(__version__)
         return 0
     if known.verb is None:
         parser.print_help()
@@ -82,6 +83,8 @@ def _run(arguments: list[str]) -> int:
     if known.verb not in VERBS:
         raise unknown("verb", known.verb, VERBS)
     module = importlib.import_module(f"oncelm.cli.{known.verb}")
+    if hasattr(module, "main"):  # the arguments are another program's
+        return module.main(arguments[1:])
     if hasattr(module, "part"):  # a verb of several parts with options of their own, such as eval's tasks
         module = module.part(arguments[1:])
     verb_parser = Parser(

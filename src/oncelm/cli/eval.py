@@ -176,7 +176,9 @@ def run_task(task_type: type[Task], args: argparse.Namespace) -> int:
     print_views(task_type, done)
     samples = done.samples.values()
     if "tokens_read" in next(iter(samples), {}):
-        read, seconds, answer = (sum(s[n] for s in samples) for n in ("tokens_read", "read_seconds", "answer_seconds"))
+        read, seconds, answer = (
+            sum(s.get(n, 0) for s in samples) for n in ("tokens_read", "read_seconds", "answer_seconds")
+        )
         print(f"read {read:,} tokens in {seconds:,.1f} s, answered in {answer:,.1f} s", file=sys.stderr)
     print(f"{len(samples):,} samples in {out}; oncelm eval report {out} --out report.html shows them", file=sys.stderr)
     return 0
@@ -229,24 +231,27 @@ def print_views(task: type[Task], done: Run) -> None:
     from rich.console import Console
 
     from oncelm.eval import Table
+    from oncelm.eval.task import checked_views
 
     console = Console()
-    for view in task.views([done]) if done.samples else ():
+    for view in checked_views(task, [done]) if done.samples else ():
         if isinstance(view, Table):
             console.print(_rich(view))
 
 
 def _rich(view: Table) -> Any:
     from rich.table import Table as RichTable
+    from rich.text import Text  # a name such as a[/b] is no markup
 
-    drawn = RichTable(title=view.title, caption=view.note, caption_justify="left")
+    drawn = RichTable(caption_justify="left")
+    drawn.title, drawn.caption = Text(view.title, "table.title"), Text(view.note, "table.caption")
     for i, name in enumerate(view.header):
-        drawn.add_column(name, justify="left" if i == 0 else "right")
+        drawn.add_column(Text(name), justify="left" if i == 0 else "right")
     for row in view.rows:
-        drawn.add_row(*row)
+        drawn.add_row(*map(Text, row))
     drawn.add_section()
     for row in view.quoted:
-        drawn.add_row(*row, style="dim italic")
+        drawn.add_row(*map(Text, row), style="dim italic")
     return drawn
 
 
@@ -272,8 +277,12 @@ def add_report_arguments(parser: argparse.ArgumentParser) -> None:
 def run_report(args: argparse.Namespace) -> int:
     from oncelm.eval import read_run, write_report
     from oncelm.eval.page import sections_of, shown_runs
-    from oncelm.eval.plot import write_pngs
+    from oncelm.eval.plot import check_plotting, write_pngs
 
+    if args.png:  # before anything is written
+        check_plotting()
+        if Path(args.png).exists() and not Path(args.png).is_dir():
+            raise ValueError(f"--png {args.png} is a file; name a folder.")
     runs = shown_runs([read_run(path) for path in args.runs])
     write_report(runs, args.out, args.title)
     print(f"{args.out}: {len(runs)} runs")

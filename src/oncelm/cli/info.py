@@ -1,4 +1,4 @@
-"""`oncelm info`: what is installed, or what a model is, from its configuration alone."""
+"""`oncelm info`: what is installed, or what a model is, from its configuration and the headers of its files."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 DESCRIPTION = """\
 Without MODEL: versions, devices, which implementation computes each operation on which device, and the presets.
 With MODEL: its shape, parameters, bytes of weights and of cache at several lengths, context length and tokenizer.
-Only the configuration is read, never the weights, so that it takes no time and no memory for any size.
+Only the configuration and the headers of the files are read, never the weights, so that it takes no time and no memory
+for any size.
 
 examples:
   oncelm info
@@ -123,7 +124,7 @@ def describe(name: str, mem_layers: str | None = None) -> list[Table]:
     with errors_in_one_line(name):  # a model of another kind than causal language models
         model = empty_model(config)
     total, inner = count_parameters(model)
-    stored = stored_dtype(config)
+    loaded, told = stored_in(name, config)
     text = config.get_text_config()
     shape = new_table(name)
     shape.add_row("architecture", f"{type(model).__name__} ({config.model_type})")
@@ -136,12 +137,12 @@ def describe(name: str, mem_layers: str | None = None) -> list[Table]:
     weights = ", ".join(
         f"{size(total * bytes_each)} in {dtype}" for dtype, bytes_each in (("float32", 4), ("bfloat16", 2))
     )
-    shape.add_row("weights", weights + (f"; stored in {dtype_name(stored)}" if stored else ""))
+    shape.add_row("weights", weights + told)
     limit = getattr(text, "max_position_embeddings", None)
     trained = "tokens a window; memory has no limit" if getattr(text, "mem_layers", None) else "tokens, as trained"
     shape.add_row("context length", "not stated" if limit is None else f"{limit:,} {trained}")
     shape.add_row("tokenizer", tokenizer_of(name, text.vocab_size))
-    return [shape, *cache_tables(model, text, stored)]
+    return [shape, *cache_tables(model, text, loaded)]
 
 
 def find_config(name: str, mem_layers: str | None = None) -> PreTrainedConfig:
@@ -206,13 +207,13 @@ def parts(config: PreTrainedConfig) -> list[tuple[str, str]]:
     ]
 
 
-def cache_tables(model: PreTrainedModel, config: PreTrainedConfig, stored: torch.dtype | None) -> list[Table]:
+def cache_tables(model: PreTrainedModel, config: PreTrainedConfig, loaded: torch.dtype | None) -> list[Table]:
     """The cache of one sequence at several lengths; none for a model whose cache follows other rules."""
     import torch
 
     from oncelm.utils.units import size
 
-    dtype = stored or torch.bfloat16
+    dtype = loaded or torch.bfloat16
     title = f"Cache of one sequence, in {dtype_name(dtype)}"
     if hasattr(model, "new_cache"):
         table = new_table(title, "|tokens", "|this model", "|Llama of this shape", "|Llama / this")
@@ -255,12 +256,27 @@ def kv_heads(config: PreTrainedConfig) -> Any:
     return getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", None)
 
 
-def stored_dtype(config: PreTrainedConfig) -> torch.dtype | None:
-    """The dtype of the weights, where the configuration says."""
+def stored_in(name: str, config: PreTrainedConfig) -> tuple[torch.dtype | None, str]:
+    """The dtype that the weights are loaded in, if that can be told, and in words the one that they are stored in."""
     import torch
 
-    dtype = config.dtype
-    return getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    from oncelm.models.stored import stored_dtypes
+
+    stated = getattr(torch, config.dtype) if isinstance(config.dtype, str) else config.dtype
+    said = f"; {dtype_name(stated)} by its configuration" if stated else ""
+    try:
+        found = stored_dtypes(name)
+    except ValueError as error:
+        return stated, f"{said}; {error}"
+    if not found:
+        return stated, said
+    parts = list(found) if len(found) == 1 else [f"{dtype} ({count:,} numbers)" for dtype, count in found.items()]
+    floats = (getattr(torch, dtype, None) for dtype in found)
+    loaded = stated or next((dtype for dtype in floats if dtype is not None and dtype.is_floating_point), None)
+    words = f"; stored in {' and '.join(parts)}"
+    if loaded is not None and list(found) != [dtype_name(loaded)]:
+        words += f", loaded in {dtype_name(loaded)}" + (" as its configuration says" if stated else "")
+    return loaded, words
 
 
 def dtype_name(dtype: torch.dtype) -> str:

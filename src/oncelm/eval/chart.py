@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import html
 import math
 from collections.abc import Callable
 
+from oncelm.eval.templating import ENVIRONMENT
 from oncelm.eval.views import Curves, tokens
 
 COLOURS = ("#1b6ca8", "#d9772b", "#3a9a5c", "#b2478f", "#8a6d3b", "#5b6570")
@@ -16,30 +16,45 @@ LEFT, RIGHT, TOP, BOTTOM = 48, 18, 22, 50
 
 def draw(view: Curves) -> str:
     """The drawing; each point tells its figures when pointed at."""
-    points = [point for series in view.series.values() for point in series]
+    series = view.drawn()
+    points = [point for line in series.values() for point in line]
     if not points:
         return "<p>Nothing measured.</p>"
     x_of, x_ticks = _x_axis([x for x, _ in points], view.log_x)
     y_of, y_ticks = _y_axis([y for _, y in points])
-    parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html.escape(view.title)}">']
-    for y in y_ticks:
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y_of(y):.1f}" y2="{y_of(y):.1f}"/>')
-        parts.append(f'<text x="{LEFT - 6}" y="{y_of(y) + 4:.1f}" text-anchor="end">{y:g}</text>')
-    for x in x_ticks:
-        parts.append(f'<text x="{x_of(x):.1f}" y="{HEIGHT - BOTTOM + 20}" text-anchor="middle">{tokens(x)}</text>')
-    middle = (LEFT + WIDTH - RIGHT) / 2
-    parts.append(f'<text x="{middle}" y="{HEIGHT - 6}" text-anchor="middle">{html.escape(view.x_label)}</text>')
-    parts.append(f'<text x="{LEFT}" y="{TOP - 8}">{html.escape(view.y_label)}</text>')
-    for number, (label, series) in enumerate(view.series.items()):
-        colour = COLOURS[number % len(COLOURS)]
-        line = " ".join(f"{x_of(x):.1f},{y_of(y):.1f}" for x, y in series)
-        parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        for x, y in series:
-            title = html.escape(f"{label}: {y:.4g} at {x:,.0f}")
-            parts.append(
-                f'<circle cx="{x_of(x):.1f}" cy="{y_of(y):.1f}" r="3" fill="{colour}"><title>{title}</title></circle>'
-            )
-    return "".join([*parts, "</svg>"])
+    lines = [
+        {
+            "colour": COLOURS[number % len(COLOURS)],
+            "points": [(_place(x_of(x)), _place(y_of(y)), f"{label}: {y:.4g} at {x:,.0f}") for x, y in line],
+        }
+        for number, (label, line) in enumerate(series.items())
+    ]
+    return ENVIRONMENT.get_template("chart.svg").render(
+        view=view,
+        lines=lines,
+        x_ticks=[(_place(x_of(x)), tokens(x)) for x in x_ticks],
+        y_ticks=[(_place(y_of(y)), f"{y:g}") for y in y_ticks],
+        **{
+            "width": WIDTH,
+            "height": HEIGHT,
+            "left": LEFT,
+            "right": WIDTH - RIGHT,
+            "top": TOP,
+            "bottom": HEIGHT - BOTTOM,
+        },
+    )
+
+
+def heat(share: float) -> tuple[int, int, int]:
+    """The colour of a share from 0 to 1: red, green, blue."""
+    low, middle, high = HEAT
+    start, end, part = (low, middle, 2 * share) if share < 0.5 else (middle, high, 2 * share - 1)
+    red, green, blue = (round(a + (b - a) * part) for a, b in zip(start, end, strict=True))
+    return red, green, blue
+
+
+def _place(pixels: float) -> float:
+    return round(pixels, 1)
 
 
 Scale = Callable[[float], float]
@@ -66,5 +81,5 @@ def _y_axis(ys: list[float]) -> tuple[Scale, list[float]]:
     step = next(unit * m for m in (1, 2, 5, 10) if unit * m >= rough)
     first, last = math.floor(low / step), math.ceil(high / step)
     ticks = [round(i * step, 10) for i in range(first, last + 1)]
-    bottom, span = first * step, (last - first) * step
+    bottom, span = first * step, (last - first) * step or 1.0
     return lambda y: HEIGHT - BOTTOM - (y - bottom) / span * (HEIGHT - TOP - BOTTOM), ticks

@@ -20,7 +20,7 @@ class Generate:
         prompt: token ids, int32 [T]. Examples in a row whose prompts begin alike are read once as far as they do.
         target: the right answer, for the record; the task's `score` judges.
         max_new_tokens: tokens to write at most.
-        stop: text that ends the output, and is cut off; "" for none.
+        stop: text that ends the output, and is cut off; it may be a special token's, such as <|im_end|>; "" for none.
         tags: what the example is one of, such as {"context_length": 4096, "depth": 50}; figures are grouped by them.
     """
 

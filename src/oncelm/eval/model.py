@@ -58,9 +58,9 @@ class Codec:
         cut = common_prefix(whole, head)
         return whole[:cut], whole[cut:]
 
-    def decode(self, ids: Iterable[int] | np.ndarray) -> str:
+    def decode(self, ids: Iterable[int] | np.ndarray, skip_special_tokens: bool = True) -> str:
         return self.tokenizer.decode(
-            [int(i) for i in ids], skip_special_tokens=True, clean_up_tokenization_spaces=False
+            [int(i) for i in ids], skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
         )
 
     def check(self, text: str, what: str) -> None:
@@ -157,13 +157,18 @@ class Reader:
             self._logits = self._read(self._tensor(ids), progress)
 
     @torch.no_grad()
-    def generate(self, max_new_tokens: int, is_complete: Callable[[list[int]], bool] = lambda ids: False) -> list[int]:
-        """Append the likeliest tokens, one by one, until one ends the text (it is left out) or `is_complete(ids)`."""
+    def generate(
+        self, max_new_tokens: int, is_complete: Callable[[list[int]], bool] = lambda ids: False, keep_end: bool = False
+    ) -> list[int]:
+        """Append the likeliest tokens, one by one, until one ends the text or `is_complete(ids)`.
+
+        The one that ends the text is not read, and is left out of what is returned unless `keep_end`.
+        """
         ids: list[int] = []
         while len(ids) < max_new_tokens:
             token = int(self._last().argmax())
             if token in self._ends:
-                break
+                return [*ids, token] if keep_end else ids
             ids.append(token)
             if len(ids) < max_new_tokens and is_complete(ids):
                 break

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import html
-import json
+import base64
+import hashlib
 import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
-from importlib.resources import files
-from string import Template
 from typing import Any
 
-from oncelm.eval.chart import COLOURS, HEAT, draw
+from markupsafe import Markup
+
+from oncelm.eval.chart import COLOURS, draw, heat
+from oncelm.eval.fields import check_header, check_sample
 from oncelm.eval.results import Run
-from oncelm.eval.task import default_views
+from oncelm.eval.task import checked_views, default_views
 from oncelm.eval.tasks import TASKS
-from oncelm.eval.views import Curves, Heatmap, Table, View, tokens
+from oncelm.eval.templating import ENVIRONMENT, source
+from oncelm.eval.views import View, tokens
 from oncelm.utils.files import atomic_file
 
 SHOWN_CHARACTERS = 400  # of a target or output
@@ -28,19 +30,28 @@ def write_report(runs: Sequence[Run], path: str | os.PathLike[str], title: str =
     """Write the page of these runs: a section a task, with all its models side by side.
 
     Raises:
-        ValueError: no run with samples.
+        ValueError: no run with samples; a run or sample lacks what the page shows.
     """
     runs = shown_runs(runs)
-    sections = sections_of(runs)
-    body = "".join(_section(name, views, [r for r in runs if _task_name(r) == name], runs) for name, views in sections)
-    template = Template(files(__package__).joinpath("page.html").read_text(encoding="utf-8"))
+    sections = [
+        {"name": name, "views": views, "runs": [run for run in runs if _task_name(run) == name]}
+        for name, views in sections_of(runs)
+    ]
+    for run in runs:
+        _check(run)
     samples = sum(len(run.samples) for run in runs)
     models = ", ".join(dict.fromkeys(run.label for run in runs))
-    page = template.substitute(
-        title=html.escape(title),
-        subtitle=html.escape(f"{models}. {samples:,} samples in {len(runs)} runs."),
-        body=body,
-        data=_data(runs),
+    style, script = source("page.css") + _colours(), source("page.js")
+    page = ENVIRONMENT.get_template("page.html").render(
+        title=title,
+        subtitle=f"{models}. {samples:,} samples in {len(runs)} runs.",
+        sections=sections,
+        runs=runs,
+        samples=[[_sample(sample) for sample in list(run.samples.values())[:SAMPLES_IN_PAGE]] for run in runs],
+        colours=len(COLOURS),
+        style=Markup(style),
+        script=Markup(script),
+        policy=_policy(style, script),
     )
     with atomic_file(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
@@ -92,8 +103,10 @@ def _names(runs: Sequence[Run]) -> list[str]:
 
 def _views(name: str, runs: Sequence[Run]) -> list[View]:
     if name in TASKS:
-        return TASKS[name].views(runs)
-    tags = tuple(next(iter(runs[0].samples.values()))["tags"])  # a task that somebody added: a table of all its tags
+        return checked_views(TASKS[name], runs)
+    tags = tuple(
+        next(iter(runs[0].samples.values())).get("tags", ())
+    )  # a task that somebody added: a table of all its tags
     return default_views(name, tags, runs)
 
 
@@ -104,99 +117,44 @@ def _task_name(run: Run) -> str:
 # -- parts of the page ------------------------------------------------------------------------------------------------
 
 
-def _section(name: str, views: Sequence[View], own: Sequence[Run], runs: Sequence[Run]) -> str:
-    shown = "".join(_view(view, runs) for view in views)
-    described = "".join(_about(run, runs.index(run)) for run in own)
-    return f"<section><h2>{html.escape(name)}</h2>{shown}{described}</section>\n"
+def _check(run: Run) -> None:
+    """ValueError unless there is all that the page says of a run and its samples."""
+    try:
+        check_header(run.header, needed=True)
+    except ValueError as error:
+        raise ValueError(f"{run.where()}: {error}") from None
+    for index, sample in run.samples.items():
+        try:
+            check_sample(sample, needed=True)
+        except ValueError as error:
+            raise ValueError(f"{run.where(index)}: {error}") from None
 
 
-def _view(view: View, runs: Sequence[Run]) -> str:
-    if isinstance(view, Table):
-        return _table(view)
-    if isinstance(view, Heatmap):
-        return _heatmap(view, runs.index(view.run) if view.run in runs else None)
-    return _figure(view.title, draw(view) + _legend(view), view.note)
+def _policy(style: str, script: str) -> str:
+    """What a browser may do with the page: use this style and this script. It fetches, sends and runs nothing else."""
+    hashes = (base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (style, script))
+    allowed = [f"{name} 'sha256-{digest}'" for name, digest in zip(("style-src", "script-src"), hashes, strict=True)]
+    return "; ".join(["default-src 'none'", *allowed, "base-uri 'none'", "form-action 'none'"])
 
 
-def _figure(title: str, content: str, note: str = "") -> str:
-    caption = f"<figcaption>{html.escape(note)}</figcaption>" if note else ""
-    return f"<figure><h3>{html.escape(title)}</h3>{content}{caption}</figure>\n"
+def _colours() -> str:
+    """The rules of the classes h0 to h100, a heatmap's cells, and c0, c1, ..., a legend's lines."""
+    cells = [f".h{percent} {{ background: rgb{heat(percent / 100)}; }}" for percent in range(101)]
+    lines = [f".c{number} {{ background: {colour}; }}" for number, colour in enumerate(COLOURS)]
+    return "\n".join([*cells, *lines, ""])
 
 
-def _table(table: Table) -> str:
-    head = "".join(f"<th scope=col>{html.escape(cell)}</th>" for cell in table.header)
-    rows = "".join(f"<tr>{_cells(row)}</tr>" for row in table.rows)
-    for number, row in enumerate(table.quoted):
-        rows += f'<tr class="quoted{" border" if number == 0 else ""}">{_cells(row)}</tr>'
-    note = f"{table.note} In italics: as published." if table.quoted else table.note
-    content = f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
-    return _figure(table.title, content, note)
-
-
-def _cells(row: Sequence[str]) -> str:
-    return "".join(f"<td>{html.escape(cell)}</td>" for cell in row)
-
-
-def _heatmap(view: Heatmap, run: int | None) -> str:
-    show_x = tokens if view.x_tag == "context_length" else _number
-    head = "".join(f"<th scope=col>{show_x(x)}</th>" for x in view.xs)
-    rows = ""
-    for y, values, counts in zip(view.ys, view.values, view.counts, strict=True):
-        cells = "".join(
-            _cell(view, run, x, y, value, count) for x, value, count in zip(view.xs, values, counts, strict=True)
-        )
-        rows += f"<tr><th scope=row>{_number(y)}</th>{cells}</tr>"
-    corner = f"<th>{html.escape(view.y_label)} \\ {html.escape(view.x_label)}</th>"
-    table = f'<table class="map"><thead><tr>{corner}{head}</tr></thead><tbody>{rows}</tbody></table>'
-    return _figure(view.title, f'<div class="scroll">{table}</div>', "Share found; tap a cell for its samples.")
-
-
-def _cell(view: Heatmap, run: int | None, x: float, y: float, value: float | None, count: int) -> str:
-    if value is None:
-        return "<td></td>"
-    red, green, blue = _colour(value)
-    data = f' data-run="{run}"' if run is not None else ""
-    where = f'data-x-tag="{view.x_tag}" data-x="{_number(x)}" data-y-tag="{view.y_tag}" data-y="{_number(y)}"'
-    title = f"{view.x_label} {_number(x)}, {view.y_label} {_number(y)}: {value:.2f} of {count}"
-    return (
-        f'<td><button type="button"{data} {where} title="{html.escape(title)}" aria-pressed="false" '
-        f'style="background:rgb({red},{green},{blue})">{value:.2f}</button></td>'
-    )
-
-
-def _colour(value: float) -> tuple[int, int, int]:
-    """From low over middle to high."""
-    low, middle, high = HEAT
-    start, end, share = (low, middle, 2 * value) if value < 0.5 else (middle, high, 2 * value - 1)
-    red, green, blue = (round(a + (b - a) * share) for a, b in zip(start, end, strict=True))
-    return red, green, blue
-
-
-def _legend(view: Curves) -> str:
-    items = "".join(
-        f'<span><i style="background:{COLOURS[i % len(COLOURS)]}"></i>{html.escape(label)}</span>'
-        for i, label in enumerate(view.series)
-    )
-    return f'<p class="legend">{items}</p>'
-
-
-def _about(run: Run, number: int) -> str:
-    """What a run was, and its samples."""
+def _facts(run: Run) -> str:
+    """What a run was."""
     model, environment = run.configuration["model"], run.header["environment"]
     chosen = {key: value for key, value in run.configuration["options"].items() if value not in ("", None)}
     options = ", ".join(f"{key} {_option(value)}" for key, value in chosen.items())
     gpus = environment["gpus"]
     hardware = gpus[0]["name"] if run.header["device"].startswith("cuda") and gpus else environment["cpu"]
-    facts = (
+    return (
         f"{model['type']}, {model['parameters'] / 1e6:,.1f}M parameters, {model['dtype']}, weights {model['weights']}; "
         f"{options}; seed {run.configuration['seed']}; {hardware}, torch {environment['torch']}, "
         f"transformers {environment['transformers']}; {run.header['time']}"
-    )
-    state = "" if run.complete else " (not finished)"
-    return (
-        f"<p><b>{html.escape(run.label)}</b>{state}: {html.escape(facts)}</p>"
-        f'<details data-run="{number}"><summary>{len(run.samples):,} samples of {html.escape(run.label)}</summary>'
-        '<div class="samples"></div></details>\n'
     )
 
 
@@ -204,13 +162,8 @@ def _option(value: Any) -> str:
     return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def _data(runs: Sequence[Run]) -> str:
-    """The samples for the page's script; `<` is spelled so that no text can end the script element."""
-    shown = [[_sample(sample) for sample in list(run.samples.values())[:SAMPLES_IN_PAGE]] for run in runs]
-    return json.dumps(shown).replace("<", "\\u003c")
-
-
 def _sample(sample: dict[str, Any]) -> dict[str, Any]:
+    """As the page's script shows it."""
     kept = {name: sample[name] for name in ("tags", "prompt_tokens", "prompt_hash")}
     texts = {name: sample[name] and sample[name][:SHOWN_CHARACTERS] for name in ("target", "output")}
     return {**kept, **texts, "scores": {k: v for k, v in sample["scores"].items() if not isinstance(v, list)}}
@@ -218,4 +171,8 @@ def _sample(sample: dict[str, Any]) -> dict[str, Any]:
 
 def _number(value: float) -> str:
     """As JavaScript's String() writes it."""
-    return f"{round(value, 4):g}" if isinstance(value, float) else str(value)
+    value = round(value, 4)
+    return str(int(value)) if value == int(value) else repr(value)
+
+
+ENVIRONMENT.filters.update(tokens=tokens, number=_number, facts=_facts, drawing=lambda view: Markup(draw(view)))

@@ -13,6 +13,16 @@ from oncelm.eval.chart import HEAT
 from oncelm.eval.views import Curves, Heatmap, View, tokens
 from oncelm.utils.files import atomic_file
 
+LONGEST_NAME = 100  # characters of a name in a drawing, and of each part of a file's name
+
+
+def check_plotting() -> None:
+    """ImportError, with what to install, where matplotlib is missing."""
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError as error:
+        raise ImportError("PNGs need matplotlib: pip install 'oncelm[plot]'") from error
+
 
 def write_pngs(views: Sequence[View], folder: str | os.PathLike[str], prefix: str) -> list[Path]:
     """One PNG a heatmap or curves in `folder`, named for its title; of equal titles, the second one's ends in -2.
@@ -20,26 +30,26 @@ def write_pngs(views: Sequence[View], folder: str | os.PathLike[str], prefix: st
     Raises:
         ImportError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("PNGs need matplotlib: pip install 'oncelm[plot]'") from error
+    check_plotting()
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
     written: list[Path] = []
     used: Counter[str] = Counter()
     for view in views:
         if not isinstance(view, Heatmap | Curves):
             continue
-        figure = Figure(figsize=(8, 4.5), layout="constrained")
-        axes = figure.subplots()
-        axes.set(title=view.title, xlabel=view.x_label, ylabel=view.y_label)
-        if isinstance(view, Heatmap):
-            _heatmap(figure, axes, view)
-        else:
-            _curves(axes, view)
-        name = _file_name(view.title)
+        name = "-".join(filter(None, map(_file_name, (prefix, view.title))))
         used[name] += 1
-        path = Path(folder) / f"{prefix}-{name}{f'-{used[name]}' if used[name] > 1 else ''}.png"
-        with atomic_file(path) as temporary:
+        path = Path(folder) / f"{name}{f'-{used[name]}' if used[name] > 1 else ''}.png"
+        with rc_context({"text.parse_math": False}), atomic_file(path) as temporary:  # a name may hold any characters
+            figure = Figure(figsize=(8, 4.5), layout="constrained")
+            axes = figure.subplots()
+            axes.set(title=_label(view.title), xlabel=view.x_label, ylabel=view.y_label)
+            if isinstance(view, Heatmap):
+                _heatmap(figure, axes, view)
+            else:
+                _curves(axes, view)
             figure.savefig(temporary, dpi=120, format="png")
         written.append(path)
     return written
@@ -61,13 +71,21 @@ def _heatmap(figure: Any, axes: Any, view: Heatmap) -> None:
 
 
 def _curves(axes: Any, view: Curves) -> None:
-    for label, points in view.series.items():
-        axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=label)
+    for label, points in view.drawn().items():
+        (line,) = axes.plot([x for x, _ in points], [y for _, y in points], marker="o", markersize=3)
+        line.set_label(_label(label))
     if view.log_x:
         axes.set_xscale("log", base=2)
     axes.grid(alpha=0.3)
     axes.legend()
 
 
+def _label(text: str) -> str:
+    """A name that leaves room for the drawing, and that matplotlib does not hide for its first letter."""
+    text = text if len(text) <= LONGEST_NAME else f"{text[:LONGEST_NAME]}..."
+    return f" {text}" if text.startswith("_") else text
+
+
 def _file_name(title: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
+    """Letters of any title or task that a file's name may hold."""
+    return re.sub(r"[^a-z0-9_]+", "-", title.lower()).strip("-")[:LONGEST_NAME]

@@ -22,6 +22,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from oncelm.eval.fields import check_header, check_sample
+
 FORMAT = 1
 HEAD = b'{"kind": "run", '  # how every result file begins
 SYNC_SECONDS = 1.0  # between two waits for the disk, at least
@@ -37,6 +39,8 @@ class Run:
         samples: by index, in the order they were made.
         complete: whether the run came to its end.
         name: what tells it apart from other runs of its model, for a report.
+        path: the file; "" for none.
+        lines: of each sample, where it stands in the file.
     """
 
     configuration: dict[str, Any]
@@ -44,6 +48,14 @@ class Run:
     samples: dict[int, dict[str, Any]] = field(default_factory=dict)
     complete: bool = False
     name: str = ""
+    path: str = ""
+    lines: dict[int, int] = field(default_factory=dict)
+
+    def where(self, index: int | None = None) -> str:
+        """The place of a sample, or of what says what was run, for messages."""
+        if index is None:
+            return f"line 1 of {self.path}" if self.path else "the run"
+        return f"line {self.lines[index]} of {self.path}" if index in self.lines else f"sample {index}"
 
     @property
     def label(self) -> str:
@@ -59,7 +71,7 @@ def read_run(path: str | os.PathLike[str]) -> Run:
     """The content of a result file, a last line that was cut short left out.
 
     Raises:
-        ValueError: it is no result file, or damaged; the message names the line.
+        ValueError: it is no result file, or damaged, or a field is not what it should be; the message names the line.
     """
     run, _ = _parse(Path(path))
     if not run.configuration:
@@ -113,6 +125,9 @@ class ResultFile:
     def append(self, *records: dict[str, Any]) -> None:
         """Write a line each: safe from a kill when this returns, from a power cut within SYNC_SECONDS."""
         texts = [json.dumps(record, allow_nan=False) for record in records]
+        for record in records:
+            if record["kind"] == "sample":
+                check_sample(record)  # what could not be read again is not written
         self._file.write("".join(f'{text[:-1]}, "check": "{_check(text)}"}}\n' for text in texts).encode())
         self._file.flush()
         if time.monotonic() - self._synced >= SYNC_SECONDS:
@@ -142,12 +157,14 @@ def _parse(path: Path) -> tuple[Run, int]:
     for number, line in enumerate(lines, start=1):
         try:
             record = _record(line)
-            run = _take(run, record)
+            run = _take(run, record, path, number)
         except Damaged as error:
             cut_header = number == 1 and (HEAD.startswith(line) or (line.startswith(HEAD) and not line.endswith(b"\n")))
             if number == len(lines) and (run is not None or cut_header):
                 break  # the process was killed while it wrote this line
             raise ValueError(f"line {number} of {path} is damaged: {error}. Restore the file or delete it.") from None
+        except ValueError as error:  # written whole, so never removed
+            raise ValueError(f"line {number} of {path}: {error}") from None
         whole += len(line)
     return run or Run({}, {}), whole
 
@@ -156,30 +173,40 @@ def _record(line: bytes) -> dict[str, Any]:
     if not line.endswith(b"\n"):
         raise Damaged("it has no end")
     try:
-        record = json.loads(line)
-    except ValueError as error:
+        record = json.loads(line, parse_constant=_no_number)
+        if b"\\ud" in line.lower():  # halves of characters can be neither written nor drawn
+            json.dumps(record, ensure_ascii=False).encode()
+        check = record.pop("check", None) if isinstance(record, dict) else None
+        text = json.dumps(record)
+    except (ValueError, RecursionError) as error:
         raise Damaged(f"it is no JSON ({error})") from None
-    if not isinstance(record, dict) or "kind" not in record or "check" not in record:
+    if check is None or "kind" not in record:
         raise Damaged("it is no line of a result file")
-    check = record.pop("check")
-    if check != _check(json.dumps(record)):
+    if check != _check(text):
         raise Damaged("its checksum does not fit")
     return record
 
 
-def _take(run: Run | None, record: dict[str, Any]) -> Run:
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name} is no number")
+
+
+def _take(run: Run | None, record: dict[str, Any], path: Path, number: int) -> Run:
     kind = record["kind"]
     if run is None:
         if kind != "run":
             raise Damaged("the first line must say what was run")
-        if record["format"] != FORMAT:
-            raise ValueError(f"a result file of format {record['format']}; this version reads format {FORMAT}.")
-        return Run(record["configuration"], record)
+        if record.get("format") != FORMAT:
+            raise ValueError(f"a result file of format {record.get('format')}; this version reads format {FORMAT}.")
+        check_header(record)
+        return Run(record["configuration"], record, path=str(path))
     if kind == "sample":
         sample = {key: value for key, value in record.items() if key != "kind"}
+        check_sample(sample)
         if sample["index"] in run.samples:
             raise Damaged(f"sample {sample['index']} is there twice")
         run.samples[sample["index"]] = sample
+        run.lines[sample["index"]] = number
     elif kind == "end":
         run.complete = True
     else:

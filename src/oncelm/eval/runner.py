@@ -85,7 +85,7 @@ def _left(
             return
         if index not in done:
             yield index, example
-        elif done[index]["prompt_hash"] != example.hash():
+        elif done[index].get("prompt_hash") != example.hash():
             raise ValueError(
                 f"{out} belongs to another run: its sample {index} has another prompt, so the texts that it was made "
                 "of have changed. Name another file with --out."
@@ -158,8 +158,9 @@ def _write(task: Task, model: LanguageModel, reader: Reader, example: Generate) 
     """The greedy continuation as text, up to `stop` or until the task has seen enough."""
 
     def is_complete(ids: list[int]) -> bool:
-        text = model.codec.decode(ids)
-        return (bool(example.stop) and example.stop in text) or task.decided(example, text)
+        # a stop may be a special token, which is no part of the answer
+        stopped = bool(example.stop) and example.stop in model.codec.decode(ids, skip_special_tokens=False)
+        return stopped or task.decided(example, model.codec.decode(ids))
 
     text = model.codec.decode(reader.generate(example.max_new_tokens, is_complete))
     return text.partition(example.stop)[0] if example.stop else text

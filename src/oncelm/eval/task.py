@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 from oncelm.eval.examples import Example, Output, Scores
+from oncelm.eval.fields import OBJECT, Kinds, check_fields
 from oncelm.eval.model import Codec, LanguageModel
 from oncelm.eval.results import Run
 from oncelm.eval.statistics import estimate
@@ -24,11 +25,14 @@ class Task(ABC):
         name: on the command line.
         summary: one line of help.
         by: tags that the default table groups by.
+        tag_kinds, score_kinds: what the report needs of every sample; files are checked for it.
     """
 
     name: ClassVar[str]
     summary: ClassVar[str]
     by: ClassVar[tuple[str, ...]] = ()
+    tag_kinds: ClassVar[Kinds] = {}
+    score_kinds: ClassVar[Kinds] = {}
 
     @abstractmethod
     def examples(self, codec: Codec, seed: int) -> Iterable[Example]:
@@ -61,6 +65,12 @@ class Task(ABC):
         return max(getattr(self, "lengths", ()), default=None)
 
     @classmethod
+    def check(cls, sample: Sample) -> None:
+        """ValueError unless `views` can show this sample of a file."""
+        check_fields("tags", sample["tags"], cls.tag_kinds)
+        check_fields("scores", sample["scores"], cls.score_kinds)
+
+    @classmethod
     def views(cls, runs: Sequence[Run]) -> list[View]:
         """What a report shows of runs of this task."""
         return default_views(cls.name, cls.by, runs)
@@ -78,6 +88,18 @@ class Task(ABC):
         return [(f.name, types[f.name], f.default, f.metadata["help"]) for f in dataclasses.fields(cls)]
 
 
+def checked_views(task: type[Task], runs: Sequence[Run]) -> list[View]:
+    """What a report shows of runs of a task; ValueError names a line that does not have what that needs."""
+    for run in runs:
+        for index, sample in run.samples.items():
+            try:
+                check_fields("sample", sample, {"tags": OBJECT, "scores": OBJECT})
+                task.check(sample)
+            except ValueError as error:
+                raise ValueError(f"{run.where(index)}: {error}") from None
+    return task.views(runs)
+
+
 def default_views(name: str, by: Sequence[str], runs: Sequence[Run]) -> list[View]:
     """A table of the mean of each score by the tags `by`."""
     scores = [sample["scores"] for run in runs for sample in run.samples.values()]
@@ -85,7 +107,7 @@ def default_views(name: str, by: Sequence[str], runs: Sequence[Run]) -> list[Vie
     rows: list[list[str]] = []
     for run in runs:
         for tags, samples in group(run.samples.values(), by).items():
-            found = [[s["scores"][n] for s in samples if n in s["scores"]] for n in names]
+            found = [[s["scores"][n] for s in samples if not isinstance(s["scores"].get(n, []), list)] for n in names]
             means = [plain(estimate(values)) if values else "" for values in found]
             rows.append([run.label, *map(str, tags), str(len(samples)), *means])
     return [Table(name, ["model", *by, "samples", *names], rows, note="Mean (95 % interval).")]

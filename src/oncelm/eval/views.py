@@ -1,4 +1,4 @@
-"""What a report shows, as plain data: tables, heatmaps, curves. html.py, plot.py and the terminal draw them."""
+"""What a report shows, as plain data: tables, heatmaps, curves. page.py, plot.py and the terminal draw them."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from oncelm.eval.results import Run
 from oncelm.eval.statistics import Estimate, estimate
 
 Sample = dict[str, Any]
+HIGHEST = 1e300  # of a drawing
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,10 @@ class Curves:
     series: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
     log_x: bool = True
     note: str = ""
+
+    def drawn(self) -> dict[str, list[tuple[float, float]]]:
+        """The points that a drawing can hold: a perplexity may be beyond all numbers."""
+        return {label: [(x, y) for x, y in points if abs(y) < HIGHEST] for label, points in self.series.items()}
 
 
 View = Table | Heatmap | Curves
@@ -117,8 +122,22 @@ def plain(e: Estimate) -> str:
 
 def perplexity(e: Estimate) -> str:
     """Of a mean loss in nats: "5.43 (5.31-5.56)"."""
-    interval = "" if math.isnan(e.low) else f" ({math.exp(e.low):.2f}-{math.exp(e.high):.2f})"
-    return f"{math.exp(e.mean):.2f}{interval}"
+    interval = "" if math.isnan(e.low) else f" ({show_perplexity(e.low)}-{show_perplexity(e.high)})"
+    return f"{show_perplexity(e.mean)}{interval}"
+
+
+def show_perplexity(nats: float) -> str:
+    """ "5.43"; the largest ones with an exponent."""
+    value = exponential(nats)
+    return f"{value:.2f}" if value < 1e6 else f"{value:.3g}"
+
+
+def exponential(nats: float) -> float:
+    """e to that power; infinite where a float cannot hold it."""
+    try:
+        return math.exp(nats)
+    except OverflowError:
+        return math.inf
 
 
 def _interval(e: Estimate, form: str) -> str:

@@ -1,5 +1,6 @@
 """lm-eval's view of a model: its requests in, our scoring behind it.
 
+    lm_eval --model oncelm --model_args pretrained=runs/books/model --tasks arc_easy
     lm_eval.simple_evaluate(model=OnceLM(LanguageModel(model, tokenizer, "mine")), tasks=["arc_easy"])
 
 Text becomes tokens as in lm-eval's own HFLM, and log-likelihoods equal HFLM's; what differs is what is computed.
@@ -8,15 +9,18 @@ Text becomes tokens as in lm-eval's own HFLM, and log-likelihoods equal HFLM's; 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
 import numpy as np
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
 from lm_eval.models.utils import has_bos_prefix, normalize_gen_kwargs, postprocess_generated_text
-from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simple_parse_args_string
 from tqdm import tqdm
 
+from oncelm.data.tokenizers import load_tokenizer
 from oncelm.eval.examples import Generate
 from oncelm.eval.harness.rows import new_rows
 from oncelm.eval.harness.scoring import Answer, score_requests
@@ -24,11 +28,22 @@ from oncelm.eval.harness.tree import Request
 from oncelm.eval.model import LanguageModel
 from oncelm.eval.prefix import PrefixReader
 from oncelm.eval.runner import LOOK_AHEAD
+from oncelm.models.load import load, read_config
+from oncelm.models.yoco.official import is_official_folder
+from oncelm.utils.errors import check_whole, unknown
 
 UNBOUNDED = 1 << 30  # tokens: of models that were made for any length
 GENERATED = 256  # tokens at most, where a task does not say
+# of --model_args
+ARGUMENTS = (
+    "pretrained", "tokenizer", "device", "dtype", "compile", "max_length", "mem_layers", "memory",
+    "last_context_length",
+)  # fmt: skip
+# what a task may set: the last four change nothing where the likeliest token is taken
+GREEDY = ("until", "max_gen_toks", "do_sample", "temperature", "top_p", "top_k", "min_p", "typical_p")
 
 
+@register_model("oncelm")
 class OnceLM(TemplateLM):
     """A language model for lm-eval 0.4.13.
 
@@ -43,6 +58,21 @@ class OnceLM(TemplateLM):
         self.tokenizer: Any = model.codec.tokenizer
         self.max_length = max_length or model.longest or UNBOUNDED
         self._encoded: dict[str, list[int]] = {}
+
+    @classmethod
+    def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> Self:
+        return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
+
+    @classmethod
+    def create_from_arg_obj(cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None) -> Self:
+        """What `lm_eval --model oncelm --model_args ...` makes; batches are as large as fits, whatever it asks for."""
+        options = {"device": (additional_config or {}).get("device"), **arg_dict}
+        for name in ("batch_size", "max_batch_size"):
+            options.pop(name, None)
+        max_length = options.pop("max_length", None)
+        if max_length is not None:
+            check_whole(1, max_length=max_length)
+        return cls(open_model(**options), max_length)
 
     # -- tokens, as HFLM makes them ---------------------------------------------------------------------------------
 
@@ -145,18 +175,15 @@ class OnceLM(TemplateLM):
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         examples, stops = [], []
         for context, options in (request.args for request in requests):
-            settings = normalize_gen_kwargs(options, GENERATED)
-            if settings["do_sample"]:
-                raise ValueError(f"generation is greedy here; the task asks for sampling: {options}.")
-            longest = self.max_length - settings["max_gen_toks"]
+            new_tokens, until = self._settings(options)
+            longest = self.max_length - new_tokens
             if longest < 1:
                 raise ValueError(
-                    f"the task asks for {settings['max_gen_toks']} new tokens; {self.model.name} has room for "
-                    f"{self.max_length} in all."
+                    f"the task asks for {new_tokens} new tokens; {self.model.name} has room for {self.max_length} "
+                    "in all."
                 )
-            ids = np.array(self.tok_encode(context)[-longest:], np.int32)
-            examples.append(Generate(ids, "", settings["max_gen_toks"]))
-            stops.append([stop for stop in settings["until"] if stop])
+            examples.append(Generate(np.array(self.tok_encode(context)[-longest:], np.int32), "", new_tokens))
+            stops.append(until)
         order = sorted(range(len(examples)), key=lambda i: examples[i].prompt.tolist())
         texts = [""] * len(examples)
         prefix = PrefixReader(self.model)
@@ -166,13 +193,70 @@ class OnceLM(TemplateLM):
             self.cache_hook.add_partial("generate_until", requests[i].args, texts[i])
         return texts
 
+    def _settings(self, options: dict[str, Any]) -> tuple[int, list[str]]:
+        """New tokens at most, and the texts that end an answer: the task's and, as HFLM has it, the end token's."""
+        settings = normalize_gen_kwargs(options, GENERATED)
+        if settings["do_sample"]:
+            raise ValueError(f"generation is greedy here; the task asks for sampling: {options}.")
+        for name, value in settings.items():
+            if name not in GREEDY and not (name == "num_beams" and value == 1):
+                raise ValueError(
+                    f"generation is greedy here; the task sets {name}={value!r}, which lm-eval's --model hf knows. "
+                    f"Allowed: {', '.join(GREEDY)}."
+                )
+        until = [] if settings["until"] == [None] else settings["until"]
+        if not all(isinstance(stop, str) for stop in until):
+            raise ValueError(f"until must be a text or a list of texts, got {options['until']!r}.")
+        check_whole(1, max_gen_toks=settings["max_gen_toks"])
+        end = self.tokenizer.eos_token_id
+        stops = until if end is None else [*until, self.tokenizer.decode(end)]
+        return settings["max_gen_toks"], [stop for stop in stops if stop]
+
     def _write(self, prefix: PrefixReader, example: Generate, upcoming: Sequence[Generate], stops: list[str]) -> str:
         """The greedy continuation up to the first stop or end of text."""
-        end = self.tokenizer.eos_token_id
 
         def is_complete(ids: list[int]) -> bool:
-            return ids[-1] == end or any(stop in self.model.codec.decode(ids) for stop in stops)
+            text = self.tokenizer.decode(ids)  # with special tokens: a stop may be one
+            return any(stop in text for stop in stops)
 
         reader, _ = prefix.read(example, upcoming)
-        text = self.model.codec.decode(reader.generate(example.max_new_tokens, is_complete))
-        return postprocess_generated_text(text, stops, None)
+        ids = reader.generate(example.max_new_tokens, is_complete, keep_end=True)
+        return postprocess_generated_text(self.tokenizer.decode(ids, skip_special_tokens=True), stops, None)
+
+
+def open_model(
+    pretrained: str = "",
+    tokenizer: str | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    compile: bool = False,
+    mem_layers: Sequence[int] | int | None = None,
+    memory: str | None = None,
+    last_context_length: int | None = None,
+    **unknown_options: Any,
+) -> LanguageModel:
+    """The model of lm-eval's --model_args: what `oncelm eval` takes, with a folder's own tokenizer.
+
+    Raises:
+        ValueError: no model named, an unknown argument (with the nearest), or what `oncelm.load` raises.
+    """
+    for name in unknown_options:
+        raise unknown("argument of --model oncelm", name, ARGUMENTS)
+    if not pretrained:
+        raise ValueError("--model oncelm needs a model: --model_args pretrained=DIR.")
+    if isinstance(mem_layers, str):
+        raise ValueError(f'mem_layers must be a list, as in {{"mem_layers": [8, 16]}}, got {mem_layers!r}.')
+    layers = [mem_layers] if isinstance(mem_layers, int) else mem_layers
+    overrides: dict[str, Any] = {} if layers is None else {"mem_layers": list(layers)}
+    config = read_config(pretrained, **overrides)
+    for name, value in (("memory", memory), ("last_context_length", last_context_length)):
+        if value is not None and config.model_type != "longllama":
+            raise ValueError(f"{name} is for LongLLaMA models, {pretrained} is a model of type {config.model_type}.")
+    named = tokenizer or ("cl100k_base" if is_official_folder(pretrained) else pretrained)
+    return LanguageModel(
+        load(pretrained, device, None if dtype == "auto" else dtype, compile=compile, **overrides),
+        load_tokenizer(named),
+        Path(pretrained).name,
+        {} if memory is None else {"memory": memory},
+        {} if last_context_length is None else {"last_context_length": last_context_length},
+    )

@@ -6,7 +6,6 @@ lm-eval gives the questions, the prompts and the judgement; a result file, resum
 from __future__ import annotations
 
 import contextlib
-import difflib
 import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -18,7 +17,9 @@ import numpy as np
 import torch
 
 from oncelm.eval.examples import Example, Output, Score, Scores
+from oncelm.eval.fields import NUMBER, TEXT, Kinds, check_fields
 from oncelm.eval.harness.folder import check_folder, folder_task
+from oncelm.eval.harness.hub import hub_tasks
 from oncelm.eval.model import Codec, LanguageModel
 from oncelm.eval.papers import LONGLLAMA_LM_EVAL, YOCO_LM_EVAL
 from oncelm.eval.results import Run
@@ -49,6 +50,7 @@ class Battery(Task):
     scorer: str = option("auto", "oncelm, hflm (lm-eval's own), or auto: hflm for models of transformers")
 
     by: ClassVar[tuple[str, ...]] = ("task",)
+    tag_kinds: ClassVar[Kinds] = {"task": TEXT}
     columns: ClassVar[tuple[tuple[str, str, str], ...]]  # head, task of lm-eval, metric
     published: ClassVar[dict[str, tuple[float, ...]]]
 
@@ -117,10 +119,16 @@ class Battery(Task):
         if self.data:
             tasks = {name: folder_task(self.data, name, self.fewshot) for name in self.tasks()}
         else:
-            tasks = _hub_tasks(self.tasks(), self.fewshot)
+            tasks = hub_tasks(self.tasks(), self.fewshot)
         for task in tasks.values():
             task.set_fewshot_seed(SEED + seed)
         return tasks
+
+    @classmethod
+    def check(cls, sample: Sample) -> None:
+        super().check(sample)
+        metrics = [metric for _, task, metric in cls.columns if task == sample["tags"]["task"]]
+        check_fields("scores", sample["scores"], dict.fromkeys(metrics, NUMBER))
 
     @classmethod
     def views(cls, runs: Sequence[Run]) -> list[View]:
@@ -184,30 +192,6 @@ def split_names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
-def _hub_tasks(names: Sequence[str], fewshot: int) -> dict[str, ConfigurableTask]:
-    """lm-eval's own tasks; their data come from the hub or its cache."""
-    from lm_eval.tasks import TaskManager
-
-    manager = TaskManager()
-    for name in names:
-        if name not in manager.all_tasks:  # thousands: the nearest few are enough
-            near = difflib.get_close_matches(name, manager.all_tasks, n=5)
-            hint = f" did you mean {' or '.join(map(repr, near))}?" if near else ""
-            raise ValueError(f"unknown task of lm-eval {name!r};{hint} `lm-eval ls tasks` lists them all.")
-    try:
-        tasks = manager.load(list(names))["tasks"]
-    except (ConnectionError, OSError, ValueError) as error:  # `datasets` raises each of them without a network
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ValueError(
-            f"lm-eval cannot load the data of {', '.join(names)} ({reason}); without a network, give a folder of "
-            "questions with --data (docs/evaluation.md; recipes/eval_data.py builds one)."
-        ) from error
-    for task in tasks.values():
-        if task.get_config("num_fewshot") != 0:  # where a task's own prompt has examples, it stays as it is
-            task.set_config(key="num_fewshot", value=fewshot)
-    return tasks
-
-
 # -- asking -----------------------------------------------------------------------------------------------------------
 
 
@@ -230,7 +214,7 @@ def _ask_task(
         index = offset + doc_id
         if index not in done:
             left.append((index, asked))
-        elif done[index]["prompt_hash"] != _hash(model, asked):
+        elif done[index].get("prompt_hash") != _hash(model, asked):
             raise ValueError(
                 f"the result file belongs to another run: its sample {index} has another prompt, so the questions of "
                 f"{name} have changed. Name another file with --out."
@@ -364,7 +348,8 @@ def accuracy_table(
         by_task = group(run.samples.values(), ("task",))
         values = [[s["scores"][metric] for s in by_task.get((task,), ())] for _, task, metric in columns]
         found.append([estimate(v) if v else None for v in values])
-        shots, scorer = (run.configuration["options"][name] for name in ("fewshot", "scorer"))
+        options = run.configuration["options"]
+        shots, scorer = options.get("fewshot"), options.get("scorer", "auto")
         named = "" if scorer == "auto" else f", by {scorer}"
         labels.append(run.label + (f", {shots}-shot" if shots else "") + named)
     rows = [

@@ -10,12 +10,13 @@ import numpy as np
 
 from oncelm.eval.documents import Haystack
 from oncelm.eval.examples import Example, Output, Score, Scores, TokenScores
+from oncelm.eval.fields import LENGTH, NUMBER, WHOLE, Kinds, optional
 from oncelm.eval.model import Codec
 from oncelm.eval.papers import ABLATIONS_160M
 from oncelm.eval.results import Run
 from oncelm.eval.statistics import Estimate, estimate
 from oncelm.eval.task import Task, option
-from oncelm.eval.views import Table, View, plain
+from oncelm.eval.views import Sample, Table, View, plain
 
 
 def completes_seen_bigram(ids: np.ndarray) -> np.ndarray:
@@ -33,6 +34,9 @@ class ArHit(Task):
 
     name: ClassVar[str] = "ar-hit"
     summary: ClassVar[str] = "loss on tokens that complete a bigram seen in the context, and on the others"
+    score_kinds: ClassVar[Kinds] = {
+        "loss": NUMBER, "tokens": LENGTH, "hits": WHOLE, "hit_loss": optional(NUMBER), "first_loss": optional(NUMBER),
+    }  # fmt: skip
 
     documents: str = option("moby_dick", "text file or folder, or moby_dick or sotu, which are bundled")
     length: int = option(2048, "tokens of a block")
@@ -70,6 +74,14 @@ class ArHit(Task):
             if chosen.any():  # a block without any has no mean
                 scores[name] = float(losses[chosen].mean())
         return scores
+
+    @classmethod
+    def check(cls, sample: Sample) -> None:
+        super().check(sample)
+        scores = sample["scores"]
+        for name, count in (("hit_loss", scores["hits"]), ("first_loss", scores["tokens"] - scores["hits"])):
+            if name in scores and count < 1:
+                raise ValueError(f"the scores have a {name} of {count} tokens: tokens and hits do not fit.")
 
     @classmethod
     def views(cls, runs: Sequence[Run]) -> list[View]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -11,12 +10,13 @@ import numpy as np
 
 from oncelm.eval.documents import read_documents
 from oncelm.eval.examples import Example, Output, Score, Scores, TokenScores
+from oncelm.eval.fields import NUMBER, WHOLE, Kinds
 from oncelm.eval.model import Codec
 from oncelm.eval.results import Run
 from oncelm.eval.statistics import estimate
 from oncelm.eval.task import Task, option
 from oncelm.eval.tasks.nll import first_ids
-from oncelm.eval.views import Curves, View, by_column, group, perplexity, tokens
+from oncelm.eval.views import Curves, View, by_column, exponential, group, perplexity, tokens
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,8 @@ class ContextNll(Task):
 
     name: ClassVar[str] = "context-nll"
     summary: ClassVar[str] = "loss of the same tokens with ever more of the document before them"
+    tag_kinds: ClassVar[Kinds] = {"context": WHOLE}
+    score_kinds: ClassVar[Kinds] = {"loss": NUMBER}
 
     documents: str = option("moby_dick", "text file or folder, or moby_dick or sotu, which are bundled")
     contexts: tuple[int, ...] = option((8192, 32768, 131072), "tokens before the scored ones; none at all is added")
@@ -77,5 +79,5 @@ class ContextNll(Task):
             means = {
                 context: estimate([s["scores"]["loss"] for s in found]) for (context,), found in by_context.items()
             }
-            series[run.label] = [(max(1, context), math.exp(e.mean)) for context, e in sorted(means.items())]
+            series[run.label] = [(max(1, context), exponential(e.mean)) for context, e in sorted(means.items())]
         return [table, Curves("perplexity by tokens in view", "tokens in view", "perplexity", series)]

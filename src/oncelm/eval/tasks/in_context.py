@@ -17,6 +17,7 @@ import numpy as np
 
 from oncelm.eval.documents import read_utf8
 from oncelm.eval.examples import Example, Generate, Output, Scores
+from oncelm.eval.fields import LENGTH, SHARE, Kinds
 from oncelm.eval.model import Codec
 from oncelm.eval.papers import TREC, WEBQS
 from oncelm.eval.results import Run
@@ -46,6 +47,8 @@ class InContext(Task):
     questions: int = option(100, "test questions of a trial, drawn at random")
     max_new_tokens: int = option(20, "tokens of the answer; it ends with the line")
 
+    tag_kinds: ClassVar[Kinds] = {"context_length": LENGTH}
+    score_kinds: ClassVar[Kinds] = {"correct": SHARE}
     form: ClassVar[str]  # of a question, up to its answer
     published: ClassVar[dict[str, dict[int, float]]]
 

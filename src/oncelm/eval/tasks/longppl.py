@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -11,12 +10,13 @@ from typing import ClassVar
 import numpy as np
 
 from oncelm.eval.examples import Example, Output, Score, Scores, Tags, TokenScores
+from oncelm.eval.fields import LENGTH, NUMBER, TEXT, Kinds
 from oncelm.eval.model import Codec
 from oncelm.eval.results import Run
 from oncelm.eval.statistics import Estimate, estimate
 from oncelm.eval.task import Task, option
 from oncelm.eval.tasks.questions import Question, read_questions
-from oncelm.eval.views import Curves, Table, View, group, perplexity, tokens
+from oncelm.eval.views import Curves, Table, View, exponential, group, perplexity, tokens
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,8 @@ class LongPpl(Task):
 
     name: ClassVar[str] = "longppl"
     summary: ClassVar[str] = "answer perplexity on GovReport, QMSum, Qasper, NarrativeQA at 4K to 16K"
+    tag_kinds: ClassVar[Kinds] = {"dataset": TEXT, "context_length": LENGTH}
+    score_kinds: ClassVar[Kinds] = {"loss": NUMBER, "tokens": LENGTH}
 
     data: str = option("", "folder with gov_report.jsonl, qmsum.jsonl, qasper.json, narrativeqa.jsonl: any of them")
     lengths: tuple[int, ...] = option((4096, 8192, 12288, 16384), "tokens of document, question and answer at most")
@@ -72,7 +74,9 @@ class LongPpl(Task):
                 rows.append(
                     [run.label, dataset, *(perplexity(cells[length]) if length in cells else "" for length in lengths)]
                 )
-                series[f"{run.label}, {dataset}"] = [(length, math.exp(e.mean)) for length, e in sorted(cells.items())]
+                series[f"{run.label}, {dataset}"] = [
+                    (length, exponential(e.mean)) for length, e in sorted(cells.items())
+                ]
         header = ["model", "data", *map(tokens, lengths)]
         note = "Of the answer's tokens; in brackets the 95 % interval, of questions."
         return [

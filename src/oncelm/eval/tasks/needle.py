@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import ClassVar
 
@@ -16,6 +16,7 @@ import numpy as np
 
 from oncelm.eval.documents import Haystack
 from oncelm.eval.examples import Example, Generate, Output, Scores
+from oncelm.eval.fields import LENGTH, NUMBER, SHARE, Kinds
 from oncelm.eval.model import Codec
 from oncelm.eval.papers import MULTI_NEEDLE_128K
 from oncelm.eval.results import Run
@@ -42,6 +43,8 @@ class Needle(Task):
     strict: bool = option(False, "unique cities, the whole number as the first one written, no haystack text twice")
     max_new_tokens: int = option(20, "tokens of the answer")
     needles: ClassVar[tuple[int, ...]] = (1,)
+    tag_kinds: ClassVar[Kinds] = {"context_length": LENGTH, "depth": NUMBER, "needles": LENGTH}
+    score_kinds: ClassVar[Kinds] = {"correct": SHARE}
 
     def __post_init__(self) -> None:
         for name in ("depths", "runs", "max_new_tokens"):
@@ -147,7 +150,7 @@ class Needle(Task):
     def views(cls, runs: Sequence[Run]) -> list[View]:
         found: list[View] = [_summary("share found, by length", runs, {})]
         for run in runs:
-            mode = "strict" if run.configuration["options"]["strict"] else "paper's protocol"
+            mode = "strict" if run.configuration["options"].get("strict") else "paper's protocol"
             title = f"{run.label}, {mode}"
             found.append(heatmap(run, "correct", "context_length", "depth", title, "tokens", "depth, %"))
         return found
@@ -188,4 +191,4 @@ def _summary(title: str, runs: Sequence[Run], quoted: dict, column: str = "conte
 
 def _only(run: Run, length: int) -> Run:
     chosen = {i: s for i, s in run.samples.items() if s["tags"]["context_length"] == length}
-    return Run(run.configuration, run.header, chosen, run.complete)
+    return replace(run, samples=chosen)

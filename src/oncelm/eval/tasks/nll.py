@@ -11,11 +11,12 @@ import numpy as np
 
 from oncelm.eval.documents import read_documents
 from oncelm.eval.examples import Example, Output, Score, Scores, TokenScores
+from oncelm.eval.fields import LENGTH, LENGTHS, NUMBER, NUMBERS, Kinds
 from oncelm.eval.model import Codec
 from oncelm.eval.results import Run
 from oncelm.eval.statistics import estimate
 from oncelm.eval.task import Task, option
-from oncelm.eval.views import Curves, Table, View, plain, tokens
+from oncelm.eval.views import Curves, Sample, Table, View, plain, show_perplexity, tokens
 
 STEPS_AN_OCTAVE = 2
 
@@ -36,6 +37,7 @@ class Nll(Task):
 
     name: ClassVar[str] = "nll"
     summary: ClassVar[str] = "loss by position in documents of any length"
+    score_kinds: ClassVar[Kinds] = {"loss": NUMBER, "tokens": LENGTH, "sums": NUMBERS, "counts": LENGTHS}
 
     documents: str = option("moby_dick", "text file or folder, or moby_dick or sotu, which are bundled")
     max_tokens: int | None = option(None, "tokens of a document to read at most (all)")
@@ -69,6 +71,13 @@ class Nll(Task):
         }
 
     @classmethod
+    def check(cls, sample: Sample) -> None:
+        super().check(sample)
+        sums, counts = (len(sample["scores"][name]) for name in ("sums", "counts"))
+        if sums != counts:
+            raise ValueError(f"the scores have {sums} sums, but {counts} counts: one a bucket is right.")
+
+    @classmethod
     def views(cls, runs: Sequence[Run]) -> list[View]:
         windowed, cumulative, rows = {}, {}, []
         for run in runs:
@@ -76,7 +85,7 @@ class Nll(Task):
             windowed[run.label], cumulative[run.label] = curves(samples)
             losses, weights = ([s["scores"][name] for s in samples] for name in ("loss", "tokens"))
             loss = estimate(losses, weights)
-            rows.append([run.label, str(len(samples)), tokens(sum(weights)), plain(loss), f"{math.exp(loss.mean):.2f}"])
+            rows.append([run.label, str(len(samples)), tokens(sum(weights)), plain(loss), show_perplexity(loss.mean)])
         header = ["model", "documents", "tokens", "nats a token", "perplexity"]
         return [
             Table("loss", header, rows, note="Mean over tokens; interval: 95 %, of documents."),

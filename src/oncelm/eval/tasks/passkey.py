@@ -14,6 +14,7 @@ from typing import ClassVar
 import numpy as np
 
 from oncelm.eval.examples import Example, Generate, Output, Scores
+from oncelm.eval.fields import LENGTH, NUMBER, SHARE, Kinds
 from oncelm.eval.model import Codec
 from oncelm.eval.papers import PASSKEY
 from oncelm.eval.results import Run
@@ -38,6 +39,8 @@ class Passkey(Task):
 
     name: ClassVar[str] = "passkey"
     summary: ClassVar[str] = "find a number in a long text of five sentences over and over"
+    tag_kinds: ClassVar[Kinds] = {"context_length": LENGTH, "depth": NUMBER}
+    score_kinds: ClassVar[Kinds] = {"correct": SHARE}
 
     lengths: tuple[int, ...] = option((4096, 16384, 32768), "tokens of prompt and answer together")
     depths: int = option(0, "depths of the key, evenly from 0 to 100 %%; 0: a random one in every trial")

@@ -15,6 +15,7 @@ from typing import ClassVar
 import numpy as np
 
 from oncelm.eval.examples import Example, Generate, Output, Scores, Tags
+from oncelm.eval.fields import LENGTH, SHARE, Kind, Kinds
 from oncelm.eval.model import Codec
 from oncelm.eval.results import Run
 from oncelm.eval.statistics import estimate
@@ -37,6 +38,11 @@ class Ruler(Task):
 
     name: ClassVar[str] = "ruler"
     summary: ClassVar[str] = "RULER: needles, variables, frequent words, questions; 13 tasks a length"
+    tag_kinds: ClassVar[Kinds] = {
+        "task": Kind("one of RULER's tasks", lambda value: isinstance(value, str) and value in KINDS),
+        "context_length": LENGTH,
+    }
+    score_kinds: ClassVar[Kinds] = {"correct": SHARE}
 
     lengths: tuple[int, ...] = option((4096, 8192, 16384, 32768), "tokens of prompt and answer together")
     samples: int = option(100, "samples of each task at each length")

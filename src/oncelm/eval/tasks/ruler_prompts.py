@@ -15,6 +15,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.resources import files
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -79,13 +80,10 @@ class Texts:
 
     @cached_property
     def words(self) -> dict[str, list[str]]:
-        """Nouns, adjectives and verbs."""
-        try:
-            from wonderwords import RandomWord
-        except ImportError as error:
-            raise ImportError("RULER's words need a package: pip install 'oncelm[eval]'") from error
-        source = RandomWord(enhanced_prefixes=False)
-        return {kind: sorted(set(source.filter(include_categories=[kind]))) for kind in ("noun", "adjective", "verb")}
+        """Nouns, adjectives and verbs: those of the package that lm-eval takes, kept here so that prompts stay."""
+        text = files("oncelm.eval.tasks").joinpath("ruler_words.txt").read_text(encoding="utf-8")
+        lists = [block.split("\n") for block in text.strip().split("\n\n")]  # some have two words
+        return {kind: words for kind, *words in lists}
 
     @cached_property
     def all_words(self) -> list[str]:
