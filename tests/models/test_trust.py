@@ -509,3 +509,17 @@ def test_the_base_model_has_gradients(family: str) -> None:
     model.base_model(ids).last_hidden_state.square().sum().backward()
     without = [name for name, p in model.named_parameters() if p.grad is None]
     assert without == ["output_projection.weight" if family == "yoco" else "lm_head.weight"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@families
+def test_labels_outside_the_vocabulary_are_refused_on_a_gpu_too(family: str) -> None:
+    model, ids = make(family).cuda(), draw_ids(2, 20).cuda()
+    for learned in (0, 5):  # every position, and some
+        labels = ids.clone()
+        labels[:, :learned] = -100
+        labels[1, 9] = VOCAB
+        for mode in (model.train(), model.eval()):
+            with pytest.raises(ValueError, match=f"labels has {VOCAB}"):
+                mode(ids, labels=labels)

@@ -276,6 +276,18 @@ def check_mask(mask: torch.Tensor, inputs: Inputs, shape: torch.Size) -> torch.T
     return mask
 
 
+def outside(targets: torch.Tensor, vocab_size: int) -> torch.Tensor:
+    """Where targets are neither in the vocabulary nor ignored."""
+    return (targets != IGNORE_INDEX) & ((targets < 0) | (targets >= vocab_size))
+
+
+def check_range(targets: torch.Tensor, vocab_size: int) -> None:
+    """ValueError for a target that is neither in the vocabulary nor ignored."""
+    wrong = outside(targets, vocab_size)
+    if bool(wrong.any()):
+        raise ValueError(f"labels has {int(targets[wrong][0])}; allowed: 0..{vocab_size - 1}, or -100 to ignore.")
+
+
 def read_targets(
     labels: torch.Tensor | None, targets: torch.Tensor | None, inputs: Inputs, shape: torch.Size, vocab_size: int
 ) -> torch.Tensor:
@@ -292,10 +304,8 @@ def read_targets(
     if given.is_floating_point() or given.dtype == torch.bool:
         raise ValueError(f"labels must be integers, got {given.dtype}.")
     given = given.long()
-    if given.device.type == "cpu":  # on a GPU the answer would have to be waited for in every training step
-        outside = (given != IGNORE_INDEX) & ((given < 0) | (given >= vocab_size))
-        if bool(outside.any()):
-            raise ValueError(f"labels has {given[outside][0]}; allowed: 0..{vocab_size - 1}, or -100 to ignore.")
+    if given.device.type == "cpu":  # a GPU's answer is waited for together with others: see `outside`
+        check_range(given, vocab_size)
     if labels is None:
         return given if inputs.real is None else given.masked_fill(~inputs.real, IGNORE_INDEX)
     targets = F.pad(given[:, 1:], (0, 1), value=IGNORE_INDEX)

@@ -202,6 +202,8 @@ class LongLlamaForCausalLM(CompilesLayers, CausalLM):
         )
         if has_loss:
             targets = reading.read_targets(labels, targets, inputs, tokens.shape, self.config.vocab_size)
+            if targets.device.type != "cpu":
+                reading.check_range(targets, self.config.vocab_size)
         nothing = has_loss and reading.is_nothing(logits_to_keep, self.training)
         wanted = _Wanted(reading.NOTHING if nothing else logits_to_keep, inputs, tokens)
         # a cache holds values, not graphs: with gradients on, the earlier tokens' share would be missing silently

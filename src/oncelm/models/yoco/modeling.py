@@ -305,14 +305,19 @@ class YocoForCausalLM(Execution, CausalLM):
         counted = None if targets is None else targets != reading.IGNORE_INDEX
         if targets is not None and counted is not None and logits_to_keep is reading.NOTHING and dense and T > 1:
             # plain training: every column has a target, but perhaps the last one
-            body, last, any_last = torch.stack(
-                (counted[:, :-1].all(), counted[:, -1].all(), counted[:, -1].any())
+            wrong = reading.outside(targets, self.config.vocab_size).any()
+            body, last, any_last, is_wrong = torch.stack(
+                (counted[:, :-1].all(), counted[:, -1].all(), counted[:, -1].any(), wrong)
             ).tolist()
+            if is_wrong:
+                reading.check_range(targets, self.config.vocab_size)
             if body and last == any_last:
                 first = slice(0, T if last else T - 1)
                 hidden = self._hidden(tokens, inputs, memory, inputs.batch.columns(first))
                 return self._loss(hidden.flatten(0, 1), targets[:, first].flatten(), num_items_in_batch), None
 
+        elif targets is not None and targets.device.type != "cpu":
+            reading.check_range(targets, self.config.vocab_size)
         # any positions: compute the union of those that the loss and the logits need, as a packed row
         kept = torch.zeros(shape[:2], dtype=torch.bool, device=device)
         wanted: slice | torch.Tensor | None = None
@@ -384,7 +389,7 @@ class YocoForCausalLM(Execution, CausalLM):
         return self.output_projection(self._hidden(tokens, inputs, cache, inputs.batch.columns(slice(None))))[:, -1]
 
     def _stepper(self, cache: ModelCache) -> Stepper | None:
-        """What takes a step with this cache, which then has room for it; None where no graph can stand for the model."""
+        """What takes a step with this cache, which then has room for it; None where no graph stands for the model."""
         if not self.use_cuda_graphs:
             return None
         cache.check_room((1,) * cache.batch_size)
