@@ -337,12 +337,12 @@ def refuse_yoco_options(args: argparse.Namespace) -> None:
 
 def parse_settings(settings: list[str]) -> dict[str, Any]:
     """["num_key_value_heads=2"] as keys and YAML values."""
-    import yaml
+    from oncelm.utils.settings import parse_yaml
 
     parsed = {}
     for setting in settings:
         key, equals, text = setting.partition("=")
         if not key or not equals:
             raise ValueError(f"setting {setting!r} must have the form KEY=VALUE, as in num_key_value_heads=2.")
-        parsed[key] = yaml.safe_load(text)
+        parsed[key] = parse_yaml(text, f"setting {setting!r}")
     return parsed

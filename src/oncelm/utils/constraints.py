@@ -213,6 +213,12 @@ class Keyed(Constraint):
         return "a dictionary" + ("" if self.any_keys else " with text keys")
 
 
+Count = Annotated[int, Whole(1)]
+Positive = Annotated[float, POSITIVE]
+Share = Annotated[float, Number(0, 1)]
+Name = Annotated[str, Text()]
+
+
 def constraints_of(cls: type) -> dict[str, Constraint]:
     """The constraint of every field that `cls` itself declares, by name."""
     hints = inspect.get_annotations(cls, eval_str=True)
@@ -225,14 +231,18 @@ def constraints_of(cls: type) -> dict[str, Constraint]:
 
 def constraint_of(where: str, hint: Any) -> Constraint:
     """The constraint in a type hint; that of `bool` is understood. TypeError for a hint that declares none."""
+    optional = types.NoneType in typing.get_args(hint)  # Count | None
+    inner = [kind for kind in typing.get_args(hint) if kind is not types.NoneType]
+    if optional and len(inner) == 1:
+        hint = inner[0]
     if typing.get_origin(hint) is Annotated:
         base, *notes = typing.get_args(hint)
+        optional |= types.NoneType in typing.get_args(base)  # Annotated[int | None, Whole(1)]
         found = [note for note in notes if isinstance(note, Constraint)]
         if len(found) == 1:
-            optional = isinstance(base, types.UnionType) and types.NoneType in typing.get_args(base)
             return replace(found[0], optional=True) if optional else found[0]  # type: ignore[type-var]
     if hint is bool:
-        return Flag()
+        return Flag(optional)
     raise TypeError(f"{where}: {hint} does not say what is allowed; write Annotated[{hint}, Whole(1)] or the like.")
 
 

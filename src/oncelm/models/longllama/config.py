@@ -11,7 +11,19 @@ from transformers import GenerationConfig, LlamaConfig
 from transformers.activations import ACT2FN
 
 from oncelm.models.own_config import TRANSFORMERS_KEYS, Dtype, OwnConfig, checked
-from oncelm.utils.constraints import POSITIVE, Constraint, Each, Flag, Keyed, Number, OneOf, Only, Whole, check_all
+from oncelm.utils.constraints import (
+    POSITIVE,
+    Constraint,
+    Count,
+    Each,
+    Flag,
+    Keyed,
+    Number,
+    OneOf,
+    Only,
+    Whole,
+    check_all,
+)
 from oncelm.utils.device import DTYPES
 from oncelm.utils.errors import check_choice, shown
 
@@ -115,10 +127,10 @@ class LongLlamaConfig(OwnConfig, LlamaConfig):
     mem_positionals: bool = True
     mem_dtype: Annotated[str | None, OneOf(MEMORY_DTYPES)] = "bfloat16"
     mem_attention_grouping: Annotated[list[int] | tuple[int, ...] | None, HeadsAndQueries()] = None
-    last_context_length: Annotated[int | None, Whole(1)] = None
+    last_context_length: Count | None = None
     cross_batch_range: Annotated[int | None, Whole(0)] = None
     cross_batch_stepping: bool = False
-    dataset_packing: Annotated[int, Whole(1)] = 1
+    dataset_packing: Count = 1
 
     def __post_init__(self, **kwargs: Any) -> None:
         self._refuse_unknown(kwargs)

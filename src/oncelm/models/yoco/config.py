@@ -8,7 +8,7 @@ from huggingface_hub.dataclasses import strict
 
 from oncelm.models.own_config import OwnConfig, checked
 from oncelm.ops.rope import PAIRINGS, SPACINGS
-from oncelm.utils.constraints import POSITIVE, Each, Number, OneOf, Whole
+from oncelm.utils.constraints import POSITIVE, Count, Each, Number, OneOf, Positive, Whole
 
 SELF_DECODERS = ("gated_retention", "sliding_window")
 LAYOUTS = ("stacked", "unstacked", "interleaved")
@@ -16,7 +16,7 @@ LAYOUTS = ("stacked", "unstacked", "interleaved")
 Width = Annotated[int, Whole(1, 2**24)]
 Layers = Annotated[int, Whole(0, 4096)]
 Heads = Annotated[int, Whole(1, 2**16)]
-Token = Annotated[int | None, Whole(0)]
+Token = Annotated[int, Whole(0)]
 
 
 @checked
@@ -64,22 +64,22 @@ class YocoConfig(OwnConfig):
     num_cross_decoder_layers: Layers = 6
     self_decoder: Annotated[str, OneOf(SELF_DECODERS)] = "gated_retention"
     num_self_heads: Heads = 3
-    num_self_key_value_heads: Annotated[int | None, Whole(1, 2**16)] = None
+    num_self_key_value_heads: Heads | None = None
     num_attention_heads: Heads = 12
-    num_key_value_heads: Annotated[int | None, Whole(1, 2**16)] = None
-    window_size: Annotated[int, Whole(1)] = 1024
+    num_key_value_heads: Heads | None = None
+    window_size: Count = 1024
     layout: Annotated[str, OneOf(LAYOUTS)] = "stacked"
-    rope_theta: Annotated[float, POSITIVE] = 10000.0
+    rope_theta: Positive = 10000.0
     rope_pairing: Annotated[str, OneOf(PAIRINGS)] = "interleaved"
     rope_spacing: Annotated[str, OneOf(SPACINGS)] = "inclusive"
     gate_logit_normalizer: Annotated[int | float, POSITIVE] = 16
     rms_norm_eps: Annotated[float, Number(0, 1, open_low=True)] = 1e-5
     scale_embeddings: bool = True
     tie_word_embeddings: bool = False
-    max_position_embeddings: Annotated[int, Whole(1)] = 4096
+    max_position_embeddings: Count = 4096
     use_cache: bool = True
-    bos_token_id: Token = 0
-    pad_token_id: Token = 1
+    bos_token_id: Token | None = 0
+    pad_token_id: Token | None = 1
     eos_token_id: Annotated[int | list[int] | None, Each(Whole(0), or_one=True)] = 2
 
     def __post_init__(self, **kwargs: Any) -> None:
