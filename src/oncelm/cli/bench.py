@@ -301,6 +301,9 @@ def fresh(config: Any, device: torch.device, dtype: torch.dtype) -> Any:
     """A model with random weights."""
     from transformers import AutoModelForCausalLM
 
+    from oncelm.models.size import check_fits
+
+    check_fits(config, dtype, device)
     with device:
         return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 

@@ -162,13 +162,11 @@ def find_config(name: str, mem_layers: str | None = None) -> PreTrainedConfig:
 
 def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
     """The model without memory for its weights."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
+    from oncelm.models import size
     from oncelm.models.load import quiet_transformers
 
-    with torch.device("meta"), quiet_transformers():
-        return AutoModelForCausalLM.from_config(config)
+    with quiet_transformers():
+        return size.empty_model(config)
 
 
 def count_parameters(model: PreTrainedModel) -> tuple[int, int]:

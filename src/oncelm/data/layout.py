@@ -12,13 +12,13 @@ In any other folder, every .txt, .jsonl, .jsonl.gz, .jsonl.zst and .parquet file
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from oncelm.utils.errors import unknown
+from oncelm.utils.settings import parse_json
 
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 TRAIN, VALID = "json/train.json", "json/valid.json"
@@ -120,6 +120,6 @@ def _read_files(sources: Path, name: str) -> tuple[Path, ...]:
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from None

@@ -22,6 +22,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from oncelm.utils.settings import parse_json
+
 FORMAT = 1
 HEAD = b'{"kind": "run", '  # how every result file begins
 SYNC_SECONDS = 1.0  # between two waits for the disk, at least
@@ -156,7 +158,7 @@ def _record(line: bytes) -> dict[str, Any]:
     if not line.endswith(b"\n"):
         raise Damaged("it has no end")
     try:
-        record = json.loads(line)
+        record = parse_json(line)
     except ValueError as error:
         raise Damaged(f"it is no JSON ({error})") from None
     if not isinstance(record, dict) or "kind" not in record or "check" not in record:

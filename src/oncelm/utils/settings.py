@@ -1,7 +1,8 @@
-"""Settings as people write them: YAML, a value or a whole file of them."""
+"""Settings as people write them: YAML and JSON."""
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Any
 
@@ -17,6 +18,14 @@ class _Loader(yaml.SafeLoader):
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
 )
+
+
+def parse_json(text: str | bytes) -> Any:
+    """json.loads, but what is nested too deeply is a ValueError like whatever else is no JSON."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 def parse_yaml(text: str, source: str) -> Any:

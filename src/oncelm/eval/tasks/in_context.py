@@ -21,6 +21,7 @@ from oncelm.eval.papers import TREC, WEBQS
 from oncelm.eval.results import Run
 from oncelm.eval.task import Task, option
 from oncelm.eval.views import Curves, View, by_column, group, tokens
+from oncelm.utils.settings import parse_json
 
 SUFFIXES = (".label", ".jsonl", ".json", ".txt", ".tsv")
 
@@ -161,7 +162,7 @@ class WebQs(InContext):
         if file.suffix != ".json":
             return read_jsonl(file)
         try:
-            entries = json.loads(read_utf8(file))
+            entries = parse_json(read_utf8(file))
         except json.JSONDecodeError as error:
             raise ValueError(f"{file} is not JSON: {error}.") from error
         if not isinstance(entries, list):
@@ -201,7 +202,7 @@ def read_jsonl(file: Path) -> list[Item]:
         where = f"line {number} of {file}"
         try:
             if line.startswith("{"):
-                record = json.loads(line)
+                record = parse_json(line)
                 question, answers = record["question"], record["answers"] if "answers" in record else record["answer"]
             else:
                 question, _, listed = line.partition("\t")

@@ -8,13 +8,13 @@ Each file may be in LongBench's form, SCROLLS' or ZeroSCROLLS', or in the data s
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from oncelm.eval.documents import read_utf8
+from oncelm.utils.settings import parse_json
 
 # how a file's name says what it is: (part of the name, data set)
 DATASETS = (
@@ -75,7 +75,7 @@ def _read_file(file: Path, dataset: str) -> Iterator[Question]:
     text = read_utf8(file)
     if file.suffix == ".json":
         try:
-            content = json.loads(text)
+            content = parse_json(text)
         except ValueError as error:
             raise ValueError(f"{file} is not JSON: {error}") from error
         records = list(content.values()) if isinstance(content, dict) else content
@@ -105,7 +105,7 @@ def _checked(questions: Iterator[Question], where: str) -> list[Question]:
 
 def _json(line: str, number: int, file: Path) -> Any:
     try:
-        return json.loads(line)
+        return parse_json(line)
     except ValueError as error:
         raise ValueError(f"line {number} of {file} is not JSON: {error}") from error
 

@@ -10,7 +10,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import GenerationConfig, LlamaConfig
 from transformers.activations import ACT2FN
 
-from oncelm.models.own_config import TRANSFORMERS_KEYS, Dtype, OwnConfig, checked
+from oncelm.models.own_config import TRANSFORMERS_KEYS, OwnConfig, checked
 from oncelm.utils.constraints import (
     POSITIVE,
     Constraint,
@@ -180,7 +180,7 @@ class LongLlamaConfig(OwnConfig, LlamaConfig):
 def check_llama_keys(settings: Mapping[str, Any]) -> None:
     """Raise ValueError naming the first key whose value no LLaMA can have; one that is absent or None has a default."""
     given = {name: value for name, value in settings.items() if value is not None}
-    check_all(given, LLAMA | TRANSLATED | {"dtype": Dtype(), "torch_dtype": Dtype()})
+    check_all(given, LLAMA | TRANSLATED)
 
 
 def llama_settings(settings: dict[str, Any]) -> dict[str, Any]:

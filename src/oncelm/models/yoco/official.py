@@ -13,10 +13,13 @@ from typing import Any
 
 import torch
 
+from oncelm.models.size import empty_model
 from oncelm.models.yoco.config import YocoConfig
 from oncelm.models.yoco.modeling import YocoForCausalLM
-from oncelm.utils.errors import unknown
+from oncelm.utils.device import DTYPES
+from oncelm.utils.errors import check_choice, unknown
 from oncelm.utils.files import atomic_folder
+from oncelm.utils.settings import parse_json
 
 PARAMS, WEIGHTS = "params.json", "checkpoint.pth"
 
@@ -47,7 +50,7 @@ def read_params(path: str | os.PathLike[str]) -> YocoConfig:
     """The configuration in an official folder's params.json."""
     file = Path(path) / PARAMS
     try:
-        params = json.loads(file.read_text())
+        params = parse_json(file.read_text())
     except ValueError as error:
         raise ValueError(f"{file} is not JSON: {error}") from error
     if not isinstance(params, dict):
@@ -86,8 +89,7 @@ def read_official(path: str | os.PathLike[str], dtype: torch.dtype | None = None
     """
     config = read_params(path)
     state = _read_weights(Path(path) / WEIGHTS)
-    with torch.device("meta"):
-        model = YocoForCausalLM(config)
+    model = empty_model(config)
     expected = model.state_dict()
     for problem, names in (("lacks", expected.keys() - state.keys()), ("has unknown", state.keys() - expected.keys())):
         if names:
@@ -98,7 +100,7 @@ def read_official(path: str | os.PathLike[str], dtype: torch.dtype | None = None
                 f"{Path(path) / WEIGHTS}: {name} is {list(tensor.shape)}, "
                 f"{PARAMS} asks for {list(expected[name].shape)}."
             )
-        if not tensor.is_floating_point():
+        if tensor.dtype not in DTYPES.values():
             raise ValueError(f"{Path(path) / WEIGHTS}: {name} must hold floating point numbers, got {tensor.dtype}.")
     if torch.equal(state["embed_tokens.weight"], state["output_projection.weight"]):
         config.tie_word_embeddings = True
@@ -138,6 +140,7 @@ def unsafe_pickle(path: str | os.PathLike[str]) -> ValueError:
 def write_official(model: YocoForCausalLM, path: str | os.PathLike[str]) -> None:
     """Save a model as an official folder; ValueError where the official code has no such model."""
     config = model.config
+    check_choice("self_decoder of the official format", config.self_decoder, ("gated_retention", "sliding_window"))
     fixed = {
         "layout": "stacked",
         "rope_pairing": "interleaved",
