@@ -119,14 +119,15 @@ class Flag(Constraint):
 
 @dataclass(frozen=True)
 class Text(Constraint):
-    """Text, or a path; not the empty one."""
+    """Text, or a path; not the empty one, unless that is allowed."""
 
+    empty: bool = False
     optional: bool = False
 
     def check(self, name: str, value: Any) -> str:
         if isinstance(value, os.PathLike):
             value = os.fspath(value)
-        if not isinstance(value, str) or not value or "\0" in value:
+        if not isinstance(value, str) or not (value or self.empty) or "\0" in value:
             raise self.refuse(name, value)
         return value
 
@@ -249,3 +250,10 @@ def constraint_of(where: str, hint: Any) -> Constraint:
 def check_all(values: Mapping[str, Any], constraints: Mapping[str, Constraint]) -> dict[str, Any]:
     """Those of the values that have a constraint, each as it returns them; ValueError for the first that is wrong."""
     return {name: constraint(name, values[name]) for name, constraint in constraints.items() if name in values}
+
+
+def check_options(options: object, constraints: Mapping[str, Constraint]) -> None:
+    """ValueError naming the first option of a command line that is given and not allowed, as it is written there."""
+    for name, constraint in constraints.items():
+        if getattr(options, name) is not None:
+            constraint(f"--{name.replace('_', '-')}", getattr(options, name))

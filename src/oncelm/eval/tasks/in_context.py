@@ -48,11 +48,9 @@ class InContext(Task):
     published: ClassVar[dict[str, dict[int, float]]]
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.data:
             raise ValueError(f"{self.name} needs a folder of data: --data DIR.")
-        for name in ("trials", "questions", "max_new_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
 
     @abstractmethod
     def read(self, file: Path) -> list[Item]:
