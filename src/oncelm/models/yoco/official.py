@@ -17,7 +17,7 @@ from oncelm.models.size import empty_model
 from oncelm.models.yoco.config import YocoConfig
 from oncelm.models.yoco.modeling import YocoForCausalLM
 from oncelm.utils.device import DTYPES
-from oncelm.utils.errors import check_choice, unknown
+from oncelm.utils.errors import check_choice, shown, unknown
 from oncelm.utils.files import atomic_folder
 from oncelm.utils.settings import parse_json
 
@@ -65,13 +65,17 @@ def read_params(path: str | os.PathLike[str]) -> YocoConfig:
             continue
         kind: tuple[type, ...] = (int,) if key in _INTEGERS else (int, float)
         if not isinstance(value, kind) or isinstance(value, bool):
-            raise ValueError(f"{file}: {key} must be {'an integer' if kind == (int,) else 'a number'}, got {value!r}.")
+            raise ValueError(
+                f"{file}: {key} must be {'an integer' if kind == (int,) else 'a number'}, got {shown(value)}."
+            )
     if missing := [key for key in _REQUIRED if key not in params]:
         raise ValueError(f"{file} lacks {', '.join(missing)}.")
     ours: dict[str, Any] = {_KEYS[key]: value for key, value in params.items() if key in _KEYS}
     half, odd = divmod(params["n_layers"], 2)
     if odd:
-        raise ValueError(f"{file}: n_layers must be even (half self-, half cross-decoder), got {params['n_layers']}.")
+        raise ValueError(
+            f"{file}: n_layers must be even (half self-, half cross-decoder), got {shown(params['n_layers'])}."
+        )
     window = params.get("sliding_window")
     if window is not None:
         ours.update(self_decoder="sliding_window", window_size=window)
