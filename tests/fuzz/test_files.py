@@ -18,8 +18,7 @@ from oncelm.data.conversations import read_conversations
 from oncelm.data.layout import find_corpus
 from oncelm.data.prepare import prepare
 from oncelm.data.tokens import open_tokens
-from oncelm.eval import read_run, write_report
-from oncelm.eval.results import open_run
+from oncelm.eval import TASKS, LanguageModel, make_task, read_run, run, write_report
 from oncelm.models.yoco.official import write_official
 from tests.fuzz.guard import JUNK, NUMBERS, damaged_dict, damaged_text, draws, guarded
 from tests.models.small import make_model
@@ -85,12 +84,9 @@ def test_params_json(data) -> None:
 
 @cache
 def result_text() -> str:
-    file = FOLDER / "needle.jsonl"
-    header = {"configuration": {"task": "needle", "options": {}, "seed": 0, "model": {"name": "m"}}, "device": "cpu"}
-    with open_run(file, header) as results:
-        for index in range(3):
-            tags = {"length": 64, "depth": 50.0, "needles": 1, "run": index}
-            results.add({"index": index, "tags": tags, "output": "x", "target": "y", "scores": {"correct": 1.0}})
+    file = FOLDER / "passkey.jsonl"
+    model = LanguageModel(make_model("retention", vocab_size=300), oncelm.load_tokenizer("bytes"), "m")
+    run(make_task(TASKS["passkey"], lengths=(300, 400), trials=2), model, file, beyond_trained_length=True)
     return file.read_text()
 
 
@@ -100,8 +96,7 @@ def test_result_files(damage) -> None:
     file = FOLDER / "damaged.jsonl"
     file.write_bytes(damage)
     with guarded():
-        run = read_run(file)
-        write_report([run], FOLDER / "report.html")
+        write_report([read_run(file)], FOLDER / "report.html")
     with guarded():
         read_records(file)
 
