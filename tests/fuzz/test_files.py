@@ -86,7 +86,7 @@ def test_params_json(data) -> None:
 def result_text() -> str:
     file = FOLDER / "passkey.jsonl"
     model = LanguageModel(make_model("retention", vocab_size=300), oncelm.load_tokenizer("bytes"), "m")
-    run(make_task(TASKS["passkey"], lengths=(300, 400), trials=2), model, file, beyond_trained_length=True)
+    run(make_task(TASKS["passkey"], lengths=(400, 500), trials=2), model, file, beyond_trained_length=True)
     return file.read_text()
 
 

@@ -141,11 +141,9 @@ def unsafe_pickle(path: str | os.PathLike[str]) -> ValueError:
     )
 
 
-def write_official(model: YocoForCausalLM, path: str | os.PathLike[str]) -> None:
-    """Save a model as an official folder; ValueError where the official code has no such model."""
-    config = model.config
-    check_choice("self_decoder of the official format", config.self_decoder, ("gated_retention", "sliding_window"))
-    fixed = {
+def fixed_keys(config: YocoConfig) -> dict[str, Any]:
+    """Keys that have one value only in the official format."""
+    return {
         "layout": "stacked",
         "rope_pairing": "interleaved",
         "rope_spacing": "inclusive",
@@ -154,7 +152,13 @@ def write_official(model: YocoForCausalLM, path: str | os.PathLike[str]) -> None
         "num_self_decoder_layers": config.num_cross_decoder_layers,
         "num_self_key_value_heads": config.num_self_heads,
     }
-    for key, value in fixed.items():
+
+
+def write_official(model: YocoForCausalLM, path: str | os.PathLike[str]) -> None:
+    """Save a model as an official folder; ValueError where the official code has no such model."""
+    config = model.config
+    check_choice("self_decoder of the official format", config.self_decoder, ("gated_retention", "sliding_window"))
+    for key, value in fixed_keys(config).items():
         if getattr(config, key) != value:
             raise ValueError(f"the official format has only {key}={value!r}; this model has {getattr(config, key)!r}.")
     params = {official: getattr(config, ours) for official, ours in _KEYS.items()}
