@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 SECONDS = 30
 GIB = 2  # of address space on top of what the process has
-LONGEST = 3000  # characters of an error
+LONGEST = 6000  # characters of an error, of which a long word given may be most
 DRAWS = {"suppress_health_check": list(HealthCheck), "deadline": None}
 
 

@@ -123,19 +123,45 @@ def test_conversations(data) -> None:
         read_conversations(file, oncelm.load_tokenizer("bytes"), 100)
 
 
-@draws(120)
-@given(data=st.data())
-def test_corpus_listings_and_manifests(data) -> None:
+@cache
+def corpus() -> Path:
     folder = FOLDER / "corpus"
-    (folder / "json").mkdir(parents=True, exist_ok=True)
+    (folder / "json").mkdir(parents=True)
     (folder / "a.txt").write_text("the sea is deep\n" * 20)
     (folder / "json" / "a.json").write_text('["a.txt"]')
+    (folder / "json" / "train.json").write_text('[{"name": "a", "weight": 1}]')
+    return folder
+
+
+@draws(150)
+@given(data=st.data())
+def test_listings_of_a_corpus(data) -> None:
     source = data.draw(damaged_dict({"name": "a", "weight": 1}, ["files"]))
     listing = [data.draw(st.sampled_from([source, {"name": "a", "weight": data.draw(st.sampled_from(NUMBERS))}]))]
     text = json.dumps(listing)
-    (folder / "json" / "train.json").write_bytes(data.draw(st.just(text.encode()) | damaged_text(text)))
+    file = corpus() / "json" / data.draw(st.sampled_from(["train.json", "valid.json"]))
+    file.write_bytes(data.draw(st.just(text.encode()) | damaged_text(text)))
+    try:
+        with guarded():
+            find_corpus(corpus())
+    finally:
+        (corpus() / "json" / "valid.json").unlink(missing_ok=True)
+        (corpus() / "json" / "train.json").write_text('[{"name": "a", "weight": 1}]')
+
+
+@cache
+def manifest_text() -> str:
+    return (
+        prepare(find_corpus(corpus()), oncelm.load_tokenizer("bytes"), FOLDER / "tokens") / "tokens.json"
+    ).read_text()
+
+
+@draws(150)
+@given(damage=st.deferred(lambda: damaged_text(manifest_text())))
+def test_prepared_tokens_and_their_manifest(damage) -> None:
+    manifest_text()
+    (FOLDER / "tokens" / "tokens.json").write_bytes(damage)
     with guarded():
-        prepared = prepare(find_corpus(folder), oncelm.load_tokenizer("bytes"), FOLDER / "tokens")
-        manifest = prepared / "tokens.json"
-        manifest.write_bytes(data.draw(damaged_text(manifest.read_text())))
-        open_tokens(prepared)
+        open_tokens(FOLDER / "tokens")
+    with guarded():
+        prepare(find_corpus(corpus()), oncelm.load_tokenizer("bytes"), FOLDER / "tokens")
