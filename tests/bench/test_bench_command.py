@@ -114,7 +114,7 @@ def test_a_red_gate_is_exit_status_1_and_writes_nothing(monkeypatch, tmp_path, c
         (["prefill", "--set", "window_size"], "KEY=VALUE"),
         (["prefill", "--lengths", "4x"], "each of them must be a whole number above 0"),
         (["prefill", *TINY, "--lengths", "0"], "above 0, such as 20, 4096 or 128K; got '0'"),
-        (["prefill", *TINY, "--prefill-chunk-size", "0"], "prefill_chunk_size must be"),
+        (["prefill", *TINY, "--prefill-chunk-size", "0"], "--prefill-chunk-size must be"),
         (["prefill", "--dtype", "bf16"], "did you mean 'bfloat16'"),
         (["prefill", "--model", "yoco-2b"], "unknown preset"),
         (["prefill", "--model", "yoco-tiny", "--hidden-size", "64"], "--hidden-size does not go with --model"),

@@ -134,9 +134,9 @@ def test_unchanged_text_keeps_its_own_tokenizer_and_tokens(corpus, capsys) -> No
     [
         (["data", "prepare", "{root}/nowhere"], "does not exist"),
         (["data", "mend", "{root}"], "invalid choice: 'mend'"),
-        (["data", "sample", "{root}", "--count", "0"], "count must be a number above 0"),
-        (["data", "sample", "{root}", "--step", "-3"], "step must be a number of at least 0, got -3"),
-        (["data", "prepare", "{root}", "--workers", "0"], "workers must be a number above 0"),
+        (["data", "sample", "{root}", "--count", "0"], "--count must be a whole number of at least 1, got 0"),
+        (["data", "sample", "{root}", "--step", "-3"], "--step must be a whole number of at least 0, got -3"),
+        (["data", "prepare", "{root}", "--workers", "0"], "--workers must be a whole number of at least 1, got 0"),
         (["data", "prepare", "{root}", "--tokenizer", "bpe:x"], "after 'bpe:' comes the vocabulary size"),
         (["data", "sample", "{root}", "--seq-len", "99999"], "use seq_len of at most"),
         (["train", "{root}", "--out", "{root}/run", "--set", "long_factor=-1"], "long_factor must be"),

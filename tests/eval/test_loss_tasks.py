@@ -92,7 +92,7 @@ def test_the_same_tokens_with_ever_more_in_view(language_models, tmp_path) -> No
                 model.codec, 0
             )
         )
-    with pytest.raises(ValueError, match="scored must be at least 1"):
+    with pytest.raises(ValueError, match="scored must be a whole number of at least 1"):
         make_task(TASKS["context-nll"], scored=0)
 
 

@@ -150,7 +150,7 @@ def test_the_bundled_haystack(codec) -> None:
     [
         ({"haystack": "no/such/place"}, "unknown text 'no/such/place'"),
         ({"lengths": (150,)}, "150 tokens has no room for a haystack: needles, question and answer take"),
-        ({"depths": 0}, "depths must be at least 1"),
+        ({"depths": 0}, "depths must be a whole number of at least 1"),
         ({"depth": 3}, "did you mean 'depths'"),
     ],
 )

@@ -249,7 +249,7 @@ def test_bad_options(data, tmp_path) -> None:
     with pytest.raises(ValueError, match=r"lacks squad.json, which ruler_qa_squad needs; it has: essays.txt"):
         make_task(ruler, data=str(tmp_path))
     make_task(ruler, data=str(tmp_path), only="niah_single_2,ruler_vt")
-    with pytest.raises(ValueError, match="samples must be at least 1"):
+    with pytest.raises(ValueError, match="samples must be a whole number of at least 1"):
         make_task(ruler, samples=0)
 
 

@@ -25,9 +25,9 @@ from oncelm import YocoConfig
         ({"num_cross_decoder_layers": None}, "num_cross_decoder_layers must be a whole number of at least 0, got None"),
         ({"num_self_decoder_layers": 0, "layout": "unstacked"}, "needs self-decoder layers"),
         ({"num_self_key_value_heads": 1}, "leave num_self_key_value_heads out"),
-        ({"window_size": 0}, "window_size must be a number above 0"),
+        ({"window_size": 0}, "window_size must be a whole number of at least 1, got 0"),
         ({"hidden_size": "abc"}, "hidden_size"),
-        ({"vocab_size": -1}, "vocab_size must be a number above 0"),
+        ({"vocab_size": -1}, "vocab_size must be a whole number of at least 1, got -1"),
     ],
 )
 def test_refused(settings: dict, message: str) -> None:

@@ -188,8 +188,8 @@ def llama(tmp_path) -> Path:
             for value in (0, -1, "8", 1.5)
         ),
         ({"hidden_act": "sliu"}, "unknown hidden_act 'sliu'; did you mean 'silu'? Allowed: gelu, "),
-        ({"max_position_embeddings": "8"}, "'max_position_embeddings' expected int, got str (value: '8')"),
-        ({"rms_norm_eps": "small"}, "'rms_norm_eps' expected float, got str (value: 'small')"),
+        ({"max_position_embeddings": "8"}, "max_position_embeddings must be a whole number of at least 1, got '8'"),
+        ({"rms_norm_eps": "small"}, "rms_norm_eps must be a number above 0 and at most 1, got 'small'"),
         ({"num_attention_heads": 3}, "The hidden size (16) is not a multiple of the number of attention heads (3)."),
         ({"rope_parameters": {"rope_type": "foo"}}, ": KeyError: 'foo'"),
         ({"pad_token_id": 64}, ": AssertionError: Padding_idx must be within num_embeddings"),
@@ -206,9 +206,9 @@ def test_a_bad_key_of_a_llama_is_named_with_its_value(changes, message, llama) -
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"max_position_embeddings": "8"}, "'max_position_embeddings' expected int, got str (value: '8')"),
-        ({"rms_norm_eps": "small"}, "'rms_norm_eps' expected float, got str (value: 'small')"),
-        ({"attention_bias": 3}, "'attention_bias' expected bool, got int (value: 3)"),
+        ({"max_position_embeddings": "8"}, "max_position_embeddings must be a whole number of at least 1, got '8'"),
+        ({"rms_norm_eps": "small"}, "rms_norm_eps must be a number above 0 and at most 1, got 'small'"),
+        ({"attention_bias": 3}, "attention_bias must be true or false, got 3"),
     ],
 )
 def test_a_bad_override_is_named_with_its_value(overrides, message, llama) -> None:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+import oncelm
 from oncelm.bench import llama_config
 from oncelm.models.longllama import LongLlamaConfig
 from oncelm.models.yoco import YocoConfig, YocoForCausalLM
 from oncelm.models.yoco.presets import preset_config
+from oncelm.train.config import TrainConfig
 from oncelm.train.optimizer import build_optimizers
-from oncelm.train.plan import activation_bytes, describe_plan, estimate_memory
+from oncelm.train.plan import activation_bytes, check_machine, describe_plan, estimate_memory
 
 SHAPE = {
     **{"vocab_size": 128, "hidden_size": 128, "intermediate_size": 384},
@@ -137,3 +141,14 @@ def test_a_plan_in_words(make_config) -> None:
     assert f"parameters       {model.num_parameters():,} ({without:,} without embeddings)" in shown
     assert "steps            as many as fit, at most 60 s" in shown
     assert "processes        2" in shown
+
+
+def test_a_run_beyond_the_machine_is_refused(monkeypatch) -> None:
+    model = oncelm.build_model("yoco-tiny", vocab_size=300)
+    config = TrainConfig(data="x", out="x", batch_size=64)
+    needed = estimate_memory(model, config, 1).total
+    for memory, refused in ((needed, False), (needed - 1, True)):
+        monkeypatch.setattr("oncelm.utils.memory.machine_memory", lambda memory=memory: memory)
+        with pytest.raises(ValueError, match="batch_size 64 with seq_len 512 would take") if refused else nullcontext():
+            check_machine(model, config, 1, torch.device("cpu"))
+        check_machine(model, config, 1, torch.device("cuda"))  # which says so by itself

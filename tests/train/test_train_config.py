@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
+
 import pytest
 
-from oncelm.train.config import load_config
+from oncelm.train.config import CONSTRAINTS, TrainConfig, load_config
+from oncelm.utils.constraints import Number, Text, check_all
 
 PLACES = {"data": "books", "out": "run"}
 
@@ -33,29 +37,42 @@ def test_written_settings_read_back_the_same(tmp_path) -> None:
     ("override", "message"),
     [
         ("step=5", r"unknown setting 'step'; did you mean 'steps'\?"),
-        ("steps=many", "steps must be a whole number, got 'many'"),
-        ("steps=2.5", "steps must be a whole number, got 2.5"),
-        ("steps=true", "steps must be a whole number, got True"),
-        ("lr=fast", "lr must be a number, got 'fast'"),
-        ("lr=null", "lr must be a number, got None"),
+        ("steps=many", "steps must be a whole number of at least 1, got 'many'"),
+        ("steps=2.5", "steps must be a whole number of at least 1, got 2.5"),
+        ("steps=true", "steps must be a whole number of at least 1, got True"),
+        ("lr=fast", "lr must be a number above 0, got 'fast'"),
+        ("lr=null", "lr must be a number above 0, got None"),
         ("resume=1", "resume must be true or false, got 1"),
         ("model=5", "model must be text, got 5"),
-        ("betas=0.9", "betas must be a list of 2 numbers, got 0.9"),
-        ("betas=[0.9,x]", "betas must be a number, got 'x'"),
+        ("betas=0.9", "betas must be a list of 2, a number of at least 0 and below 1 each, got 0.9"),
+        ("betas=[0.9,x]", "betas\\[1\\] must be a number of at least 0 and below 1, got 'x'"),
         ("model_overrides=5", "model_overrides must be a dictionary"),
-        ("betas=[0.9,1.0]", "betas must be at least 0 and below 1"),
-        ("steps=0", "steps must be a number above 0, got 0"),
-        ("batch_size=-1", "batch_size must be a number above 0"),
-        ("lr=.nan", "lr must be a finite number, got nan"),
-        ("weight_decay=1e999", "weight_decay must be a finite number, got inf"),
-        ("seq_len=1", "seq_len must be from 2"),
-        ("validation_share=0.9", "validation_share must be from 0 to 0.5"),
+        ("betas=[0.9,1.0]", "betas\\[1\\] must be a number of at least 0 and below 1, got 1.0"),
+        ("steps=0", "steps must be a whole number of at least 1, got 0"),
+        ("batch_size=-1", "batch_size must be a whole number of at least 1"),
+        ("lr=.nan", "lr must be a number above 0, got nan"),
+        ("weight_decay=1e999", "weight_decay must be a number of at least 0, got inf"),
+        ("seq_len=1", "seq_len must be a whole number of at least 2"),
+        ("validation_share=0.9", "validation_share must be a number from 0 to 0.5"),
         ("schedule=cosin", "unknown schedule 'cosin'; did you mean 'cosine'"),
         ("dtype=float16", "unknown dtype 'float16'"),
         ("steps=null", "steps and max_seconds are both None"),
         ("target_loss=0", "target_loss must be a number above 0"),
-        ("chunk_parallel=0", "chunk_parallel must be a number above 0"),
+        ("chunk_parallel=0", "chunk_parallel must be a whole number of at least 1"),
         ("tokenizer=bpe:big", "after 'bpe:' comes the vocabulary size"),
+        ("batch_size=1e15", "are 512,000,000,000,000,000 tokens in one step; at most 268,435,456 are allowed"),
+        ("grad_accumulation=1e9", "grad_accumulation 1000000000 times seq_len 512 are"),
+        ("seq_len=1e30", "seq_len must be at most 9223372036854775807"),
+        (f"lr=1{'0' * 400}", "lr must be a number above 0, got 1000"),
+        (f"steps={'9' * 5000}", "is not valid YAML: Exceeds the limit"),
+        ("min_lr=2", "min_lr must be from 0 to lr = 0.001, got 2"),
+        ("model=''", "model must be text, got ''"),
+        (r'data="a\0b"', "data must be text"),
+        ("steps=!!bool x", "is not valid YAML"),
+        ("steps=!!timestamp x", "is not valid YAML"),
+        ("steps=2001-13-41", "is not valid YAML"),
+        (f"lr={'[' * 5000}", "is nested too deeply"),
+        ("model_overrides=&a {x: *a}", "holds itself, or more than 100,000 values"),
         ("lr", "must have the form key=value"),
         ("lr.x=1", "only model_overrides has inner keys"),
         ("lr=[", "override 'lr=\\[' is not valid YAML"),
@@ -64,6 +81,23 @@ def test_written_settings_read_back_the_same(tmp_path) -> None:
 def test_a_wrong_setting_is_named(override: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load(override)
+
+
+def test_every_setting_has_a_constraint_that_its_default_fits() -> None:
+    config = TrainConfig(**PLACES)
+    assert set(CONSTRAINTS) == {entry.name for entry in dataclasses.fields(TrainConfig)}
+    assert check_all(vars(config), CONSTRAINTS) == vars(config)
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, -1, 1.5, "x", "", [[]], {1: 2}, 10**30, b"1", object()], ids=str)
+def test_a_wrong_value_of_any_setting_is_refused_by_name(wrong) -> None:
+    for name, constraint in CONSTRAINTS.items():
+        if isinstance(constraint, Number) and wrong in (1.5, 10**30):
+            continue
+        if isinstance(constraint, Text) and wrong == "x":
+            continue
+        with pytest.raises(ValueError, match=name):
+            TrainConfig(**PLACES | {name: wrong})
 
 
 def test_a_whole_number_may_be_written_as_a_float() -> None:

@@ -13,6 +13,7 @@ from oncelm.bench.measure import PeakMemory, Timing, kernel_times, measure
 from oncelm.bench.roofline import Ceilings
 from oncelm.bench.subjects import Subject, Yoco
 from oncelm.models.work import Work
+from oncelm.utils.memory import check_memory
 
 WARM_UP_TOKENS = 256
 DECODED_TOKENS = 8  # in one repeat of a decode measurement
@@ -126,6 +127,7 @@ CASES: dict[str, Callable[[Subject, int, Conditions], dict[str, Any]]] = {
 
 def random_ids(subject: Subject, batch_size: int, length: int) -> torch.Tensor:
     """The same ids [B, T] every time, on the subject's device."""
+    check_memory(8 * batch_size * length, f"a batch of {batch_size:,} texts of {length:,} tokens", torch.device("cpu"))
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(subject.model.config.vocab_size, (batch_size, length), generator=generator)
     return ids.to(subject.model.device)

@@ -10,6 +10,7 @@ from pathlib import Path
 from rich.table import Table
 
 from oncelm.bench.record import Record
+from oncelm.utils.settings import parse_json
 
 QUIET = 0.1  # cores busy elsewhere that a timing bears
 
@@ -28,7 +29,7 @@ def read_records(path: str | os.PathLike[str]) -> list[Record]:
     records = []
     for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
         try:
-            records.append(json.loads(line))
+            records.append(parse_json(line))
         except ValueError as error:
             raise ValueError(f"line {number} of {path} is no JSON: {error}") from error
     return records

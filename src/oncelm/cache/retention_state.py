@@ -8,6 +8,7 @@ import torch
 
 from oncelm.cache.batch import HISTORY, Batch
 from oncelm.ops import gated_retention
+from oncelm.utils.memory import checked_zeros
 
 
 class RetentionState:
@@ -16,7 +17,8 @@ class RetentionState:
     tensor_names = ("state",)
 
     def __init__(self, batch_size: int, num_heads: int, key_dim: int, value_dim: int, device: torch.device) -> None:
-        self.state = torch.zeros(batch_size, num_heads, key_dim, value_dim, dtype=torch.float32, device=device)
+        shape = (batch_size, num_heads, key_dim, value_dim)
+        self.state = checked_zeros(shape, torch.float32, device, f"a state of {batch_size:,} sequences")
         self.recording = False
         self.history: deque[tuple] = deque(maxlen=HISTORY)
 

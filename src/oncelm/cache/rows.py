@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from oncelm.ops.quantize import as_bytes
+from oncelm.utils.memory import checked_zeros
 
 
 class Rows:
@@ -41,7 +42,8 @@ class Rows:
         """
         N, S, H_kv, *rest = shape
         # zeros, not empty: a masked key has weight 0, and 0 times a NaN of uninitialised memory is NaN
-        return torch.zeros(N, H_kv, S, *rest, dtype=dtype, device=device).transpose(1, 2)
+        what = f"a cache of {S:,} tokens"
+        return checked_zeros((N, H_kv, S, *rest), dtype, device, what).transpose(1, 2)
 
     @property
     def capacity(self) -> int:

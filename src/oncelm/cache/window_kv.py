@@ -8,6 +8,7 @@ import torch
 
 from oncelm.cache.batch import HISTORY, Batch, Group
 from oncelm.ops import global_attention, window_attention
+from oncelm.utils.memory import checked_zeros
 
 
 class WindowKV:
@@ -25,8 +26,9 @@ class WindowKV:
         device: torch.device,
     ) -> None:
         shape = (batch_size, window_size, num_kv_heads, head_dim)
-        self.k = torch.zeros(shape, dtype=dtype, device=device)
-        self.v = torch.zeros(shape, dtype=dtype, device=device)
+        what = f"a window of {window_size:,} tokens"
+        self.k = checked_zeros(shape, dtype, device, what)
+        self.v = checked_zeros(shape, dtype, device, what)
         self.recording = False
         self.history: deque[tuple] = deque(maxlen=HISTORY)
 

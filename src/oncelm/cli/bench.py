@@ -171,7 +171,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 def check_options(args: argparse.Namespace) -> None:
-    """ValueError for an option that would be ignored."""
+    """ValueError for an option that would be ignored, or whose value makes no sense."""
+    from oncelm.utils import constraints as allowed
+
+    counts = (
+        *("hidden_size", "layers", "batch_size", "repeats", "prefill_chunk_size", "peer_max_length"),
+        *("questions", "hflm_batch_size", "depths", "runs"),
+    )
+    allowed.check_options(args, {**dict.fromkeys(counts, allowed.Whole(1, 2**31)), "fewshot": allowed.Whole(0, 1000)})
     for name, benchmarks in GOES_WITH.items():
         if args.benchmark not in benchmarks and getattr(args, name) not in (None, False, []):
             what = "ops, which has no model" if args.benchmark == "ops" else args.benchmark
@@ -261,10 +268,8 @@ def make_yoco(args: argparse.Namespace, model: Any) -> Yoco:
     """The model as a subject, with the command line's ways to run it."""
     from oncelm import bench
     from oncelm.utils.device import resolve_kv_dtype
-    from oncelm.utils.errors import check_positive
 
     chunk = {} if args.prefill_chunk_size is None else {"prefill_chunk_size": args.prefill_chunk_size}
-    check_positive(**chunk)
     kv_dtype = resolve_kv_dtype(args.kv_dtype or "auto")
     return bench.Yoco(model, **chunk, compile=compiles(args, model.device), gemm=args.gemm, kv_dtype=kv_dtype)
 
@@ -301,6 +306,9 @@ def fresh(config: Any, device: torch.device, dtype: torch.dtype) -> Any:
     """A model with random weights."""
     from transformers import AutoModelForCausalLM
 
+    from oncelm.models.size import check_fits
+
+    check_fits(config, dtype, device)
     with device:
         return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
@@ -337,12 +345,12 @@ def refuse_yoco_options(args: argparse.Namespace) -> None:
 
 def parse_settings(settings: list[str]) -> dict[str, Any]:
     """["num_key_value_heads=2"] as keys and YAML values."""
-    import yaml
+    from oncelm.utils.settings import parse_yaml
 
     parsed = {}
     for setting in settings:
         key, equals, text = setting.partition("=")
         if not key or not equals:
             raise ValueError(f"setting {setting!r} must have the form KEY=VALUE, as in num_key_value_heads=2.")
-        parsed[key] = yaml.safe_load(text)
+        parsed[key] = parse_yaml(text, f"setting {setting!r}")
     return parsed

@@ -65,6 +65,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from oncelm.utils import constraints as allowed
+
+    allowed.check_options(
+        args,
+        {
+            **dict.fromkeys(("batch_size", "count"), allowed.Whole(1, 2**31)),
+            **dict.fromkeys(("long_documents", "workers"), allowed.Whole(1)),
+            **dict.fromkeys(("step", "seed"), allowed.Whole(0)),
+            "seq_len": allowed.Whole(2, 2**31),
+            "validation_share": allowed.Number(0, 1, open_high=True),
+            "long_factor": allowed.Number(0, 1e6, open_low=True),
+        },
+    )
     return {"prepare": run_prepare, "info": run_info, "sample": run_sample}[args.action](args)
 
 
@@ -220,11 +233,7 @@ def run_sample(args: argparse.Namespace) -> int:
     from oncelm.data.prepare import prepare
     from oncelm.data.tokenizers import load_tokenizer
     from oncelm.data.tokens import is_token_folder, open_tokens
-    from oncelm.utils.errors import check_positive
 
-    check_positive(count=args.count, batch_size=args.batch_size)
-    if args.step < 0:
-        raise ValueError(f"step must be a number of at least 0, got {args.step}.")
     if is_token_folder(args.data):
         folder = Path(args.data)
     else:

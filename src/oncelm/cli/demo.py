@@ -52,7 +52,10 @@ def run(args: argparse.Namespace) -> int:
 
     from oncelm.bench.peer import Llama
     from oncelm.bench.subjects import Yoco
+    from oncelm.utils.constraints import POSITIVE, Whole, check_options
 
+    counts = dict.fromkeys(("max_document_tokens", "new_tokens"), Whole(1, 2**40))
+    check_options(args, {"train_seconds": POSITIVE, **counts})
     lengths = _lengths(args.lengths)
     out = Path(args.out)
     book = _read_document(args.document)

@@ -161,12 +161,11 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
 def run_task(task_type: type[Task], args: argparse.Namespace) -> int:
     from oncelm.eval import make_task, run
     from oncelm.models.load import quiet_transformers
-    from oncelm.utils.errors import check_positive
+    from oncelm.utils.constraints import Whole, check_options
 
+    check_options(args, {"seed": Whole(0), **dict.fromkeys(("limit", "last_context_length"), Whole(1))})
     options = {name: getattr(args, name) for name, *_ in task_type.option_fields()}
     task = make_task(task_type, **options)  # what is wrong with the options shows before a model is loaded
-    if args.limit is not None:
-        check_positive(limit=args.limit)
     out = Path(args.out or f"runs/eval/{task.name}-{_model_name(args.model)}.jsonl")
     if out.is_dir():
         raise ValueError(f"--out {out} is a folder; name a file.")

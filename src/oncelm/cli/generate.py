@@ -123,12 +123,18 @@ def run(args: argparse.Namespace) -> int:
 
 def check_options(args: argparse.Namespace) -> None:
     """Refuse values that make no sense, before a model is loaded."""
-    for option, least in (("max_new_tokens", 0), ("temperature", 0), ("top_k", 1), ("prefill_chunk_size", 1)):
-        value = getattr(args, option)
-        if value is not None and not value >= least:
-            raise ValueError(f"--{option.replace('_', '-')} must be at least {least}, got {value}.")
-    if args.top_p is not None and not 0 < args.top_p <= 1:
-        raise ValueError(f"--top-p must be above 0 and at most 1, got {args.top_p}.")
+    from oncelm.utils import constraints as allowed
+
+    allowed.check_options(
+        args,
+        {
+            "max_new_tokens": allowed.Whole(0, 2**40),
+            "temperature": allowed.Number(0),
+            "top_p": allowed.Number(0, 1, open_low=True),
+            **dict.fromkeys(("top_k", "prefill_chunk_size"), allowed.Whole(1)),
+            "seed": allowed.Whole(0),
+        },
+    )
     if args.temperature == 0 and (args.top_p is not None or args.top_k is not None):
         raise ValueError("--top-p and --top-k choose what to draw from; give a --temperature above 0 with them.")
     if args.save_cache and Path(args.save_cache).is_dir():

@@ -77,13 +77,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from oncelm.utils.errors import check_positive
+    from oncelm.utils.constraints import Whole, check_options
 
+    check_options(args, {"processes": Whole(1, 2**20)})
     config = read_config(args)
     check_out(config)
     check_model(config)
     if args.dry_run:
-        check_positive(**{"--processes": 1 if args.processes is None else args.processes})
         print(describe(config, args.processes or int(os.environ.get("WORLD_SIZE", "1"))))
         return 0
 
@@ -91,6 +91,7 @@ def run(args: argparse.Namespace) -> int:
 
     from oncelm.data.read_ahead import ReadAhead
     from oncelm.train.parallel.ranks import join_ranks
+    from oncelm.train.plan import check_machine
     from oncelm.train.trainer import Trainer
 
     try:
@@ -100,6 +101,7 @@ def run(args: argparse.Namespace) -> int:
             with contextlib.ExitStack() as reading:
                 if isinstance(dataset, ReadAhead):
                     reading.enter_context(dataset)
+                check_machine(model, config, ranks.rank.size, ranks.device)
                 result = Trainer(model, dataset, config, tokenizer, ranks, digest).fit()
     except FloatingPointError as error:
         print(f"oncelm: training stopped: {error}", file=sys.stderr)

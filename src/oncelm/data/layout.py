@@ -12,7 +12,6 @@ In any other folder, every .txt, .jsonl, .jsonl.gz, .jsonl.zst and .parquet file
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Iterable
@@ -22,6 +21,7 @@ from typing import Any
 
 from oncelm.data.folder import LeftOut, Listing, list_folder
 from oncelm.utils.errors import unknown
+from oncelm.utils.settings import parse_json
 
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 TRAIN, VALID = "json/train.json", "json/valid.json"
@@ -134,6 +134,6 @@ def _read_files(sources: Path, name: str) -> tuple[Path, ...]:
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from None

@@ -6,7 +6,6 @@ number of tokens in every shard, so that a position is found by bisection and re
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,6 +15,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import numpy as np
 
 from oncelm.data.shards import FORMAT, MANIFEST, file_sizes, size_on_disk, token_dtype
+from oncelm.utils.settings import parse_json
 
 
 class Stream(Protocol):
@@ -68,7 +68,7 @@ def open_tokens(path: str | Path) -> TokenFolder:
     if not is_token_folder(folder):
         raise ValueError(f"{str(folder)!r} holds no prepared tokens (no {MANIFEST}); make them: oncelm data prepare.")
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        manifest = parse_json((folder / MANIFEST).read_text(encoding="utf-8"))
         if manifest["format"] != FORMAT:
             raise ValueError(f"it is of format {manifest['format']}, this version reads {FORMAT}")
         dtype = token_dtype(manifest["vocab_size"])

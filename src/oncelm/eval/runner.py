@@ -17,6 +17,7 @@ from oncelm.eval.model import LanguageModel, Reader
 from oncelm.eval.prefix import PrefixReader
 from oncelm.eval.results import Run, open_run
 from oncelm.eval.task import Task
+from oncelm.utils.constraints import Whole
 from oncelm.utils.environment import environment_report
 
 LOOK_AHEAD = 32  # examples made before their turn, to see which beginnings they share
@@ -44,6 +45,8 @@ def run(
     Raises:
         ValueError: the file is damaged or of another configuration; a text is too long; the task's own.
     """
+    Whole(0)("seed", seed)
+    Whole(1, optional=True)("limit", limit)
     if not beyond_trained_length:
         _check_length(task.longest(), model)
     configuration = {"task": task.name, "options": task.options(), "seed": seed, "model": model.describe()}

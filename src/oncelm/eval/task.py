@@ -15,7 +15,11 @@ from oncelm.eval.model import Codec, LanguageModel
 from oncelm.eval.results import Run
 from oncelm.eval.statistics import estimate
 from oncelm.eval.views import Sample, Table, View, group, plain
+from oncelm.utils.constraints import Constraint, Each, Flag, Number, Text, Whole
 from oncelm.utils.errors import unknown
+
+MOST = 2**31  # tokens of a text
+COUNTED = 2**20  # of what is listed before the first question: depths, runs
 
 
 class Task(ABC):
@@ -33,6 +37,11 @@ class Task(ABC):
     by: ClassVar[tuple[str, ...]] = ()
     tag_kinds: ClassVar[Kinds] = {}
     score_kinds: ClassVar[Kinds] = {}
+
+    def __post_init__(self) -> None:
+        """ValueError for an option whose value makes no sense; a task with checks of its own calls this first."""
+        for name, constraint in self.constraints().items():
+            object.__setattr__(self, name, constraint(name, getattr(self, name)))
 
     @abstractmethod
     def examples(self, codec: Codec, seed: int) -> Iterable[Example]:
@@ -81,6 +90,13 @@ class Task(ABC):
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
     @classmethod
+    def constraints(cls) -> dict[str, Constraint]:
+        """What each option may be: as its type and `option` say."""
+        types = typing.get_type_hints(cls)
+        assert dataclasses.is_dataclass(cls)
+        return {f.name: _constraint(f"{cls.__name__}.{f.name}", types[f.name], f) for f in dataclasses.fields(cls)}
+
+    @classmethod
     def option_fields(cls) -> list[tuple[str, Any, Any, str]]:
         """(name, type, default, help) of every option."""
         types = typing.get_type_hints(cls)
@@ -113,9 +129,22 @@ def default_views(name: str, by: Sequence[str], runs: Sequence[Run]) -> list[Vie
     return [Table(name, ["model", *by, "samples", *names], rows, note="Mean (95 % interval).")]
 
 
-def option(default: Any, help: str) -> Any:
-    """A field of a task that is an option: an int, float, str, bool or tuple of ints (tokens, such as 4K,32K)."""
-    return dataclasses.field(default=default, metadata={"help": help})
+def option(default: Any, help: str, *, least: int = 1, most: int = MOST) -> Any:
+    """A field of a task that is an option: an int, float, str, bool or tuple of ints (tokens, such as 4K,32K).
+
+    Whole numbers, also those of a tuple, are from `least` to `most`.
+    """
+    return dataclasses.field(default=default, metadata={"help": help, "range": Whole(least, most)})
+
+
+def _constraint(where: str, hint: Any, option: dataclasses.Field) -> Constraint:
+    """What an option of that type may be; TypeError for a type that no option has."""
+    whole = option.metadata["range"]
+    known: dict[Any, Constraint] = {int: whole, float: Number(), bool: Flag(), str: Text(empty=True)}
+    known |= {int | None: dataclasses.replace(whole, optional=True), tuple[int, ...]: Each(whole, kind=tuple)}
+    if hint not in known:
+        raise TypeError(f"{where}: an option is an int, float, str, bool or tuple of ints, not {hint}.")
+    return known[hint]
 
 
 def make_task(task: type[Task], **options: Any) -> Task:

@@ -103,6 +103,8 @@ class CausalLM(PreTrainedModel, GenerationMixin):
         """generate's hook: a preallocated cache of the length that the generation needs."""
         if generation_config.cache_implementation not in (None, "static", "dynamic"):
             raise unknown("cache_implementation", generation_config.cache_implementation, ["static", "dynamic"])
+        if generation_config.assistant_early_exit is not None:
+            raise ValueError("assistant_early_exit is for models whose layers may be left out; these may not.")
         mask = model_kwargs.get("attention_mask")
         if mask is not None and generation_config.is_assistant:
             # a draft that is the padding token is a token; generate, which made this mask of what it drafted, hides it

@@ -23,7 +23,8 @@ def check_tokens(input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | N
     if input_ids.dim() != 2 or input_ids.is_floating_point() or input_ids.dtype == torch.bool:
         raise ValueError(f"input_ids must be [B, T] integers, got {input_ids.dtype} {list(input_ids.shape)}.")
     # on a GPU a bad id ends the process, so it is worth the wait; one decoded token is the model's own
-    if input_ids.numel() and (input_ids.device.type == "cpu" or input_ids.shape[1] > 1):
+    has_values = input_ids.numel() and input_ids.device.type != "meta"
+    if has_values and (input_ids.device.type == "cpu" or input_ids.shape[1] > 1):
         low, high = torch.stack(input_ids.aminmax()).tolist()
         if low < 0 or high >= config.vocab_size:
             bad = low if low < 0 else high

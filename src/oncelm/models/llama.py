@@ -8,6 +8,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from oncelm.models.longllama import LongLlamaConfig, LongLlamaForCausalLM
+from oncelm.models.longllama.config import check_llama_keys
+from oncelm.models.size import check_fits
 from oncelm.models.yoco import YocoConfig
 from oncelm.models.yoco.presets import PRESETS, preset_config
 from oncelm.utils.errors import unknown
@@ -44,13 +46,16 @@ def build_llama(name: str, *, seed: int = 0, **overrides: Any) -> LlamaForCausal
         raise unknown("preset", name, LLAMA_PRESETS)
     settings = {**LLAMA_PRESETS[name], **overrides}
     if "mem_layers" in overrides:
-        config, model_class = LongLlamaConfig(**settings), LongLlamaForCausalLM
+        config: LlamaConfig = LongLlamaConfig(**settings)
+        model_class: type[LlamaForCausalLM | LongLlamaForCausalLM] = LongLlamaForCausalLM
     else:
         known = LlamaConfig().to_dict()
         for key in overrides:
             if key not in known:
                 raise unknown("LlamaConfig key", key, known)
+        check_llama_keys(overrides)
         config, model_class = LlamaConfig(**settings), LlamaForCausalLM
+    check_fits(config, None, torch.get_default_device())
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return model_class(config)

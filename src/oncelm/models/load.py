@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import pickle
@@ -23,16 +22,26 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from oncelm.models.compiling import CompilesLayers
+from oncelm.models.generation_keys import check_generation, check_generation_file
 from oncelm.models.longllama.config import LongLlamaConfig, check_llama_keys
+from oncelm.models.own_config import Dtype
 from oncelm.models.sharded import is_sharded_folder, read_shards
+from oncelm.models.size import check_fits, check_stored
 from oncelm.models.yoco.modeling import YocoForCausalLM
 from oncelm.models.yoco.official import is_official_folder, read_official, read_params, unsafe_pickle
 from oncelm.models.yoco.presets import PRESETS, preset_config
+from oncelm.utils.constraints import Constraint, Flag, check_all
 from oncelm.utils.device import resolve_device, resolve_dtype
 from oncelm.utils.errors import check_choice
+from oncelm.utils.settings import parse_json
 
 logger = logging.getLogger(__name__)
 
+# keys of config.json that transformers takes as they are, whatever the model
+OF_ANY_MODEL: dict[str, Constraint] = {
+    **dict.fromkeys(("dtype", "torch_dtype"), Dtype()),
+    **dict.fromkeys(("output_hidden_states", "output_attentions", "return_dict", "use_cache"), Flag(optional=True)),
+}
 LONGEST_REASON = 1000  # characters: some of transformers' errors list every model there is
 TERSE_ERRORS = (LookupError, ArithmeticError, AssertionError, AttributeError)  # a KeyError's text is the key alone
 
@@ -85,6 +94,9 @@ def _read_model(
     config = read_config(path, **overrides)
     is_folder = Path(path).is_dir()
     with errors_in_one_line(path), quiet_transformers(progress_bars=not is_folder):
+        check_stored(path, config)
+        check_fits(config, precision or config.dtype, target)
+        check_generation_file(path)
         shards = read_shards(path) if is_sharded_folder(path) else None
         model_class = AutoModelForCausalLM if shards is None else MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
         model, info = model_class.from_pretrained(
@@ -97,6 +109,8 @@ def _read_model(
             output_loading_info=True,
         )
     check_complete(path, info)
+    if model.generation_config is not None:
+        check_generation(path, vars(model.generation_config))  # of a hub id; and what older folders say in config.json
     return model.to(target).eval()
 
 
@@ -108,6 +122,7 @@ def read_config(path: str | os.PathLike[str], **overrides: Any) -> PreTrainedCon
         return read_params(path)
     settings = _check_folder(path)
     with errors_in_one_line(path), quiet_transformers():
+        check_all(settings, OF_ANY_MODEL)
         if settings.get("model_type") == LlamaConfig.model_type:
             check_llama_keys(settings)
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
@@ -131,6 +146,7 @@ def _check_overrides(path: str | os.PathLike[str], config: PreTrainedConfig, ove
 def build_model(name: str, *, seed: int = 0, **overrides: Any) -> YocoForCausalLM:
     """A model of a preset (`oncelm info` lists them) with fresh weights drawn from `seed`, in float32 on the CPU."""
     config = preset_config(name, **overrides)
+    check_fits(config, None, torch.get_default_device())
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return YocoForCausalLM(config)
@@ -167,7 +183,7 @@ def _check_folder(path: str | os.PathLike[str]) -> dict[str, Any]:
             f"(official YOCO); found: {found or 'nothing'}."
         )
     try:
-        settings = json.loads(config.read_text(encoding="utf-8"))
+        settings = parse_json(config.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{config} is not JSON: {error}") from error
     if not isinstance(settings, dict) or "model_type" not in settings:

@@ -4,108 +4,114 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
-import re
-import types
-import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
 
 from oncelm.train.reports import REPORTS
 from oncelm.train.schedule import SCHEDULES
-from oncelm.utils.errors import check_choice, check_positive, unknown
+from oncelm.utils.constraints import (
+    LARGEST,
+    Count,
+    Each,
+    Keyed,
+    Name,
+    Number,
+    OneOf,
+    Positive,
+    Share,
+    Whole,
+    check_all,
+    constraints_of,
+)
+from oncelm.utils.errors import unknown
+from oncelm.utils.settings import parse_yaml
+
+OPTIMIZERS, DTYPES = ("adamw", "muon"), ("float32", "bfloat16")
+MOST_TOKENS = 2**28  # in a step: more than any published run has, and 2 GiB of ids
+Task = Annotated[str, OneOf(("pretrain", "sft"))]
+Overrides = Annotated[dict[str, Any], Keyed()]
+HeldOut = Annotated[float, Number(0, 0.5)]
+Schedule = Annotated[str, OneOf(SCHEDULES)]
+Decay = Annotated[float, Number(0, 1, open_low=True)]
+Betas = Annotated[tuple[float, float], Each(Number(0, 1, open_high=True), count=2, kind=tuple)]
+Reports = Annotated[tuple[str, ...], Each(OneOf(REPORTS), kind=tuple)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """Every setting of a run. A wrong type or value is a ValueError that names the setting."""
 
-    data: str  # text (a file, a folder, a corpus with json/train.json) or the folder of prepared tokens
-    task: str = "pretrain"  # or "sft": data holds conversations (.jsonl), of which the assistant's tokens are learned
-    out: str  # the run's folder: metrics, checkpoints and, at the end, the model
-    tokenizer: str | None = None  # "bytes", "cl100k_base", "bpe:4096" (trained on the data) or a path;
+    data: Name  # text (a file, a folder, a corpus with json/train.json) or the folder of prepared tokens
+    task: Task = "pretrain"  # or "sft": data holds conversations (.jsonl), of which the assistant's tokens are learned
+    out: Name  # the run's folder: metrics, checkpoints and, at the end, the model
+    tokenizer: Name | None = None  # "bytes", "cl100k_base", "bpe:4096" (trained on the data) or a path;
     #                               None: the model folder's own, or "bytes" for a preset
-    model: str = "yoco-tiny"  # a preset, or the folder of a model to start from
-    model_overrides: dict[str, Any] = field(default_factory=dict)  # config keys that replace the preset's or folder's
-    tokens: str | None = None  # where the text's tokens are kept; None: .oncelm beside the text
+    model: Name = "yoco-tiny"  # a preset, or the folder of a model to start from
+    model_overrides: Overrides = field(default_factory=dict)  # keys that replace the preset's or folder's
+    tokens: Name | None = None  # where the text's tokens are kept; None: .oncelm beside the text
     bos: bool = False  # start every document with the tokenizer's bos token
-    validation_share: float = 0.05  # of the data, from its end, never trained on; unused with a json/valid.json
+    validation_share: HeldOut = 0.05  # of the data, from its end, never trained on; unused with a json/valid.json
     within_documents: bool = False  # attend within documents only, though several are packed into a sequence
-    long_documents: int | None = None  # documents of so many tokens are seen `long_factor` times as often
-    long_factor: float = 1.0
-    min_tokens: int | None = None  # documents of fewer tokens are left out
+    long_documents: Count | None = None  # documents of so many tokens are seen `long_factor` times as often
+    long_factor: Annotated[float, Number(0, 1e6, open_low=True)] = 1.0
+    min_tokens: Count | None = None  # documents of fewer tokens are left out
 
-    seq_len: int = 512  # tokens in a sequence
-    batch_size: int = 8  # sequences in one forward pass of one process, at most; with packing, exactly
-    grad_accumulation: int = 1  # a step is this many times batch_size sequences, however many processes share them
-    packing: int | None = None  # LongLLaMA's crossbatch: rows, one behind the other, that hold one piece of a document
-    steps: int | None = 1000  # optimizer steps; None: until max_seconds
-    max_seconds: float | None = None  # stop here too, the schedule shortened to fit
-    target_loss: float | None = None  # stop here too: once an evaluation's validation loss is no more than this
+    seq_len: Annotated[int, Whole(2)] = 512  # tokens in a sequence
+    batch_size: Count = 8  # sequences in one forward pass of one process, at most; with packing, exactly
+    grad_accumulation: Count = 1  # a step is this many times batch_size sequences, however many processes share them
+    packing: Count | None = None  # LongLLaMA's crossbatch: rows, one after the other, of one piece of a document
+    steps: Count | None = 1000  # optimizer steps; None: until max_seconds
+    max_seconds: Positive | None = None  # stop here too, the schedule shortened to fit
+    target_loss: Positive | None = None  # stop here too: once an evaluation's validation loss is no more than this
 
-    lr: float = 1e-3
-    min_lr_ratio: float = 0.1  # the learning rate at the end, as a share of lr
-    min_lr: float | None = None  # the learning rate at the end itself; None: min_lr_ratio says it
-    warmup_steps: int = 50
-    schedule: str = "cosine"  # or "linear", "polynomial", "warmup_stable_decay", "constant"
-    schedule_steps: int | None = None  # where the schedule ends; None: with the run. More than steps: stopped early
-    power: float = 1.0  # of schedule "polynomial"
-    decay_share: float = 0.2  # of the steps behind the warm-up, their last ones, that "warmup_stable_decay" decays in
-    optimizer: str = "adamw"  # or "muon", for the matrices of the layers
-    momentum: float = 0.95  # of "muon"
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
-    weight_decay: float = 0.1  # of matrices; not of embeddings, norms and biases
-    grad_clip: float | None = 1.0  # largest gradient norm; None: not clipped
+    lr: Positive = 1e-3
+    min_lr_ratio: Share = 0.1  # the learning rate at the end, as a share of lr
+    min_lr: Annotated[float | None, Number(0)] = None  # the learning rate at the end itself; None: min_lr_ratio says it
+    warmup_steps: Annotated[int, Whole(0)] = 50
+    schedule: Schedule = "cosine"  # or "linear", "polynomial", "warmup_stable_decay", "constant"
+    schedule_steps: Count | None = None  # where the schedule ends; None: with the run. More than steps: stopped early
+    power: Positive = 1.0  # of schedule "polynomial"
+    decay_share: Decay = 0.2  # of the steps behind the warm-up, their last ones, that "warmup_stable_decay" decays in
+    optimizer: Annotated[str, OneOf(OPTIMIZERS)] = "adamw"  # or "muon", for the matrices of the layers
+    momentum: Share = 0.95  # of "muon"
+    betas: Betas = (0.9, 0.95)
+    eps: Positive = 1e-8
+    weight_decay: Annotated[float, Number(0)] = 0.1  # of matrices; not of embeddings, norms and biases
+    grad_clip: Positive | None = 1.0  # largest gradient norm; None: not clipped
 
-    seed: int = 0
-    dtype: str = "float32"  # of the computation; weights and optimizer are always float32
-    device: str = "auto"
+    seed: Annotated[int, Whole(0)] = 0
+    dtype: Annotated[str, OneOf(DTYPES)] = "float32"  # of the computation; weights and optimizer are always float32
+    device: Name = "auto"
     compile: bool = False  # the layers, by torch.compile: a GPU's steps get much faster, the first one takes a minute
 
-    tensor_parallel: int = 1  # processes that split each layer's heads and units
-    chunk_parallel: int = 1  # processes that split each sequence; all others split the sequences of a step
+    tensor_parallel: Count = 1  # processes that split each layer's heads and units
+    chunk_parallel: Count = 1  # processes that split each sequence; all others split the sequences of a step
     activation_checkpointing: bool = False  # compute layers again in the backward pass instead of keeping activations
 
-    log_every: int = 10  # steps between lines in metrics.jsonl
-    eval_every: int | None = 200  # steps between evaluations; None: only at the end
-    eval_batches: int = 20  # held-out batches in one evaluation, at most
-    save_every: int | None = 500  # steps between checkpoints; None: only at the end
-    report: tuple[str, ...] = ("tensorboard",)  # beside metrics.jsonl; also "wandb"
-    peak_tflops: float | None = None  # of one device, for MFU; None: as known of GPUs in bfloat16
-    keep_checkpoints: int = 2  # the newest ones kept
+    log_every: Count = 10  # steps between lines in metrics.jsonl
+    eval_every: Count | None = 200  # steps between evaluations; None: only at the end
+    eval_batches: Count = 20  # held-out batches in one evaluation, at most
+    save_every: Count | None = 500  # steps between checkpoints; None: only at the end
+    report: Reports = ("tensorboard",)  # beside metrics.jsonl; also "wandb"
+    peak_tflops: Positive | None = None  # of one device, for MFU; None: as known of GPUs in bfloat16
+    keep_checkpoints: Count = 2  # the newest ones kept
     resume: bool = False  # continue from the newest intact checkpoint in `out`, if there is one
 
     def __post_init__(self) -> None:
-        hints = typing.get_type_hints(type(self))
-        for name in field_names():
-            object.__setattr__(self, name, _typed(name, getattr(self, name), hints[name]))
-        check_choice("schedule", self.schedule, SCHEDULES)
-        check_choice("task", self.task, ("pretrain", "sft"))
-        for report in self.report:
-            check_choice("report", report, REPORTS)
-        check_choice("optimizer", self.optimizer, ("adamw", "muon"))
-        check_choice("dtype", self.dtype, ("float32", "bfloat16"))
-        check_positive(**{n: getattr(self, n) for n in _POSITIVE if getattr(self, n) is not None})
-        for name, low, high in (
-            ("seq_len", 2, math.inf),
-            ("seed", 0, 2**63 - 1),
-            ("warmup_steps", 0, math.inf),
-            ("weight_decay", 0, math.inf),
-            ("min_lr_ratio", 0, 1),
-            ("min_lr", 0, self.lr),
-            ("decay_share", 0, 1),
-            ("momentum", 0, 1),
-            ("validation_share", 0, 0.5),
-        ):
-            if getattr(self, name) is not None and not low <= getattr(self, name) <= high:
-                raise ValueError(f"{name} must be from {low} to {high}, got {getattr(self, name)!r}.")
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"betas must be at least 0 and below 1, got {self.betas}.")
+        values = {name: _as_meant(name, getattr(self, name)) for name in CONSTRAINTS}
+        for name, value in check_all(values, CONSTRAINTS).items():
+            object.__setattr__(self, name, value)
+        if self.min_lr is not None and self.min_lr > self.lr:
+            raise ValueError(f"min_lr must be from 0 to lr = {self.lr}, got {self.min_lr!r}.")
+        if self.tokens_per_step > MOST_TOKENS:
+            raise ValueError(
+                f"batch_size {self.batch_size} times grad_accumulation {self.grad_accumulation} times seq_len "
+                f"{self.seq_len} are {self.tokens_per_step:,} tokens in one step; at most {MOST_TOKENS:,} are allowed."
+            )
         if self.task == "sft" and self.long_documents is not None:
             raise ValueError('long_documents is for task "pretrain": conversations are all seen alike.')
         if self.task == "sft" and self.min_tokens is not None:
@@ -199,17 +205,11 @@ class TrainConfig:
         return yaml.safe_dump(values, sort_keys=False)
 
 
-_POSITIVE = (
-    *("tensor_parallel", "chunk_parallel"),
-    *("batch_size", "grad_accumulation", "steps", "max_seconds", "target_loss", "lr", "eps", "grad_clip"),
-    *("peak_tflops", "schedule_steps", "power", "decay_share"),
-    *("log_every", "eval_every", "eval_batches", "save_every", "keep_checkpoints"),
-    *("long_documents", "long_factor", "min_tokens", "packing"),
-)
+CONSTRAINTS = constraints_of(TrainConfig)
 
 
 def field_names() -> list[str]:
-    return [entry.name for entry in dataclasses.fields(TrainConfig)]
+    return list(CONSTRAINTS)
 
 
 def bpe_vocab_size(tokenizer: str) -> int:
@@ -251,7 +251,7 @@ def load_config(
         if not equals or not key:
             raise ValueError(f"override {override!r} must have the form key=value, as in lr=3e-4.")
         name, dot, inner = key.partition(".")
-        value = _parse(text, f"override {override!r}")
+        value = parse_yaml(text, f"override {override!r}")
         if dot:
             before = merged.get(name) or {}
             if name != "model_overrides" or not isinstance(before, dict):
@@ -269,57 +269,17 @@ def load_config(
     return TrainConfig(**merged)
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML in which 3e-4 is a number: YAML 1.1, which PyYAML reads, asks for 3.0e-4."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
-
-
-def _parse(text: str, source: str) -> Any:
-    try:
-        return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{source} is not valid YAML: {' '.join(str(error).split())}") from None
-
-
 def _mapping(text: str, source: str) -> dict[str, Any]:
-    parsed = _parse(text, source)
+    parsed = parse_yaml(text, source)
     if not isinstance(parsed, dict):
         raise ValueError(f"{source} must hold `key: value` lines, got {type(parsed).__name__}.")
     return parsed
 
 
-_KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-
-
-def _typed(name: str, value: Any, hint: Any) -> Any:
-    """`value` as the type that `hint` asks for; only a conversion that loses nothing is made."""
-    if isinstance(hint, types.UnionType):
-        return None if value is None else _typed(name, value, typing.get_args(hint)[0])
-    if typing.get_origin(hint) is dict:
-        if isinstance(value, dict) and all(isinstance(key, str) for key in value):
-            return value
-        raise ValueError(f"{name} must be a dictionary with text keys, got {value!r}.")
-    if typing.get_origin(hint) is tuple:
-        kinds = typing.get_args(hint)
-        if kinds[1] is ...:
-            if not isinstance(value, list | tuple):
-                raise ValueError(f"{name} must be a list, as in [a, b] or [], got {value!r}.")
-            return tuple(_typed(name, item, kinds[0]) for item in value)
-        if isinstance(value, list | tuple) and len(value) == len(kinds):
-            return tuple(_typed(name, item, kind) for item, kind in zip(value, kinds, strict=True))
-        raise ValueError(f"{name} must be a list of {len(kinds)} numbers, got {value!r}.")
-    if hint is float and type(value) is int:
-        return float(value)
-    if hint is int and type(value) is float and value.is_integer():  # 1e4
+def _as_meant(name: str, value: Any) -> Any:
+    """1e4 where a whole number is asked for, and 1 where a number with a fraction is, in that type."""
+    if isinstance(CONSTRAINTS[name], Whole) and isinstance(value, float) and value.is_integer():
         return int(value)
-    if hint is float and type(value) is float and not math.isfinite(value):
-        raise ValueError(f"{name} must be a finite number, got {value!r}.")
-    if hint is str and isinstance(value, os.PathLike):
-        return os.fspath(value)
-    if type(value) is not hint:
-        raise ValueError(f"{name} must be {_KINDS[hint]}, got {value!r}.")
+    if isinstance(CONSTRAINTS[name], Number) and type(value) is int and abs(value) < LARGEST:
+        return float(value)
     return value

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from transformers import LlamaConfig, PreTrainedConfig, PreTrainedModel
 
 from oncelm.models.longllama import LongLlamaConfig
@@ -11,6 +12,7 @@ from oncelm.models.yoco import YocoConfig, YocoForCausalLM
 from oncelm.train.config import TrainConfig
 from oncelm.train.crossbatch import describe_crossbatch
 from oncelm.train.parallel.tensor import check_split
+from oncelm.utils.memory import check_memory
 from oncelm.utils.units import size
 
 
@@ -80,6 +82,13 @@ def estimate_memory(model: PreTrainedModel, config: TrainConfig, processes: int)
     ]
     gradients = 4 * parameters // processes + (4 * parameters // tensor if unsummed else 0)
     return Memory(4 * parameters // processes, gradients, 4 * state // processes, gathered, *kept)
+
+
+def check_machine(model: PreTrainedModel, config: TrainConfig, processes: int, device: torch.device) -> None:
+    """ValueError for a run of which one process would not fit this machine: a CPU's memory is eaten before it fails."""
+    needed = estimate_memory(model, config, processes).total
+    what = f"by estimate (--dry-run), batch_size {config.batch_size} with seq_len {config.seq_len}"
+    check_memory(needed, what, device)
 
 
 def activation_bytes(

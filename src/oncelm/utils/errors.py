@@ -3,8 +3,26 @@
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Iterable
 from numbers import Integral
+
+LONGEST_SHOWN = 200  # characters
+_REPR = reprlib.Repr()
+_REPR.maxlevel, _REPR.maxstring, _REPR.maxother, _REPR.maxlong = 3, 120, 120, 40
+
+
+def shown(value: object) -> str:
+    """A value as errors show it: in one line, however long, deep or wide it is.
+
+    >>> shown([1.5, "eight"])
+    "[1.5, 'eight']"
+    """
+    try:
+        text = _REPR.repr(value)
+    except ValueError:  # a whole number of more digits than Python writes
+        return f"a {type(value).__name__} of thousands of digits"
+    return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}..."
 
 
 def unknown(kind: str, value: object, allowed: Iterable[object]) -> ValueError:
@@ -14,9 +32,19 @@ def unknown(kind: str, value: object, allowed: Iterable[object]) -> ValueError:
     "unknown backend 'chunck'; did you mean 'chunk'? Allowed: chunk, naive."
     """
     names = [str(name) for name in allowed]
-    close = difflib.get_close_matches(str(value), names, n=1, cutoff=0.5)
-    hint = f" did you mean {close[0]!r}?" if close else ""
-    return ValueError(f"unknown {kind} {str(value)!r};{hint} Allowed: {', '.join(names)}.")
+    near = nearest(str(value), names, 0.5) if isinstance(value, str) else None
+    hint = f" did you mean {near!r}?" if near else ""
+    return ValueError(f"unknown {kind} {shown(value)};{hint} Allowed: {', '.join(names)}.")
+
+
+def nearest(name: str, names: Iterable[str], likeness: float) -> str | None:
+    """The one of `names` that is most like `name`, from 0 (nothing in common) to 1; None if none is so like it.
+
+    >>> nearest("windw_size", ["hidden_size", "window_size"], 0.75)
+    'window_size'
+    """
+    close = difflib.get_close_matches(name, list(names), n=1, cutoff=likeness)
+    return close[0] if close else None
 
 
 def check_choice(kind: str, value: object, allowed: Iterable[object]) -> None:

@@ -172,7 +172,7 @@ def test_no_network(language_models, tmp_path, monkeypatch) -> None:
         ({"only": "arc_esy"}, "did you mean 'arc_easy'"),
         ({"only": ""}, "lacks arc_challenge, boolq, hellaswag, openbookqa, piqa, sciq; it has: arc_easy, winogrande"),
         ({"scorer": "vllm"}, "unknown scorer"),
-        ({"fewshot": -1}, "fewshot must be 0 or more"),
+        ({"fewshot": -1}, "fewshot must be a whole number of at least 0"),
         ({"data": "nowhere"}, "no folder of tasks at nowhere"),
     ],
 )

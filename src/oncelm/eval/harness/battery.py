@@ -45,7 +45,7 @@ class Battery(Task):
     """Questions of lm-eval, from the hub or from a folder; a limit counts the questions of each of its tasks."""
 
     data: str = option("", "folder of questions, for work without a network; without it, lm-eval asks the hub")
-    fewshot: int = option(0, "examples before each question")
+    fewshot: int = option(0, "examples before each question", least=0, most=1000)
     only: str = option("", "some of the tasks, separated by commas")
     scorer: str = option("auto", "oncelm, hflm (lm-eval's own), or auto: hflm for models of transformers")
 
@@ -55,8 +55,7 @@ class Battery(Task):
     published: ClassVar[dict[str, tuple[float, ...]]]
 
     def __post_init__(self) -> None:
-        if self.fewshot < 0:
-            raise ValueError(f"fewshot must be 0 or more, got {self.fewshot}.")
+        super().__post_init__()
         check_choice("scorer", self.scorer, SCORERS)
         if self.data:
             check_folder(self.data, self.tasks(), self.fewshot)

@@ -10,10 +10,11 @@ space. Where the choices stand inside the text and the same words follow, as in 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from oncelm.utils.settings import parse_json
 
 if TYPE_CHECKING:
     from lm_eval.api.task import ConfigurableTask
@@ -90,7 +91,7 @@ def read_questions(file: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, start=1):
         if line.strip():
             try:
-                question = json.loads(line)
+                question = parse_json(line)
                 _check(question)
             except ValueError as error:
                 raise ValueError(f"line {number} of {file} is no question: {error}") from None

@@ -39,12 +39,8 @@ class ArHit(Task):
     }  # fmt: skip
 
     documents: str = option("moby_dick", "text file or folder, or moby_dick or sotu, which are bundled")
-    length: int = option(2048, "tokens of a block")
+    length: int = option(2048, "tokens of a block", least=3)
     blocks: int = option(50, "blocks, one after the other from the start of the text")
-
-    def __post_init__(self) -> None:
-        if self.length < 3 or self.blocks < 1:
-            raise ValueError(f"length must be at least 3 and blocks at least 1, got {self.length} and {self.blocks}.")
 
     def longest(self) -> int | None:
         return self.length

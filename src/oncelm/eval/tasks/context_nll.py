@@ -34,10 +34,6 @@ class ContextNll(Task):
     contexts: tuple[int, ...] = option((8192, 32768, 131072), "tokens before the scored ones; none at all is added")
     scored: int = option(1024, "tokens that are scored, behind the longest context of each document")
 
-    def __post_init__(self) -> None:
-        if self.scored < 1:
-            raise ValueError(f"scored must be at least 1, got {self.scored}.")
-
     def longest(self) -> int:
         return max(self.contexts) + self.scored
 

@@ -23,6 +23,7 @@ from oncelm.eval.papers import TREC, WEBQS
 from oncelm.eval.results import Run
 from oncelm.eval.task import Task, option
 from oncelm.eval.views import Curves, View, by_column, group, tokens
+from oncelm.utils.settings import parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -53,11 +54,9 @@ class InContext(Task):
     published: ClassVar[dict[str, dict[int, float]]]
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.data:
             raise ValueError(f"{self.name} needs a folder of data: --data DIR.")
-        for name in ("trials", "questions", "max_new_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
 
     @abstractmethod
     def read(self, file: Path) -> list[Item]:
@@ -167,7 +166,7 @@ class WebQs(InContext):
         if file.suffix != ".json":
             return read_jsonl(file)
         try:
-            entries = json.loads(read_utf8(file))
+            entries = parse_json(read_utf8(file))
         except json.JSONDecodeError as error:
             raise ValueError(f"{file} is not JSON: {error}.") from error
         if not isinstance(entries, list):
@@ -210,7 +209,7 @@ def read_jsonl(file: Path) -> list[Item]:
         where = f"line {number} of {file}"
         try:
             if line.startswith("{"):
-                record = json.loads(line)
+                record = parse_json(line)
                 question, answers = record["question"], record["answers"] if "answers" in record else record["answer"]
             else:
                 question, _, listed = line.partition("\t")

@@ -33,10 +33,9 @@ class LongPpl(Task):
     questions: int = option(100, "questions of each data set")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.data:
             raise ValueError("longppl needs a folder of questions: --data DIR.")
-        if self.questions < 1:
-            raise ValueError(f"questions must be at least 1, got {self.questions}.")
 
     def examples(self, codec: Codec, seed: int) -> Iterator[Example]:
         for _, of_dataset in groupby(read_questions(self.data), key=lambda question: question.dataset):

@@ -20,7 +20,7 @@ from oncelm.eval.fields import LENGTH, NUMBER, SHARE, Kinds
 from oncelm.eval.model import Codec
 from oncelm.eval.papers import MULTI_NEEDLE_128K
 from oncelm.eval.results import Run
-from oncelm.eval.task import Task, option
+from oncelm.eval.task import COUNTED, Task, option
 from oncelm.eval.tasks.cities import CITIES
 from oncelm.eval.views import Table, View, by_column, heatmap, tokens
 
@@ -37,8 +37,8 @@ class Needle(Task):
     summary: ClassVar[str] = "find one sentence in a long text: 11 depths x 10 runs a length"
 
     lengths: tuple[int, ...] = option((4096, 8192, 16384, 32768), "tokens of prompt and answer together")
-    depths: int = option(11, "depths of the needle, evenly from 0 to 100 %%")
-    runs: int = option(10, "runs at each length and depth")
+    depths: int = option(11, "depths of the needle, evenly from 0 to 100 %%", most=COUNTED)
+    runs: int = option(10, "runs at each length and depth", most=COUNTED)
     haystack: str = option("sotu", "text file or folder, or sotu: the bundled State of the Union addresses")
     strict: bool = option(False, "unique cities, the whole number as the first one written, no haystack text twice")
     max_new_tokens: int = option(20, "tokens of the answer")
@@ -47,9 +47,7 @@ class Needle(Task):
     score_kinds: ClassVar[Kinds] = {"correct": SHARE}
 
     def __post_init__(self) -> None:
-        for name in ("depths", "runs", "max_new_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        super().__post_init__()
         for count in self.needles:
             if not 1 <= count <= len(CITIES):
                 raise ValueError(f"needles must be between 1 and {len(CITIES)} (cities known), got {count}.")
@@ -164,8 +162,8 @@ class MultiNeedle(Needle):
     summary: ClassVar[str] = "N needles in a long text, one asked for: 10 depths x 5 runs"
 
     lengths: tuple[int, ...] = option((32768,), "tokens of prompt and answer together")
-    depths: int = option(10, "depths of the needle that is asked for, evenly from 0 to 100 %%")
-    runs: int = option(5, "runs at each length, depth and number of needles")
+    depths: int = option(10, "depths of the needle that is asked for, evenly from 0 to 100 %%", most=COUNTED)
+    runs: int = option(5, "runs at each length, depth and number of needles", most=COUNTED)
     needles: tuple[int, ...] = option((1, 2, 4, 8), "numbers of needles")  # type: ignore[misc]
 
     @classmethod

@@ -19,9 +19,8 @@ from oncelm.eval.model import Codec
 from oncelm.eval.papers import PASSKEY
 from oncelm.eval.results import Run
 from oncelm.eval.statistics import estimate
-from oncelm.eval.task import Task, option
+from oncelm.eval.task import COUNTED, Task, option
 from oncelm.eval.views import Curves, View, by_column, group, heatmap, tokens
-from oncelm.utils.errors import check_whole
 
 TASK = (
     "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. "
@@ -43,13 +42,11 @@ class Passkey(Task):
     score_kinds: ClassVar[Kinds] = {"correct": SHARE}
 
     lengths: tuple[int, ...] = option((4096, 16384, 32768), "tokens of prompt and answer together")
-    depths: int = option(0, "depths of the key, evenly from 0 to 100 %%; 0: a random one in every trial")
-    trials: int = option(20, "samples of each length, and of each depth")
+    depths: int = option(
+        0, "depths of the key, evenly from 0 to 100 %%; 0: a random one in every trial", least=0, most=COUNTED
+    )
+    trials: int = option(20, "samples of each length, and of each depth", most=COUNTED)
     max_new_tokens: int = option(10, "tokens of the answer")
-
-    def __post_init__(self) -> None:
-        check_whole(0, depths=self.depths)
-        check_whole(1, trials=self.trials, max_new_tokens=self.max_new_tokens)
 
     def count(self) -> int:
         return len(self.lengths) * max(1, self.depths) * self.trials

@@ -8,7 +8,6 @@ Each file may be in LongBench's form, SCROLLS' or ZeroSCROLLS', or in the data s
 from __future__ import annotations
 
 import csv
-import json
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -17,6 +16,7 @@ from typing import Any
 
 from oncelm.data.folder import LeftOut, list_folder
 from oncelm.eval.documents import read_utf8
+from oncelm.utils.settings import parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +88,7 @@ def _read_file(file: Path, dataset: str) -> Iterator[Question]:
     text = read_utf8(file)
     if file.suffix == ".json":
         try:
-            content = json.loads(text)
+            content = parse_json(text)
         except ValueError as error:
             raise ValueError(f"{file} is not JSON: {error}") from error
         records = list(content.values()) if isinstance(content, dict) else content
@@ -118,7 +118,7 @@ def _checked(questions: Iterator[Question], where: str) -> list[Question]:
 
 def _json(line: str, number: int, file: Path) -> Any:
     try:
-        return json.loads(line)
+        return parse_json(line)
     except ValueError as error:
         raise ValueError(f"line {number} of {file} is not JSON: {error}") from error
 

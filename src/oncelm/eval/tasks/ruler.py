@@ -50,8 +50,7 @@ class Ruler(Task):
     data: str = option("", "folder with essays.txt, squad.json, hotpotqa.json, as far as the tasks need them")
 
     def __post_init__(self) -> None:
-        if self.samples < 1:
-            raise ValueError(f"samples must be at least 1, got {self.samples}.")
+        super().__post_init__()
         folder = Path(self.data)
         for file, name in ((KINDS[name].file, name) for name in self.tasks() if KINDS[name].file):
             if not self.data:

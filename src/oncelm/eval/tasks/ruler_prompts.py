@@ -7,7 +7,6 @@ are not called, stands in docs/decisions.md.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import string
@@ -21,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from oncelm.utils.settings import parse_json
 
 Random = np.random.Generator
 
@@ -128,7 +129,7 @@ class Texts:
     def _json(self, name: str, key: str, member: str) -> list[dict[str, Any]]:
         """A list of objects that have `member`: the file, or what it has under `key`."""
         try:
-            content = json.loads(self._read(name))
+            content = parse_json(self._read(name))
             entries = content[key] if key else content
             if not entries or any(member not in entry for entry in entries):
                 raise ValueError(f"no list of objects with {member!r}")

@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import GenerationConfig, LlamaConfig
 from transformers.activations import ACT2FN
 
-from oncelm.models.yoco.config import _TRANSFORMERS_KEYS
+from oncelm.models.own_config import TRANSFORMERS_KEYS, OwnConfig, checked
+from oncelm.utils.constraints import (
+    POSITIVE,
+    Constraint,
+    Count,
+    Each,
+    Flag,
+    Keyed,
+    Number,
+    OneOf,
+    Only,
+    Text,
+    Whole,
+    check_all,
+)
 from oncelm.utils.device import DTYPES
-from oncelm.utils.errors import check_choice, check_whole, unknown
+from oncelm.utils.errors import check_choice, shown
 
 MEMORY_DTYPES = (*DTYPES, "int8")
 LLAMA_SIZES = (
@@ -20,18 +34,76 @@ LLAMA_SIZES = (
     *("num_attention_heads", "num_key_value_heads", "head_dim"),
 )
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
-# Keys of LLaMA's older configurations and of the official LongLLaMA folders that mean nothing here, or are translated.
-_OLDER_KEYS = {
-    "rope_theta",
-    "rope_scaling",
-    "partial_rotary_factor",
-    "gradient_checkpoint_every_ith",
-    "torch_attention",
+HEADS = Whole(1, 2**16, optional=True)
+TOKEN = Whole(-1, optional=True)  # -1 in the first LLaMA's folders: none
+# What is told of a rotation: numbers, one or one a frequency.
+ROPE = {
+    **dict.fromkeys(("rope_theta", "factor", "original_max_position_embeddings"), POSITIVE),
+    **dict.fromkeys(("low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow"), POSITIVE),
+    **dict.fromkeys(("attention_factor", "mscale", "mscale_all_dim"), Number(optional=True)),
+    "partial_rotary_factor": Number(0, 1, open_low=True, optional=True),
+    "truncate": Flag(optional=True),
 }
+# LLaMA's own keys; an absent one has a default.
+LLAMA: dict[str, Constraint] = {
+    "vocab_size": Whole(1, 2**31 - 1),
+    **dict.fromkeys(("hidden_size", "intermediate_size"), Whole(1, 2**24)),
+    "num_hidden_layers": Whole(1, 4096),
+    "num_attention_heads": Whole(1, 2**16),
+    **dict.fromkeys(("num_key_value_heads", "head_dim"), HEADS),
+    "hidden_act": OneOf(tuple(ACT2FN)),
+    "max_position_embeddings": Whole(1),
+    "initializer_range": Number(0, 1),
+    "rms_norm_eps": Number(0, 1, open_low=True),
+    **dict.fromkeys(("use_cache", "tie_word_embeddings", "attention_bias", "mlp_bias"), Flag()),
+    **dict.fromkeys(("bos_token_id", "pad_token_id"), TOKEN),
+    "eos_token_id": Each(Whole(-1), or_one=True, optional=True),
+    "pretraining_tp": Whole(1, optional=True),
+    "rope_parameters": Keyed(ROPE, optional=True),
+    "attention_dropout": Number(0, 1, optional=True),
+}
+# Keys of LLaMA's older configurations and of the official LongLLaMA folders that mean nothing here, or are translated.
+TRANSLATED: dict[str, Constraint] = {
+    "rope_theta": Number(0, open_low=True, optional=True),
+    "rope_scaling": Keyed(ROPE, optional=True),
+    "partial_rotary_factor": ROPE["partial_rotary_factor"],
+}
+# Keys that make transformers' caches other ones, in a plain LLaMA too.
+OF_CACHES: dict[str, Constraint] = {
+    **dict.fromkeys(("sliding_window", "attention_chunk_size"), Whole(1, optional=True)),
+    "layer_types": Each(Text()),
+}
+OLDER_KEYS = frozenset({*TRANSLATED, "gradient_checkpoint_every_ith", "torch_attention"})
 
 
+class MemoryLayers(Constraint):
+    """A list of layers; which there are is known once all keys are."""
+
+    def check(self, name: str, value: Any) -> list[Any]:
+        if isinstance(value, str | Mapping) or not isinstance(value, Iterable):
+            raise ValueError(f"{name} must be a list of layers, counted from 0, such as [8, 16]; got {shown(value)}.")
+        return list(value)
+
+
+@dataclass(frozen=True)
+class HeadsAndQueries(Constraint):
+    """How many of both memory layers process at once."""
+
+    optional: bool = False
+
+    def check(self, name: str, value: Any) -> list[int]:
+        try:
+            return Each(Whole(1), count=2)(name, value)
+        except ValueError:
+            raise ValueError(
+                f"{name} must be (heads, queries), two whole numbers of at least 1, such as [4, 2048], or None; "
+                f"got {shown(value)}."
+            ) from None
+
+
+@checked
 @strict
-class LongLlamaConfig(LlamaConfig):
+class LongLlamaConfig(OwnConfig, LlamaConfig):
     """LongLLaMA (Focused Transformer, arXiv 2307.03170): all of LLaMA's keys, and these.
 
     `max_position_embeddings` is the window: the longest local context. Longer input is cut into windows.
@@ -47,42 +119,34 @@ class LongLlamaConfig(LlamaConfig):
             a batch that a row sees in memory layers in training mode. Range None or 0: no crossbatch.
 
     Raises:
-        ValueError: an unknown key (with the nearest known one), or values that do not fit together.
+        ValueError: an unknown key (with the nearest known one), a value that its key cannot have, also when it is set
+            later, or values that do not fit together. In a file, unknown keys that are like none of these are kept.
     """
 
     model_type = "longllama"
     keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
 
-    mem_layers: list[int] | tuple[int, ...] = ()
+    constraints = {**LLAMA, "attention_dropout": Only(0, "LongLLaMA models have no dropout")}  # noqa: RUF012
+    older_keys = OLDER_KEYS
+
+    mem_layers: Annotated[list[int] | tuple[int, ...], MemoryLayers()] = ()
     mem_positionals: bool = True
-    mem_dtype: str | None = "bfloat16"
-    mem_attention_grouping: list[int] | tuple[int, ...] | None = None
-    last_context_length: int | None = None
-    cross_batch_range: int | None = None
+    mem_dtype: Annotated[str | None, OneOf(MEMORY_DTYPES)] = "bfloat16"
+    mem_attention_grouping: Annotated[list[int] | tuple[int, ...] | None, HeadsAndQueries()] = None
+    last_context_length: Count | None = None
+    cross_batch_range: Annotated[int | None, Whole(0)] = None
     cross_batch_stepping: bool = False
-    dataset_packing: int = 1
+    dataset_packing: Count = 1
 
     def __post_init__(self, **kwargs: Any) -> None:
-        for key in kwargs:
-            if key not in _TRANSFORMERS_KEYS | _OLDER_KEYS:
-                raise unknown("LongLlamaConfig key", key, self.own_keys())
-        for key in _OLDER_KEYS - {"rope_theta", "rope_scaling", "partial_rotary_factor"}:
+        self._refuse_unknown(kwargs)
+        check_all(kwargs, TRANSLATED)
+        for key in OLDER_KEYS - TRANSLATED.keys():
             kwargs.pop(key, None)
-        self.mem_layers = _layer_list(self.mem_layers)
-        if self.mem_attention_grouping is not None:
-            self.mem_attention_grouping = _heads_and_queries(self.mem_attention_grouping)
-        check_llama_keys(vars(self))  # before LLaMA's own code divides by them
         super().__post_init__(**kwargs)
-        check_whole(1, max_position_embeddings=self.max_position_embeddings)
         if self.last_context_length is None:
             self.last_context_length = max(1, min(1024, self.max_position_embeddings // 2))
         self._check(self.last_context_length)
-
-    @classmethod
-    def own_keys(cls) -> list[str]:
-        """The keys described above and LLaMA's."""
-        skipped = {entry.name for entry in dataclasses.fields(LlamaConfig.__mro__[1])}
-        return [entry.name for entry in dataclasses.fields(cls) if entry.name not in skipped]
 
     def _check(self, last_context_length: int) -> None:
         layers = self.num_hidden_layers
@@ -92,22 +156,12 @@ class LongLlamaConfig(LlamaConfig):
         if len(set(self.mem_layers)) != len(self.mem_layers):
             raise ValueError(f"mem_layers must not repeat a layer, got {self.mem_layers}.")
         self.mem_layers = sorted(self.mem_layers)  # one order, one fingerprint
-        if self.mem_dtype is not None:
-            check_choice("mem_dtype", self.mem_dtype, MEMORY_DTYPES)
-        for name in ("mem_positionals", "cross_batch_stepping"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}.")
-        check_whole(1, last_context_length=last_context_length, dataset_packing=self.dataset_packing)
         if not 1 <= last_context_length <= self.max_position_embeddings:
             raise ValueError(
                 f"last_context_length must be from 1 to max_position_embeddings = {self.max_position_embeddings} "
                 f"(the window), got {last_context_length}."
             )
-        if self.cross_batch_range is not None:
-            check_whole(0, cross_batch_range=self.cross_batch_range)
         check_choice("rope_type", self.rope_parameters["rope_type"], ROPE_TYPES)
-        if self.attention_dropout:
-            raise ValueError(f"attention_dropout is not offered by LongLLaMA models, got {self.attention_dropout}.")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads {self.num_attention_heads} is not a multiple of num_key_value_heads "
@@ -124,22 +178,20 @@ class LongLlamaConfig(LlamaConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As in Hugging Face, but keys given beside the dict are checked too; mem_layers must be the checkpoint's."""
-        given = {key: kwargs.pop(key) for key in cls.own_keys() if key in kwargs}
-        check_mem_layers(config_dict.get("mem_layers"), given.get("mem_layers"))
-        return super().from_dict({**config_dict, **given}, **kwargs)
+        """As for every configuration of OnceLM; mem_layers must be the checkpoint's."""
+        check_mem_layers(config_dict.get("mem_layers"), kwargs.get("mem_layers"))
+        return super().from_dict(config_dict, **kwargs)
 
 
 def check_llama_keys(settings: Mapping[str, Any]) -> None:
     """Raise ValueError naming the first key whose value no LLaMA can have; one that is absent or None has a default."""
-    check_whole(1, **{name: settings[name] for name in LLAMA_SIZES if settings.get(name) is not None})
-    if settings.get("hidden_act") is not None:
-        check_choice("hidden_act", settings["hidden_act"], ACT2FN)
+    given = {name: value for name, value in settings.items() if value is not None}
+    check_all(given, LLAMA | TRANSLATED | OF_CACHES)
 
 
 def llama_settings(settings: dict[str, Any]) -> dict[str, Any]:
     """A LLaMA model's config.json as a LongLLaMA's, memory in the model's own dtype."""
-    known = {*LongLlamaConfig.own_keys(), *_TRANSFORMERS_KEYS, *_OLDER_KEYS, "dtype"}
+    known = {*LongLlamaConfig.own_keys(), *TRANSFORMERS_KEYS, *OLDER_KEYS, "dtype"}
     known -= {"architectures", "auto_map", *GenerationConfig._get_default_generation_params()}
     kept = {key: value for key, value in settings.items() if key in known}
     return {"mem_dtype": None, **kept, "model_type": LongLlamaConfig.model_type}
@@ -149,24 +201,9 @@ def check_mem_layers(trained: Any, asked: Any) -> None:
     """Refuse other memory layers than a LongLLaMA checkpoint was trained with."""
     if not trained or asked is None:
         return
-    trained, asked = _layer_list(trained), _layer_list(asked)
+    layers = MemoryLayers()
+    trained, asked = layers("mem_layers", trained), layers("mem_layers", asked)
     if sorted(asked, key=str) != sorted(trained, key=str):  # by text: what is no number is refused, not compared
         raise ValueError(
             f"mem_layers {asked} are not the checkpoint's, which was trained with {trained}; leave them out."
         )
-
-
-def _layer_list(mem_layers: Any) -> list[Any]:
-    if isinstance(mem_layers, str) or not isinstance(mem_layers, Iterable):
-        raise ValueError(f"mem_layers must be a list of layers, counted from 0, such as [8, 16]; got {mem_layers!r}.")
-    return list(mem_layers)
-
-
-def _heads_and_queries(grouping: Any) -> list[int]:
-    pair = isinstance(grouping, list | tuple) and len(grouping) == 2
-    if not pair or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in grouping):
-        raise ValueError(
-            "mem_attention_grouping must be (heads, queries), two whole numbers of at least 1, such as [4, 2048], or "
-            f"None; got {grouping!r}."
-        )
-    return list(grouping)

@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 from huggingface_hub.dataclasses import strict
-from transformers import GenerationConfig, PreTrainedConfig
 
+from oncelm.models.own_config import OwnConfig, checked
 from oncelm.ops.rope import PAIRINGS, SPACINGS
-from oncelm.utils.errors import check_choice, check_positive, check_whole, unknown
+from oncelm.utils.constraints import POSITIVE, Count, Each, Number, OneOf, Positive, Whole
 
 SELF_DECODERS = ("gated_retention", "sliding_window")
 LAYOUTS = ("stacked", "unstacked", "interleaved")
 
-# What transformers itself passes to a config, beside the fields: not a user's keys.
-_TRANSFORMERS_KEYS = {
-    "_attn_implementation", "_commit_hash", "_experts_implementation", "_name_or_path", "architectures",
-    "attn_implementation", "auto_map", "experts_implementation", "model_type", "name_or_path", "output_attentions",
-    "per_layer_config", "quantization_config", "torch_dtype", "transformers_version",
-    *GenerationConfig._get_default_generation_params(),
-}  # fmt: skip
+Width = Annotated[int, Whole(1, 2**24)]
+Layers = Annotated[int, Whole(0, 4096)]
+Heads = Annotated[int, Whole(1, 2**16)]
+Token = Annotated[int, Whole(0)]
 
 
+@checked
 @strict
-class YocoConfig(PreTrainedConfig):
+class YocoConfig(OwnConfig):
     """You Only Cache Once (arXiv 2405.05254).
 
     Args:
@@ -52,41 +50,40 @@ class YocoConfig(PreTrainedConfig):
         use_cache: return a cache from forward in evaluation mode.
 
     Raises:
-        ValueError: an unknown key (with the nearest known one), or values that do not fit together.
+        ValueError: an unknown key (with the nearest known one), a value that its key cannot have, also when it is set
+            later, or values that do not fit together. In a file, unknown keys that are like none of these are kept.
     """
 
     model_type = "oncelm_yoco"
     keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
 
-    vocab_size: int = 100288
-    hidden_size: int = 768
-    intermediate_size: int = 2304
-    num_self_decoder_layers: int = 6
-    num_cross_decoder_layers: int = 6
-    self_decoder: str = "gated_retention"
-    num_self_heads: int = 3
-    num_self_key_value_heads: int | None = None
-    num_attention_heads: int = 12
-    num_key_value_heads: int | None = None
-    window_size: int = 1024
-    layout: str = "stacked"
-    rope_theta: float = 10000.0
-    rope_pairing: str = "interleaved"
-    rope_spacing: str = "inclusive"
-    gate_logit_normalizer: int | float = 16
-    rms_norm_eps: float = 1e-5
+    vocab_size: Annotated[int, Whole(1, 2**31 - 1)] = 100288
+    hidden_size: Width = 768
+    intermediate_size: Width = 2304
+    num_self_decoder_layers: Layers = 6
+    num_cross_decoder_layers: Layers = 6
+    self_decoder: Annotated[str, OneOf(SELF_DECODERS)] = "gated_retention"
+    num_self_heads: Heads = 3
+    num_self_key_value_heads: Heads | None = None
+    num_attention_heads: Heads = 12
+    num_key_value_heads: Heads | None = None
+    window_size: Count = 1024
+    layout: Annotated[str, OneOf(LAYOUTS)] = "stacked"
+    rope_theta: Positive = 10000.0
+    rope_pairing: Annotated[str, OneOf(PAIRINGS)] = "interleaved"
+    rope_spacing: Annotated[str, OneOf(SPACINGS)] = "inclusive"
+    gate_logit_normalizer: Annotated[int | float, POSITIVE] = 16
+    rms_norm_eps: Annotated[float, Number(0, 1, open_low=True)] = 1e-5
     scale_embeddings: bool = True
     tie_word_embeddings: bool = False
-    max_position_embeddings: int = 4096
+    max_position_embeddings: Count = 4096
     use_cache: bool = True
-    bos_token_id: int | None = 0
-    pad_token_id: int | None = 1
-    eos_token_id: int | list[int] | None = 2
+    bos_token_id: Token | None = 0
+    pad_token_id: Token | None = 1
+    eos_token_id: Annotated[int | list[int] | None, Each(Whole(0), or_one=True)] = 2
 
     def __post_init__(self, **kwargs: Any) -> None:
-        for key in kwargs:
-            if key not in _TRANSFORMERS_KEYS:
-                raise unknown("YocoConfig key", key, self.own_keys())
+        self._refuse_unknown(kwargs)
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.num_self_key_value_heads is None:
@@ -94,21 +91,7 @@ class YocoConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         self._check()
 
-    @classmethod
-    def own_keys(cls) -> list[str]:
-        """The keys described above."""
-        return [name for name in cls.__annotations__ if not name.startswith("_")]
-
     def _check(self) -> None:
-        check_choice("self_decoder", self.self_decoder, SELF_DECODERS)
-        check_choice("layout", self.layout, LAYOUTS)
-        check_choice("rope_pairing", self.rope_pairing, PAIRINGS)
-        check_choice("rope_spacing", self.rope_spacing, SPACINGS)
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "window_size", "rope_theta", "num_self_heads",
-                     "num_attention_heads", "num_key_value_heads", "num_self_key_value_heads"):  # fmt: skip
-            check_positive(**{name: getattr(self, name)})
-        for name in ("num_self_decoder_layers", "num_cross_decoder_layers"):
-            check_whole(0, **{name: getattr(self, name)})
         if self.num_hidden_layers == 0:
             raise ValueError("a model needs a layer: num_self_decoder_layers and num_cross_decoder_layers are both 0.")
         if self.num_self_decoder_layers == 0 and self.layout != "stacked":

@@ -13,10 +13,13 @@ from typing import Any
 
 import torch
 
+from oncelm.models.size import empty_model
 from oncelm.models.yoco.config import YocoConfig
 from oncelm.models.yoco.modeling import YocoForCausalLM
-from oncelm.utils.errors import unknown
+from oncelm.utils.device import DTYPES
+from oncelm.utils.errors import check_choice, shown, unknown
 from oncelm.utils.files import atomic_folder
+from oncelm.utils.settings import parse_json
 
 PARAMS, WEIGHTS = "params.json", "checkpoint.pth"
 
@@ -47,7 +50,7 @@ def read_params(path: str | os.PathLike[str]) -> YocoConfig:
     """The configuration in an official folder's params.json."""
     file = Path(path) / PARAMS
     try:
-        params = json.loads(file.read_text())
+        params = parse_json(file.read_text())
     except ValueError as error:
         raise ValueError(f"{file} is not JSON: {error}") from error
     if not isinstance(params, dict):
@@ -62,13 +65,17 @@ def read_params(path: str | os.PathLike[str]) -> YocoConfig:
             continue
         kind: tuple[type, ...] = (int,) if key in _INTEGERS else (int, float)
         if not isinstance(value, kind) or isinstance(value, bool):
-            raise ValueError(f"{file}: {key} must be {'an integer' if kind == (int,) else 'a number'}, got {value!r}.")
+            raise ValueError(
+                f"{file}: {key} must be {'an integer' if kind == (int,) else 'a number'}, got {shown(value)}."
+            )
     if missing := [key for key in _REQUIRED if key not in params]:
         raise ValueError(f"{file} lacks {', '.join(missing)}.")
     ours: dict[str, Any] = {_KEYS[key]: value for key, value in params.items() if key in _KEYS}
     half, odd = divmod(params["n_layers"], 2)
     if odd:
-        raise ValueError(f"{file}: n_layers must be even (half self-, half cross-decoder), got {params['n_layers']}.")
+        raise ValueError(
+            f"{file}: n_layers must be even (half self-, half cross-decoder), got {shown(params['n_layers'])}."
+        )
     window = params.get("sliding_window")
     if window is not None:
         ours.update(self_decoder="sliding_window", window_size=window)
@@ -86,8 +93,7 @@ def read_official(path: str | os.PathLike[str], dtype: torch.dtype | None = None
     """
     config = read_params(path)
     state = _read_weights(Path(path) / WEIGHTS)
-    with torch.device("meta"):
-        model = YocoForCausalLM(config)
+    model = empty_model(config)
     expected = model.state_dict()
     for problem, names in (("lacks", expected.keys() - state.keys()), ("has unknown", state.keys() - expected.keys())):
         if names:
@@ -98,7 +104,7 @@ def read_official(path: str | os.PathLike[str], dtype: torch.dtype | None = None
                 f"{Path(path) / WEIGHTS}: {name} is {list(tensor.shape)}, "
                 f"{PARAMS} asks for {list(expected[name].shape)}."
             )
-        if not tensor.is_floating_point():
+        if tensor.dtype not in DTYPES.values():
             raise ValueError(f"{Path(path) / WEIGHTS}: {name} must hold floating point numbers, got {tensor.dtype}.")
     if torch.equal(state["embed_tokens.weight"], state["output_projection.weight"]):
         config.tie_word_embeddings = True
@@ -135,10 +141,9 @@ def unsafe_pickle(path: str | os.PathLike[str]) -> ValueError:
     )
 
 
-def write_official(model: YocoForCausalLM, path: str | os.PathLike[str]) -> None:
-    """Save a model as an official folder; ValueError where the official code has no such model."""
-    config = model.config
-    fixed = {
+def fixed_keys(config: YocoConfig) -> dict[str, Any]:
+    """Keys that have one value only in the official format."""
+    return {
         "layout": "stacked",
         "rope_pairing": "interleaved",
         "rope_spacing": "inclusive",
@@ -147,7 +152,13 @@ def write_official(model: YocoForCausalLM, path: str | os.PathLike[str]) -> None
         "num_self_decoder_layers": config.num_cross_decoder_layers,
         "num_self_key_value_heads": config.num_self_heads,
     }
-    for key, value in fixed.items():
+
+
+def write_official(model: YocoForCausalLM, path: str | os.PathLike[str]) -> None:
+    """Save a model as an official folder; ValueError where the official code has no such model."""
+    config = model.config
+    check_choice("self_decoder of the official format", config.self_decoder, ("gated_retention", "sliding_window"))
+    for key, value in fixed_keys(config).items():
         if getattr(config, key) != value:
             raise ValueError(f"the official format has only {key}={value!r}; this model has {getattr(config, key)!r}.")
     params = {official: getattr(config, ours) for official, ours in _KEYS.items()}
