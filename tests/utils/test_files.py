@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import errno
 import itertools
+import multiprocessing
 import os
 import re
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -211,25 +210,26 @@ def test_the_next_save_of_a_name_removes_what_a_kill_left_and_nothing_else(tmp_p
 @pytest.mark.parametrize("write", [atomic_file, atomic_folder])
 def test_what_a_living_process_writes_is_left_alone(tmp_path: Path, write: Callable) -> None:
     target = tmp_path / "name"
-    code = f"""
-import sys
-from pathlib import Path
-from oncelm.utils.files import {write.__name__} as write
-with write(Path({str(target)!r})) as temporary:
-    (temporary / "file" if temporary.is_dir() else temporary).write_text("of the other process")
-    print("writing", flush=True)
-    sys.stdin.readline()
-"""
-    pipe = subprocess.PIPE
-    with subprocess.Popen([sys.executable, "-c", code], stdin=pipe, stdout=pipe, text=True) as other:
-        assert other.stdout.readline() == "writing\n"
-        clean_up(tmp_path)
-        with write(target):
-            pass
-        clean_up(tmp_path)
-        assert len(names(tmp_path)) == 2
-        other.communicate("go on\n")
-    assert other.returncode == 0
+    fork = multiprocessing.get_context("fork")
+    writing, go_on = fork.Event(), fork.Event()
+
+    def write_slowly() -> None:
+        with write(target) as temporary:
+            (temporary / "file" if temporary.is_dir() else temporary).write_text("of the other process")
+            writing.set()
+            assert go_on.wait(60)
+
+    other = fork.Process(target=write_slowly)
+    other.start()
+    assert writing.wait(60)
+    clean_up(tmp_path)
+    with write(target):
+        pass
+    clean_up(tmp_path)
+    assert len(names(tmp_path)) == 2
+    go_on.set()
+    other.join()
+    assert other.exitcode == 0
     assert (target / "file" if target.is_dir() else target).read_text() == "of the other process"
     assert names(tmp_path) == ["name"]
 
