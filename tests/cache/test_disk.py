@@ -24,7 +24,7 @@ MODELS = {
     "long int8": make_long(mem_dtype="int8"),
 }
 kinds = pytest.mark.parametrize("kind", MODELS)
-OTHERS = b" \t\n,:[]{}\"0129\\\x00\xff"  # what may stand for another structure where a byte of JSON stood
+OTHERS = b' \t\n,:[]{}"0129\\\x00\xff'  # what may stand for another structure where a byte of JSON stood
 
 
 def make_snapshot(kind: str, tokens: int = 20) -> Snapshot:

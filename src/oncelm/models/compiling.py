@@ -46,7 +46,7 @@ def compiled(part: Callable, kind: str, gradients: bool) -> Callable:
     return run_any_length
 
 
-def _limit() -> dict[str, int]:
+def _limit() -> dict[str, Any]:
     """Of graphs, as an argument of torch.compile: other compiled functions of the process keep theirs."""
     limit = max(MAX_GRAPHS, torch._dynamo.config.recompile_limit)
     if "recompile_limit" in inspect.signature(torch.compile).parameters:

@@ -139,7 +139,7 @@ def _place_beside(target: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _held(place: Path, wait: bool) -> Iterator[bool]:
-    """Hold the lock of such a folder. False where another process does, the folder is gone, or its disk has no locks."""
+    """Hold the lock of such a folder; False where another process does, it is gone, or its disk has no locks."""
     descriptor, held = -1, False
     with contextlib.suppress(OSError):
         descriptor = os.open(place / "lock", os.O_RDWR | os.O_CREAT, 0o666)
@@ -189,7 +189,10 @@ def _exchange(one: Path, other: Path) -> bool:
 
 def _leftovers(target: Path) -> list[Path]:
     """What was or is being written beside `target` to take its place."""
-    paths = target.parent.iterdir() if target.parent.is_dir() else ()
+    try:
+        paths = list(target.parent.iterdir())
+    except OSError:  # no such folder, or one that may not be listed
+        return []
     matches = ((path, _UNFINISHED.fullmatch(path.name)) for path in paths)
     return [path for path, match in matches if match and match[1] == target.name]
 

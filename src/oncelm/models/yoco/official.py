@@ -15,7 +15,8 @@ import torch
 
 from oncelm.models.yoco.config import YocoConfig
 from oncelm.models.yoco.modeling import YocoForCausalLM
-from oncelm.utils.errors import unknown
+from oncelm.utils.checksums import write_checksums
+from oncelm.utils.errors import is_out_of_memory, unknown
 from oncelm.utils.files import atomic_folder
 
 PARAMS, WEIGHTS = "params.json", "checkpoint.pth"
@@ -119,6 +120,8 @@ def _read_weights(file: Path) -> dict[str, torch.Tensor]:
     except pickle.UnpicklingError as error:
         raise unsafe_pickle(file) from error
     except Exception as error:  # a damaged file can lead torch's reader anywhere
+        if is_out_of_memory(error):
+            raise
         raise ValueError(f"{file} is damaged: {type(error).__name__}, {str(error).partition(chr(10))[0]}") from error
     if isinstance(state, dict) and set(state) == {"model"}:  # the training code wraps it
         state = state["model"]
@@ -157,3 +160,4 @@ def write_official(model: YocoForCausalLM, path: str | os.PathLike[str]) -> None
     with atomic_folder(path) as folder:
         torch.save({name: tensor.cpu().clone() for name, tensor in model.state_dict().items()}, folder / WEIGHTS)
         (folder / PARAMS).write_text(json.dumps(params, indent=2) + "\n")
+        write_checksums(folder)
