@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -59,6 +61,7 @@ def convert(*arguments: str | Path) -> int:
 def test_logits_stay_the_same(source, options, files, folders, model, capsys) -> None:
     before = contents(folders / source)
     assert convert(folders / source, folders / "new", *options) == 0
+    files |= {"SHA256SUMS"}
     assert set(contents(folders / "new")) == files
     assert torch.equal(logits(oncelm.load(folders / "new")), logits(model))
     assert contents(folders / source) == before
@@ -180,6 +183,56 @@ def test_mistakes_are_one_line_and_change_nothing(case, folders, capsys) -> None
     assert captured.err.count("\n") == 1
     assert captured.out == ""
     assert contents(folders) == before
+
+
+@pytest.mark.parametrize("call", [1, 2, 3])
+def test_killed_while_it_replaces_a_folder_the_next_command_finds_one(call, folders, monkeypatch, capsys) -> None:
+    """Between two renames where two folders cannot change places at once."""
+    before, calls, replace = contents(folders / "old"), [], Path.replace
+
+    def die_at(self: Path, target: Path) -> Path:
+        calls.append(target)
+        if len(calls) == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return replace(self, target)
+
+    child = os.fork()
+    if child == 0:
+        monkeypatch.setattr("oncelm.utils.files._exchange", lambda *paths: False)
+        monkeypatch.setattr(Path, "replace", die_at)
+        convert(folders / "official", folders / "old", "--overwrite")
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert (folders / "old").exists() == (call != 3)
+    capsys.readouterr()
+    assert convert(folders / "hf", folders / "old") == 2
+    assert "exists; choose another folder" in capsys.readouterr().err
+    assert contents(folders / "old") == before
+    assert convert(folders / "old", folders / "new", "--to", "hf") == 0
+    assert convert(folders / "official", folders / "old", "--overwrite") == 0
+    assert {path.name for path in folders.iterdir()} == {"official", "hf", "old", "new"}
+
+
+@pytest.mark.parametrize("source", ["official", "hf"])
+def test_what_is_written_has_checksums(source, folders, capsys) -> None:
+    assert convert(folders / source, folders / "new") == 0
+    capsys.readouterr()
+    assert main(["info", "--verify", str(folders / "new")]) == 0
+    assert "files are as they were written" in capsys.readouterr().out
+    files = sorted((folders / "new").iterdir())
+    assert len(files) == 3 if source == "hf" else 4
+    for file in files:
+        whole = file.read_bytes()
+        file.write_bytes(whole[:-2] + bytes([whole[-2] ^ 1]) + whole[-1:])
+        assert main(["info", "--verify", str(folders / "new")]) == 2
+        with pytest.raises(ValueError, match="is damaged"):
+            oncelm.load(folders / "new", verify=True)
+        file.write_bytes(whole)
+    oncelm.load(folders / "new", verify=True)
+    assert main(["info", "--verify", str(folders / "hf")]) == 2
+    assert "cannot be verified: it is no folder with checksums (SHA256SUMS)" in capsys.readouterr().err
+    assert main(["info", "--verify"]) == 2
+    assert "--verify goes with a MODEL" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("failure", [no_space, small_files])

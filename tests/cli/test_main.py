@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib.metadata import version
 
 import pytest
+import torch
 
 import oncelm
 from oncelm.cli import VERBS, main
@@ -58,6 +59,8 @@ def test_a_wrong_option_suggests_the_nearest(capsys) -> None:
     [
         (ValueError("no such thing"), 2, "oncelm: error: no such thing\n"),
         (FileNotFoundError("no model folder at x."), 2, "oncelm: error: no model folder at x.\n"),
+        (MemoryError("no room for the model"), 2, "oncelm: error: no room for the model\n"),
+        (torch.OutOfMemoryError("CUDA out of memory."), 2, "oncelm: error: CUDA out of memory.\n"),
         (KeyboardInterrupt(), 130, "oncelm: interrupted\n"),
     ],
 )
@@ -68,3 +71,30 @@ def test_exit_status(raised, status, line, monkeypatch, capsys) -> None:
     monkeypatch.setattr("oncelm.cli.info.run", run)
     assert main(["info"]) == status
     assert capsys.readouterr().err == line
+
+
+@pytest.mark.parametrize(("value", "shown"), [(None, False), ("0", False), ("1", True)])
+def test_a_developer_can_ask_for_the_traceback(value, shown, monkeypatch, capsys) -> None:
+    def run(args) -> int:
+        for _ in zip([1], [], strict=True):
+            pass
+        return 0
+
+    monkeypatch.setattr("oncelm.cli.info.run", run)
+    if value is not None:
+        monkeypatch.setenv("ONCELM_TRACEBACK", value)
+    assert main(["info"]) == 2
+    error = capsys.readouterr().err
+    assert error.endswith("oncelm: error: zip() argument 2 is shorter than argument 1\n")
+    assert ("Traceback" in error, "in run\n" in error) == (shown, shown)
+    assert main([]) == 0
+    assert "ONCELM_TRACEBACK=1" in capsys.readouterr().out
+
+
+def test_other_errors_are_not_hidden(monkeypatch) -> None:
+    def run(args) -> int:
+        raise RuntimeError("a mistake of ours")
+
+    monkeypatch.setattr("oncelm.cli.info.run", run)
+    with pytest.raises(RuntimeError, match="a mistake of ours"):
+        main(["info"])

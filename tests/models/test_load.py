@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -13,12 +14,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, T5Config
 
 import oncelm
 from oncelm.models.load import errors_in_one_line, quiet_transformers, read_config
 from oncelm.models.longllama.config import LLAMA_SIZES
+from oncelm.utils.checksums import write_checksums
 from tests.models.small import KINDS, make_model
 
 
@@ -237,6 +240,53 @@ def test_errors_in_one_line(error, reason, tmp_path) -> None:
         raise error
     assert str(refused.value) == f"cannot load a model from {tmp_path}: {reason}"
     assert refused.value.__cause__ is error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        OSError(errno.ENOMEM, "Cannot allocate memory"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
+        SafetensorError("Error while deserializing: I/O error: Cannot allocate memory (os error 12)"),
+    ],
+)
+def test_too_little_memory_is_not_a_damaged_model(error, tmp_path) -> None:
+    with pytest.raises(MemoryError, match="no room for the model from") as refused, errors_in_one_line(tmp_path):
+        raise error
+    assert refused.value.__cause__ is error
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(1)])
+def test_who_ends_the_process_blames_no_model(error, tmp_path) -> None:
+    with pytest.raises(type(error)), errors_in_one_line(tmp_path):
+        raise error
+
+
+def test_verify_needs_checksums_and_compares_them(folder, tmp_path) -> None:
+    for options in ({}, {"verify": False}):
+        oncelm.load(folder, **options)
+    with pytest.raises(ValueError, match=r"cannot be verified: it is no folder with checksums"):
+        oncelm.load(folder, verify=True)
+    with pytest.raises(ValueError, match=r"no-one/nothing cannot be verified"):
+        oncelm.load("no-one/nothing", verify=True)
+    write_checksums(folder)
+    assert torch.equal(logits(oncelm.load(folder, verify=True)), logits(oncelm.load(folder)))
+    edit_config(folder, rope_theta=20_000.0)
+    oncelm.load(folder)
+    with pytest.raises(ValueError, match=r"config\.json does not match its checksum"):
+        oncelm.load(folder, verify=True)
+
+
+def test_a_folder_that_a_kill_left_aside_is_found(folder) -> None:
+    aside = folder.with_name(f".{folder.name}.{0:016x}.tmp")
+    for read in (oncelm.load, read_config):
+        aside.mkdir()
+        folder.rename(aside / "old")
+        read(folder)
+        assert folder.is_dir()
+        assert not aside.exists()
 
 
 def test_no_folder(tmp_path, monkeypatch) -> None:

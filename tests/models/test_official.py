@@ -83,7 +83,7 @@ def test_to_official_and_back(changes, tmp_path) -> None:
     model = official_model(**changes)
     write_official(model, tmp_path / "official")
     assert is_official_folder(tmp_path / "official")
-    assert sorted(os.listdir(tmp_path / "official")) == sorted([WEIGHTS, PARAMS])
+    assert sorted(os.listdir(tmp_path / "official")) == sorted(["SHA256SUMS", WEIGHTS, PARAMS])
     back = read_official(tmp_path / "official")
     assert torch.equal(logits(back), logits(model))
     own, again = model.config.to_dict(), back.config.to_dict()
@@ -167,8 +167,11 @@ def edit_weights(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
 
 
 BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "no params": (lambda f: (f / PARAMS).unlink(), "is no model folder: it needs config.json .* found: checkpoint.pth"),
-    "no weights": (lambda f: (f / WEIGHTS).unlink(), "is no model folder: .* found: params.json"),
+    "no params": (
+        lambda f: (f / PARAMS).unlink(),
+        "is no model folder: it needs config.json .* found: SHA256SUMS, checkpoint.pth",
+    ),
+    "no weights": (lambda f: (f / WEIGHTS).unlink(), "is no model folder: .* found: SHA256SUMS, params.json"),
     "params not JSON": (lambda f: (f / PARAMS).write_text('{"dim": '), "params.json is not JSON: Expecting value"),
     "params not text": (lambda f: (f / PARAMS).write_bytes(b"\xff"), "params.json is not JSON"),
     "params a list": (lambda f: (f / PARAMS).write_text("[]"), "params.json must hold a JSON object, got list"),

@@ -70,5 +70,5 @@ def _checksum(tensors: dict[str, torch.Tensor], lengths: str, columns: str) -> s
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.view(torch.uint8).numpy().data)
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)  # a damaged header may say: no dimensions
     return digest.hexdigest()

@@ -138,15 +138,15 @@ def _in_file(shape: tuple[int, ...], dtype: torch.dtype, folder: Path) -> torch.
     size = torch.Size(shape).numel()
     try:
         descriptor, name = tempfile.mkstemp(dir=folder, prefix="oncelm-memory-")
+        os.unlink(name)  # before it takes room, which a kill would leave taken
     except OSError as error:
         raise OSError(f"memory 'disk' cannot make a file in {folder}: {error.strerror}") from error
     try:
         # the space is taken now: on a full disk a write through the mapping would end the process
         os.posix_fallocate(descriptor, 0, size * dtype.itemsize)
-        return torch.from_file(name, shared=True, size=size, dtype=dtype).view(shape)
+        return torch.from_file(f"/proc/self/fd/{descriptor}", shared=True, size=size, dtype=dtype).view(shape)
     except OSError as error:
         needed = size * dtype.itemsize / 2**20
         raise OSError(f"no room for a block of memory ({needed:,.1f} MiB) in {folder}: {error}") from error
     finally:
         os.close(descriptor)
-        os.unlink(name)

@@ -1,7 +1,8 @@
 """The `oncelm` command: one file per verb, each imported only when it is called.
 
 A verb's module has `DESCRIPTION` (what it teaches on --help, with examples), `add_arguments(parser)` and `run(args)`.
-A user's mistake (ValueError, OSError) or a missing optional package (ImportError) is one line and exit status 2.
+A user's mistake (ValueError, OSError), a missing optional package (ImportError) or too little memory is one line and
+exit status 2; with ONCELM_TRACEBACK=1 in the environment, behind the traceback.
 """
 
 from __future__ import annotations
@@ -10,9 +11,10 @@ import argparse
 import importlib
 import os
 import sys
+import traceback
 from typing import NoReturn
 
-from oncelm.utils.errors import unknown
+from oncelm.utils.errors import is_out_of_memory, unknown
 
 VERBS = {
     "demo": "train a small YOCO and a Transformer, read a long book, compare them",
@@ -46,7 +48,8 @@ def _top_level_parser() -> Parser:
     return Parser(
         prog="oncelm",
         description="Language models that cache keys and values once: train, run and measure them.",
-        epilog=f"verbs:\n{lines}\n\n`oncelm VERB --help` explains each, with examples.",
+        epilog=f"verbs:\n{lines}\n\n`oncelm VERB --help` explains each, with examples.\n"
+        "An error is one line; with ONCELM_TRACEBACK=1 in the environment its traceback comes first.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
 
@@ -58,7 +61,11 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (ValueError, OSError, ImportError) as error:
+    except Exception as error:
+        if not (isinstance(error, ValueError | OSError | ImportError) or is_out_of_memory(error)):
+            raise
+        if os.environ.get("ONCELM_TRACEBACK", "0") != "0":
+            traceback.print_exc()
         rank = int(os.environ.get("RANK", "0"))  # of a process that torchrun started; the first speaks for all
         message = " ".join(str(error).splitlines())  # a word of the command line may have several
         print(f"oncelm: error{f' (rank {rank})' if rank else ''}: {message}", file=sys.stderr)

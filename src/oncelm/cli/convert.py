@@ -17,7 +17,8 @@ A GGUF file of a LLaMA-family model becomes a Hugging Face folder too, its quant
 
 TARGET appears when it is complete, and not before. One that exists is refused, or with --overwrite replaced
 at the very end. A Hugging Face folder gets a tokenizer: the one named, or SOURCE's own, or cl100k_base where
-the model has its vocabulary. Official folders have none.
+the model has its vocabulary. Official folders have none. SHA256SUMS, a checksum of each file, goes with either
+(`oncelm info --verify`, or sha256sum --check); those of a checkpoint are checked before it is converted.
 
 examples:
   oncelm convert yoco-3b-official/ yoco-3b/
@@ -56,10 +57,13 @@ def run(args: argparse.Namespace) -> int:
     from oncelm.models.gguf import is_gguf
     from oncelm.models.load import load, read_config
     from oncelm.models.yoco.official import is_official_folder, write_official
-    from oncelm.train.checkpoint import MANIFEST
+    from oncelm.utils.checksums import MANIFEST
     from oncelm.utils.errors import check_choice
+    from oncelm.utils.files import bring_back
 
     source, target = Path(args.source), Path(args.target)
+    for folder in (source, target):  # a --overwrite that was killed may have left it aside
+        bring_back(folder)
     is_model = not (is_official_folder(source) or is_gguf(source) or (source / MANIFEST).is_file())
     to = args.to or ("official" if is_model else "hf")
     check_choice("--to", to, FORMATS)
@@ -132,12 +136,14 @@ def choose_tokenizer(source: Path, named: str | None, vocab_size: int) -> PreTra
 def write_hugging_face(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, target: Path) -> None:
     """Write a Hugging Face folder; `target` changes only once everything is written."""
     from oncelm.models.load import quiet_transformers
+    from oncelm.utils.checksums import write_checksums
     from oncelm.utils.files import atomic_folder
 
     with atomic_folder(target) as folder, quiet_transformers():
         model.save_pretrained(folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
+        write_checksums(folder)
 
 
 def report(model: PreTrainedModel, target: Path, to: str) -> None:

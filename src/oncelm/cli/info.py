@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 DESCRIPTION = """\
 Without MODEL: versions, devices, which implementation computes each operation on which device, and the presets.
 With MODEL: its shape, parameters, bytes of weights and of cache at several lengths, context length and tokenizer.
-Only the configuration and the headers of the files are read, never the weights, so that it takes no time and no memory
-for any size.
+Only the configuration and the headers of the files are read, never the weights (but with --verify), so that it takes no
+time and no memory for any size.
 
 examples:
   oncelm info
@@ -24,6 +24,8 @@ examples:
       how large is the preset, and its cache at a million tokens?
   oncelm info runs/book/model
       a Hugging Face folder; official YOCO folders and hub ids work as well
+  oncelm info --verify runs/book/model
+      is every file as it was written? (each against its checksum in SHA256SUMS, or in a checkpoint's manifest.json)
   oncelm info smollm2/ --mem-layers 8,16,24
       a LLaMA-family folder, as the LongLLaMA that it would be with these memory layers
 """
@@ -39,11 +41,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="I,J,...",
         help="describe a LLaMA-family model as a LongLLaMA with memory in these layers",
     )
+    parser.add_argument("--verify", action="store_true", help="compare each file of a model folder with its checksum")
 
 
 def run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
+    from oncelm.utils.checksums import check_folder
+
+    if args.verify:
+        if args.model is None:
+            raise ValueError("--verify goes with a MODEL.")
+        print(f"{args.model}: {check_folder(args.model)} files are as they were written.")
     if args.model is None and args.mem_layers is not None:
         raise ValueError("--mem-layers goes with a MODEL.")
     for table in installation() if args.model is None else describe(args.model, args.mem_layers):

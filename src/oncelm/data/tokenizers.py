@@ -25,7 +25,8 @@ from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, 
 from tokenizers.models import BPE
 from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from oncelm.utils.errors import unknown
+from oncelm.utils.errors import is_out_of_memory, unknown
+from oncelm.utils.files import bring_back
 
 BUILT_IN = ("cl100k_base", "bytes")
 TOKENIZER_FILES = ("tokenizer*.json", "vocab.*", "*.model", "tekken.json")  # what marks a tokenizer's folder
@@ -93,6 +94,7 @@ def load_tokenizer(name_or_path: str | os.PathLike[str]) -> PreTrainedTokenizerB
     if name == "bytes":
         return _bytes()
     path = Path(name).expanduser()
+    bring_back(path)
     if path.is_file():
         return _from_file(path)
     if path.is_dir():
@@ -263,6 +265,8 @@ def _checked(name: str | Path, build: Callable[[], PreTrainedTokenizerBase]) -> 
     try:
         tokenizer = build()
     except Exception as error:  # the Rust library raises plain `Exception`
+        if is_out_of_memory(error):
+            raise
         reason = str(error).strip().partition("\n")[0]
         if ".model" in reason or "tiktoken" in reason:
             _require_sentencepiece(name)  # without it transformers tries tiktoken's reader, and blames that

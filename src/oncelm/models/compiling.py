@@ -9,6 +9,7 @@ and one for all others; B = 1 and B > 1 are two graphs, and so are two dtypes.
 from __future__ import annotations
 
 import functools
+import inspect
 import types
 from collections.abc import Callable
 from typing import Any, Self
@@ -32,10 +33,9 @@ def compiled(part: Callable, kind: str, gradients: bool) -> Callable:
     # dynamo keeps graphs, and what it knows of shapes, by code object: with one of its own, no kind disturbs another
     code = part.__code__.replace(co_name=f"{part.__name__}_{kind}")
     own = types.FunctionType(code, part.__globals__)
-    torch._dynamo.config.recompile_limit = max(MAX_GRAPHS, torch._dynamo.config.recompile_limit)
     if gradients:
-        return torch.compile(own, fullgraph=True)
-    run = torch.compile(own, fullgraph=True, options=OPTIONS)
+        return torch.compile(own, fullgraph=True, **_limit())
+    run = torch.compile(own, fullgraph=True, options=OPTIONS, **_limit())
 
     def run_any_length(owner: nn.Module, *tensors: torch.Tensor | None) -> Any:
         for tensor in tensors:
@@ -44,6 +44,15 @@ def compiled(part: Callable, kind: str, gradients: bool) -> Callable:
         return run(owner, *tensors)
 
     return run_any_length
+
+
+def _limit() -> dict[str, Any]:
+    """Of graphs, as an argument of torch.compile: other compiled functions of the process keep theirs."""
+    limit = max(MAX_GRAPHS, torch._dynamo.config.recompile_limit)
+    if "recompile_limit" in inspect.signature(torch.compile).parameters:
+        return {"recompile_limit": limit}
+    torch._dynamo.config.recompile_limit = limit  # torch 2.11 knows no other
+    return {}
 
 
 class CompilesLayers:

@@ -92,6 +92,8 @@ def _open(file: Path) -> GGUFReader:
     try:
         return GGUFReader(file)
     except Exception as error:  # numpy, enum and unicode errors: of what stands where a number or a name should be
+        if isinstance(error, MemoryError):
+            raise
         size, kind = file.stat().st_size, type(error).__name__
         raise ValueError(f"{file} is damaged, or cut off after {size:,} bytes ({kind}: {error}).") from error
 

@@ -30,9 +30,11 @@ from oncelm.models.size import check_fits, check_stored
 from oncelm.models.yoco.modeling import YocoForCausalLM
 from oncelm.models.yoco.official import is_official_folder, read_official, read_params, unsafe_pickle
 from oncelm.models.yoco.presets import PRESETS, preset_config
+from oncelm.utils.checksums import check_folder, is_checkpoint
 from oncelm.utils.constraints import Constraint, Flag, check_all
 from oncelm.utils.device import resolve_device, resolve_dtype
-from oncelm.utils.errors import check_choice
+from oncelm.utils.errors import check_choice, is_out_of_memory
+from oncelm.utils.files import bring_back
 from oncelm.utils.settings import parse_json
 
 logger = logging.getLogger(__name__)
@@ -53,6 +55,7 @@ def load(
     *,
     compile: bool = False,
     gemm: str | None = None,
+    verify: bool | None = None,
     **overrides: Any,
 ) -> PreTrainedModel:
     """Load a model in evaluation mode.
@@ -64,16 +67,22 @@ def load(
         dtype: "float32", "bfloat16", ... or a torch.dtype; None means the checkpoint's.
         compile: compile the layers of a YOCO or LongLLaMA on their first long input (`model.compile_layers`).
         gemm: "float8" for a YOCO's prefill (`YocoForCausalLM.set_gemm`); None means the model's dtype.
+        verify: compare every file of the folder with its checksum first (OnceLM writes them with every model). None
+            does so for a training run's checkpoint, which is as it was written or of no use.
         overrides: keys of LongLlamaConfig to change in a LongLLaMA. With `mem_layers=[...]` any LLaMA-family model is
             loaded as a LongLLaMA with memory in these layers.
 
     Raises:
         FileNotFoundError: no such folder.
+        MemoryError: there is no room for it.
         ValueError: not a model, damaged, unsafe, or with missing or wrong-size tensors (and unexpected ones, where the
-            model is OnceLM's own); `compile` for a model that is neither YOCO nor LongLLaMA, `gemm` for one that is no
-            YOCO.
+            model is OnceLM's own); with `verify`, other files than were written (each is named), or no checksums;
+            `compile` for a model that is neither YOCO nor LongLLaMA, `gemm` for one that is no YOCO.
     """
     precision = None if dtype is None else resolve_dtype(dtype)
+    bring_back(path)
+    if verify or (verify is None and is_checkpoint(Path(path))):
+        check_folder(path, optional_parts=verify is None)
     model = _read_model(path, resolve_device(device), precision, overrides)
     if isinstance(model, YocoForCausalLM):
         model.set_gemm(gemm)
@@ -116,6 +125,7 @@ def _read_model(
 
 def read_config(path: str | os.PathLike[str], **overrides: Any) -> PreTrainedConfig:
     """The configuration of a model folder or hub id, as `load` would use it; no weights are read."""
+    bring_back(path)
     if is_official_folder(path):
         if overrides:
             raise ValueError(f"{path} is an official YOCO folder: {', '.join(overrides)} are keys of LongLLaMA models.")
@@ -214,13 +224,18 @@ def _some(names: list[str]) -> str:
 
 @contextlib.contextmanager
 def errors_in_one_line(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Whatever goes wrong inside transformers, told as a ValueError of one line that names `path`."""
+    """Whatever is wrong with a model inside transformers, told as a ValueError of one line that names `path`.
+
+    Too little memory says nothing of the model: a MemoryError.
+    """
     try:
         yield
     except pickle.UnpicklingError as error:
         raise unsafe_pickle(path) from error
     except Exception as error:  # config classes, safetensors and torch each raise their own
         reason = _reason(error)
+        if is_out_of_memory(error):
+            raise MemoryError(f"no room for the model from {path}: {reason}") from error
         where = str(path) if Path(path).exists() else f"{path} (no such folder, so taken for a Hugging Face hub id)"
         raise ValueError(
             reason if reason.startswith(str(path)) else f"cannot load a model from {where}: {reason}"

@@ -8,11 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import HuggingFaceStorageReader
 
-# said whenever a process alone reads or writes a checkpoint, here and in `oncelm.train.saving`
-warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized", UserWarning)
+# a warning of torch.distributed.checkpoint whenever a process alone reads or writes, here and in `oncelm.train.saving`
+SAID_OF_A_LONE_PROCESS = "torch.distributed is disabled, unavailable or uninitialized"
 
 
 def is_sharded_folder(path: str | os.PathLike[str]) -> bool:
@@ -22,8 +20,13 @@ def is_sharded_folder(path: str | os.PathLike[str]) -> bool:
 
 def read_shards(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
     """The whole tensors by name, on the CPU."""
+    import torch.distributed.checkpoint as dcp  # takes long to import, for few folders
+    from torch.distributed.checkpoint import HuggingFaceStorageReader
+
     reader = HuggingFaceStorageReader(str(path))
     entries: dict[str, Any] = reader.read_metadata().state_dict_metadata  # safetensors hold nothing but tensors
     tensors = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in entries.items()}
-    dcp.load(tensors, storage_reader=reader, no_dist=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", SAID_OF_A_LONE_PROCESS, UserWarning)
+        dcp.load(tensors, storage_reader=reader, no_dist=True)
     return tensors

@@ -10,6 +10,7 @@ All of it is JSON and safetensors: reading a checkpoint runs no code of it.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -17,12 +18,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 
+from oncelm.models.sharded import SAID_OF_A_LONE_PROCESS
 from oncelm.train.checkpoint import save_checkpoint
 from oncelm.train.parallel.ranks import Ranks, broadcast
 
@@ -77,12 +80,13 @@ class Saver:
         self.root, self.keep, self.ranks = root, keep, ranks
         # a new thread's GPU is the first one, on which every rank would then take memory
         many = ranks.device.type == "cuda" and ranks.device.index is not None
-        on_gpu = (torch.cuda.set_device, (ranks.device,)) if many else (None, ())
-        self._thread = ThreadPoolExecutor(1, "checkpoint", *on_gpu)
+        self._on_gpu = (torch.cuda.set_device, (ranks.device,)) if many else (None, ())
         self._writing: Future[None] | None = None
         self.step: int | None = None  # of the last checkpoint that was read, written or is being written
         # on a GPU into the same pinned memory each time
         self._stager = BlockingAsyncStager(cache_staged_state_dict=ranks.device.type == "cuda")
+        if ranks.control is None:  # for good: the thread that writes cannot set filters for itself alone
+            warnings.filterwarnings("ignore", SAID_OF_A_LONE_PROCESS, UserWarning)
 
     def save(self, step: int, tensors: dict[str, Tensors], write_rest: Callable[[Path], None]) -> None:
         """Copy `tensors` to host memory, then return; the rest happens meanwhile. Waits for the save before.
@@ -94,7 +98,9 @@ class Saver:
             OSError: the save before failed.
         """
         self.wait()
-        self._writing = self._thread.submit(self._write, step, self._stager.stage(tensors), write_rest)
+        thread = ThreadPoolExecutor(1, "checkpoint", *self._on_gpu)
+        self._writing = thread.submit(self._write, step, self._stager.stage(tensors), write_rest)
+        thread.shutdown(wait=False)  # it ends once it has written
         self.step = step
 
     @property
@@ -144,4 +150,5 @@ class Saver:
                 dcp.save(named, storage_writer=writer, process_group=group, no_dist=group is None)
             except CheckpointException as error:  # on all ranks, whichever failed
                 rank, (cause, _) = next(iter(error.failures.items()))
-                raise OSError(f"rank {rank}: {cause}" if group is not None else str(cause)) from error
+                kind = OSError if isinstance(cause, OSError | SafetensorError) else RuntimeError
+                raise kind(f"rank {rank}: {cause}" if group is not None else str(cause)) from error

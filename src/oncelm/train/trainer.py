@@ -48,6 +48,7 @@ from oncelm.train.reports import open_reports
 from oncelm.train.saving import Saver, read_tensors, tensors_to_save
 from oncelm.train.schedule import lr_factor
 from oncelm.train.watch import Watch
+from oncelm.utils.checksums import write_checksums
 from oncelm.utils.device import resolve_device
 from oncelm.utils.files import atomic_file, atomic_folder, clean_up
 
@@ -376,11 +377,12 @@ class Trainer:
 
         def write() -> Path:
             # From the checkpoint: the first rank then needs no part of the model from any other.
-            model = load(saved, device="cpu")
+            model = load(saved, device="cpu", verify=False)  # its checksums were taken a moment ago
             with atomic_folder(self.out / "model") as folder, quiet_transformers():
                 model.save_pretrained(folder)
                 if self.tokenizer is not None:
                     self.tokenizer.save_pretrained(folder)
+                write_checksums(folder)
             return self.out / "model"
 
         return self.ranks.on_main(write)

@@ -3,13 +3,27 @@
 from __future__ import annotations
 
 import difflib
+import errno
+import re
 import reprlib
 from collections.abc import Iterable
 from numbers import Integral
 
+from safetensors import SafetensorError
+
 LONGEST_SHOWN = 200  # characters
 _REPR = reprlib.Repr()
 _REPR.maxlevel, _REPR.maxstring, _REPR.maxother, _REPR.maxlong = 3, 120, 120, 40
+
+# of torch, on a GPU and on a CPU, and of safetensors
+_OUT_OF_MEMORY = re.compile(r"out of memory|allocate memory|not enough memory|os error 12\b")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error, of Python or a library, says that memory ran out."""
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+        return True
+    return isinstance(error, RuntimeError | OSError | SafetensorError) and bool(_OUT_OF_MEMORY.search(str(error)))
 
 
 def shown(value: object) -> str:

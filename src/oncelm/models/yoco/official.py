@@ -16,8 +16,9 @@ import torch
 from oncelm.models.size import empty_model
 from oncelm.models.yoco.config import YocoConfig
 from oncelm.models.yoco.modeling import YocoForCausalLM
+from oncelm.utils.checksums import write_checksums
 from oncelm.utils.device import DTYPES
-from oncelm.utils.errors import check_choice, shown, unknown
+from oncelm.utils.errors import check_choice, is_out_of_memory, shown, unknown
 from oncelm.utils.files import atomic_folder
 from oncelm.utils.settings import parse_json
 
@@ -125,6 +126,8 @@ def _read_weights(file: Path) -> dict[str, torch.Tensor]:
     except pickle.UnpicklingError as error:
         raise unsafe_pickle(file) from error
     except Exception as error:  # a damaged file can lead torch's reader anywhere
+        if is_out_of_memory(error):
+            raise
         raise ValueError(f"{file} is damaged: {type(error).__name__}, {str(error).partition(chr(10))[0]}") from error
     if isinstance(state, dict) and set(state) == {"model"}:  # the training code wraps it
         state = state["model"]
@@ -168,3 +171,4 @@ def write_official(model: YocoForCausalLM, path: str | os.PathLike[str]) -> None
     with atomic_folder(path) as folder:
         torch.save({name: tensor.cpu().clone() for name, tensor in model.state_dict().items()}, folder / WEIGHTS)
         (folder / PARAMS).write_text(json.dumps(params, indent=2) + "\n")
+        write_checksums(folder)
