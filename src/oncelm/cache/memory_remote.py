@@ -19,6 +19,11 @@ from oncelm.ops.attention.partial import join_attention, partial_attention
 class MemoryStore(Protocol):
     """Where a memory's keys and values are: MemoryBlocks or MemoryIndex."""
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What they are stored in."""
+        ...
+
     def append(self, rows: slice, k: torch.Tensor, v: torch.Tensor, at: int) -> None:
         """Remember k, v [n, t, H_kv, D] of sequences `rows`, which hold `at` tokens already."""
         ...
@@ -34,6 +39,10 @@ class MemoryStore(Protocol):
     def keep_rows(self, index: torch.Tensor, remembered: tuple[int, ...]) -> None:
         """Keep sequences `index` [M], in that order."""
         ...
+
+    @property
+    def memory_dtype(self) -> torch.dtype:
+        return self.store.dtype
 
     def nbytes(self) -> int: ...
 

@@ -72,6 +72,7 @@ class CausalLM(PreTrainedModel, GenerationMixin):
             raise unknown("cache_implementation", generation_config.cache_implementation, ["static", "dynamic"])
         if model_kwargs.get("past_key_values") is not None:
             self._check_cache(model_kwargs["past_key_values"])
+            generation_config.use_cache = True  # else all of the text would go into that cache at every step
             return
         if generation_config.use_cache is False:
             return
