@@ -10,17 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders
-from tokenizers.models import BPE
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from oncelm import load_tokenizer
 from oncelm.cli import main
-from oncelm.cli.generate import Printer
-from oncelm.data.tokenizers import train_bpe
+from oncelm.cli.printer import Printer
+from oncelm.data.detokenize import TextStream
 from oncelm.models.yoco.official import write_official
+from tests.data.test_detokenize import sentencepiece_like
 from tests.models.small import make_long, make_model
 
 TEXT = "Call me Ishmael. Some years ago, never mind how long precisely: \u00e9t\u00e9 \u65e5\u672c."
@@ -101,8 +98,10 @@ def test_a_narrower_cache(kv_dtype, yoco, llama, generate, tmp_path, capsys) -> 
     generate(yoco, "--prompt", TEXT, "--max-new-tokens", "0", "--save-cache", file, *narrow)
     loaded = ("--load-cache", file, "--prompt", "?", "--max-new-tokens", "5")
     assert generate(yoco, *loaded, *narrow) == wanted
-    if kv_dtype != "bfloat16":
-        assert_refused(capsys, ["--model", str(yoco), *loaded], "make the cache with model.new_cache")
+    assert generate(yoco, *loaded) == wanted  # the file says what it holds
+    for other in {"float8", "int8", "bfloat16"} - {kv_dtype}:
+        message = f"--kv-dtype {other} does not fit {file}, whose keys and values are "
+        assert_refused(capsys, ["--model", str(yoco), *loaded, "--kv-dtype", other], message)
     assert_refused(
         capsys, ["--model", str(llama), "--prompt", "a", *narrow], "--kv-dtype need a YOCO or LongLLaMA model"
     )
@@ -261,67 +260,27 @@ def test_a_bad_model_or_tokenizer(yoco, llama, tmp_path, capsys) -> None:
 # -- text in pieces ---------------------------------------------------------------------------------------------------
 
 
-def sentencepiece_like() -> PreTrainedTokenizerFast:
-    """As Llama 2's: a space shows on decoding only between words, and rare characters are bytes."""
-    names = ["<s>", "\u2581", "\u2581and", "\u2581the", "end", *(f"<0x{byte:02X}>" for byte in range(256))]
-    tokenizer = Tokenizer(BPE({name: i for i, name in enumerate(names)}, [], byte_fallback=True))
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>")
+def test_what_is_streamed_continues_the_prompt(tmp_path, generate) -> None:
+    """A model that repeats: the prompt ends in byte tokens, and so does each character that it writes."""
+    folder = tmp_path / "fallback"
+    tokenizer = sentencepiece_like()
+    model = make_model("retention", vocab_size=len(tokenizer), eos_token_id=None)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    prompt = "\u65e5\u672c"
+    ids = tokenizer(prompt, return_tensors="pt").input_ids
+    answer = model.generate(ids, max_new_tokens=12, do_sample=False)[0, ids.shape[1] :].tolist()
+    stream = TextStream(tokenizer, ids[0].tolist())
+    wanted = "".join(map(stream.add, answer)) + stream.end()
+    assert generate(folder, "--prompt", prompt, "--max-new-tokens", "12") == wanted + "\n"
 
 
-TOKENIZERS = {
-    "bytes": load_tokenizer("bytes"),
-    "bpe": train_bpe([TEXT * 5, "the sea, the \u65e5\u672c sea"], 300),
-    "sentencepiece": sentencepiece_like(),
-}
-
-
-def streamed(tokenizer, context: list[int], ids: list[int]) -> str:
-    """What a Printer writes."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "stdout", io.StringIO())
-        printer = Printer(tokenizer, context)
-        printer.put(torch.tensor([context]))
-        for token in ids:
-            printer.put(torch.tensor([token]))
-        printer.end()
-        return sys.stdout.getvalue()
-
-
-@settings(deadline=None, max_examples=100)
-@given(text=st.text(max_size=20), name=st.sampled_from(["bytes", "bpe"]))
-def test_streamed_text_is_the_text(text, name) -> None:
-    tokenizer = TOKENIZERS[name]
-    ids = tokenizer(text).input_ids
-    assert streamed(tokenizer, tokenizer("a").input_ids, ids) == text + "\n"
-
-
-@settings(deadline=None, max_examples=100)
-@given(ids=st.lists(st.integers(4, 259), max_size=20), name=st.sampled_from(["bytes", "bpe"]))
-def test_any_tokens_stream_as_they_decode(ids, name) -> None:
-    tokenizer = TOKENIZERS[name]
-    whole = tokenizer.decode(ids, skip_special_tokens=True)
-    assert streamed(tokenizer, tokenizer("a").input_ids, ids) == whole + "\n"
-
-
-def test_spaces_between_words_are_kept() -> None:
-    tokenizer = TOKENIZERS["sentencepiece"]
-    vocabulary = tokenizer.get_vocab()
-    names = ["\u2581the", "end", "<0xE6>", "<0x97>", "<0xA5>", "\u2581and", "\u2581", "\u2581the"]
-    ids = [vocabulary[name] for name in names]
-    assert streamed(tokenizer, [vocabulary["\u2581and"]], ids) == " theend\u65e5 and  the\n"
-
-
-def test_a_character_comes_whole_and_at_once() -> None:
-    tokenizer, shown = TOKENIZERS["bytes"], []
+def test_a_character_comes_whole_and_at_once(capsys) -> None:
+    tokenizer, shown = load_tokenizer("bytes"), []
     printer = Printer(tokenizer, [])
-    with pytest.MonkeyPatch.context() as patch:
-        for token in tokenizer("a\u65e5b").input_ids:
-            patch.setattr(sys, "stdout", io.StringIO())
-            printer.put(torch.tensor([token]))
-            shown.append(sys.stdout.getvalue())
+    for token in tokenizer("a\u65e5b").input_ids:
+        printer.put(torch.tensor([token]))
+        shown.append(capsys.readouterr().out)
     assert shown == ["a", "", "", "\u65e5", "b"]
 
 

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from oncelm.cli.output import check_place, print_tables
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -54,6 +56,7 @@ def run(args: argparse.Namespace) -> int:
     from oncelm.bench.subjects import Yoco
 
     lengths = _lengths(args.lengths)
+    check_options(args)
     out = Path(args.out)
     book = _read_document(args.document)
     started = time.perf_counter()
@@ -75,6 +78,16 @@ def run(args: argparse.Namespace) -> int:
     )
     print('      --prompt "My fellow citizens" --temperature 0.8')
     return 0
+
+
+def check_options(args: argparse.Namespace) -> None:
+    """Refuse values that make no sense, before anything is trained."""
+    from oncelm.utils.errors import check_positive
+
+    check_place(args.out, "--out")
+    check_positive(**{"--train-seconds": args.train_seconds, "--new-tokens": args.new_tokens})
+    if args.max_document_tokens is not None and args.max_document_tokens < 2:
+        raise ValueError(f"--max-document-tokens must be at least 2, got {args.max_document_tokens}.")
 
 
 def _lengths(text: str) -> list[int]:
@@ -159,8 +172,8 @@ def _train_both(out: Path, seconds: float) -> tuple[PreTrainedTokenizerBase, Yoc
 
 def _read_and_continue(model: YocoForCausalLM, tokenizer: PreTrainedTokenizerBase, ids: Any, new_tokens: int) -> None:
     from tqdm import tqdm
-    from transformers import TextStreamer
 
+    from oncelm.cli.printer import Printer
     from oncelm.models.load import quiet_transformers
 
     T = ids.shape[1]
@@ -182,7 +195,7 @@ def _read_and_continue(model: YocoForCausalLM, tokenizer: PreTrainedTokenizerBas
             do_sample=True,
             temperature=0.8,
             top_k=50,
-            streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+            streamer=Printer(tokenizer, ids[0].tolist()),
         )
 
 
@@ -236,7 +249,6 @@ def _compare(
 
 
 def _report(rows: Sequence[dict[str, Any]], out: Path) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     from oncelm.bench.plot import plot_by_length
@@ -258,7 +270,7 @@ def _report(rows: Sequence[dict[str, Any]], out: Path) -> None:
             f"{row['cache_bytes'] / 2**20:.1f} MiB",
             f"{row['peak_bytes'] / 2**20:.1f} MiB",
         )
-    Console().print(table)
+    print_tables(table)
     with atomic_file(out / "comparison.json") as temporary:
         temporary.write_text(json.dumps({"environment": environment_report(), "rows": rows}, indent=2) + "\n")
     try:

@@ -8,6 +8,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from oncelm.cli.output import check_place
+
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList
@@ -100,7 +102,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     check_options(args)
-    text = args.prompt if args.prompt is not None else read_text(args.prompt_file)
+    text = typed_text(args.prompt) if args.prompt is not None else read_text(args.prompt_file)
 
     from oncelm.cli.sampling import keep_what_fits
     from oncelm.models.load import load, quiet_transformers, read_config
@@ -148,6 +150,8 @@ def check_options(args: argparse.Namespace) -> None:
         raise ValueError("--top-p and --top-k choose what to draw from; give a --temperature above 0 with them.")
     if args.save_cache and Path(args.save_cache).is_dir():
         raise ValueError(f"--save-cache {args.save_cache} is a folder; name a file.")
+    if args.save_cache:
+        check_place(args.save_cache, "--save-cache")
 
 
 def parse_layers(text: str) -> list[int]:
@@ -178,10 +182,18 @@ def check_memory_options(config: PreTrainedConfig, args: argparse.Namespace) -> 
 def read_text(file: str) -> str:
     """The text of a file, or of standard input for "-", exactly as it is, but for a byte order mark."""
     content = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
+    return utf8(content, "standard input" if file == "-" else file).removeprefix("\ufeff")
+
+
+def typed_text(text: str) -> str:
+    """The text of an argument, which Python hands over as single bytes where the locale says ASCII (LC_ALL=C)."""
+    return utf8(text.encode("utf-8", "surrogateescape"), "--prompt")
+
+
+def utf8(content: bytes, name: str) -> str:
     try:
-        return content.decode("utf-8-sig")
+        return content.decode("utf-8")
     except UnicodeDecodeError as error:
-        name = "standard input" if file == "-" else file
         raise ValueError(f"{name} is not UTF-8 text: {error}") from error
 
 

@@ -34,6 +34,7 @@ class TextStream:
         context = self._settled_end(list(prompt))
         whole = len(context) - self._unfinished(context)
         self._context, self._pending = context[:whole], context[whole:]
+        self._of_prompt = len(self._pending)
         # a token may be a space and half a character: the prompt has shown the space
         self._shown = self._added().rstrip(UNKNOWN)
 
@@ -50,12 +51,13 @@ class TextStream:
 
     def end(self) -> str:
         """What is left, once no token follows."""
-        return self._give(self._added(), len(self._pending))
+        count = len(self._pending)
+        return self._give(self._added(), count) if count > self._of_prompt else ""
 
     def _give(self, text: str, count: int) -> str:
         """`text`, which the first `count` pending tokens add, without what was shown of it."""
         self._context, self._pending = self._pending[:count] or self._context, self._pending[count:]
-        text, self._shown = text.removeprefix(self._shown), ""
+        text, self._shown, self._of_prompt = text.removeprefix(self._shown), "", 0
         return text
 
     def _added(self, count: int | None = None) -> str:
