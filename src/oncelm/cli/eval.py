@@ -78,8 +78,7 @@ class part:
     def run(self, args: argparse.Namespace) -> int:
         if self.is_report:
             return run_report(args)
-        assert self.task is not None  # argparse has asked for it
-        return run_task(self.task, args)
+        return run_task(self.task or _known(args.task), args)  # argparse takes "-" and "-1" for a task
 
 
 def _first_positional(arguments: list[str]) -> str | None:
