@@ -115,6 +115,48 @@ def test_a_file_and_standard_input(yoco, generate, tmp_path, monkeypatch) -> Non
     assert generate(yoco, "--prompt-file", "-", "--max-new-tokens", "9") == wanted
 
 
+def test_a_byte_order_mark_is_no_text(yoco, generate, tmp_path, monkeypatch) -> None:
+    wanted, content = generate(yoco, "--prompt", TEXT, "--max-new-tokens", "9"), TEXT.encode("utf-8-sig")
+    (tmp_path / "prompt.txt").write_bytes(content)
+    assert generate(yoco, "--prompt-file", str(tmp_path / "prompt.txt"), "--max-new-tokens", "9") == wanted
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+    assert generate(yoco, "--prompt-file", "-", "--max-new-tokens", "9") == wanted
+
+
+def test_a_prompt_that_begins_with_dashes(yoco, generate) -> None:
+    for prompt in ("--- Chapter 1 ---", "---", "-x", "--model-like"):
+        wanted = expected(make_model("retention", vocab_size=260), prompt, 5)
+        assert generate(yoco, "--prompt", prompt, "--max-new-tokens", "5") == wanted
+
+
+def test_a_prompt_of_a_locale_without_utf8(yoco, generate) -> None:
+    """With LC_ALL=C, Python hands over the bytes of an argument as single characters."""
+    typed = TEXT.encode().decode("ascii", "surrogateescape")
+    few = ("--max-new-tokens", "5")
+    assert generate(yoco, "--prompt", typed, *few) == generate(yoco, "--prompt", TEXT, *few)
+
+
+def test_special_tokens_that_a_prompt_spells(yoco, tmp_path, generate) -> None:
+    """As the tokenizer reads them, unless an option says how."""
+    model, own = make_model("retention", vocab_size=260, eos_token_id=None), load_tokenizer("bytes")
+    foreign = tmp_path / "foreign"
+    model.save_pretrained(foreign)
+    tokenizer = load_tokenizer("bytes")
+    tokenizer.split_special_tokens = False
+    tokenizer.save_pretrained(foreign)
+
+    def prompt_length(folder: Path, *options: str) -> int:
+        generate(folder, "--prompt", "a</s>b", "--max-new-tokens", "1", *options)
+        return int(re.search(r"prompt +(\d+) tokens", generate.summary)[1])
+
+    as_text, as_token = 6, 3
+    assert len(own("a</s>b").input_ids) == as_text
+    assert (prompt_length(yoco), prompt_length(foreign)) == (as_text, as_token)
+    for folder in (yoco, foreign):
+        assert prompt_length(folder, "--special-tokens") == as_token
+        assert prompt_length(folder, "--no-special-tokens") == as_text
+
+
 def test_sampling(yoco, generate) -> None:
     options = ("--prompt", TEXT, "--max-new-tokens", "30", "--temperature")
     greedy = generate(yoco, *options[:-1])
@@ -325,6 +367,19 @@ def test_longllama_keeps_a_document(long, generate, tmp_path) -> None:
     first, again = (generate(long, "--load-cache", file, "--prompt", "And then", *few) for _ in range(2))
     assert first == again
     assert generate(long, "--load-cache", file, "--prompt", "And then", "--memory", "cpu", *few) == first
+
+
+@pytest.mark.parametrize("memory", ["exact", "cpu"])
+def test_longllama_goes_on_in_the_dtype_of_the_file(memory, long, generate, tmp_path, capsys) -> None:
+    file, place = str(tmp_path / "document.cache"), ("--memory", memory)
+    generate(long, "--prompt", TEXT * 3, "--max-new-tokens", "0", "--save-cache", file, "--kv-dtype", "int8", *place)
+    options = ("--load-cache", file, "--prompt", "And then", "--max-new-tokens", "12", *place)
+    wanted = generate(long, *options, "--kv-dtype", "int8")
+    held = re.search(r"cache .*", generate.summary)[0]
+    assert generate(long, *options) == wanted
+    assert re.search(r"cache .*", generate.summary)[0] == held
+    message = f"--kv-dtype bfloat16 does not fit {file}, whose keys and values are int8; leave it out."
+    assert_refused(capsys, ["--model", str(long), *options, "--kv-dtype", "bfloat16"], message)
 
 
 def test_longllama_options(long, llama, yoco, generate, capsys) -> None:

@@ -104,7 +104,18 @@ def test_output_in_ascii(tmp_path) -> None:
         ["data", "prepare", text, "--out", tokens],
         ["data", "info", tokens],
         ["data", "sample", tokens, "--seq-len", "32"],
-        ["eval", "nll", str(folder), "--documents", text, "--limit", "1", *beyond, "--out", str(folder / "\u65e5.jsonl")],
+        [
+            "eval",
+            "nll",
+            str(folder),
+            "--documents",
+            text,
+            "--limit",
+            "1",
+            *beyond,
+            "--out",
+            str(folder / "\u65e5.jsonl"),
+        ],
         ["eval", "report", str(folder / "\u65e5.jsonl"), "--out", str(folder / "\u65e5.html")],
         ["train", text, "--out", str(tmp_path / "\u65e5run"), "--dry-run"],
     ):
@@ -153,7 +164,11 @@ def test_tables_in_a_pipe_are_whole(tmp_path, capsys, monkeypatch) -> None:
 def test_a_place_that_cannot_be_written_is_named_with_its_option(arguments, option, tmp_path, capsys) -> None:
     """Before a model is read or anything is done: MODEL is not there at all."""
     (tmp_path / "file").write_text("text")
-    places = {"PLACE": str(tmp_path / "file" / "below"), "TEXT": str(tmp_path / "file"), "MODEL": str(tmp_path / "none")}
+    places = {
+        "PLACE": str(tmp_path / "file" / "below"),
+        "TEXT": str(tmp_path / "file"),
+        "MODEL": str(tmp_path / "none"),
+    }
     assert main([places.get(argument, argument) for argument in arguments]) == 2
     error = capsys.readouterr().err
     assert option in error

@@ -36,7 +36,9 @@ TOKENIZERS = {
     "bpe": train_bpe(["the sea, the \u65e5\u672c sea \U0001f600 \U0001f601"] * 5, 310),
     "sentencepiece": sentencepiece_like(),
 }
-characters = st.sampled_from([*"and, \n", "\u00e9", "\u65e5", "\u672c", "\U0001f600", "\u200d", UNKNOWN]) | st.characters(exclude_categories=["Cs"])
+characters = st.sampled_from(
+    [*"and, \n", "\u00e9", "\u65e5", "\u672c", "\U0001f600", "\u200d", UNKNOWN]
+) | st.characters(exclude_categories=["Cs"])
 texts = st.lists(characters, max_size=12).map("".join)
 kinds = pytest.mark.parametrize("kind", TOKENIZERS)
 

@@ -40,10 +40,6 @@ class MemoryStore(Protocol):
         """Keep sequences `index` [M], in that order."""
         ...
 
-    @property
-    def memory_dtype(self) -> torch.dtype:
-        return self.store.dtype
-
     def nbytes(self) -> int: ...
 
 
@@ -94,6 +90,10 @@ class RemoteMemory(Rows):
         """The local cache becomes memory."""
         for rows, (held, count) in same_counts(remembered, local):
             self.store.append(rows, self.raw_keys.raw[rows, :count], self.v[rows, :count], held)
+
+    @property
+    def memory_dtype(self) -> torch.dtype:
+        return self.store.dtype
 
     def nbytes(self) -> int:
         return super().nbytes() + self.raw_keys.nbytes() + self.store.nbytes()
