@@ -36,6 +36,9 @@ def test_an_option_is_no_value() -> None:
     for arguments in (["--prompt", "--seed", "1"], ["--prompt", "--prompt-file", "x"], ["--set", "--seed", "1"]):
         with pytest.raises(ValueError, match=f"argument {arguments[0]}: expected"):
             parsed(*arguments)
+    for arguments in (["--prompt", "--"], ["--prompt=--"], ["--seed", "--", "1"]):
+        with pytest.raises(ValueError, match=r"argument --.*: "):
+            parsed(*arguments)
     with pytest.raises(ValueError, match="given as --option=VALUE"):
         parsed("--prompt", "-h")
 

@@ -68,7 +68,7 @@ def streamed(tokenizer: PreTrainedTokenizerFast, prompt: list[int], answer: list
 @settings(deadline=None, max_examples=150)
 @given(data=st.data(), text=texts)
 def test_pieces_join_to_the_text(kind, data, text) -> None:
-    """The prompt and the answer end anywhere, within a character too: it belongs to the answer; a cut one is unknown."""
+    """Prompt and answer end anywhere, within a character too: it belongs to the answer; one that is cut is unknown."""
     tokenizer = TOKENIZERS[kind]
     ids = tokenizer("x" + text, split_special_tokens=True).input_ids
     cut = data.draw(st.integers(0, len(ids)))

@@ -34,7 +34,7 @@ class RewindPoint:
 class Snapshot:
     """A copy of a cache at one moment: `tensors` by name ("layers.3.state", "shared.k" [N, tokens, H_kv, D]).
 
-    `kv_dtype` is what the cache stores in its global cache or memory; a LongLLaMA's int8 stands in `tensors` as float32.
+    `kv_dtype` is what the global cache or the memory stores; a LongLLaMA's int8 stands in `tensors` as float32.
     `tensors` has no shared K/V with a rewind point (`snapshot(shared=False)`), which only its own cache can return to.
     """
 

@@ -64,7 +64,9 @@ class Parser(argparse.ArgumentParser):
                 if argument.startswith("--") and " " not in argument:
                     raise unknown(f"option of {self.prog}", argument.partition("=")[0], self._option_string_actions)
                 yield argument
-            elif "=" in argument or not left or self.option(left[-1]) is not None:
+            elif argument.partition("=")[2] == "--" and action.nargs is None:  # argparse drops it
+                self.error(f"argument {argument.partition('=')[0]}: -- is no value")
+            elif "=" in argument or not left or left[-1] == "--" or self.option(left[-1]) is not None:
                 yield argument
             elif action.metavar == "KEY=VALUE":
                 yield f"{argument}={left.pop()}"
@@ -102,8 +104,9 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (ValueError, OSError, ImportError) as error:
+        one_line = " ".join(str(error).splitlines())
         rank = int(os.environ.get("RANK", "0"))  # of a process that torchrun started; the first speaks for all
-        print(f"oncelm: error{f' (rank {rank})' if rank else ''}: {error}", file=sys.stderr)
+        print(f"oncelm: error{f' (rank {rank})' if rank else ''}: {one_line}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("oncelm: interrupted", file=sys.stderr)

@@ -310,7 +310,8 @@ def dtype_of(kept: Snapshot, model: PreTrainedModel, args: argparse.Namespace) -
     if asked is not None and there is not None and asked != there and {asked, there} & {*LARGEST}:
         name = str(there).removeprefix("torch.")
         raise ValueError(
-            f"--kv-dtype {args.kv_dtype} does not fit {args.load_cache}, whose keys and values are {name}; leave it out."
+            f"--kv-dtype {args.kv_dtype} does not fit {args.load_cache}, whose keys and values are {name}; "
+            "leave it out."
         )
     if model.config.model_type != "longllama":
         return asked or there

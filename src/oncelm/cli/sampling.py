@@ -22,7 +22,8 @@ HONOURED = (
     *("bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "sequence_bias"),
     *("renormalize_logits", "remove_invalid_values", "watermarking_config"),
 )
-# What is read otherwise (stop strings), what the command line has options for, what changes no text, what only helpers of other ways to generate read.
+# What is read otherwise (stop strings), what the command line has options for, what changes no text, what belongs to
+# other ways to generate and does nothing without them.
 REPLACED = (
     "stop_strings",
     *("do_sample", "temperature", "top_k", "top_p", "max_length", "max_new_tokens", "prefill_chunk_size"),

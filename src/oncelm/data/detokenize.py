@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 UNKNOWN = "\ufffd"  # how bytes that are no character (yet) read
-# the tokens of that character itself, where a text has it: its three bytes in a byte-level vocabulary, byte tokens, a word
+# how the tokens of that character itself are spelled, where a text has it: byte-level, as byte tokens, as text
 SPELLED_UNKNOWN = ("\u00ef\u00bf\u00bd", "<0xEF><0xBF><0xBD>", UNKNOWN)
 LONGEST_TAIL = 3  # tokens at the end of a text that may be the beginning of one character, of up to four bytes
 CONTEXT = 8  # tokens before a new one that are decoded with it, at least, where there are as many
