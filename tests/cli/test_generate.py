@@ -10,17 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders
-from tokenizers.models import BPE
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from oncelm import load_tokenizer
 from oncelm.cli import main
-from oncelm.cli.generate import Printer
-from oncelm.data.tokenizers import train_bpe
+from oncelm.cli.printer import Printer
+from oncelm.data.detokenize import TextStream
 from oncelm.models.yoco.official import write_official
+from tests.data.test_detokenize import sentencepiece_like
 from tests.models.small import make_long, make_model
 
 TEXT = "Call me Ishmael. Some years ago, never mind how long precisely: \u00e9t\u00e9 \u65e5\u672c."
@@ -101,8 +98,10 @@ def test_a_narrower_cache(kv_dtype, yoco, llama, generate, tmp_path, capsys) -> 
     generate(yoco, "--prompt", TEXT, "--max-new-tokens", "0", "--save-cache", file, *narrow)
     loaded = ("--load-cache", file, "--prompt", "?", "--max-new-tokens", "5")
     assert generate(yoco, *loaded, *narrow) == wanted
-    if kv_dtype != "bfloat16":
-        assert_refused(capsys, ["--model", str(yoco), *loaded], "make the cache with model.new_cache")
+    assert generate(yoco, *loaded) == wanted  # the file says what it holds
+    for other in {"float8", "int8", "bfloat16"} - {kv_dtype}:
+        message = f"--kv-dtype {other} does not fit {file}, whose keys and values are "
+        assert_refused(capsys, ["--model", str(yoco), *loaded, "--kv-dtype", other], message)
     assert_refused(
         capsys, ["--model", str(llama), "--prompt", "a", *narrow], "--kv-dtype need a YOCO or LongLLaMA model"
     )
@@ -114,6 +113,48 @@ def test_a_file_and_standard_input(yoco, generate, tmp_path, monkeypatch) -> Non
     assert generate(yoco, "--prompt-file", str(tmp_path / "prompt.txt"), "--max-new-tokens", "9") == wanted
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(f"{TEXT}\r\n".encode())))
     assert generate(yoco, "--prompt-file", "-", "--max-new-tokens", "9") == wanted
+
+
+def test_a_byte_order_mark_is_no_text(yoco, generate, tmp_path, monkeypatch) -> None:
+    wanted, content = generate(yoco, "--prompt", TEXT, "--max-new-tokens", "9"), TEXT.encode("utf-8-sig")
+    (tmp_path / "prompt.txt").write_bytes(content)
+    assert generate(yoco, "--prompt-file", str(tmp_path / "prompt.txt"), "--max-new-tokens", "9") == wanted
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+    assert generate(yoco, "--prompt-file", "-", "--max-new-tokens", "9") == wanted
+
+
+def test_a_prompt_that_begins_with_dashes(yoco, generate) -> None:
+    for prompt in ("--- Chapter 1 ---", "---", "-x", "--model-like"):
+        wanted = expected(make_model("retention", vocab_size=260), prompt, 5)
+        assert generate(yoco, "--prompt", prompt, "--max-new-tokens", "5") == wanted
+
+
+def test_a_prompt_of_a_locale_without_utf8(yoco, generate) -> None:
+    """With LC_ALL=C, Python hands over the bytes of an argument as single characters."""
+    typed = TEXT.encode().decode("ascii", "surrogateescape")
+    few = ("--max-new-tokens", "5")
+    assert generate(yoco, "--prompt", typed, *few) == generate(yoco, "--prompt", TEXT, *few)
+
+
+def test_special_tokens_that_a_prompt_spells(yoco, tmp_path, generate) -> None:
+    """As the tokenizer reads them, unless an option says how."""
+    model, own = make_model("retention", vocab_size=260, eos_token_id=None), load_tokenizer("bytes")
+    foreign = tmp_path / "foreign"
+    model.save_pretrained(foreign)
+    tokenizer = load_tokenizer("bytes")
+    tokenizer.split_special_tokens = False
+    tokenizer.save_pretrained(foreign)
+
+    def prompt_length(folder: Path, *options: str) -> int:
+        generate(folder, "--prompt", "a</s>b", "--max-new-tokens", "1", *options)
+        return int(re.search(r"prompt +(\d+) tokens", generate.summary)[1])
+
+    as_text, as_token = 6, 3
+    assert len(own("a</s>b").input_ids) == as_text
+    assert (prompt_length(yoco), prompt_length(foreign)) == (as_text, as_token)
+    for folder in (yoco, foreign):
+        assert prompt_length(folder, "--special-tokens") == as_token
+        assert prompt_length(folder, "--no-special-tokens") == as_text
 
 
 def test_sampling(yoco, generate) -> None:
@@ -273,67 +314,27 @@ def test_a_bad_model_or_tokenizer(yoco, llama, tmp_path, capsys) -> None:
 # -- text in pieces ---------------------------------------------------------------------------------------------------
 
 
-def sentencepiece_like() -> PreTrainedTokenizerFast:
-    """As Llama 2's: a space shows on decoding only between words, and rare characters are bytes."""
-    names = ["<s>", "\u2581", "\u2581and", "\u2581the", "end", *(f"<0x{byte:02X}>" for byte in range(256))]
-    tokenizer = Tokenizer(BPE({name: i for i, name in enumerate(names)}, [], byte_fallback=True))
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>")
+def test_what_is_streamed_continues_the_prompt(tmp_path, generate) -> None:
+    """A model that repeats: the prompt ends in byte tokens, and so does each character that it writes."""
+    folder = tmp_path / "fallback"
+    tokenizer = sentencepiece_like()
+    model = make_model("retention", vocab_size=len(tokenizer), eos_token_id=None)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    prompt = "\u65e5\u672c"
+    ids = tokenizer(prompt, return_tensors="pt").input_ids
+    answer = model.generate(ids, max_new_tokens=12, do_sample=False)[0, ids.shape[1] :].tolist()
+    stream = TextStream(tokenizer, ids[0].tolist())
+    wanted = "".join(map(stream.add, answer)) + stream.end()
+    assert generate(folder, "--prompt", prompt, "--max-new-tokens", "12") == wanted + "\n"
 
 
-TOKENIZERS = {
-    "bytes": load_tokenizer("bytes"),
-    "bpe": train_bpe([TEXT * 5, "the sea, the \u65e5\u672c sea"], 300),
-    "sentencepiece": sentencepiece_like(),
-}
-
-
-def streamed(tokenizer, context: list[int], ids: list[int]) -> str:
-    """What a Printer writes."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "stdout", io.StringIO())
-        printer = Printer(tokenizer, context)
-        printer.put(torch.tensor([context]))
-        for token in ids:
-            printer.put(torch.tensor([token]))
-        printer.end()
-        return sys.stdout.getvalue()
-
-
-@settings(deadline=None, max_examples=100)
-@given(text=st.text(max_size=20), name=st.sampled_from(["bytes", "bpe"]))
-def test_streamed_text_is_the_text(text, name) -> None:
-    tokenizer = TOKENIZERS[name]
-    ids = tokenizer(text).input_ids
-    assert streamed(tokenizer, tokenizer("a").input_ids, ids) == text + "\n"
-
-
-@settings(deadline=None, max_examples=100)
-@given(ids=st.lists(st.integers(4, 259), max_size=20), name=st.sampled_from(["bytes", "bpe"]))
-def test_any_tokens_stream_as_they_decode(ids, name) -> None:
-    tokenizer = TOKENIZERS[name]
-    whole = tokenizer.decode(ids, skip_special_tokens=True)
-    assert streamed(tokenizer, tokenizer("a").input_ids, ids) == whole + "\n"
-
-
-def test_spaces_between_words_are_kept() -> None:
-    tokenizer = TOKENIZERS["sentencepiece"]
-    vocabulary = tokenizer.get_vocab()
-    names = ["\u2581the", "end", "<0xE6>", "<0x97>", "<0xA5>", "\u2581and", "\u2581", "\u2581the"]
-    ids = [vocabulary[name] for name in names]
-    assert streamed(tokenizer, [vocabulary["\u2581and"]], ids) == " theend\u65e5 and  the\n"
-
-
-def test_a_character_comes_whole_and_at_once() -> None:
-    tokenizer, shown = TOKENIZERS["bytes"], []
+def test_a_character_comes_whole_and_at_once(capsys) -> None:
+    tokenizer, shown = load_tokenizer("bytes"), []
     printer = Printer(tokenizer, [])
-    with pytest.MonkeyPatch.context() as patch:
-        for token in tokenizer("a\u65e5b").input_ids:
-            patch.setattr(sys, "stdout", io.StringIO())
-            printer.put(torch.tensor([token]))
-            shown.append(sys.stdout.getvalue())
+    for token in tokenizer("a\u65e5b").input_ids:
+        printer.put(torch.tensor([token]))
+        shown.append(capsys.readouterr().out)
     assert shown == ["a", "", "", "\u65e5", "b"]
 
 
@@ -378,6 +379,19 @@ def test_longllama_keeps_a_document(long, generate, tmp_path) -> None:
     first, again = (generate(long, "--load-cache", file, "--prompt", "And then", *few) for _ in range(2))
     assert first == again
     assert generate(long, "--load-cache", file, "--prompt", "And then", "--memory", "cpu", *few) == first
+
+
+@pytest.mark.parametrize("memory", ["exact", "cpu"])
+def test_longllama_goes_on_in_the_dtype_of_the_file(memory, long, generate, tmp_path, capsys) -> None:
+    file, place = str(tmp_path / "document.cache"), ("--memory", memory)
+    generate(long, "--prompt", TEXT * 3, "--max-new-tokens", "0", "--save-cache", file, "--kv-dtype", "int8", *place)
+    options = ("--load-cache", file, "--prompt", "And then", "--max-new-tokens", "12", *place)
+    wanted = generate(long, *options, "--kv-dtype", "int8")
+    held = re.search(r"cache .*", generate.summary)[0]
+    assert generate(long, *options) == wanted
+    assert re.search(r"cache .*", generate.summary)[0] == held
+    message = f"--kv-dtype bfloat16 does not fit {file}, whose keys and values are int8; leave it out."
+    assert_refused(capsys, ["--model", str(long), *options, "--kv-dtype", "bfloat16"], message)
 
 
 def test_longllama_options(long, llama, yoco, generate, capsys) -> None:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from oncelm.data import reading
-from oncelm.data.reading import DamagedText, Document, Malformed, parse_json, read, read_text, sample_texts, scan
+from oncelm.data.reading import DamagedText, Document, Malformed, parse_record, read, read_text, sample_texts, scan
 
 zstd = reading.zstd_module()
 
@@ -142,19 +142,19 @@ def test_json_that_python_writes_is_read(value) -> None:
             return [finite(item) for item in value]
         return None if isinstance(value, float) and not math.isfinite(value) else value
 
-    assert parse_json(json.dumps(value).encode()) == finite(value)
+    assert parse_record(json.dumps(value).encode()) == finite(value)
 
 
 @pytest.mark.parametrize("line", [b'{"text": "a", "b": -NaN}', b'{"text": "a NaN', b'{"text": nNaN}', b"NaN Infinity"])
 def test_what_is_no_json_beside_a_nan_is_told_as_before(line) -> None:
     with pytest.raises(ValueError, match="not JSON: "):
-        parse_json(line)
+        parse_record(line)
 
 
 def test_a_long_broken_line_with_a_nan_is_looked_through_once() -> None:
     start = time.perf_counter()
     with pytest.raises(ValueError, match="not JSON"):
-        parse_json(b'{"score": NaN, "text": "' + rb"\"" * (1 << 20))
+        parse_record(b'{"score": NaN, "text": "' + rb"\"" * (1 << 20))
     assert time.perf_counter() - start < 5
 
 

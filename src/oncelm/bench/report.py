@@ -27,7 +27,7 @@ def append_record(path: str | os.PathLike[str], record: Record) -> None:
 def read_records(path: str | os.PathLike[str]) -> list[Record]:
     """The records of a file; ValueError names a line that is none."""
     records = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8-sig").splitlines(), start=1):
         try:
             records.append(parse_json(line))
         except ValueError as error:

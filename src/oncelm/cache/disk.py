@@ -29,6 +29,8 @@ def save_snapshot(snapshot: Snapshot, path: str | os.PathLike[str], fingerprint:
     lengths, columns = json.dumps(snapshot.lengths), str(snapshot.columns)
     header = {"format": FORMAT, "fingerprint": fingerprint, "lengths": lengths, "columns": columns}
     header["checksum"] = _checksum(tensors, lengths, columns)
+    if snapshot.kv_dtype is not None:
+        header["kv_dtype"] = str(snapshot.kv_dtype).removeprefix("torch.")
     with atomic_file(path) as temporary:
         save_file(tensors, temporary, metadata=header)
 
@@ -62,7 +64,16 @@ def load_snapshot(path: str | os.PathLike[str], fingerprint: str, device: torch.
         {name: tensor.to(device) for name, tensor in tensors.items()},
         tuple(json.loads(header["lengths"])),
         int(header["columns"]),
+        kv_dtype=_dtype(header.get("kv_dtype"), tensors),
     )
+
+
+def _dtype(name: str | None, tensors: dict[str, torch.Tensor]) -> torch.dtype | None:
+    """What the cache stored: as its global cache is, or by name; None where the file does not say (or is older)."""
+    if "shared.k" in tensors:
+        return tensors["shared.k"].dtype
+    named = getattr(torch, name or "", None)
+    return named if isinstance(named, torch.dtype) else None
 
 
 def _checksum(tensors: dict[str, torch.Tensor], lengths: str, columns: str) -> str:

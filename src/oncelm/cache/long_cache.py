@@ -140,7 +140,8 @@ class LongLlamaCache(SequenceCache):
         }
         tensors["remembered"], tensors["local"] = torch.tensor(self.remembered), torch.tensor(self.local)
         tensors["local_columns"] = torch.tensor([self.local_columns])
-        return Snapshot(tensors, self.lengths, self.columns)
+        kept = {layer.memory_dtype for layer in self.layers if not isinstance(layer, LocalKV)}  # one, or none
+        return Snapshot(tensors, self.lengths, self.columns, kv_dtype=next(iter(kept), None))
 
     def restore(self, snapshot: Snapshot) -> None:
         """Take in a snapshot; the cache must be new.

@@ -54,6 +54,10 @@ class MemoryIndex:
         self.indexes = [[self._new_index(head_dim) for _ in range(num_kv_heads)] for _ in range(batch_size)]
         self.centers = torch.zeros(batch_size, num_kv_heads, head_dim)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.rows.k.dtype
+
     def _new_index(self, head_dim: int) -> Any:
         if self.kind == "hnsw":
             index = _faiss().IndexHNSWFlat(head_dim, HNSW_NEIGHBOURS, _faiss().METRIC_INNER_PRODUCT)

@@ -86,6 +86,10 @@ class MemoryKV(Rows):
         for rows, (held, count) in same_counts(remembered, local):
             self.k[rows, held : held + count] = self.raw_keys.raw[rows, :count]
 
+    @property
+    def memory_dtype(self) -> torch.dtype:
+        return self.k.dtype
+
     def nbytes(self) -> int:
         return super().nbytes() + self.raw_keys.nbytes()
 

@@ -19,6 +19,11 @@ from oncelm.ops.attention.partial import join_attention, partial_attention
 class MemoryStore(Protocol):
     """Where a memory's keys and values are: MemoryBlocks or MemoryIndex."""
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What they are stored in."""
+        ...
+
     def append(self, rows: slice, k: torch.Tensor, v: torch.Tensor, at: int) -> None:
         """Remember k, v [n, t, H_kv, D] of sequences `rows`, which hold `at` tokens already."""
         ...
@@ -85,6 +90,10 @@ class RemoteMemory(Rows):
         """The local cache becomes memory."""
         for rows, (held, count) in same_counts(remembered, local):
             self.store.append(rows, self.raw_keys.raw[rows, :count], self.v[rows, :count], held)
+
+    @property
+    def memory_dtype(self) -> torch.dtype:
+        return self.store.dtype
 
     def nbytes(self) -> int:
         return super().nbytes() + self.raw_keys.nbytes() + self.store.nbytes()

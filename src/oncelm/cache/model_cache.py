@@ -34,6 +34,7 @@ class RewindPoint:
 class Snapshot:
     """A copy of a cache at one moment: `tensors` by name ("layers.3.state", "shared.k" [N, tokens, H_kv, D]).
 
+    `kv_dtype` is what the global cache or the memory stores; a LongLLaMA's int8 stands in `tensors` as float32.
     `tensors` has no shared K/V with a rewind point (`snapshot(shared=False)`), which only its own cache can return to.
     """
 
@@ -41,6 +42,7 @@ class Snapshot:
     lengths: tuple[int, ...]
     columns: int
     rewind_point: RewindPoint | None = None
+    kv_dtype: torch.dtype | None = None
 
 
 class ModelCache(SequenceCache):
@@ -119,7 +121,8 @@ class ModelCache(SequenceCache):
         if not shared:
             point = RewindPoint(self.lengths)
             self._rewind_points.add(point)
-        return Snapshot(held, self.lengths, self.columns, point)
+        kv_dtype = None if self.shared is None else self.shared.k.dtype
+        return Snapshot(held, self.lengths, self.columns, point, kv_dtype)
 
     def restore(self, snapshot: Snapshot) -> None:
         """Return to a snapshot of this cache, or of another one for the same model and batch size."""

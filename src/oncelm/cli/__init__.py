@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import os
 import sys
 import traceback
+from collections.abc import Iterator
 from typing import NoReturn
 
 from oncelm.utils.errors import is_out_of_memory, unknown
@@ -30,17 +32,60 @@ VERBS = {
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, but a mistake is a ValueError of one line, with the nearest option there is."""
+    """argparse, but a mistake is a ValueError of one line, with the nearest option there is.
+
+    An option's value may begin with a dash, unless it is the name of an option: `--prompt "--- 1 ---"`, `--seed -1`.
+    """
 
     def parse(self, arguments: list[str]) -> argparse.Namespace:
-        known = self._option_string_actions
-        for name in (argument.partition("=")[0] for argument in arguments):
-            if name.startswith("--") and len(name) > 2 and not any(option.startswith(name) for option in known):
-                raise unknown(f"option of {self.prog}", name, known)
-        return self.parse_args(arguments)
+        return self.parse_args(list(self._joined(arguments)))
 
     def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message} (see {self.prog} --help)")
+        hint = "; a value that is the name of an option is given as --option=VALUE" if "expected one" in message else ""
+        raise ValueError(f"{message}{hint} (see {self.prog} --help)")
+
+    def option(self, argument: str) -> argparse.Action | None:
+        """The option that an argument names, with or without "=VALUE", also by a beginning of its name; else None."""
+        known, name = self._option_string_actions, argument.partition("=")[0]
+        if name in known or not name.startswith("--") or len(name) == 2:
+            return known.get(name)
+        return next((action for option, action in known.items() if option.startswith(name)), None)
+
+    def _joined(self, arguments: list[str]) -> Iterator[str]:
+        """The arguments as argparse takes them for what they are: `--option=VALUE` where a value begins with a dash.
+
+        `--set a=1 b=2 book.txt` becomes `--set=a=1 --set=b=2 book.txt`: what is no setting belongs to no --set.
+        """
+        left = list(reversed(arguments))
+        while left:
+            argument = left.pop()
+            action = self.option(argument)
+            if argument == "--":
+                yield from (argument, *reversed(left))
+                return
+            if action is None:
+                if argument.startswith("--") and " " not in argument:
+                    raise unknown(f"option of {self.prog}", argument.partition("=")[0], self._option_string_actions)
+                yield argument
+            elif argument.partition("=")[2] == "--" and action.nargs is None:  # argparse drops it
+                self.error(f"argument {argument.partition('=')[0]}: -- is no value")
+            elif "=" in argument or not left or left[-1] == "--" or self.option(left[-1]) is not None:
+                yield argument
+            elif action.metavar == "KEY=VALUE":
+                yield f"{argument}={left.pop()}"
+                while left and "=" in left[-1] and not left[-1].startswith("-"):
+                    yield f"{argument}={left.pop()}"
+            elif action.nargs is None and left[-1].startswith("-"):
+                yield f"{argument}={left.pop()}"
+            else:
+                yield argument
+
+
+def _print_any_text() -> None:
+    """What standard output's encoding lacks is printed as an escape: a report of an hour's work never ends midway."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _top_level_parser() -> Parser:
@@ -56,6 +101,7 @@ def _top_level_parser() -> Parser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status (0 done, 2 a user's mistake, 130 interrupted)."""
+    _print_any_text()
     try:
         return _run(sys.argv[1:] if argv is None else argv)
     except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough

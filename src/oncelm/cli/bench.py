@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from oncelm.cli.output import check_place, print_tables
+
 if TYPE_CHECKING:
     import torch
 
@@ -127,8 +129,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from rich.console import Console
-
     from oncelm import bench
     from oncelm.utils.device import resolve_device, resolve_dtype
     from oncelm.utils.errors import check_choice
@@ -139,7 +139,9 @@ def run(args: argparse.Namespace) -> int:
     device = resolve_device(args.device)
     dtype = resolve_dtype(args.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
     if args.out:
-        Path(args.out).open("a").close()  # a place that cannot be written fails now, not after minutes
+        check_place(args.out, "--out")  # now, not after minutes
+        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+        Path(args.out).open("a").close()
     run_options: dict[str, Any] = {"dtype": dtype, "repeats": args.repeats}
     if args.out:
         run_options["on_record"] = lambda record: bench.append_record(args.out, record)
@@ -164,7 +166,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"oncelm: correctness gate: {error}", file=sys.stderr)
         return 1
     tables = {"ops": bench.ops_table, "harness": bench.harness_table, "needle": bench.needle_table}
-    Console().print(tables.get(args.benchmark, bench.table)(records))
+    print_tables(tables.get(args.benchmark, bench.table)(records))
     if args.out:
         print(f"Appended {len(records)} lines to {args.out}")
     return 0

@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from oncelm.cli.output import check_place, print_tables
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -93,6 +95,7 @@ def run_prepare(args: argparse.Namespace) -> int:
     if is_token_folder(args.data):
         raise ValueError(f"{args.data!r} holds tokens already; give the text that they were made of.")
     corpus = find_corpus(args.data)
+    check_place(args.out or hidden_folder(corpus), "--out")
     tokenizer = choose_tokenizer(args.tokenizer or "bytes", corpus, args.out)
     folder = prepare(corpus, tokenizer, args.out, bos=args.bos, strict=args.strict, workers=args.workers)
     tokens = open_tokens(folder)
@@ -116,8 +119,7 @@ def choose_tokenizer(name: str, corpus: Corpus, out: str | None) -> PreTrainedTo
     if not name.startswith("bpe:"):
         return load_tokenizer(name)
     vocab_size = bpe_vocab_size(name)
-    hidden = corpus.path if corpus.path.is_dir() else corpus.path.parent
-    kept = Path(out) / name.replace(":", "-") if out else hidden / ".oncelm" / name.replace(":", "-")
+    kept = (Path(out) if out else hidden_folder(corpus)) / name.replace(":", "-")
     if not kept.exists():
         make_place(kept.parent)
         files = [file for source in corpus.train for file in source.files]
@@ -125,6 +127,11 @@ def choose_tokenizer(name: str, corpus: Corpus, out: str | None) -> PreTrainedTo
         with atomic_folder(kept) as folder:
             tokenizer.save_pretrained(folder)
     return load_tokenizer(kept)
+
+
+def hidden_folder(corpus: Corpus) -> Path:
+    """Where tokens go without --out."""
+    return (corpus.path if corpus.path.is_dir() else corpus.path.parent) / ".oncelm"
 
 
 def report_malformed(tokens: TokenFolder, shown: int = 5) -> None:
@@ -156,8 +163,7 @@ def run_info(args: argparse.Namespace) -> int:
     corpus = find_corpus(args.data)
     describe_text(corpus)
     report_left_out(corpus)
-    hidden = corpus.path if corpus.path.is_dir() else corpus.path.parent
-    prepared = sorted(manifest.parent for manifest in (hidden / ".oncelm").glob(f"*/{MANIFEST}"))
+    prepared = sorted(manifest.parent for manifest in hidden_folder(corpus).glob(f"*/{MANIFEST}"))
     if corpus.path.is_file():
         prepared = [folder for folder in prepared if folder.name.startswith(f"{corpus.path.name}-")]
     for folder in prepared:
@@ -168,8 +174,6 @@ def run_info(args: argparse.Namespace) -> int:
 
 
 def describe_text(corpus: Corpus) -> None:
-    from rich.console import Console
-
     from oncelm.cli.info import new_table
     from oncelm.utils.units import size
 
@@ -180,12 +184,10 @@ def describe_text(corpus: Corpus) -> None:
             num_bytes = sum(file.stat().st_size for file in source.files)
             share = f"{source.weight / total:.1%}"
             table.add_row(source.name, use, share, f"{len(source.files):,}", size(num_bytes))
-    Console().print(table)
+    print_tables(table)
 
 
 def describe_tokens(tokens: TokenFolder) -> None:
-    from rich.console import Console
-
     from oncelm.cli.info import new_table
     from oncelm.utils.units import count, size
 
@@ -209,7 +211,7 @@ def describe_tokens(tokens: TokenFolder) -> None:
             shares = [inside / stream.num_tokens for inside in tokens_in_documents(stream)]
             lengths.add_row(source.name, *(f"{share:.1%}" for share in shares), "tokens")
     print(tokens.path)
-    Console().print(table, lengths)
+    print_tables(table, lengths)
     report_malformed(tokens)
 
 
@@ -238,6 +240,7 @@ def run_sample(args: argparse.Namespace) -> int:
         folder = Path(args.data)
     else:
         corpus = find_corpus(args.data)
+        check_place(args.out or hidden_folder(corpus), "--out")
         tokenizer = choose_tokenizer(args.tokenizer or "bytes", corpus, args.out)
         folder = prepare(corpus, tokenizer, args.out, bos=args.bos, strict=args.strict, workers=args.workers)
     tokens = open_tokens(folder)

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from oncelm.cli.output import check_place, print_tables
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -54,9 +56,10 @@ def run(args: argparse.Namespace) -> int:
     from oncelm.bench.subjects import Yoco
     from oncelm.utils.constraints import POSITIVE, Whole, check_options
 
-    counts = dict.fromkeys(("max_document_tokens", "new_tokens"), Whole(1, 2**40))
+    counts = {"max_document_tokens": Whole(2, 2**40), "new_tokens": Whole(1, 2**40)}
     check_options(args, {"train_seconds": POSITIVE, **counts})
     lengths = _lengths(args.lengths)
+    check_place(args.out, "--out")
     out = Path(args.out)
     book = _read_document(args.document)
     started = time.perf_counter()
@@ -162,8 +165,8 @@ def _train_both(out: Path, seconds: float) -> tuple[PreTrainedTokenizerBase, Yoc
 
 def _read_and_continue(model: YocoForCausalLM, tokenizer: PreTrainedTokenizerBase, ids: Any, new_tokens: int) -> None:
     from tqdm import tqdm
-    from transformers import TextStreamer
 
+    from oncelm.cli.printer import Printer
     from oncelm.models.load import quiet_transformers
 
     T = ids.shape[1]
@@ -185,7 +188,7 @@ def _read_and_continue(model: YocoForCausalLM, tokenizer: PreTrainedTokenizerBas
             do_sample=True,
             temperature=0.8,
             top_k=50,
-            streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+            streamer=Printer(tokenizer, ids[0].tolist()),
         )
 
 
@@ -239,7 +242,6 @@ def _compare(
 
 
 def _report(rows: Sequence[dict[str, Any]], out: Path) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     from oncelm.bench.plot import plot_by_length
@@ -261,7 +263,7 @@ def _report(rows: Sequence[dict[str, Any]], out: Path) -> None:
             f"{row['cache_bytes'] / 2**20:.1f} MiB",
             f"{row['peak_bytes'] / 2**20:.1f} MiB",
         )
-    Console().print(table)
+    print_tables(table)
     with atomic_file(out / "comparison.json") as temporary:
         temporary.write_text(json.dumps({"environment": environment_report(), "rows": rows}, indent=2) + "\n")
     try:

@@ -8,6 +8,8 @@ from pathlib import Path
 from types import UnionType
 from typing import TYPE_CHECKING, Any, get_args
 
+from oncelm.cli.output import check_place, print_tables
+
 if TYPE_CHECKING:
     from oncelm.eval import LanguageModel, Run, Table, Task
 
@@ -50,7 +52,7 @@ class part:
         from oncelm.eval import TASKS, find_task
 
         self.task: type[Task] | None = None
-        named = next((argument for argument in arguments if not argument.startswith("-")), None)
+        named = _first_positional(arguments)
         self.is_report = named == "report"
         if self.is_report:
             self.DESCRIPTION = REPORT
@@ -76,8 +78,31 @@ class part:
     def run(self, args: argparse.Namespace) -> int:
         if self.is_report:
             return run_report(args)
-        assert self.task is not None  # argparse has asked for it
-        return run_task(self.task, args)
+        return run_task(self.task or _known(args.task), args)  # argparse takes "-" and "-1" for a task
+
+
+def _first_positional(arguments: list[str]) -> str | None:
+    """The first argument that is neither an option nor the value of one, of any task's options."""
+    from oncelm.cli import Parser
+    from oncelm.eval import TASKS
+
+    parser = Parser(add_help=False, conflict_handler="resolve")
+    for task in TASKS.values():
+        add_task_options(parser, task)
+    add_run_options(parser)
+    add_report_arguments(parser)
+    left = list(reversed(arguments))
+    while left:
+        argument = left.pop()
+        if argument == "--":
+            return left.pop() if left else None
+        if not argument.startswith("-"):
+            return argument
+        option = parser.option(argument)
+        takes_value = option is None or option.nargs is None  # an option of a task in a file may be any
+        if takes_value and "=" not in argument and left and not left[-1].endswith(".py"):
+            left.pop()
+    return None
 
 
 def _known(name: str) -> type[Task]:
@@ -169,6 +194,7 @@ def run_task(task_type: type[Task], args: argparse.Namespace) -> int:
     out = Path(args.out or f"runs/eval/{task.name}-{_model_name(args.model)}.jsonl")
     if out.is_dir():
         raise ValueError(f"--out {out} is a folder; name a file.")
+    check_place(out, "--out")
     model = load_model(args)
     with quiet_transformers():
         done = run(task, model, out, seed=args.seed, limit=args.limit, beyond_trained_length=args.beyond_trained_length)
@@ -227,15 +253,12 @@ def _model_name(model: str) -> str:
 
 def print_views(task: type[Task], done: Run) -> None:
     """The tables of a run."""
-    from rich.console import Console
-
     from oncelm.eval import Table
     from oncelm.eval.task import checked_views
 
-    console = Console()
     for view in checked_views(task, [done]) if done.samples else ():
         if isinstance(view, Table):
-            console.print(_rich(view))
+            print_tables(_rich(view))
 
 
 def _rich(view: Table) -> Any:
@@ -280,8 +303,11 @@ def run_report(args: argparse.Namespace) -> int:
 
     if args.png:  # before anything is written
         check_plotting()
-        if Path(args.png).exists() and not Path(args.png).is_dir():
-            raise ValueError(f"--png {args.png} is a file; name a folder.")
+    for place, option in ((args.out, "--out"), (args.png, "--png")):
+        if place:
+            check_place(place, option)
+    if args.png and Path(args.png).exists() and not Path(args.png).is_dir():
+        raise ValueError(f"--png {args.png} is a file; name a folder.")
     runs = shown_runs([read_run(path) for path in args.runs])
     write_report(runs, args.out, args.title)
     print(f"{args.out}: {len(runs)} runs")

@@ -8,12 +8,16 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from oncelm.cli.output import check_place
+
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList
 
     from oncelm.cache import ModelCache
     from oncelm.cache.long_cache import LongLlamaCache
+    from oncelm.cache.model_cache import Snapshot
+    from oncelm.cli.printer import Printer
 
 DESCRIPTION = """\
 Read a prompt and write its continuation to standard output, token by token.
@@ -21,6 +25,10 @@ Read a prompt and write its continuation to standard output, token by token.
 A prompt of any length is read in chunks: memory grows only with the one global cache, and half of the layers
 run on the last token alone. A document that was read once can be kept in a file and asked about again and
 again without reading it anew. Progress and measurements go to standard error.
+
+Tokens are chosen as the options say. Of the model's generation_config.json counts where a text ends (special tokens,
+stop strings) and what may come (penalties, suppressed tokens). A special token that the prompt spells, such as </s>,
+is read as the tokenizer reads it: as that token with most models' own tokenizers, as text with OnceLM's.
 
 examples:
   oncelm generate --model runs/book/model --prompt "It was a dark and stormy night"
@@ -31,6 +39,8 @@ examples:
       in a pipe
   oncelm generate --model runs/book/model --prompt-file book.txt --max-new-tokens 0 --save-cache book.cache
       read a book, once
+  oncelm generate --model runs/book/model --prompt-file page.html --no-special-tokens
+      a document is data: what spells a special token in it stays text
   oncelm generate --model runs/book/model --load-cache book.cache --prompt "And so it ended that"
       continue after the book and this prompt; the book is not read again
   oncelm generate --model yoco-3b-official/ --dtype bfloat16 --prompt-file book.txt
@@ -51,6 +61,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     prompt.add_argument("--prompt-file", metavar="FILE", help="a file with the text to continue; - for standard input")
     parser.add_argument(
         "--tokenizer", metavar="NAME", help="bytes, cl100k_base or a path (the model's; cl100k_base if it is official)"
+    )
+    parser.add_argument(
+        "--special-tokens",
+        action=argparse.BooleanOptionalAction,
+        help="what spells a special token in the prompt becomes that token, or stays text (as the tokenizer does it)",
     )
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="tokens to write at most (128)")
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0: always the likeliest token (0)")
@@ -78,8 +93,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--kv-dtype",
         default="auto",
         metavar="DTYPE",
-        help="what the global cache or a LongLLaMA's memory stores: auto (the model's), bfloat16, int8 (half of its "
-        "bytes) or, YOCO alone, float8",
+        help="what the global cache or a LongLLaMA's memory stores: auto (that of --load-cache, or the model's), "
+        "bfloat16, int8 (half of its bytes) or, YOCO alone, float8",
     )
     parser.add_argument("--save-cache", metavar="FILE", help="keep what was read in this file")
     parser.add_argument("--load-cache", metavar="FILE", help="go on from what was kept in this file")
@@ -87,8 +102,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     check_options(args)
-    text = args.prompt if args.prompt is not None else read_text(args.prompt_file)
+    text = typed_text(args.prompt) if args.prompt is not None else read_text(args.prompt_file)
 
+    from oncelm.cli.sampling import keep_what_fits
     from oncelm.models.load import load, quiet_transformers, read_config
     from oncelm.utils.device import resolve_kv_dtype
 
@@ -104,17 +120,18 @@ def run(args: argparse.Namespace) -> int:
         overrides["mem_dtype"], kv_dtype = str(kv_dtype).removeprefix("torch."), None
     tokenizer = find_tokenizer(args.model, args.tokenizer)
     model = load(args.model, args.device, args.dtype, **overrides)
-    ids = encode(text, tokenizer, model, add_special_tokens=args.load_cache is None)
+    ids = encode(text, tokenizer, model, args.special_tokens, is_start=args.load_cache is None)
+    stops = keep_what_fits(model, tokenizer)
     with quiet_transformers():
         if hasattr(model, "prefill"):
-            read_and_write(model, tokenizer, ids, args, kv_dtype)
+            read_and_write(model, tokenizer, ids, args, kv_dtype, stops)
         elif args.save_cache or args.load_cache or kv_dtype is not None:
             kind = type(model).__name__
             raise ValueError(
                 f"--save-cache, --load-cache and --kv-dtype need a YOCO or LongLLaMA model; {args.model} is a {kind}."
             )
         else:
-            write_only(model, tokenizer, ids, args)
+            write_only(model, tokenizer, ids, args, stops)
     return 0
 
 
@@ -139,6 +156,8 @@ def check_options(args: argparse.Namespace) -> None:
         raise ValueError("--top-p and --top-k choose what to draw from; give a --temperature above 0 with them.")
     if args.save_cache and Path(args.save_cache).is_dir():
         raise ValueError(f"--save-cache {args.save_cache} is a folder; name a file.")
+    if args.save_cache:
+        check_place(args.save_cache, "--save-cache")
 
 
 def parse_layers(text: str) -> list[int]:
@@ -167,12 +186,20 @@ def check_memory_options(config: PreTrainedConfig, args: argparse.Namespace) -> 
 
 
 def read_text(file: str) -> str:
-    """The text of a file, or of standard input for "-", exactly as it is."""
+    """The text of a file, or of standard input for "-", exactly as it is, but for a byte order mark."""
     content = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
+    return utf8(content, "standard input" if file == "-" else file).removeprefix("\ufeff")
+
+
+def typed_text(text: str) -> str:
+    """The text of an argument, which Python hands over as single bytes where the locale says ASCII (LC_ALL=C)."""
+    return utf8(text.encode("utf-8", "surrogateescape"), "--prompt")
+
+
+def utf8(content: bytes, name: str) -> str:
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
-        name = "standard input" if file == "-" else file
         raise ValueError(f"{name} is not UTF-8 text: {error}") from error
 
 
@@ -192,12 +219,18 @@ def find_tokenizer(model: str, tokenizer: str | None) -> PreTrainedTokenizerBase
 
 
 def encode(
-    text: str, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, add_special_tokens: bool
+    text: str, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, special_tokens: bool | None, is_start: bool
 ) -> torch.Tensor:
-    """The prompt's ids [1, T] on the model's device."""
+    """The prompt's ids [1, T] on the model's device.
+
+    Args:
+        special_tokens: whether what spells a special token becomes one; None means as the tokenizer does it.
+        is_start: whether the text begins here: some tokenizers put a mark before it.
+    """
     import torch
 
-    ids = tokenizer(text, add_special_tokens=add_special_tokens, verbose=False).input_ids
+    options = {} if special_tokens is None else {"split_special_tokens": not special_tokens}
+    ids = tokenizer(text, add_special_tokens=is_start, verbose=False, **options).input_ids
     if not text or not ids:
         raise ValueError("the prompt is empty; give at least one character.")
     vocab_size = model.config.get_text_config().vocab_size
@@ -231,17 +264,22 @@ def read_and_write(
     ids: torch.Tensor,
     args: argparse.Namespace,
     kv_dtype: torch.dtype | None,
+    stops: StoppingCriteriaList,
 ) -> None:
     """Prefill a cache with all but the prompt's last token, then generate from there."""
     import torch
 
     from oncelm.cache import load_snapshot
+    from oncelm.cli.printer import Printer
+    from oncelm.cli.sampling import sampling
 
     kept = load_snapshot(args.load_cache, model.fingerprint(), model.device) if args.load_cache else None
     earlier = kept.columns if kept is not None else 0
     total = earlier + ids.shape[1]
     warn_if_long(model, total)
     own = {} if args.memory is None else {"memory": args.memory}
+    if kept is not None:
+        kv_dtype = dtype_of(kept, model, args)
     cache = model.new_cache(1, total + args.max_new_tokens, kv_dtype, **own)
     if kept is not None:
         cache.restore(kept)
@@ -250,14 +288,42 @@ def read_and_write(
     seconds = prefill(model, ids[:, :-1], cache, args)
     if args.save_cache:
         save_document(model, ids[:, -1:], cache, args.save_cache)
-    printer = Printer(tokenizer, ids[0, -1:].tolist())
+    printer = Printer(tokenizer, ids[0].tolist())
     if args.max_new_tokens:
         # a mask longer than the ids tells generate that the cache holds what came before them
         mask = torch.ones(1, total, dtype=torch.long, device=ids.device)
         held = ids if not earlier else ids[:, -1:]
-        options = sampling(args)
-        model.generate(held, attention_mask=mask, past_key_values=cache, generation_config=options, streamer=printer)
+        model.generate(
+            held,
+            attention_mask=mask,
+            past_key_values=cache,
+            generation_config=sampling(args),
+            stopping_criteria=stops,
+            streamer=printer,
+        )
     summarize(ids.shape[1], earlier, seconds, printer, cache.nbytes())
+
+
+def dtype_of(kept: Snapshot, model: PreTrainedModel, args: argparse.Namespace) -> torch.dtype | None:
+    """What a cache that goes on from `kept` stores: the same, unless --kv-dtype names another kind of float.
+
+    Of a LongLLaMA it is its memory's, which the configuration names; None then.
+    """
+    from oncelm.ops.quantize import LARGEST
+    from oncelm.utils.device import resolve_kv_dtype
+
+    asked, there = resolve_kv_dtype(args.kv_dtype), kept.kv_dtype
+    if asked is not None and there is not None and asked != there and {asked, there} & {*LARGEST}:
+        name = str(there).removeprefix("torch.")
+        raise ValueError(
+            f"--kv-dtype {args.kv_dtype} does not fit {args.load_cache}, whose keys and values are {name}; "
+            "leave it out."
+        )
+    if model.config.model_type != "longllama":
+        return asked or there
+    if asked is None and there is not None:
+        model.config.mem_dtype = str(there).removeprefix("torch.")
+    return None
 
 
 def prefill(
@@ -293,78 +359,29 @@ def save_document(model: PreTrainedModel, last: torch.Tensor, cache: ModelCache 
 
 
 def write_only(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: torch.Tensor, args: argparse.Namespace
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    ids: torch.Tensor,
+    args: argparse.Namespace,
+    stops: StoppingCriteriaList,
 ) -> None:
     """The same with a model that transformers prefills by itself."""
+    from oncelm.cli.printer import Printer
+    from oncelm.cli.sampling import sampling
+
     warn_if_long(model, ids.shape[1])
-    printer = Printer(tokenizer, ids[0, -1:].tolist())
+    printer = Printer(tokenizer, ids[0].tolist())
     cache_bytes = None
     if args.max_new_tokens:
         options = sampling(args, prefill_chunk_size=args.prefill_chunk_size, return_dict_in_generate=True)
-        output = model.generate(ids, generation_config=options, streamer=printer)
+        output = model.generate(ids, generation_config=options, stopping_criteria=stops, streamer=printer)
         layers = getattr(output.past_key_values, "layers", ())
         held = [getattr(layer, name, None) for layer in layers for name in ("keys", "values")]
         cache_bytes = sum(tensor.nbytes for tensor in held if tensor is not None)
     summarize(ids.shape[1], 0, 0.0, printer, cache_bytes)
 
 
-def sampling(args: argparse.Namespace, **more: Any) -> Any:
-    """The command line as a GenerationConfig; end-of-text tokens come from the model's own."""
-    import torch
-    from transformers import GenerationConfig
-
-    if args.seed is not None:
-        torch.manual_seed(args.seed)
-    if args.temperature == 0:
-        return GenerationConfig(max_new_tokens=args.max_new_tokens, do_sample=False, **more)
-    return GenerationConfig(
-        max_new_tokens=args.max_new_tokens,
-        do_sample=True,
-        temperature=args.temperature,
-        top_p=1.0 if args.top_p is None else args.top_p,
-        top_k=args.top_k or 0,  # transformers would draw from the likeliest 50 by default
-        **more,
-    )
-
-
 # -- output -----------------------------------------------------------------------------------------------------------
-
-
-class Printer:
-    """A streamer for `generate`: prints tokens as text as soon as they are whole characters, and keeps the time.
-
-    How a token reads depends on the ones before it (bytes of one character; a space that only shows between words), so
-    a few earlier ones are decoded again with every new one, and what they add is printed.
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, context: list[int]) -> None:
-        self.tokenizer = tokenizer
-        self.printed, self.pending = context, list[int]()
-        self.times: list[float] = []  # when generation started, and when each token came
-
-    def put(self, value: torch.Tensor) -> None:
-        """Called by `generate` with the prompt [1, T], then with each token [1]."""
-        self.times.append(time.perf_counter())
-        if value.dim() == 1:
-            self.pending += value.tolist()
-            self._print(unfinished="\ufffd")
-
-    def end(self) -> None:
-        """Called by `generate` after the last token."""
-        self._print()
-        sys.stdout.write("\n")
-        sys.stdout.flush()
-
-    def _print(self, unfinished: str | None = None) -> None:
-        """Print what the pending tokens add, unless it ends in an unfinished character."""
-        before, text = self._decode(self.printed), self._decode(self.printed + self.pending)
-        if len(text) > len(before) and not (unfinished and text.endswith(unfinished)):
-            sys.stdout.write(text[len(before) :])
-            sys.stdout.flush()
-            self.printed, self.pending = self.pending, []
-
-    def _decode(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
 def summarize(tokens: int, earlier: int, prefill_seconds: float, printer: Printer, cache_bytes: int | None) -> None:

@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from oncelm.cli.output import print_tables
+
 if TYPE_CHECKING:
     import torch
     from rich.table import Table
@@ -45,8 +47,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from rich.console import Console
-
     from oncelm.utils.checksums import check_folder
 
     if args.verify:
@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     if args.model is None and args.mem_layers is not None:
         raise ValueError("--mem-layers goes with a MODEL.")
     for table in installation() if args.model is None else describe(args.model, args.mem_layers):
-        Console().print(table)
+        print_tables(table)
     return 0
 
 

@@ -14,6 +14,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from oncelm.cli.output import check_place
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -292,6 +294,7 @@ def check_out(config: TrainConfig) -> None:
     for folder in (out, *out.parents):
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"out {str(out)!r} cannot be a folder: {str(folder)!r} is a file; choose another --out.")
+    check_place(out, "--out")
     if not (config.resume and (out / "tokenizer").exists() and (out / "config.yaml").exists()):
         return
     before = load_config(out / "config.yaml").tokenizer

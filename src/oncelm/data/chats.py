@@ -24,7 +24,7 @@ import json
 from dataclasses import dataclass, replace
 from typing import Any
 
-from oncelm.data.reading import parse_json
+from oncelm.data.reading import parse_record
 
 ROLES = ("system", "user", "assistant", "developer", "tool", "function")
 QUESTIONS = ("prompt", "question", "instruction")
@@ -90,7 +90,7 @@ class Chat:
 
 def read_chat(line: bytes) -> Chat:
     """The conversation of one line; ValueError says what is wrong with it."""
-    record = parse_json(line)
+    record = parse_record(line)
     if not isinstance(record, dict):
         raise ValueError(f"a JSON object is needed, got {type(record).__name__}")
     reader = _Reader(record)

@@ -204,7 +204,7 @@ def _next_text(lines: IO[bytes], is_first: bool) -> Iterable[str] | None:
     if is_first:
         line = line.removeprefix(codecs.BOM_UTF8)  # as Python's utf-8-sig does for plain text
     if is_whole:
-        return (_text_of(parse_json(line)),) if line.strip() else None
+        return (_text_of(parse_record(line)),) if line.strip() else None
     with _one_large_line:
         line += lines.readline(MAX_LINE_BYTES - len(line))
         if len(line) == MAX_LINE_BYTES and not line.endswith(b"\n"):
@@ -212,7 +212,7 @@ def _next_text(lines: IO[bytes], is_first: bool) -> Iterable[str] | None:
                 pass
             raise ValueError(f"the line is longer than {MAX_LINE_BYTES >> 20} MiB")
         # as bytes: one emoji makes a str of four bytes a character
-        return _decoded(_text_of(parse_json(line)).encode())
+        return _decoded(_text_of(parse_record(line)).encode())
 
 
 def _decoded(text: bytes) -> Iterator[str]:
@@ -237,7 +237,7 @@ def zstd_module() -> Any:
         raise ImportError("reading .zst needs backports.zstd: pip install 'oncelm[data]'") from None
 
 
-def parse_json(line: bytes) -> Any:
+def parse_record(line: bytes) -> Any:
     """What a line of JSON holds, null for the NaN and Infinity that Python writes; ValueError says what is wrong."""
     try:
         return orjson.loads(line)

@@ -51,9 +51,9 @@ def read_documents(source: str) -> Iterator[Document]:
 
 
 def read_utf8(file: Path) -> str:
-    """A file's text; ValueError naming the file if it is not UTF-8."""
+    """A file's text without byte order mark; ValueError naming the file if it is not UTF-8."""
     try:
-        return file.read_text(encoding="utf-8")
+        return file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is not UTF-8 text: {error}.") from error
 

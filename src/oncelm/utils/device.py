@@ -34,6 +34,8 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
         resolved = torch.device(device)
     except RuntimeError as error:
         raise unknown("device", device, ["cpu", "cuda", "cuda:0", "mps"]) from error
+    if resolved.type == "meta":
+        raise ValueError("device 'meta' holds no values; use 'cpu' or 'cuda'.")
     if resolved.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {str(device)!r} asked for, but torch sees no GPU; use 'cpu'.")
     return resolved

@@ -85,7 +85,7 @@ def read_questions(file: Path) -> list[dict[str, Any]]:
     """The questions of a file, checked."""
     questions: list[dict[str, Any]] = []
     try:
-        lines = file.read_text(encoding="utf-8").split("\n")
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is not UTF-8 text: {error}.") from None
     for number, line in enumerate(lines, start=1):

@@ -134,7 +134,8 @@ class Trec(InContext):
         if file.suffix == ".jsonl":
             return read_jsonl(file)
         items = []
-        for number, line in enumerate(_lines(file.read_text(encoding="latin-1")), start=1):
+        text = file.read_text(encoding="latin-1").removeprefix("\u00ef\u00bb\u00bf")  # a byte order mark
+        for number, line in enumerate(_lines(text), start=1):
             match = re.fullmatch(r"([A-Z]+):(\w+) (.+)", line.strip())
             if not match or match[1] not in TREC_CLASSES:
                 raise ValueError(f"line {number} of {file} is no 'CLASS:subclass question' of TREC: {line[:60]!r}.")

@@ -179,7 +179,7 @@ def _qasper(paper: dict[str, Any], dataset: str) -> Iterator[Question]:
 
 
 def _narrative_qa(file: Path) -> Iterator[Question]:
-    with file.open(encoding="utf-8", newline="") as lines:
+    with file.open(encoding="utf-8-sig", newline="") as lines:
         rows = csv.DictReader(lines)
         for row in rows:
             yield from _checked(_of_story(row, file.parent / "tmp"), f"line {rows.line_num} of {file}")
@@ -188,5 +188,5 @@ def _narrative_qa(file: Path) -> Iterator[Question]:
 def _of_story(row: dict[str, str], stories: Path) -> Iterator[Question]:
     story = stories / f"{row['document_id']}.content"
     if story.is_file():  # the release comes without the stories; those that were fetched are used
-        text = story.read_text(encoding="utf-8", errors="replace")
+        text = story.read_text(encoding="utf-8-sig", errors="replace")
         yield Question("NarrativeQA", text, row["question"], row["answer1"])

@@ -139,7 +139,7 @@ class Texts:
 
     def _read(self, name: str) -> str:
         try:
-            text = (self.folder / name).read_text(encoding="utf-8")
+            text = (self.folder / name).read_text(encoding="utf-8-sig")
         except UnicodeDecodeError as error:
             raise ValueError(f"{self.folder / name} is not UTF-8 text: {error}.") from None
         if not text.strip():

@@ -51,7 +51,7 @@ def read_params(path: str | os.PathLike[str]) -> YocoConfig:
     """The configuration in an official folder's params.json."""
     file = Path(path) / PARAMS
     try:
-        params = parse_json(file.read_text())
+        params = parse_json(file.read_text(encoding="utf-8-sig"))
     except ValueError as error:
         raise ValueError(f"{file} is not JSON: {error}") from error
     if not isinstance(params, dict):
