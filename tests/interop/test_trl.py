@@ -121,8 +121,10 @@ def test_sft_of_answers(family: str, changes: dict, tmp_path: Path) -> None:
 def test_sft_of_what_an_assistant_says(family: str, tmp_path: Path) -> None:
     words = tokenizer()
     words.chat_template = TEMPLATE
-    rows = [{"messages": [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}]}
-            for row in ANSWERS]  # fmt: skip
+    rows = [
+        {"messages": [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}]}
+        for row in ANSWERS
+    ]
     model = make(family)
     trainer = sft(model, tmp_path, rows, assistant_only_loss=True, processing_class=words)
     assert count_targets(trainer) == sum(len(row["completion"]) + 1 for row in ANSWERS)

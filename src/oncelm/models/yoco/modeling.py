@@ -384,7 +384,7 @@ class YocoForCausalLM(Execution, CausalLM):
         return self.output_projection(self._hidden(tokens, inputs, cache, inputs.batch.columns(slice(None))))[:, -1]
 
     def _stepper(self, cache: ModelCache) -> Stepper | None:
-        """What takes a step with this cache, which then has room for it; None where no graph can stand for the model."""
+        """What takes a step with this cache, which then has room for it; None where no graph stands for the model."""
         if not self.use_cuda_graphs:
             return None
         cache.check_room((1,) * cache.batch_size)
