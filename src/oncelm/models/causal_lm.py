@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch.utils.checkpoint import checkpoint
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import Cache, GenerationMixin, PreTrainedModel
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
@@ -43,9 +43,13 @@ class CausalLM(PreTrainedModel, GenerationMixin):
     def _check_cache(self, cache: object) -> None:
         """ValueError unless `cache` was made by `new_cache` of a model of these sizes."""
         if not isinstance(cache, SequenceCache):
+            prefix = "" if not isinstance(cache, Cache) else (
+                " (Keys and values of every layer, as prefix tuning learns them, are not what this model keeps: use "
+                "prompt tuning, p-tuning or LoRA.)"
+            )  # fmt: skip
             raise ValueError(
                 "past_key_values, and what prefill fills, must be a cache of this model: "
-                f"model.new_cache(batch_size, max_tokens=...), got {type(cache).__name__}."
+                f"model.new_cache(batch_size, max_tokens=...), got {type(cache).__name__}.{prefix}"
             )
         for key in self.cache_keys:
             made_for, wanted = cache.made_for.get(key), getattr(self.config, key)
