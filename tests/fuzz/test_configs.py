@@ -55,7 +55,7 @@ def use(folder: Path) -> None:
     with guarded():
         model = oncelm.load(folder, "cpu")
         ids = torch.tensor([[5, 6, 7]])
-        assert model(ids, use_cache=False).logits.shape[-1] == model.config.vocab_size
+        assert model(ids, use_cache=False, return_dict=True).logits.shape[-1] == model.config.vocab_size
         with quiet_transformers():
             model.generate(ids, max_new_tokens=3, num_beams=1, streamer=None, use_cache=True)
 
