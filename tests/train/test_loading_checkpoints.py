@@ -76,7 +76,7 @@ def test_every_flip_is_noticed(checkpoint: Path, tmp_path: Path, capsys) -> None
 def test_without_the_optimizer_a_model_is_whole(checkpoint: Path) -> None:
     shutil.rmtree(checkpoint / OPTIMIZER)
     oncelm.load(checkpoint)
-    with pytest.raises(ValueError, match="optimizer/.* is missing"):
+    with pytest.raises(ValueError, match=r"optimizer/.* is missing"):
         oncelm.load(checkpoint, verify=True)
 
 

@@ -67,8 +67,8 @@ def load(
         FileNotFoundError: no such folder.
         MemoryError: there is no room for it.
         ValueError: not a model, damaged, unsafe, or with missing or wrong-size tensors (and unexpected ones, where the
-            model is OnceLM's own); with `verify`, other files than were written (each is named), or no checksums; `compile` for a model that is neither YOCO nor LongLLaMA, `gemm` for one that is no
-            YOCO.
+            model is OnceLM's own); with `verify`, other files than were written (each is named), or no checksums;
+            `compile` for a model that is neither YOCO nor LongLLaMA, `gemm` for one that is no YOCO.
     """
     precision = None if dtype is None else resolve_dtype(dtype)
     bring_back(path)
