@@ -13,9 +13,11 @@ from pathlib import Path
 import psutil
 import pytest
 
+import oncelm
 from oncelm.cli import main
 from oncelm.data.tokenizers import load_tokenizer
 from oncelm.models.llama import build_llama
+from oncelm.train.checkpoint import find_checkpoint
 
 pytestmark = pytest.mark.slow
 SETTINGS = ["seq_len=16", "batch_size=4", "log_every=1", "warmup_steps=1", "save_every=null", "device=cpu"]
@@ -69,6 +71,22 @@ def test_sigterm_to_any_worker_saves_and_exits_0_on_all(book, tmp_path) -> None:
     step = int(checkpoint.name.removeprefix("step-"))
     assert main(["train", "--out", str(out), "--resume", "--steps", str(step + 1)]) == 0  # on one process
     assert steps(out) == list(range(1, step + 2))
+
+
+def test_sigterm_to_torchrun_saves_whatever_status_it_gives(book, tmp_path) -> None:
+    """It raises SignalException for every signal, even where all workers have exited with 0."""
+    out = tmp_path / "run"
+    run = start(out, book, "--steps", "100000", "--set", *SETTINGS)
+    wait_for_a_step(run, out)
+    run.send_signal(signal.SIGTERM)
+    output, _ = run.communicate(timeout=120)
+    assert output.count("Stopped after step") == 1
+    assert "oncelm: error" not in output
+    assert run.returncode == 1
+    assert "SignalException" in output
+    checkpoint = find_checkpoint(out / "checkpoints")
+    oncelm.load(checkpoint, verify=True)
+    assert [path.name for path in (out / "checkpoints").iterdir()] == [checkpoint.name]
 
 
 def test_a_folder_as_a_longllama_has_the_losses_of_one_process(book, tmp_path) -> None:
