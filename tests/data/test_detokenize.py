@@ -132,6 +132,7 @@ def test_bytes_of_no_character_are_not_held_back_for_ever(kind) -> None:
     assert len("".join(pieces)) >= MOST_PENDING
 
 
+@pytest.mark.slow
 def test_cl100k_base() -> None:
     tokenizer = load_tokenizer("cl100k_base")
     text = "the sea \u6d77\u306f\u5e83 \U0001f469\u200d\U0001f469\u200d\U0001f467 \u00e9"
