@@ -140,7 +140,6 @@ def run(args: argparse.Namespace) -> int:
     dtype = resolve_dtype(args.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
     if args.out:
         check_place(args.out, "--out")  # now, not after minutes
-        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
         Path(args.out).open("a").close()
     run_options: dict[str, Any] = {"dtype": dtype, "repeats": args.repeats}
     if args.out:
