@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import shutil
 from collections.abc import Iterator
 
@@ -18,6 +19,16 @@ from oncelm.models.yoco.model import PLAIN
 from tests.models.small import VOCAB, make_long, make_model
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+
+
+@pytest.mark.skipif(
+    "recompile_limit" not in inspect.signature(torch.compile).parameters, reason="torch 2.11 has one limit for all"
+)
+@pytest.mark.parametrize("gradients", [True, False])
+def test_other_compiled_functions_keep_their_limit(gradients: bool) -> None:
+    before = torch._dynamo.config.recompile_limit
+    compiling.compiled.__wrapped__(lambda owner: owner, "kind", gradients)
+    assert torch._dynamo.config.recompile_limit == before < compiling.MAX_GRAPHS
 
 
 @pytest.fixture(autouse=True)
