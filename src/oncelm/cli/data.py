@@ -19,6 +19,7 @@ prepare   tokenizes DATA into memory-mapped shards, one thread a core. Stopped o
           by itself; prepare first where the machine with the GPU should not wait, or should not have the text.
 info      describes text, or prepared tokens: sources, shares, documents, lengths, what was malformed.
 sample    prints sequences exactly as training will see them, for a seed and a step.
+check     reads all of a folder of prepared tokens and names what is damaged there; `prepare` makes it again.
 
 DATA is
   a text file, or a folder of .txt, .jsonl, .jsonl.gz, .jsonl.zst and .parquet files at any depth
@@ -27,7 +28,7 @@ DATA is
       DATA/json/train.json   [{"name": "books", "weight": 3}, {"name": "code", "weight": 1}]
       DATA/json/books.json   ["shards/books-0.jsonl", "shards/books-1.jsonl.zst"]
       DATA/json/valid.json   as train.json, measured on and never trained on (may be absent)
-  for info and sample also a folder of prepared tokens
+  for info, sample and check also a folder of prepared tokens
 
 examples:
   oncelm data prepare corpus --tokenizer cl100k_base
@@ -38,13 +39,15 @@ examples:
       stop at the first malformed line, told as file:line with the reason
   oncelm data info tokens
   oncelm data sample tokens --seq-len 512 --step 1000 --count 2
+  oncelm data check tokens
+      exit 1 where a file is damaged
 """
 
 LENGTHS = (4_096, 65_536, 1_048_576)  # tokens in a document
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("action", choices=("prepare", "info", "sample"), help="what to do (see above)")
+    parser.add_argument("action", choices=("prepare", "info", "sample", "check"), help="what to do (see above)")
     parser.add_argument("data", metavar="DATA", help="text, a corpus, or prepared tokens")
     prepare = parser.add_argument_group("prepare")
     prepare.add_argument("--tokenizer", help="bytes, cl100k_base, bpe:SIZE or a path (bytes)")
@@ -65,7 +68,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    return {"prepare": run_prepare, "info": run_info, "sample": run_sample}[args.action](args)
+    actions = {"prepare": run_prepare, "info": run_info, "sample": run_sample, "check": run_check}
+    return actions[args.action](args)
 
 
 # -- prepare ----------------------------------------------------------------------------------------------------------
@@ -81,7 +85,8 @@ def run_prepare(args: argparse.Namespace) -> int:
         raise ValueError(f"{args.data!r} holds tokens already; give the text that they were made of.")
     corpus = find_corpus(args.data)
     tokenizer = choose_tokenizer(args.tokenizer or "bytes", corpus, args.out)
-    folder = prepare(corpus, tokenizer, args.out, bos=args.bos, strict=args.strict, workers=args.workers)
+    options = {"bos": args.bos, "strict": args.strict, "workers": args.workers, "check": True}
+    folder = prepare(corpus, tokenizer, args.out, **options)
     tokens = open_tokens(folder)
     report_malformed(tokens)
     report_left_out(corpus)
@@ -134,7 +139,6 @@ def report_left_out(corpus: Corpus) -> None:
 
 def run_info(args: argparse.Namespace) -> int:
     from oncelm.data.layout import find_corpus
-    from oncelm.data.shards import MANIFEST
     from oncelm.data.tokens import is_token_folder, open_tokens
 
     if is_token_folder(args.data):
@@ -143,15 +147,23 @@ def run_info(args: argparse.Namespace) -> int:
     corpus = find_corpus(args.data)
     describe_text(corpus)
     report_left_out(corpus)
-    hidden = corpus.path if corpus.path.is_dir() else corpus.path.parent
-    prepared = sorted(manifest.parent for manifest in (hidden / ".oncelm").glob(f"*/{MANIFEST}"))
-    if corpus.path.is_file():
-        prepared = [folder for folder in prepared if folder.name.startswith(f"{corpus.path.name}-")]
+    prepared = find_prepared(corpus)
     for folder in prepared:
         describe_tokens(open_tokens(folder))
     if not prepared:
         print(f"Not tokenized yet; next: oncelm data prepare {args.data}")
     return 0
+
+
+def find_prepared(corpus: Corpus) -> list[Path]:
+    """The folders of tokens that are kept beside a corpus."""
+    from oncelm.data.shards import MANIFEST
+
+    hidden = corpus.path if corpus.path.is_dir() else corpus.path.parent
+    prepared = sorted(manifest.parent for manifest in (hidden / ".oncelm").glob(f"*/{MANIFEST}"))
+    if corpus.path.is_file():
+        prepared = [folder for folder in prepared if folder.name.startswith(f"{corpus.path.name}-")]
+    return prepared
 
 
 def describe_text(corpus: Corpus) -> None:
@@ -209,6 +221,35 @@ def tokens_in_documents(stream: ShardStream) -> list[int]:
         lengths = np.diff(stream.document_ends(shard), prepend=0)
         counts += [lengths[lengths >= length].sum() for length in LENGTHS]
     return counts.tolist()
+
+
+# -- check ------------------------------------------------------------------------------------------------------------
+
+
+def run_check(args: argparse.Namespace) -> int:
+    from oncelm.data.check import check_folder
+    from oncelm.data.layout import find_corpus
+    from oncelm.data.tokens import is_token_folder
+
+    folders = [Path(args.data)] if is_token_folder(args.data) else find_prepared(find_corpus(args.data))
+    if not folders:
+        raise ValueError(f"{args.data!r} has no prepared tokens yet; make them: oncelm data prepare {args.data}")
+    num_damaged = 0
+    for folder in folders:
+        findings = check_folder(folder)
+        num_damaged += len(findings.damaged)
+        for fault in findings.damaged:
+            print(fault)
+        if findings.without_checksums:
+            print(
+                f"{folder}: {len(findings.without_checksums)} files or shards of an earlier version have no checksums "
+                f"(the first: {findings.without_checksums[0]}): only sizes, borders and the largest id were looked at. "
+                "Prepare into a new folder to have checksums."
+            )
+        print(f"{folder}: {findings.num_shards:,} shards looked at, {len(findings.damaged):,} files damaged")
+    if num_damaged:
+        print("Next: run the same `oncelm data prepare` again; it makes anew what is damaged, and nothing else.")
+    return 1 if num_damaged else 0
 
 
 # -- sample -----------------------------------------------------------------------------------------------------------
