@@ -18,6 +18,7 @@ import yaml
 from oncelm.train.reports import REPORTS
 from oncelm.train.schedule import SCHEDULES
 from oncelm.utils.errors import check_choice, check_positive, unknown
+from oncelm.utils.vocabulary import check_bpe_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,7 +218,7 @@ def bpe_vocab_size(tokenizer: str) -> int:
     size = tokenizer.removeprefix("bpe:")
     if not size.isdecimal():
         raise ValueError(f"tokenizer {tokenizer!r}: after 'bpe:' comes the vocabulary size, as in 'bpe:4096'.")
-    return int(size)
+    return check_bpe_size(f"tokenizer {tokenizer!r}: the vocabulary size", size)
 
 
 def default_out(data: str) -> str:
