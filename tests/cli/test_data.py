@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import gzip
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pyarrow
@@ -11,6 +14,9 @@ import pytest
 from pyarrow import parquet
 
 from oncelm.cli import main
+from oncelm.cli.data import choose_tokenizer
+from oncelm.data.layout import find_corpus
+from oncelm.data.tokenizers import load_tokenizer
 from oncelm.data.tokens import open_tokens
 
 QUICK = ("--steps", "2", "--set", "seq_len=16", "batch_size=2", "warmup_steps=1")
@@ -138,6 +144,7 @@ def test_unchanged_text_keeps_its_own_tokenizer_and_tokens(corpus, capsys) -> No
         (["data", "sample", "{root}", "--step", "-3"], "--step must be a whole number of at least 0, got -3"),
         (["data", "prepare", "{root}", "--workers", "0"], "--workers must be a whole number of at least 1, got 0"),
         (["data", "prepare", "{root}", "--tokenizer", "bpe:x"], "after 'bpe:' comes the vocabulary size"),
+        (["data", "prepare", "{root}", "--tokenizer", "bpe:99999999999"], "at most 1,048,576, got 99999999999"),
         (["data", "sample", "{root}", "--seq-len", "99999"], "use seq_len of at most"),
         (["train", "{root}", "--out", "{root}/run", "--set", "long_factor=-1"], "long_factor must be"),
     ],
@@ -168,3 +175,25 @@ def test_help_teaches(capsys) -> None:
     with pytest.raises(SystemExit):
         main(["data", "--help"])
     assert "oncelm data prepare corpus --tokenizer cl100k_base" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_two_first_preparations_make_one_tokenizer(corpus, tmp_path) -> None:
+    command = [sys.executable, "-m", "oncelm", "data", "prepare", str(corpus), "--tokenizer", "bpe:300"]
+    command += ["--out", str(tmp_path / "tokens")]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    ended = [process.communicate(timeout=120) for process in both]
+    assert [process.returncode for process in both] == [0, 0], ended
+    assert ended[0][0] == ended[1][0]
+    assert main(["data", "check", str(tmp_path / "tokens")]) == 0
+
+
+def test_who_comes_second_uses_the_tokenizer_that_was_made_meanwhile(corpus, tmp_path, monkeypatch) -> None:
+    """The other process is done between the look whether there is one and this one's turn."""
+    kept = tmp_path / "tokens" / "bpe-300"
+
+    def made_by_another(folder: Path) -> None:
+        load_tokenizer("bytes").save_pretrained(kept)
+
+    monkeypatch.setattr("oncelm.data.place.make_place", made_by_another)
+    assert len(choose_tokenizer("bpe:300", find_corpus(corpus), str(tmp_path / "tokens"))) == 260

@@ -92,6 +92,24 @@ def test_a_text_without_a_safe_cut_stays_whole(short_pieces) -> None:
     assert piece == encoder.encode([text])[0]
 
 
+@pytest.mark.parametrize("name", TOKENIZERS)
+@pytest.mark.parametrize("run", ["a", "ab", " ", "\u6f22", "=", "\n"])
+def test_runs_without_a_cut_come_in_bounded_pieces(short_pieces, monkeypatch, caplog, name, run) -> None:
+    monkeypatch.setattr(encoding, "_FARTHEST", 240)
+    encoder = Encoder(TOKENIZERS[name])
+    text = TEXT[:200] + run * 4000 + TEXT[:200]
+    for parts in ([text], [text[i : i + 40] for i in range(0, len(text), 40)]):
+        pieces = list(encoder.pieces(parts))
+        assert "".join(piece for piece, _ in pieces) == text
+        assert max(len(piece) for piece, _ in pieces) <= 240 + 40
+        ids = [token for piece in pieces for token in encoder.encode_piece(*piece)]
+        whole = encoder.encode([text])[0]
+        decode = encoder.tokenizer.decode
+        assert decode(ids).replace(" ", "") == decode(whole).replace(" ", "")
+        assert abs(len(ids) - len(whole)) <= 2 * len(pieces)
+    assert sum("has no place to cut it" in record.message for record in caplog.records) <= 1
+
+
 def test_settings_for_batches_of_equal_length_change_nothing() -> None:
     tokenizer = train_bpe([TEXT], 300)
     before = Encoder(tokenizer)

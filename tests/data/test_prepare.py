@@ -372,6 +372,7 @@ def test_damaged_folders_are_named(tmp_path, write_jsonl, byte_tokenizer) -> Non
     with pytest.raises(ValueError, match=f"shard {file.name} is missing"):
         open_tokens(folder)
     manifest = json.loads((folder / "tokens.json").read_text())
+    del manifest["checksum"]  # of other entries
     (folder / "tokens.json").write_text(json.dumps(manifest | {"format": 99}))
     with pytest.raises(ValueError, match="it is of format 99, this version reads 1"):
         open_tokens(folder)

@@ -32,7 +32,7 @@ def make_stream(folder: Path, shards: list[list[int]]) -> tuple[ShardStream, np.
         key = f"{next(KEYS)}"
         np.array(tokens, dtype="<u2").tofile(folder / f"{key}.tokens")
         np.cumsum(documents, dtype="<i8").tofile(folder / f"{key}.documents")
-        infos.append({"key": key, "tokens": len(tokens), "documents": len(documents)})
+        infos.append({"key": key, "tokens": len(tokens), "documents": len(documents), "largest_id": number})
         every += tokens
     return ShardStream(folder, infos, np.dtype("<u2")), np.array(every, dtype=np.int64)
 
@@ -85,3 +85,11 @@ def test_more_shards_than_file_handles_can_be_read(folder: Path) -> None:
     stream, tokens = make_stream(folder, [[3]] * 600)
     for _ in range(2):
         assert stream.read(0, len(tokens)).tolist() == tokens.tolist()
+
+
+def test_an_id_that_was_never_written_is_an_error(folder: Path) -> None:
+    stream, _ = make_stream(folder, [[3, 2]])
+    np.array([0, 0, 0, 1, 2049], "<u2").tofile(folder / f"{stream.shards[0]['key']}.tokens")
+    assert stream.read(0, 4).tolist() == [0, 0, 0, 1]
+    with pytest.raises(ValueError, match=r"shard \d+\.tokens is damaged: it holds token 2049, and the largest written"):
+        stream.read(2, 5)

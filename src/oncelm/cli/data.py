@@ -21,6 +21,7 @@ prepare   tokenizes DATA into memory-mapped shards, one thread a core. Stopped o
           by itself; prepare first where the machine with the GPU should not wait, or should not have the text.
 info      describes text, or prepared tokens: sources, shares, documents, lengths, what was malformed.
 sample    prints sequences exactly as training will see them, for a seed and a step.
+check     reads all of a folder of prepared tokens and names what is damaged there; `prepare` makes it again.
 
 DATA is
   a text file, or a folder of .txt, .jsonl, .jsonl.gz, .jsonl.zst and .parquet files at any depth
@@ -29,7 +30,7 @@ DATA is
       DATA/json/train.json   [{"name": "books", "weight": 3}, {"name": "code", "weight": 1}]
       DATA/json/books.json   ["shards/books-0.jsonl", "shards/books-1.jsonl.zst"]
       DATA/json/valid.json   as train.json, measured on and never trained on (may be absent)
-  for info and sample also a folder of prepared tokens
+  for info, sample and check also a folder of prepared tokens
 
 examples:
   oncelm data prepare corpus --tokenizer cl100k_base
@@ -40,13 +41,15 @@ examples:
       stop at the first malformed line, told as file:line with the reason
   oncelm data info tokens
   oncelm data sample tokens --seq-len 512 --step 1000 --count 2
+  oncelm data check tokens
+      exit 1 where a file is damaged
 """
 
 LENGTHS = (4_096, 65_536, 1_048_576)  # tokens in a document
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("action", choices=("prepare", "info", "sample"), help="what to do (see above)")
+    parser.add_argument("action", choices=("prepare", "info", "sample", "check"), help="what to do (see above)")
     parser.add_argument("data", metavar="DATA", help="text, a corpus, or prepared tokens")
     prepare = parser.add_argument_group("prepare")
     prepare.add_argument("--tokenizer", help="bytes, cl100k_base, bpe:SIZE or a path (bytes)")
@@ -80,7 +83,8 @@ def run(args: argparse.Namespace) -> int:
             "long_factor": allowed.Number(0, 1e6, open_low=True),
         },
     )
-    return {"prepare": run_prepare, "info": run_info, "sample": run_sample}[args.action](args)
+    actions = {"prepare": run_prepare, "info": run_info, "sample": run_sample, "check": run_check}
+    return actions[args.action](args)
 
 
 # -- prepare ----------------------------------------------------------------------------------------------------------
@@ -97,7 +101,8 @@ def run_prepare(args: argparse.Namespace) -> int:
     corpus = find_corpus(args.data)
     check_place(args.out or hidden_folder(corpus), "--out")
     tokenizer = choose_tokenizer(args.tokenizer or "bytes", corpus, args.out)
-    folder = prepare(corpus, tokenizer, args.out, bos=args.bos, strict=args.strict, workers=args.workers)
+    options = {"bos": args.bos, "strict": args.strict, "workers": args.workers, "check": True}
+    folder = prepare(corpus, tokenizer, args.out, **options)
     tokens = open_tokens(folder)
     report_malformed(tokens)
     report_left_out(corpus)
@@ -110,7 +115,8 @@ def run_prepare(args: argparse.Namespace) -> int:
 
 def choose_tokenizer(name: str, corpus: Corpus, out: str | None) -> PreTrainedTokenizerBase:
     """The tokenizer of that name; one made from the text ("bpe:SIZE") is kept beside the tokens and used again."""
-    from oncelm.data.place import make_place
+    from oncelm.data.checksums import damaged_files, write_listing
+    from oncelm.data.place import make_place, turn
     from oncelm.data.reading import sample_texts
     from oncelm.data.tokenizers import load_tokenizer, train_bpe
     from oncelm.train.config import bpe_vocab_size
@@ -122,10 +128,15 @@ def choose_tokenizer(name: str, corpus: Corpus, out: str | None) -> PreTrainedTo
     kept = (Path(out) if out else hidden_folder(corpus)) / name.replace(":", "-")
     if not kept.exists():
         make_place(kept.parent)
-        files = [file for source in corpus.train for file in source.files]
-        tokenizer = train_bpe(sample_texts(files), vocab_size)
-        with atomic_folder(kept) as folder:
-            tokenizer.save_pretrained(folder)
+        with turn(kept.parent):
+            if not kept.exists():  # else another process made it meanwhile, the same one
+                files = [file for source in corpus.train for file in source.files]
+                tokenizer = train_bpe(sample_texts(files), vocab_size)
+                with atomic_folder(kept) as folder:
+                    tokenizer.save_pretrained(folder)
+                    write_listing(folder)
+    if damaged := damaged_files(kept):
+        raise ValueError(f"{damaged[0]} is damaged; delete {str(kept)!r} to have it made from the text again.")
     return load_tokenizer(kept)
 
 
@@ -154,7 +165,6 @@ def report_left_out(corpus: Corpus) -> None:
 
 def run_info(args: argparse.Namespace) -> int:
     from oncelm.data.layout import find_corpus
-    from oncelm.data.shards import MANIFEST
     from oncelm.data.tokens import is_token_folder, open_tokens
 
     if is_token_folder(args.data):
@@ -163,14 +173,22 @@ def run_info(args: argparse.Namespace) -> int:
     corpus = find_corpus(args.data)
     describe_text(corpus)
     report_left_out(corpus)
-    prepared = sorted(manifest.parent for manifest in hidden_folder(corpus).glob(f"*/{MANIFEST}"))
-    if corpus.path.is_file():
-        prepared = [folder for folder in prepared if folder.name.startswith(f"{corpus.path.name}-")]
+    prepared = find_prepared(corpus)
     for folder in prepared:
         describe_tokens(open_tokens(folder))
     if not prepared:
         print(f"Not tokenized yet; next: oncelm data prepare {args.data}")
     return 0
+
+
+def find_prepared(corpus: Corpus) -> list[Path]:
+    """The folders of tokens that are kept beside a corpus."""
+    from oncelm.data.shards import MANIFEST
+
+    prepared = sorted(manifest.parent for manifest in hidden_folder(corpus).glob(f"*/{MANIFEST}"))
+    if corpus.path.is_file():
+        prepared = [folder for folder in prepared if folder.name.startswith(f"{corpus.path.name}-")]
+    return prepared
 
 
 def describe_text(corpus: Corpus) -> None:
@@ -224,6 +242,35 @@ def tokens_in_documents(stream: ShardStream) -> list[int]:
         lengths = np.diff(stream.document_ends(shard), prepend=0)
         counts += [lengths[lengths >= length].sum() for length in LENGTHS]
     return counts.tolist()
+
+
+# -- check ------------------------------------------------------------------------------------------------------------
+
+
+def run_check(args: argparse.Namespace) -> int:
+    from oncelm.data.check import check_folder
+    from oncelm.data.layout import find_corpus
+    from oncelm.data.tokens import is_token_folder
+
+    folders = [Path(args.data)] if is_token_folder(args.data) else find_prepared(find_corpus(args.data))
+    if not folders:
+        raise ValueError(f"{args.data!r} has no prepared tokens yet; make them: oncelm data prepare {args.data}")
+    num_damaged = 0
+    for folder in folders:
+        findings = check_folder(folder)
+        num_damaged += len(findings.damaged)
+        for fault in findings.damaged:
+            print(fault)
+        if findings.without_checksums:
+            print(
+                f"{folder}: {len(findings.without_checksums)} files or shards of an earlier version have no checksums "
+                f"(the first: {findings.without_checksums[0]}): only sizes, borders and the largest id were looked at. "
+                "Prepare into a new folder to have checksums."
+            )
+        print(f"{folder}: {findings.num_shards:,} shards looked at, {len(findings.damaged):,} files damaged")
+    if num_damaged:
+        print("Next: run the same `oncelm data prepare` again; it makes anew what is damaged, and nothing else.")
+    return 1 if num_damaged else 0
 
 
 # -- sample -----------------------------------------------------------------------------------------------------------

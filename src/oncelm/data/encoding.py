@@ -2,12 +2,16 @@
 
 A text of tens of megabytes, encoded at once, takes gigabytes. It is cut where no token can span the cut, which is
 not assumed of a tokenizer but tried at every cut: the text around it must give the same ids whole and cut.
+
+Text without such a place for `_FARTHEST` characters (a file of nothing but letters, or of spaces) is cut all the same,
+so that memory and time stay bounded: there ids may differ from those of the whole, and a warning says so.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import re
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,16 +23,21 @@ from tokenizers import Tokenizer
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+logger = logging.getLogger(__name__)
+
 LONG_TEXT = 1 << 18  # characters; a longer text is cut
 PIECE_CHARACTERS = 1 << 17  # of a cut text, at least
 # Where a cut is tried, best first: after a line, before a word, behind punctuation.
 _CUTS = (re.compile(r"(?<=\S)\n(?=\S)"), re.compile(r"(?<=\w)(?= \w)"), re.compile(r"(?<=[^\w\s])(?=\w)"))
+_FARTHEST = 1 << 19  # characters in which a cut is looked for at all
 _SEARCH = 1 << 16  # characters in which a cut is looked for, with ...
 _TRIES = 8  # ... so many tries of a kind, each of ...
 _WINDOW = 200  # ... so many characters to either side
 # A piece that is not a text's first is encoded behind a line break whose ids are dropped: some tokenizers put
 # a mark or a space before the start of a text, and a piece's start is none.
 _ANCHOR = "\n"
+_OTHER_ANCHORS = (".", "a", "0")  # behind a forced cut, where a line break may become one token with what follows
+_CLOSE = 64  # characters in which a forced cut is tried, too
 
 
 class Encoder:
@@ -48,6 +57,7 @@ class Encoder:
         vocabulary = tokenizer.get_vocab()
         self.vocab_size = max(vocabulary.values()) + 1  # ids are below it
         self._anchor = self.encode([_ANCHOR])[0]
+        self._has_warned = False
 
     def encode(self, texts: Sequence[str]) -> list[array[int]]:
         """The ids of each text, 32 bits each."""
@@ -58,7 +68,7 @@ class Encoder:
         return [array("I", ids) for ids in self.tokenizer(list(texts), **options)["input_ids"]]
 
     def encode_long(self, parts: Iterable[str]) -> Iterator[array[int]]:
-        """The ids of one text that comes in parts: together, those of the whole text at once."""
+        """The ids of one text that comes in parts: together, those of the whole text at once (but see above)."""
         for text, continued in self.pieces(parts):
             yield self.encode_piece(text, continued)
 
@@ -69,9 +79,13 @@ class Encoder:
             tried = len(text) - _WINDOW  # no cut was found before
             text, tried, start = text[start:] + part, tried - start, 0
             while len(text) - start >= LONG_TEXT:
-                cut = self._find_cut(text, max(tried, start + PIECE_CHARACTERS))
+                end = min(len(text), start + _FARTHEST)
+                cut = self._find_cut(text, max(tried, start + PIECE_CHARACTERS), end)
                 if cut is None:
-                    break
+                    tried = max(tried, end - _WINDOW)
+                    if end - start < _FARTHEST:
+                        break
+                    cut = self._force_cut(text, start + PIECE_CHARACTERS)
                 yield text[start:cut], continued
                 start, continued = cut, True
         if start < len(text):
@@ -81,7 +95,14 @@ class Encoder:
         """The ids of one of `pieces`."""
         if not continued:
             return self.encode([text])[0]
-        return self.encode([_ANCHOR + text])[0][len(self._anchor) :]
+        ids = self.encode([_ANCHOR + text])[0]
+        if ids[: len(self._anchor)] == self._anchor:
+            return ids[len(self._anchor) :]
+        for other in _OTHER_ANCHORS:
+            anchor, ids = self.encode([other, other + text])
+            if ids[: len(anchor)] == anchor:
+                return ids[len(anchor) :]
+        return self.encode([text])[0]
 
     def fingerprint(self) -> str:
         """What the ids depend on, as a checksum: tokenizers with the same one give the same ids."""
@@ -92,10 +113,21 @@ class Encoder:
         special = [self.tokenizer.bos_token_id, self.tokenizer.eos_token_id]
         return hashlib.sha256(f"{special} {inner}".encode()).hexdigest()
 
-    def _find_cut(self, text: str, start: int) -> int | None:
-        """The first place behind `start` where cutting changes no token."""
-        for low in range(start, len(text) - _WINDOW, _SEARCH):
-            high = min(low + _SEARCH, len(text) - _WINDOW)
+    def _force_cut(self, text: str, start: int) -> int:
+        """A place to cut at `start`, or close behind it where the tokens around show no difference."""
+        if not self._has_warned:
+            self._has_warned = True
+            logger.warning(
+                "a text has no place to cut it in %s characters (%r ...): it is cut anyway, which may change a token",
+                f"{_FARTHEST:,}",
+                text[start : start + 20],
+            )
+        return next((cut for cut in range(start, start + _CLOSE) if self._is_safe(text, cut)), start)
+
+    def _find_cut(self, text: str, start: int, end: int) -> int | None:
+        """The first place between `start` and `end` where cutting changes no token."""
+        for low in range(start, end - _WINDOW, _SEARCH):
+            high = min(low + _SEARCH, end - _WINDOW)
             for pattern in _CUTS:
                 for match in islice(pattern.finditer(text, low, high), _TRIES):
                     if self._is_safe(text, match.end()):

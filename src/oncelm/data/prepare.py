@@ -15,7 +15,6 @@ import hashlib
 import json
 import logging
 import os
-import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,36 +22,41 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
-from tqdm import tqdm
-
+from oncelm.data.checksums import DamagedFile, damaged_files, write_listing, write_sealed
 from oncelm.data.encoding import Encoder
 from oncelm.data.layout import Corpus, Source
 from oncelm.data.place import default_folder, make_place, turn
+from oncelm.data.progress import progress_bar
 from oncelm.data.reading import Document, Piece, is_text, read, scan
 from oncelm.data.shards import (
+    CHECKED_AT_START,
     FILE_NAME,
     FORMAT,
     MANIFEST,
+    SCAN,
     ShardInfo,
+    check_shard,
     find_info,
-    is_complete,
     manifest_entry,
     read_info,
+    read_scan,
     token_dtype,
     write_info,
 )
+from oncelm.data.tokens import read_manifest, shard_entries
 from oncelm.data.writer import ShardWriter
 from oncelm.utils.environment import usable_cores
 from oncelm.utils.errors import check_positive
-from oncelm.utils.files import atomic_file, atomic_folder, clean_up, write_json
-from oncelm.utils.settings import parse_json
+from oncelm.utils.files import atomic_file, atomic_folder, clean_up
 
 if TYPE_CHECKING:
+    import numpy as np
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 KEPT_EXAMPLES = 100  # malformed lines that a shard remembers; all are counted
 # Text files are gathered into shards: a shard a file would be too many. A shard ends where the checksum of a
@@ -101,6 +105,7 @@ def prepare(
     bos: bool = False,
     strict: bool = False,
     workers: int | None = None,
+    check: bool = False,
 ) -> Path:
     """Tokenize what is not yet, and return the folder of the result (see `oncelm.data.tokens.open_tokens`).
 
@@ -114,6 +119,8 @@ def prepare(
         bos: start every document with the tokenizer's bos token.
         strict: a malformed line is an error (the first in the corpus's order), instead of counted and left out.
         workers: threads that encode, each with up to about 30 MB in hand; None: one a core.
+        check: look for damage in all shards that are there, which are then made again; else only as much as
+            `open_tokens` does, which is all of a small folder.
 
     Raises:
         ValueError: a source without any document, a tokenizer without eos, a malformed line with `strict`; a `folder`
@@ -137,10 +144,12 @@ def prepare(
     with turn(out):
         clean_up(out)  # nobody else is here
         clean_up(shards)
-        pieces = _scan_all(corpus, out / "scan.json", workers)
+        pieces = _scan_all(corpus, out, workers)
         units = {source: _units(source, pieces, f"{FORMAT} {fingerprint} {bos}") for source in corpus.sources}
         try:
-            _make_shards([unit for group in units.values() for unit in group], shards, encoder, bos, strict, workers)
+            every = [unit for group in units.values() for unit in group]
+            missing = _find_missing(every, shards, token_dtype(encoder.vocab_size), check)
+            _make_shards(missing, shards, encoder, bos, strict, workers)
         except MalformedLine as error:  # the first of the shards made now: in one made before may be an earlier one
             for source, group in units.items():
                 made = [(unit, info) for unit in group if (info := find_info(shards, unit.key)) is not None]
@@ -154,8 +163,7 @@ def prepare(
 def prune(folder: Path) -> int:
     """Delete the shards that FOLDER/tokens.json does not name (of text or a tokenizer since replaced); bytes freed."""
     with turn(folder):
-        manifest = parse_json((folder / MANIFEST).read_text(encoding="utf-8"))
-        used = {shard["key"] for split in ("train", "valid") for s in manifest[split] for shard in s["shards"]}
+        used = shard_entries(read_manifest(folder)[0])
         named = ((FILE_NAME.fullmatch(file.name), file) for file in (folder / "shards").iterdir())
         stale = [file for name, file in named if name and name[1] not in used]
         freed = sum(file.stat().st_size for file in stale)
@@ -167,14 +175,14 @@ def prune(folder: Path) -> int:
 # -- what there is to do ----------------------------------------------------------------------------------------------
 
 
-def _scan_all(corpus: Corpus, cache: Path, workers: int) -> dict[Path, list[Piece]]:
+def _scan_all(corpus: Corpus, out: Path, workers: int) -> dict[Path, list[Piece]]:
     """The pieces of every file; files whose size and time are as they were are not read again."""
-    before = _read_json(cache) or {}
+    before, sealed = _unless_damaged(read_scan, out) or ({}, False)
     files = dict.fromkeys(file for source in corpus.sources for file in source.files)
     found: dict[Path, list[Piece]] = {}
     records = {}
     with (
-        _bar("scan", sum(file.stat().st_size for file in files)) as progress,
+        progress_bar("scan", sum(file.stat().st_size for file in files)) as progress,
         ThreadPoolExecutor(workers) as pool,
     ):
 
@@ -189,8 +197,8 @@ def _scan_all(corpus: Corpus, cache: Path, workers: int) -> dict[Path, list[Piec
         for file, (state, pieces) in zip(files, pool.map(look, files), strict=True):
             found[file] = pieces
             records[str(file)] = {"state": state, "pieces": [dataclasses.astuple(piece) for piece in pieces]}
-    if records != before:
-        write_json(cache, records)
+    if records != before or not sealed:
+        write_sealed(out / SCAN, records)
     return found
 
 
@@ -211,6 +219,29 @@ def _units(source: Source, pieces: dict[Path, list[Piece]], settings: str) -> li
     return [Unit(tuple(group), _key(group, settings)) for group in groups]
 
 
+def _find_missing(units: Sequence[Unit], shards: Path, dtype: np.dtype[Any], check: bool) -> list[Unit]:
+    """The units whose shards are not there, or damaged, which is looked for wholly in little, or with `check`."""
+    by_key: dict[str, Unit] = {}
+    for unit in units:
+        by_key.setdefault(unit.key, unit)  # of files with the same text the first is told of
+    entries = {key: manifest_entry(key, info) for key in by_key if (info := find_info(shards, key)) is not None}
+    total = dtype.itemsize * sum(entry["tokens"] for entry in entries.values())
+    whole = check or total <= CHECKED_AT_START
+    with progress_bar("check", total if whole else 0) as progress, ThreadPoolExecutor(usable_cores()) as pool:
+
+        def is_whole(key: str) -> bool:
+            if key not in entries:
+                return False
+            try:
+                check_shard(shards, entries[key], dtype, whole=whole, progress=progress)
+            except DamagedFile as error:
+                logger.warning("%s: making it again", error)
+                return False
+            return True
+
+        return [by_key[key] for key, found in zip(by_key, pool.map(is_whole, by_key), strict=True) if not found]
+
+
 def _key(pieces: Sequence[Piece], settings: str) -> str:
     kinds = [(os.path.splitext(piece.path)[1], piece.sha256) for piece in pieces]
     return hashlib.sha256(json.dumps([settings, kinds]).encode()).hexdigest()[:32]
@@ -220,20 +251,15 @@ def _key(pieces: Sequence[Piece], settings: str) -> str:
 
 
 def _make_shards(units: Sequence[Unit], shards: Path, encoder: Encoder, bos: bool, strict: bool, workers: int) -> None:
-    """Make the shards that are not whole. The first failure, in the units' order, is raised; the others stop."""
+    """Make these shards. The first failure, in their order, is raised; the others stop."""
     stop = threading.Event()
-    dtype = token_dtype(encoder.vocab_size)
-    by_key: dict[str, Unit] = {}
-    for unit in units:
-        by_key.setdefault(unit.key, unit)  # of files with the same text the first is told of
-    missing = [unit for key, unit in by_key.items() if not is_complete(shards, key, dtype)]
-    left, counting = len(missing), threading.Lock()
+    left, counting = len(units), threading.Lock()
 
     def ahead() -> int:  # all threads for the last shard, about two batches of each of many
         return 1 + workers // min(workers, left)
 
     with (
-        _bar("tokenize", sum(unit.num_bytes for unit in missing)) as progress,
+        progress_bar("tokenize", sum(unit.num_bytes for unit in units)) as progress,
         _one_thread_a_call(),
         ThreadPoolExecutor(workers) as encoders,  # of their own: a compressed file has one reader, and wants them all
         ThreadPoolExecutor(workers) as readers,
@@ -247,7 +273,7 @@ def _make_shards(units: Sequence[Unit], shards: Path, encoder: Encoder, bos: boo
             with counting:
                 left -= 1
 
-        tasks = [readers.submit(make, unit) for unit in missing]
+        tasks = [readers.submit(make, unit) for unit in units]
         try:
             for task in tasks:
                 task.result()
@@ -295,7 +321,13 @@ def _make_shard(
         if os.stat(piece.path).st_mtime_ns != piece.mtime_ns:  # under its key would be another text's shard
             raise ValueError(f"{piece.path} was changed while it was read; run again when it is complete.")
     info = ShardInfo(
-        writer.num_tokens, writer.num_documents, writer.longest, writer.largest_id, num_malformed, malformed
+        writer.num_tokens,
+        writer.num_documents,
+        writer.longest,
+        writer.largest_id,
+        num_malformed,
+        malformed,
+        writer.checksums,
     )
     write_info(shards, unit.key, info)
 
@@ -358,35 +390,23 @@ def _write_manifest(
         "valid": [described[source] for source in corpus.valid],
         "malformed": {"count": count, "examples": list(map(str, examples))},
     }
-    if _read_json(out / MANIFEST) != manifest:  # else leave alone what other runs may be reading
+    # leave alone what other runs may be reading, unless it changed or was damaged
+    if damaged_files(out / "tokenizer") != [] or _unless_damaged(read_manifest, out) != (manifest, True):
         with atomic_folder(out / "tokenizer") as folder:
             encoder.tokenizer.save_pretrained(folder)
-        write_json(out / MANIFEST, manifest)
+            write_listing(folder)
+        write_sealed(out / MANIFEST, manifest)
 
 
-def _read_json(path: Path) -> Any:
-    """What a JSON file of ours holds; None where there is none, or a cut-off one, which is made again."""
+def _unless_damaged(read: Callable[[Path], T], folder: Path) -> T | None:
+    """What a JSON file of ours holds; None where there is none, or a damaged one, which is made again."""
     try:
-        return parse_json(path.read_text(encoding="utf-8"))
+        return read(folder)
     except FileNotFoundError:
         return None
-    except ValueError:
-        logger.warning("%s is damaged: making it again", path)
+    except ValueError as error:
+        logger.warning("%s: making it again", error)
         return None
-
-
-@contextmanager
-def _bar(name: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar of bytes, as a function that threads may call."""
-    lock = threading.Lock()
-    seconds = 0.1 if sys.stderr.isatty() else 30  # a log wants fewer lines
-    with tqdm(total=total, desc=name, unit="B", unit_scale=True, delay=2, mininterval=seconds) as bar:
-
-        def advance(num_bytes: int) -> None:
-            with lock:
-                bar.update(num_bytes)
-
-        yield advance
 
 
 @contextmanager

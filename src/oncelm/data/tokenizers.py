@@ -27,6 +27,7 @@ from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerBase,
 
 from oncelm.utils.errors import is_out_of_memory, unknown
 from oncelm.utils.files import bring_back
+from oncelm.utils.vocabulary import check_bpe_size
 
 BUILT_IN = ("cl100k_base", "bytes")
 TOKENIZER_FILES = ("tokenizer*.json", "vocab.*", "*.model", "tekken.json")  # what marks a tokenizer's folder
@@ -113,9 +114,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """
     if isinstance(texts, str):
         raise ValueError("texts must be a list (or another iterable) of strings, got one string.")
-    smallest = len(SPECIAL_TOKENS) + 256
-    if vocab_size < smallest:
-        raise ValueError(f"vocab_size must be at least {smallest} (4 specials, 256 bytes), got {vocab_size}.")
+    check_bpe_size("vocab_size", vocab_size)
     tokenizer = _byte_level(BPE(), pattern=WORD_PATTERN)
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,

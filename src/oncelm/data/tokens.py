@@ -14,8 +14,10 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 
-from oncelm.data.shards import FORMAT, MANIFEST, file_sizes, size_on_disk, token_dtype
-from oncelm.utils.settings import parse_json
+from oncelm.data.checksums import DamagedFile, damaged_files, read_sealed
+from oncelm.data.shards import CHECKED_AT_START, FORMAT, MANIFEST, check_ids, check_shard, token_dtype
+
+FIELDS = {"format", "tokenizer", "vocab_size", "bos", "train", "valid", "malformed"}  # of tokens.json
 
 
 class Stream(Protocol):
@@ -53,25 +55,49 @@ class TokenFolder:
 
     @property
     def largest_id(self) -> int:
-        return max(
-            shard["largest_id"] for split in ("train", "valid") for s in self.manifest[split] for shard in s["shards"]
-        )
+        return max(shard["largest_id"] for shard in shard_entries(self.manifest).values())
 
 
 def is_token_folder(path: str | Path) -> bool:
     return (Path(path) / MANIFEST).is_file()
 
 
+def read_manifest(folder: Path) -> tuple[dict[str, Any], bool]:
+    """tokens.json, and whether it has checksums; ValueError where it is damaged, or of another version."""
+    manifest, sealed = read_sealed(folder / MANIFEST)
+    if not sealed and set(manifest) != FIELDS:
+        raise DamagedFile(f"{folder / MANIFEST} is damaged: it has the entries {', '.join(sorted(manifest))}")
+    if manifest["format"] != FORMAT:
+        raise ValueError(f"it is of format {manifest['format']}, this version reads {FORMAT}")
+    return manifest, sealed
+
+
+def shard_entries(manifest: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """What tokens.json says of every shard, by key."""
+    every = (shard for split in ("train", "valid") for source in manifest[split] for shard in source["shards"])
+    return {shard["key"]: shard for shard in every}
+
+
 def open_tokens(path: str | Path) -> TokenFolder:
-    """A folder that `oncelm data prepare` made; ValueError where shards are missing or cut off."""
+    """A folder that `oncelm data prepare` made; ValueError where shards are missing, cut off or damaged.
+
+    The borders of documents and the tokenizer are looked at wholly, tokens where all of them are at most
+    `CHECKED_AT_START` bytes: a run's start is no time to read a terabyte (`oncelm data check` does). What is read of
+    more is within the vocabulary, or an error.
+    """
     folder = Path(path)
     if not is_token_folder(folder):
         raise ValueError(f"{str(folder)!r} holds no prepared tokens (no {MANIFEST}); make them: oncelm data prepare.")
     try:
-        manifest = parse_json((folder / MANIFEST).read_text(encoding="utf-8"))
-        if manifest["format"] != FORMAT:
-            raise ValueError(f"it is of format {manifest['format']}, this version reads {FORMAT}")
+        manifest, _ = read_manifest(folder)
+        if damaged := damaged_files(folder / "tokenizer"):
+            raise DamagedFile(f"{damaged[0]} is damaged")
         dtype = token_dtype(manifest["vocab_size"])
+        shards = shard_entries(manifest)
+        whole = dtype.itemsize * sum(shard["tokens"] for shard in shards.values()) <= CHECKED_AT_START
+        for shard in shards.values():
+            check_ids(f"{shard['key']}.tokens", shard["largest_id"], manifest["vocab_size"] - 1)
+            check_shard(folder / "shards", shard, dtype, whole=whole)
         train, valid = (
             tuple(
                 TokenSource(source["name"], source["weight"], ShardStream(folder / "shards", source["shards"], dtype))
@@ -103,7 +129,7 @@ class ShardStream:
 
     Args:
         folder: of the shards.
-        shards: {"key", "tokens", "documents"} of each, in order.
+        shards: {"key", "tokens", "documents", "largest_id"} of each, in order.
         dtype: of the tokens.
     """
 
@@ -111,15 +137,9 @@ class ShardStream:
         self.folder, self.shards, self.dtype = folder, shards, dtype
         self.bounds = np.cumsum([0, *(shard["tokens"] for shard in shards)])
         self.num_tokens = int(self.bounds[-1])
-        for shard in shards:
-            for name, size in file_sizes(shard["key"], shard["tokens"], shard["documents"], dtype).items():
-                found = size_on_disk(folder / name)
-                if found != size:
-                    there = "is missing" if found is None else f"has {found} bytes instead of {size}"
-                    raise ValueError(f"shard {name} {there}")
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        parts = [self._tokens(shard)[low:high] for shard, low, high in self._spans(start, stop)]
+        parts = [self._read_shard(*span) for span in self._spans(start, stop)]
         return parts[0] if len(parts) == 1 else np.concatenate(parts) if parts else np.empty(0, self.dtype)
 
     def document_starts(self, start: int, stop: int) -> np.ndarray:
@@ -144,9 +164,11 @@ class ShardStream:
             ends = self.document_ends(shard) + self.bounds[shard]
             yield np.concatenate([self.bounds[shard : shard + 1], ends])[:-1], ends
 
-    def _tokens(self, shard: int) -> np.ndarray:
+    def _read_shard(self, shard: int, low: int, high: int) -> np.ndarray:
         info = self.shards[shard]
-        return _mapped(self.folder / f"{info['key']}.tokens", self.dtype.str, info["tokens"])
+        tokens = _mapped(self.folder / f"{info['key']}.tokens", self.dtype.str, info["tokens"])[low:high]
+        check_ids(f"{info['key']}.tokens", int(tokens.max()), info["largest_id"])
+        return tokens
 
     def _spans(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
         """The shards that hold tokens `start` to `stop`, each with the bounds of its part."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -40,6 +41,7 @@ class ShardWriter:
         ahead: Callable[[], int],
     ) -> None:
         self.num_tokens = self.num_documents = self.longest = self.largest_id = 0
+        self.checksums = {"tokens": 0, "documents": 0}
         self._tokens, self._documents, self._encoder = tokens, documents, encoder
         self._dtype = token_dtype(encoder.vocab_size)
         self._head = array("I", [encoder.tokenizer.bos_token_id] if bos else [])
@@ -49,7 +51,8 @@ class ShardWriter:
         self._waiting_characters = 0
         # what is to be done next, in order, and what it is done with once a thread has made it
         self._queue: deque[tuple[Callable[..., None], Future[Any] | None]] = deque()
-        self._begin, self._length = 0, 0  # of the long document that is written: its place in the file, tokens so far
+        # of the long document that is written: what was before it (bytes, their checksum, largest id), tokens so far
+        self._before, self._length = (0, 0, 0), 0
 
     def add(self, document: Document) -> Malformed | None:
         """Take one document in, or say what is wrong with it."""
@@ -116,7 +119,8 @@ class ShardWriter:
             self._end_document(len(self._head) + len(ids) + len(self._tail))
 
     def _begin_long(self) -> None:
-        self._begin, self._length = self._tokens.tell(), len(self._head)
+        self._before = (self._tokens.tell(), self.checksums["tokens"], self.largest_id)
+        self._length = len(self._head)
         self._write(self._head)
 
     def _write_piece(self, ids: array[int]) -> None:
@@ -124,7 +128,8 @@ class ShardWriter:
         self._length += len(ids)
 
     def _take_back(self) -> None:
-        self._tokens.seek(self._begin)
+        begin, self.checksums["tokens"], self.largest_id = self._before
+        self._tokens.seek(begin)
         self._tokens.truncate()
 
     def _end_long(self) -> None:
@@ -134,10 +139,14 @@ class ShardWriter:
     def _write(self, ids: array[int]) -> None:
         tokens = np.frombuffer(ids, dtype=np.uint32)
         self.largest_id = max(self.largest_id, int(tokens.max(initial=0)))
-        self._tokens.write(tokens.astype(self._dtype).tobytes())
+        content = tokens.astype(self._dtype).tobytes()
+        self.checksums["tokens"] = zlib.crc32(content, self.checksums["tokens"])
+        self._tokens.write(content)
 
     def _end_document(self, length: int) -> None:
         self.num_tokens += length
         self.num_documents += 1
         self.longest = max(self.longest, length)
-        self._documents.write(self.num_tokens.to_bytes(8, "little"))
+        content = self.num_tokens.to_bytes(8, "little")
+        self.checksums["documents"] = zlib.crc32(content, self.checksums["documents"])
+        self._documents.write(content)

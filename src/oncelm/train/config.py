@@ -29,6 +29,7 @@ from oncelm.utils.constraints import (
 )
 from oncelm.utils.errors import unknown
 from oncelm.utils.settings import parse_yaml
+from oncelm.utils.vocabulary import check_bpe_size
 
 OPTIMIZERS, DTYPES = ("adamw", "muon"), ("float32", "bfloat16")
 MOST_TOKENS = 2**28  # in a step: more than any published run has, and 2 GiB of ids
@@ -217,7 +218,7 @@ def bpe_vocab_size(tokenizer: str) -> int:
     size = tokenizer.removeprefix("bpe:")
     if not size.isdecimal():
         raise ValueError(f"tokenizer {tokenizer!r}: after 'bpe:' comes the vocabulary size, as in 'bpe:4096'.")
-    return int(size)
+    return check_bpe_size(f"tokenizer {tokenizer!r}: the vocabulary size", size)
 
 
 def default_out(data: str) -> str:
