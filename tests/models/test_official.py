@@ -15,7 +15,16 @@ import torch
 from safetensors.torch import load_file
 
 import oncelm
-from oncelm.models.yoco.official import PARAMS, WEIGHTS, is_official_folder, read_official, read_params, write_official
+from oncelm.models.yoco.official import (
+    _KEYS,
+    PARAMS,
+    WEIGHTS,
+    fixed_keys,
+    is_official_folder,
+    read_official,
+    read_params,
+    write_official,
+)
 from tests.full_disk import no_space, small_files
 from tests.models.small import make_model
 from tests.models.test_load import Harmful
@@ -113,6 +122,22 @@ def test_what_the_official_code_has_not(changes, message, tmp_path) -> None:
     with pytest.raises(ValueError, match=message):
         write_official(make_model("retention", **changes), tmp_path / "official")
     assert not any(tmp_path.iterdir())
+
+
+def test_another_kind_of_self_decoder_is_not_written_as_retention(tmp_path) -> None:
+    model = make_model("retention")
+    vars(model.config)["self_decoder"] = "third"  # as if there were one more
+    with pytest.raises(ValueError, match="unknown self_decoder of the official format 'third'"):
+        write_official(model, tmp_path / "official")
+    assert not any(tmp_path.iterdir())
+
+
+def test_every_key_is_written_or_has_one_value_or_comes_back_otherwise() -> None:
+    """A key added to YocoConfig must not be lost in the official format without a word."""
+    elsewhere = {"num_cross_decoder_layers", "self_decoder", "window_size", "tie_word_embeddings"}
+    of_a_run = {"max_position_embeddings", "use_cache", "bos_token_id", "pad_token_id", "eos_token_id"}
+    written = {*_KEYS.values(), *fixed_keys(oncelm.YocoConfig())}
+    assert set(oncelm.YocoConfig.own_keys()) == written | elsewhere | of_a_run
 
 
 # -- bad folders ------------------------------------------------------------------------------------------------------

@@ -39,7 +39,7 @@ ANYTHING = st.one_of(
         (Whole(0, 9), [0, 9], [10, 10**5000], "must be at most 9"),
         (Number(0, 1), [0, 1, 0.5, np.float32(0.5)], [-0.1, 1.1, math.nan], "must be a number from 0 to 1"),
         (Number(0, 1, open_high=True), [0, 0.99], [1], "must be a number of at least 0 and below 1"),
-        (POSITIVE, [1e-300, 3], [0, math.inf, math.nan, True, "1", 10**400], "must be a number above 0"),
+        (POSITIVE, [1e-300, 3, 2**70], [0, math.inf, math.nan, True, "1", 10**400], "must be a number above 0"),
         (Number(), [-1e300], [math.nan, -math.inf, None], "must be a finite number"),
         (Flag(), [True, False], [0, 1, "true", None], "must be true or false"),
         (Text(), ["a"], ["", "a\0b", 5, None], "must be text"),

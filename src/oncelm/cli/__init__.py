@@ -59,7 +59,8 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     except (ValueError, OSError, ImportError) as error:
         rank = int(os.environ.get("RANK", "0"))  # of a process that torchrun started; the first speaks for all
-        print(f"oncelm: error{f' (rank {rank})' if rank else ''}: {error}", file=sys.stderr)
+        message = " ".join(str(error).splitlines())  # a word of the command line may have several
+        print(f"oncelm: error{f' (rank {rank})' if rank else ''}: {message}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("oncelm: interrupted", file=sys.stderr)

@@ -117,11 +117,16 @@ def readable(name: str, value: Any) -> str:
 def describe(name: str, mem_layers: str | None = None) -> list[Table]:
     """What a model folder, hub id or preset is; as a LongLLaMA with these memory layers if some are named."""
     from oncelm.models.load import errors_in_one_line
-    from oncelm.utils.units import size
 
     config = find_config(name, mem_layers)
-    with errors_in_one_line(name):  # a model of another kind than causal language models
-        model = empty_model(config)
+    with errors_in_one_line(name):  # a model of another kind than causal language models, or with odd keys
+        return tables_of(name, config, empty_model(config))
+
+
+def tables_of(name: str, config: PreTrainedConfig, model: PreTrainedModel) -> list[Table]:
+    """What the model is, and what its cache takes."""
+    from oncelm.utils.units import size
+
     total, inner = count_parameters(model)
     stored = stored_dtype(config)
     text = config.get_text_config()

@@ -47,6 +47,7 @@ from oncelm.data.writer import ShardWriter
 from oncelm.utils.environment import usable_cores
 from oncelm.utils.errors import check_positive
 from oncelm.utils.files import atomic_file, atomic_folder, clean_up, write_json
+from oncelm.utils.settings import parse_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -164,7 +165,7 @@ def prepare(
 def prune(folder: Path) -> int:
     """Delete the shards that FOLDER/tokens.json does not name (of text or a tokenizer since replaced); bytes freed."""
     with _turn(folder):
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        manifest = parse_json((folder / MANIFEST).read_text(encoding="utf-8"))
         used = {shard["key"] for split in ("train", "valid") for s in manifest[split] for shard in s["shards"]}
         named = ((FILE_NAME.fullmatch(file.name), file) for file in (folder / "shards").iterdir())
         stale = [file for name, file in named if name and name[1] not in used]
@@ -392,7 +393,7 @@ def _write_manifest(
 def _read_json(path: Path) -> Any:
     """What a JSON file of ours holds; None where there is none, or a cut-off one, which is made again."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except ValueError:

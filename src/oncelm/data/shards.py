@@ -12,7 +12,6 @@ KEY says what is in the shard: 32 hexadecimal digits, a checksum of all that its
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from oncelm.utils.files import write_json
+from oncelm.utils.settings import parse_json
 
 FORMAT = 1
 MANIFEST = "tokens.json"
@@ -68,7 +68,7 @@ def read_info(shards: Path, key: str) -> ShardInfo:
     """
     path = shards / f"{key}.json"
     try:
-        return ShardInfo(**json.loads(path.read_text(encoding="utf-8")))
+        return ShardInfo(**parse_json(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError):  # no JSON, or not these counts
         raise ValueError(f"{path} is damaged; prepare again.") from None
 

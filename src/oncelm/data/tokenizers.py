@@ -270,6 +270,11 @@ def _checked(name: str | Path, build: Callable[[], PreTrainedTokenizerBase]) -> 
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
         # a `tokenizer_config.json` alone gives such a shell, and no error
         raise ValueError(f"no tokenizer could be read from {str(name)!r}: there is no vocabulary.")
+    try:
+        tokenizer.decode(tokenizer("a").input_ids)
+    except Exception as error:  # settings of a wrong type are first used here, such as a model_max_length of text
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(f"the tokenizer of {str(name)!r} cannot be used: {type(error).__name__}, {reason}") from error
     return tokenizer
 
 

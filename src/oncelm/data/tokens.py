@@ -79,8 +79,10 @@ def open_tokens(path: str | Path) -> TokenFolder:
             )
             for split in ("train", "valid")
         )
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder / MANIFEST} cannot be used: {error}; run oncelm data prepare again.") from None
+    except (ValueError, KeyError, TypeError, OSError) as error:  # OSError: of a shard whose name no file can have
+        raise ValueError(
+            f"{folder / MANIFEST} cannot be used: {str(error)[:300]}; run oncelm data prepare again."
+        ) from None
     return TokenFolder(folder, manifest, train, valid)
 
 

@@ -70,6 +70,8 @@ class CausalLM(PreTrainedModel, GenerationMixin):
         """generate's hook: a preallocated cache of the length that the generation needs."""
         if generation_config.cache_implementation not in (None, "static", "dynamic"):
             raise unknown("cache_implementation", generation_config.cache_implementation, ["static", "dynamic"])
+        if generation_config.assistant_early_exit is not None:
+            raise ValueError("assistant_early_exit is for models whose layers may be left out; these may not.")
         if model_kwargs.get("past_key_values") is not None:
             self._check_cache(model_kwargs["past_key_values"])
             return

@@ -30,14 +30,18 @@ from oncelm.models.size import check_fits, check_stored
 from oncelm.models.yoco.modeling import YocoForCausalLM
 from oncelm.models.yoco.official import is_official_folder, read_official, read_params, unsafe_pickle
 from oncelm.models.yoco.presets import PRESETS, preset_config
-from oncelm.utils.constraints import check_all
+from oncelm.utils.constraints import Constraint, Flag, check_all
 from oncelm.utils.device import resolve_device, resolve_dtype
 from oncelm.utils.errors import check_choice
 from oncelm.utils.settings import parse_json
 
 logger = logging.getLogger(__name__)
 
-STATED_DTYPES = {"dtype": Dtype(), "torch_dtype": Dtype()}
+# keys of config.json that transformers takes as they are, whatever the model
+OF_ANY_MODEL: dict[str, Constraint] = {
+    **dict.fromkeys(("dtype", "torch_dtype"), Dtype()),
+    **dict.fromkeys(("output_hidden_states", "output_attentions", "return_dict", "use_cache"), Flag(optional=True)),
+}
 LONGEST_REASON = 1000  # characters: some of transformers' errors list every model there is
 TERSE_ERRORS = (LookupError, ArithmeticError, AssertionError, AttributeError)  # a KeyError's text is the key alone
 
@@ -118,7 +122,7 @@ def read_config(path: str | os.PathLike[str], **overrides: Any) -> PreTrainedCon
         return read_params(path)
     settings = _check_folder(path)
     with errors_in_one_line(path), quiet_transformers():
-        check_all({"dtype": settings.get("dtype"), "torch_dtype": settings.get("torch_dtype")}, STATED_DTYPES)
+        check_all(settings, OF_ANY_MODEL)
         if settings.get("model_type") == LlamaConfig.model_type:
             check_llama_keys(settings)
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)

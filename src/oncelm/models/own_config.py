@@ -69,7 +69,7 @@ COMMON: dict[str, Constraint] = {
     "chunk_size_feed_forward": Only(0, "OnceLM's models compute feed-forward layers at once"),
     "is_encoder_decoder": Only(False, "OnceLM's models are decoders"),
     "return_dict": Flag(optional=True),
-    "num_labels": Whole(0, 2**20, optional=True),
+    "num_labels": Whole(0, 2**20),
     "id2label": Keyed(any_keys=True, optional=True),
     "label2id": Keyed(any_keys=True, optional=True),
     "per_layer_config": Only({}, "the layers of OnceLM's models are alike"),

@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from oncelm.utils.files import atomic_folder
+from oncelm.utils.settings import parse_json
 
 FOLDER = "checkpoints"  # in that of a run
 MANIFEST = "manifest.json"
@@ -76,7 +77,7 @@ def list_checkpoints(root: Path) -> list[tuple[int, Path]]:
 def find_damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint, in a few words; None when every file is as it was written."""
     try:
-        expected = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        expected = parse_json((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
         found = checksums(folder)
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"{MANIFEST} cannot be read: {error}"

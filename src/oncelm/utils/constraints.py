@@ -87,7 +87,7 @@ class Number(Constraint):
         fits = self.low <= number <= self.high and math.isfinite(number)
         if not fits or (self.open_low and number == self.low) or (self.open_high and number == self.high):
             raise self.refuse(name, value)
-        return value if isinstance(value, int | float) else number
+        return value if isinstance(value, int | float) and abs(value) <= LARGEST else number
 
     def describe(self) -> str:
         low = "" if self.low == -math.inf else f"above {self.low:g}" if self.open_low else f"of at least {self.low:g}"

@@ -21,6 +21,7 @@ from oncelm.utils.constraints import (
     Number,
     OneOf,
     Only,
+    Text,
     Whole,
     check_all,
 )
@@ -66,6 +67,11 @@ TRANSLATED: dict[str, Constraint] = {
     "rope_theta": Number(0, open_low=True, optional=True),
     "rope_scaling": Keyed(ROPE, optional=True),
     "partial_rotary_factor": ROPE["partial_rotary_factor"],
+}
+# Keys that make transformers' caches other ones, in a plain LLaMA too.
+OF_CACHES: dict[str, Constraint] = {
+    **dict.fromkeys(("sliding_window", "attention_chunk_size"), Whole(1, optional=True)),
+    "layer_types": Each(Text()),
 }
 OLDER_KEYS = frozenset({*TRANSLATED, "gradient_checkpoint_every_ith", "torch_attention"})
 
@@ -180,7 +186,7 @@ class LongLlamaConfig(OwnConfig, LlamaConfig):
 def check_llama_keys(settings: Mapping[str, Any]) -> None:
     """Raise ValueError naming the first key whose value no LLaMA can have; one that is absent or None has a default."""
     given = {name: value for name, value in settings.items() if value is not None}
-    check_all(given, LLAMA | TRANSLATED)
+    check_all(given, LLAMA | TRANSLATED | OF_CACHES)
 
 
 def llama_settings(settings: dict[str, Any]) -> dict[str, Any]:

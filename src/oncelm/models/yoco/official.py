@@ -17,7 +17,7 @@ from oncelm.models.size import empty_model
 from oncelm.models.yoco.config import YocoConfig
 from oncelm.models.yoco.modeling import YocoForCausalLM
 from oncelm.utils.device import DTYPES
-from oncelm.utils.errors import check_choice, unknown
+from oncelm.utils.errors import check_choice, shown, unknown
 from oncelm.utils.files import atomic_folder
 from oncelm.utils.settings import parse_json
 
@@ -65,13 +65,17 @@ def read_params(path: str | os.PathLike[str]) -> YocoConfig:
             continue
         kind: tuple[type, ...] = (int,) if key in _INTEGERS else (int, float)
         if not isinstance(value, kind) or isinstance(value, bool):
-            raise ValueError(f"{file}: {key} must be {'an integer' if kind == (int,) else 'a number'}, got {value!r}.")
+            raise ValueError(
+                f"{file}: {key} must be {'an integer' if kind == (int,) else 'a number'}, got {shown(value)}."
+            )
     if missing := [key for key in _REQUIRED if key not in params]:
         raise ValueError(f"{file} lacks {', '.join(missing)}.")
     ours: dict[str, Any] = {_KEYS[key]: value for key, value in params.items() if key in _KEYS}
     half, odd = divmod(params["n_layers"], 2)
     if odd:
-        raise ValueError(f"{file}: n_layers must be even (half self-, half cross-decoder), got {params['n_layers']}.")
+        raise ValueError(
+            f"{file}: n_layers must be even (half self-, half cross-decoder), got {shown(params['n_layers'])}."
+        )
     window = params.get("sliding_window")
     if window is not None:
         ours.update(self_decoder="sliding_window", window_size=window)
@@ -137,11 +141,9 @@ def unsafe_pickle(path: str | os.PathLike[str]) -> ValueError:
     )
 
 
-def write_official(model: YocoForCausalLM, path: str | os.PathLike[str]) -> None:
-    """Save a model as an official folder; ValueError where the official code has no such model."""
-    config = model.config
-    check_choice("self_decoder of the official format", config.self_decoder, ("gated_retention", "sliding_window"))
-    fixed = {
+def fixed_keys(config: YocoConfig) -> dict[str, Any]:
+    """Keys that have one value only in the official format."""
+    return {
         "layout": "stacked",
         "rope_pairing": "interleaved",
         "rope_spacing": "inclusive",
@@ -150,7 +152,13 @@ def write_official(model: YocoForCausalLM, path: str | os.PathLike[str]) -> None
         "num_self_decoder_layers": config.num_cross_decoder_layers,
         "num_self_key_value_heads": config.num_self_heads,
     }
-    for key, value in fixed.items():
+
+
+def write_official(model: YocoForCausalLM, path: str | os.PathLike[str]) -> None:
+    """Save a model as an official folder; ValueError where the official code has no such model."""
+    config = model.config
+    check_choice("self_decoder of the official format", config.self_decoder, ("gated_retention", "sliding_window"))
+    for key, value in fixed_keys(config).items():
         if getattr(config, key) != value:
             raise ValueError(f"the official format has only {key}={value!r}; this model has {getattr(config, key)!r}.")
     params = {official: getattr(config, ours) for official, ours in _KEYS.items()}
