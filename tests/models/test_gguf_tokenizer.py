@@ -25,16 +25,21 @@ TEXTS = (
     "",
 )
 SPECIALS = ["<|begin|>", "<|end|>", "<|turn|>"]
-CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
 CUTS = {  # the pre-tokenizers of the published tokenizer.json files
-    "llama-bpe": [CONTRACTIONS + r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"],
-    "qwen2": [CONTRACTIONS + r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"],
+    "llama-bpe": [
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    ],
+    "qwen2": [
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    ],
     "tekken": [
         r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
         r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
         r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
     ],
-    "seed-coder": [CONTRACTIONS + r"|\p{N}{1}| ?[^\s\p{L}\p{N}\r\n]+|\s*[\r\n]+|\s+(?!\S)|\s+"],
+    "seed-coder": [
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1}| ?[^\s\p{L}\p{N}\r\n]+|\s*[\r\n]+|\s+(?!\S)|\s+"
+    ],
     "deepseek-coder": ["[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-퟿]+", pre_tokenizers.Digits(True)],
     "smollm": [pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(add_prefix_space=False)],
     "gpt-2": [pre_tokenizers.ByteLevel(add_prefix_space=False)],
@@ -130,9 +135,10 @@ def test_every_name_cuts_and_loses_nothing() -> None:
 
 
 def test_deepseek_llm_cuts_letters_of_alphabets_from_marks_and_digits() -> None:
-    cut = pre_tokenizers.Sequence(list(WORDS["deepseek-llm"].steps)).pre_tokenize_str("Kelvin \u03a9\u212aж ab12, 海x")
-    words = decoders.ByteLevel().decode(["|".join(piece for piece, _ in cut)])
-    assert words == "Kelvin| \u03a9\u212aж| ab|1|2|,| |海|x"
+    cut = pre_tokenizers.Sequence(list(WORDS["deepseek-llm"].steps)).pre_tokenize_str("Kelvin \u03a9x\u212a ab12, 海x")
+    assert (
+        decoders.ByteLevel().decode(["|".join(piece for piece, _ in cut)]) == "Kelvin| \u03a9x\u212a| ab|1|2|,| |海|x"
+    )
 
 
 @pytest.mark.parametrize("cut", [None, "default"])
@@ -209,8 +215,7 @@ def test_sentencepiece_ids(add_space, tmp_path) -> None:
     for text in [*SENTENCES, "the</s> sea", " ship 海\n", "  the ship "]:
         assert ids(tokenizer, text) == original.encode(text, add_special_tokens=False).ids
         assert tokenizer(text).input_ids == [1, *ids(tokenizer, text)]
-        if "</s>" not in text:
-            assert tokenizer.decode(ids(tokenizer, text)) == text
+        assert tokenizer.decode(ids(tokenizer, text), skip_special_tokens=False).strip() == text.strip()
     assert (tokenizer.unk_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id) == (0, 1, 2)
 
 
@@ -222,7 +227,7 @@ def test_sentencepiece_ids(add_space, tmp_path) -> None:
         (lambda w: w.add_bool("tokenizer.ggml.add_space_prefix", True), "tokenizer.ggml.add_space_prefix true"),
         (lambda w: w.add_uint32("tokenizer.ggml.add_bos_token", 1), "add_bos_token 1; allowed: true, false"),
         (lambda w: w.add_precompiled_charsmap(b"abc"), "tokenizer.ggml.precompiled_charsmap, which is not known"),
-        (lambda w: w.add_uint32("tokenizer.ggml.fim_pre_token_id", 5000), "tokenizer.ggml.fim_pre_token_id 5000, and"),
+        (lambda w: w.add_fim_pre_token_id(5000), "tokenizer.ggml.fim_pre_token_id 5000, and"),
     ],
 )
 def test_what_is_not_done_is_refused(more, message, tmp_path) -> None:

@@ -239,8 +239,9 @@ def _config(path: str | os.PathLike[str], fields: dict[str, Any], reader: GGUFRe
     from gguf import dequantize
 
     tensors = {tensor.name: tensor for tensor in reader.tensors}
-    divisors = tensors.get(gguf_rope.TENSOR)
-    factors = None if divisors is None else dequantize(divisors.data, divisors.tensor_type).astype(np.float32)
+    factors = tensors.get(gguf_rope.TENSOR)
+    if factors is not None:
+        factors = dequantize(factors.data, factors.tensor_type).astype(np.float32)
     return LlamaConfig(
         vocab_size=fields[VOCABULARY],
         hidden_size=fields[WIDTH],
