@@ -134,7 +134,9 @@ def _exact_divisors(scaling: Mapping[str, float], theta: float, head_dim: int) -
     return plain.astype(np.float64) / ROPE_INIT_FUNCTIONS["llama3"](config, None)[0].numpy()
 
 
-def _candidates(divisors: np.ndarray, per_token: np.ndarray, context: int) -> Iterator[tuple[float, float, float, int]]:
+def _candidates(
+    divisors: np.ndarray, per_token: np.ndarray, context: int
+) -> Iterator[tuple[float, float, float, int]]:
     """Scalings (factor, low, high, original context) to try, the published ones first.
 
     Frequencies between the two bounds keep a part that is a line in the turns per token, `per_token`: its slope and
