@@ -136,11 +136,11 @@ def _exact_divisors(scaling: Mapping[str, float], theta: float, head_dim: int) -
 
 def _candidates(
     divisors: np.ndarray, per_token: np.ndarray, context: int
-) -> Iterator[tuple[float, float, float, int]]:
+) -> Iterator[tuple[float, float, float, int | float]]:
     """Scalings (factor, low, high, original context) to try, the published ones first.
 
     Frequencies between the two bounds keep a part that is a line in the turns per token, `per_token`: its slope and
-    height give the bounds in tokens. Only ratios of (low, high, original) count: those of small numbers come first.
+    height give the bounds in tokens. Only ratios of (low, high, original) count, so low is 1 there.
     """
     largest = float(divisors.max())
     factors = list(dict.fromkeys([round(largest, 6), largest, 8.0, 32.0, 16.0, 4.0, 2.0, 64.0]))
@@ -153,15 +153,14 @@ def _candidates(
         kept = (1 / divisors - 1 / factor) / (1 - 1 / factor)
         between = (kept > CLOSE) & (kept < 1 - CLOSE)
         if between.sum() > 1:
-            slope, height = map(float, np.polyfit(per_token[between], kept[between], 1))
+            slope, height = np.polyfit(per_token[between], kept[between], 1)
             bounds = [(-slope / height, 1 - 1 / height)] if height < 0 else []
         else:
             bounds = list(_free_bounds(kept, per_token, between))
         for original, high in bounds:
-            for low in (1.0, 2.0, 0.5, 1.5, 3.0, 4.0):
-                yield factor, low, round(high * low, 4), round(original * low)
-            low = max(round(original), 1) / original  # the original context is a whole number
-            yield factor, low, high * low, max(round(original), 1)
+            for digits in (0, 3):
+                yield factor, 1.0, round(float(high), 4), round(float(original), digits) if digits else round(original)
+            yield factor, 1.0, float(high), float(original)
 
 
 def _free_bounds(kept: np.ndarray, per_token: np.ndarray, between: np.ndarray) -> Iterator[tuple[float, float]]:
@@ -171,7 +170,7 @@ def _free_bounds(kept: np.ndarray, per_token: np.ndarray, between: np.ndarray) -
         for high in (8.0, 2.0, 1.5, 1.2, 1.1):
             yield (1 + part * (high - 1)) / turns, high
     elif (kept >= 0.5).any():
-        shortest, longest = 1 / float(per_token[kept >= 0.5].min()), 1 / float(per_token[kept < 0.5].max())
+        shortest, longest = 1 / per_token[kept >= 0.5].min(), 1 / per_token[kept < 0.5].max()
         ratio = longest / shortest
         yield shortest * ratio ** (2 / 3), ratio ** (1 / 3)
     else:  # every frequency is divided by the factor
