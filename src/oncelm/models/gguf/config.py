@@ -86,7 +86,7 @@ def read_config(path: Path, header: Header, rope_factors: np.ndarray | None) -> 
     _check_keys(path, data)
     check_whole(1, **{name: data.get(name) for name in REQUIRED})
     check_whole(1, **{name: data[name] for name in OPTIONAL if name in data})
-    check_positive(**{EPS: data.get(EPS)})
+    check_positive(**{EPS: data.get(EPS, 0.0)})
     context = data[CONTEXT]
     window = data.get(WINDOW, 0)
     check_whole(0, **{WINDOW: window})
@@ -130,9 +130,9 @@ def _check_keys(path: Path, data: dict[str, Any]) -> None:
     """Refuse `llama.*` keys that are not known to be read or to mean nothing; name what other programs noted."""
     for key in data:
         if key.startswith(LLAMA) and key not in READ and not _is_neutral(key, data[key]):
-            known = f"; it may be {' or '.join(map(repr, NEUTRAL[key]))}" if key in NEUTRAL else ""
+            neutral = f" (only {' or '.join(map(repr, NEUTRAL[key]))})" if key in NEUTRAL else ""
             raise ValueError(
-                f"{path} has {key} {_short(data[key])}, which the converted model would not honour{known}."
+                f"{path} has {key} {_short(data[key])}, which the converted model would not honour{neutral}."
             )
     prefixes = (LLAMA, "general.", "tokenizer.", "split.", "quantize.")
     notes = [key for key in data if not key.startswith(prefixes) or key.startswith("general.sampling.")]

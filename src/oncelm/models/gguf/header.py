@@ -54,9 +54,7 @@ def read_header(file: Path) -> Header:
     except (ValueError, struct.error) as error:
         raise ValueError(f"{file} is damaged, or cut off after {len(data):,} bytes ({error}).") from error
     if version & 0xFFFF == 0:
-        raise ValueError(
-            f"{file} is a GGUF file of the other byte order (big-endian); convert it to little-endian first."
-        )
+        raise ValueError(f"{file} is a big-endian GGUF file; only little-endian ones can be read.")
     raise ValueError(f"{file} is a GGUF file of version {version}; versions 2 and 3 can be read.")
 
 
@@ -84,11 +82,12 @@ def _read(at: _Cursor) -> Header:
 
 
 def _tensor(name: str, columns_first: list[int], kind: int, offset: int, start: int, end_of_file: int) -> Tensor:
-    from gguf.constants import GGML_QUANT_SIZES
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
-    if kind not in GGML_QUANT_SIZES:
-        raise ValueError(f"tensor {name} is packed as kind {kind}, which the package gguf does not know")
-    items, size_of_items = GGML_QUANT_SIZES[kind]  # a block of so many numbers takes so many bytes
+    try:
+        items, size_of_items = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]  # numbers of a block, and its bytes
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"tensor {name} is packed as kind {kind}, which the package gguf does not know") from error
     if not columns_first or 0 in columns_first or columns_first[0] % items:
         raise ValueError(f"tensor {name} has the shape {columns_first}, in blocks of {items}")
     tensor = Tensor(kind, tuple(columns_first[::-1]), start + offset, math.prod(columns_first) // items * size_of_items)

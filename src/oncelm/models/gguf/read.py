@@ -67,4 +67,4 @@ def read_gguf(
 def _rope_factors(header: Header) -> np.ndarray | None:
     """(head_dim / 2,) that divide RoPE's frequencies, if the file has them."""
     tensor = header.tensors.get(ROPE_FACTORS)
-    return None if tensor is None else unpack(header.data, ROPE_FACTORS, tensor)
+    return None if tensor is None else unpack(memoryview(header.data), ROPE_FACTORS, tensor)

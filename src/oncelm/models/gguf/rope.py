@@ -42,9 +42,7 @@ def rope_parameters(
     if factors is None:
         return plain | scaled
     if scaled:
-        raise ValueError(
-            f"{SCALING}type {scaled['rope_type']!r} beside the tensor rope_freqs.weight: one of them only."
-        )
+        raise ValueError(f"{SCALING}type {scaled['rope_type']!r} beside rope_freqs.weight: only one of them.")
     return plain | _of_factors(factors.astype(np.float64), theta, head_dim)
 
 

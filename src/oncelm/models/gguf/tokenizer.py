@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ KEYS = "tokenizer.ggml."
 TEMPLATE, TEMPLATES = "tokenizer.chat_template", "tokenizer.chat_templates"
 MODELS = ("gpt2", "llama")  # byte-level BPE; sentencepiece's BPE
 UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4  # kinds of tokens
+SPECIAL = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
 ENDS = ("eos", "eot", "eom")  # of a text, a turn, a message
 # What no tokenizer here does, with the values that ask for nothing.
 NEUTRAL: dict[str, tuple[object, ...]] = {
@@ -56,10 +56,7 @@ def read_tokenizer(path: Path, metadata: dict[str, Any], vocab_size: int) -> Pre
     tokens, kinds = _tokens(path, metadata, vocab_size)
     ids = special_ids(metadata)
     _check_ids(path, ids, len(tokens))
-    named = {name: tokens[ids[key]] for key, name in (("bos", "bos_token"), ("eos", "eos_token")) if key in ids}
-    named |= {
-        name: tokens[ids[key]] for key, name in (("unknown", "unk_token"), ("padding", "pad_token")) if key in ids
-    }
+    named = {name: tokens[ids[key]] for key, name in SPECIAL.items() if key in ids}
     if kind == "gpt2":
         tokenizer, starts = _byte_level(path, metadata, tokens)
     else:
@@ -112,7 +109,7 @@ def _check_keys(path: Path, metadata: dict[str, Any]) -> None:
 
 def _check_ids(path: Path, ids: dict[str, Any], count: int) -> None:
     for name, value in ids.items():
-        if isinstance(value, bool) or not isinstance(value, Integral) or not 0 <= value < count:
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < count:
             raise ValueError(f"{path} has {KEYS}{name}{ID} {value!r}: its {count:,} tokens are 0 to {count - 1:,}.")
 
 

@@ -24,7 +24,7 @@ BLOCK_NAMES = {
 }
 
 
-def unpack(data: bytes | memoryview, name: str, tensor: Tensor) -> np.ndarray:
+def unpack(data: memoryview, name: str, tensor: Tensor) -> np.ndarray:
     """A tensor's numbers in float32, in its shape, the quantisation undone."""
     from gguf import GGMLQuantizationType, dequantize
 
