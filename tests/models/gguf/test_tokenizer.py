@@ -261,6 +261,8 @@ def test_chat_templates_by_name(tmp_path) -> None:
         (lambda w: w.add_precompiled_charsmap(b"\x01\x02"), "tokenizer.ggml.precompiled_charsmap"),
         (lambda w: w.add_uint32("tokenizer.ggml.mask_token_id", 10**6), "mask_token_id 1000000: its"),
         (lambda w: w.add_string("tokenizer.ggml.cls_token_id", "x"), "cls_token_id 'x': its"),
+        (lambda w: w.add_array("tokenizer.ggml.add_bos_token", [1, 2]), "add_bos_token [1, 2]"),
+        (lambda w: w.add_uint32("tokenizer.chat_template", 1), "a tokenizer.chat_template that is no text"),
         (lambda w: w.kv_data[0].pop("tokenizer.ggml.merges"), "has no tokenizer.ggml.merges"),
         (lambda w: w.kv_data[0].pop("tokenizer.ggml.tokens"), "has no tokenizer.ggml.tokens"),
         (
@@ -347,6 +349,19 @@ def test_sentencepiece_ids(prefix, sentencepiece_model, tmp_path) -> None:
         wanted = model.encode(prompt)
         assert converted(prompt).input_ids == [1, *wanted], prompt
         assert converted.decode(wanted) == prompt.replace("▁", " ")
+
+
+def test_sentencepiece_that_names_no_special_tokens(sentencepiece_model, tmp_path) -> None:
+    model = sentencepiece_model(True)
+
+    def keys(writer) -> None:
+        sentencepiece_keys(model)(writer)
+        for name in ("bos", "eos", "unknown"):
+            writer.kv_data[0].pop(f"tokenizer.ggml.{name}_token_id")
+
+    converted = convert(tmp_path, keys, model.get_piece_size())
+    assert converted("the sea").input_ids == [1, *model.encode("the sea")]
+    assert converted.eos_token == "</s>"
 
 
 def test_sentencepiece_without_bos(sentencepiece_model, tmp_path) -> None:

@@ -12,20 +12,21 @@ from typing import Any
 import numpy as np
 from transformers import LlamaConfig
 
-from oncelm.models.gguf.header import Header
+from oncelm.models.gguf.header import Header, short
 from oncelm.models.gguf.rope import rope_parameters, shortest
 from oncelm.utils.errors import check_positive, check_whole
 
 logger = logging.getLogger(__name__)
 
 LLAMA = "llama."
-HEADS, KV_HEADS, HEAD_DIM = f"{LLAMA}attention.head_count", f"{LLAMA}attention.head_count_kv", "rope.dimension_count"
+HEADS, KV_HEADS = f"{LLAMA}attention.head_count", f"{LLAMA}attention.head_count_kv"
+KEY_LENGTH, VALUE_LENGTH = f"{LLAMA}attention.key_length", f"{LLAMA}attention.value_length"
+ROPE_DIM = f"{LLAMA}rope.dimension_count"
 WIDTH, BLOCKS, INNER = f"{LLAMA}embedding_length", f"{LLAMA}block_count", f"{LLAMA}feed_forward_length"
 CONTEXT, VOCAB, EPS = f"{LLAMA}context_length", f"{LLAMA}vocab_size", f"{LLAMA}attention.layer_norm_rms_epsilon"
 WINDOW = f"{LLAMA}attention.sliding_window"
 REQUIRED = (HEADS, WIDTH, BLOCKS, INNER, CONTEXT)
-HEAD_DIMS = tuple(LLAMA + name for name in (HEAD_DIM, "attention.key_length", "attention.value_length"))
-OPTIONAL = (KV_HEADS, VOCAB, *HEAD_DIMS)
+OPTIONAL = (KV_HEADS, VOCAB, KEY_LENGTH, VALUE_LENGTH, ROPE_DIM)
 SCALING = tuple(
     f"{LLAMA}rope.{name}"
     for name in (
@@ -132,7 +133,7 @@ def _check_keys(path: Path, data: dict[str, Any]) -> None:
         if key.startswith(LLAMA) and key not in READ and not _is_neutral(key, data[key]):
             neutral = f" (only {' or '.join(map(repr, NEUTRAL[key]))})" if key in NEUTRAL else ""
             raise ValueError(
-                f"{path} has {key} {_short(data[key])}, which the converted model would not honour{neutral}."
+                f"{path} has {key} {short(data[key])}, which the converted model would not honour{neutral}."
             )
     prefixes = (LLAMA, "general.", "tokenizer.", "split.", "quantize.")
     notes = [key for key in data if not key.startswith(prefixes) or key.startswith("general.sampling.")]
@@ -144,24 +145,20 @@ def _is_neutral(key: str, value: object) -> bool:
     return isinstance(value, str | Real) and value in NEUTRAL.get(key, ())
 
 
-def _short(value: object) -> str:
-    text = repr(value.tolist() if isinstance(value, np.ndarray) else value)
-    return text if len(text) <= 40 else f"{text[:37]}..."
-
-
 def _head_dim(path: Path, header: Header) -> int:
     """The size of a head, the same by all that the file says of it."""
     data = header.metadata
     heads = data[HEADS]
-    head_dim = data.get("llama.attention.key_length", data.get("llama.rope.dimension_count", data[WIDTH] // heads))
+    said_by = next((name for name in (KEY_LENGTH, ROPE_DIM) if name in data), None)
+    head_dim = data[said_by] if said_by else data[WIDTH] // heads
     for name, count, tensor in ((HEADS, heads, "attn_q"), (KV_HEADS, data.get(KV_HEADS, heads), "attn_k")):
         shape = _shape(header, f"blk.0.{tensor}.weight")
         if shape and shape[0] != count * head_dim:
             raise ValueError(
                 f"{path} has {name} {count}: of dimension {head_dim} they are {count * head_dim} rows of "
-                f"blk.0.{tensor}.weight, which has {shape[0]}."
+                f"blk.0.{tensor}.weight, which has {shape[0]} (the dimension is by {said_by or WIDTH})."
             )
-    for name in HEAD_DIMS:
+    for name in (KEY_LENGTH, VALUE_LENGTH, ROPE_DIM):
         if data.get(name, head_dim) != head_dim:
             raise ValueError(f"{path} has {name} {data[name]} and heads of dimension {head_dim}; a LLaMA has one size.")
     if head_dim % 2:

@@ -58,6 +58,12 @@ def read_header(file: Path) -> Header:
     raise ValueError(f"{file} is a GGUF file of version {version}; versions 2 and 3 can be read.")
 
 
+def short(value: object) -> str:
+    """A value of the metadata as errors show it."""
+    text = repr(value.tolist() if isinstance(value, np.ndarray) else value)
+    return text if len(text) <= 40 else f"{text[:37]}..."
+
+
 def _read(at: _Cursor) -> Header:
     tensor_count, key_count = at.number("Q"), at.number("Q")
     metadata: dict[str, Any] = {}

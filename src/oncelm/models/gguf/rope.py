@@ -11,7 +11,7 @@ import torch
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from oncelm.utils.errors import check_choice, check_positive
+from oncelm.utils.errors import check_choice, check_positive, check_whole
 
 ROPE = "llama.rope."
 SCALING = f"{ROPE}scaling."
@@ -35,7 +35,7 @@ def rope_parameters(
     Raises:
         ValueError: a kind of scaling that is not known here, or two at once.
     """
-    theta = shortest(metadata.get(f"{ROPE}freq_base", 10000.0))
+    theta = _number(metadata, f"{ROPE}freq_base", 10000.0)
     check_positive(**{f"{ROPE}freq_base": theta})
     plain = {"rope_theta": theta, "rope_type": "default"}
     scaled = _scaled(metadata, context)
@@ -55,16 +55,24 @@ def _scaled(metadata: dict[str, Any], context: int) -> dict[str, Any]:
     """What `rope.scaling.*` says; empty where it scales nothing."""
     kind = metadata.get(f"{SCALING}type", "linear")  # llama.cpp's default: then the factor alone decides
     check_choice(f"{SCALING}type", kind, TYPES)
-    factor = shortest(metadata.get(f"{SCALING}factor", metadata.get(f"{ROPE}scale_linear", 0.0)))
+    factor = _number(metadata, f"{SCALING}factor", _number(metadata, f"{ROPE}scale_linear", 0.0))
     if kind == "none" or factor == 0 or (kind == "linear" and factor == 1):
         return {}
     check_positive(**{f"{SCALING}factor": factor})
     if kind == "linear":
         return {"rope_type": kind, "factor": factor}
     original = metadata.get(f"{SCALING}original_context_length", context)
-    given = {ours: shortest(metadata[SCALING + key]) for key, ours in YARN.items() if SCALING + key in metadata}
-    check_positive(**{f"{SCALING}original_context_length": original}, **given)
-    return {"rope_type": kind, "factor": factor, "original_max_position_embeddings": int(original), **given}
+    check_whole(1, **{f"{SCALING}original_context_length": original})
+    given = {ours: _number(metadata, SCALING + key, 0.0) for key, ours in YARN.items() if SCALING + key in metadata}
+    check_positive(**given)
+    return {"rope_type": kind, "factor": factor, "original_max_position_embeddings": original, **given}
+
+
+def _number(metadata: dict[str, Any], key: str, default: float) -> float:
+    value = metadata.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"{key} must be a finite number, got {value!r}.")
+    return shortest(value)
 
 
 def _of_factors(factors: np.ndarray, theta: float, head_dim: int) -> dict[str, Any]:

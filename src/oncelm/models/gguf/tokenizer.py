@@ -13,6 +13,7 @@ from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from oncelm.models.gguf.cuts import find_cut
+from oncelm.models.gguf.header import short
 from oncelm.utils.errors import check_choice
 
 logger = logging.getLogger(__name__)
@@ -22,6 +23,7 @@ TEMPLATE, TEMPLATES = "tokenizer.chat_template", "tokenizer.chat_templates"
 MODELS = ("gpt2", "llama")  # byte-level BPE; sentencepiece's BPE
 UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4  # kinds of tokens
 SPECIAL = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
+SENTENCEPIECE_IDS = {"unknown": 0, "bos": 1, "eos": 2}  # where a file does not say
 ENDS = ("eos", "eot", "eom")  # of a text, a turn, a message
 # What no tokenizer here does, with the values that ask for nothing.
 NEUTRAL: dict[str, tuple[object, ...]] = {
@@ -70,7 +72,7 @@ def read_tokenizer(path: Path, metadata: dict[str, Any], vocab_size: int) -> Pre
         **named,
         add_bos_token=_adds(path, metadata, "bos", starts and "bos" in ids, ids),
         add_eos_token=_adds(path, metadata, "eos", False, ids),
-        chat_template=_templates(metadata),
+        chat_template=_templates(path, metadata),
         padding_side="left",
         clean_up_tokenization_spaces=False,
         model_input_names=["input_ids", "attention_mask"],
@@ -79,11 +81,12 @@ def read_tokenizer(path: Path, metadata: dict[str, Any], vocab_size: int) -> Pre
 
 def special_ids(metadata: dict[str, Any]) -> dict[str, int]:
     """The ids of tokens with a part to play, by the part: bos, eos, eot, ..."""
-    return {
+    named = {
         key.removeprefix(KEYS).removesuffix(ID): value
         for key, value in metadata.items()
         if key.startswith(KEYS) and key.endswith(ID)
     }
+    return (SENTENCEPIECE_IDS if metadata.get(f"{KEYS}model") == "llama" else {}) | named
 
 
 def end_tokens(ids: dict[str, int]) -> int | list[int] | None:
@@ -96,12 +99,8 @@ def _check_keys(path: Path, metadata: dict[str, Any]) -> None:
     for key, value in metadata.items():
         if not key.startswith(KEYS) or key.endswith(ID):
             continue
-        if key not in READ or (key in NEUTRAL and value not in NEUTRAL[key]):
-            text = repr(value)
-            raise ValueError(
-                f"{path} has {key} {text if len(text) <= 40 else text[:37] + '...'}, which the converted tokenizer "
-                "would not honour."
-            )
+        if key not in READ or (key in NEUTRAL and not (isinstance(value, int) and value in NEUTRAL[key])):
+            raise ValueError(f"{path} has {key} {short(value)}, which the converted tokenizer would not honour.")
     others = [key for key in metadata if key.startswith("tokenizer.") and not key.startswith((KEYS, TEMPLATE))]
     if others:
         logger.warning("%s: not read: %s.", path, ", ".join(others))
@@ -110,15 +109,17 @@ def _check_keys(path: Path, metadata: dict[str, Any]) -> None:
 def _check_ids(path: Path, ids: dict[str, Any], count: int) -> None:
     for name, value in ids.items():
         if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < count:
-            raise ValueError(f"{path} has {KEYS}{name}{ID} {value!r}: its {count:,} tokens are 0 to {count - 1:,}.")
+            raise ValueError(
+                f"{path} has {KEYS}{name}{ID} {short(value)}: its {count:,} tokens are 0 to {count - 1:,}."
+            )
 
 
 def _adds(path: Path, metadata: dict[str, Any], name: str, default: bool, ids: dict[str, int]) -> bool:
     """Whether every text gets that token."""
     key = f"{KEYS}add_{name}_token"
     value = metadata.get(key, default)
-    if value not in (True, False) or (value and name not in ids):
-        raise ValueError(f"{path} has {key} {value!r}, and {KEYS}{name}{ID} {ids.get(name)!r}.")
+    if not isinstance(value, bool) or (value and name not in ids):
+        raise ValueError(f"{path} has {key} {short(value)}, and {KEYS}{name}{ID} {ids.get(name)!r}.")
     return bool(value)
 
 
@@ -211,12 +212,14 @@ def _merges_by_score(tokens: list[str], scores: np.ndarray) -> Iterator[tuple[st
         )
 
 
-def _templates(metadata: dict[str, Any]) -> str | dict[str, str] | None:
+def _templates(path: Path, metadata: dict[str, Any]) -> str | dict[str, str] | None:
     """The chat template, or all of them by name where there are several."""
     default = metadata.get(TEMPLATE)
     named = {
         key.removeprefix(f"{TEMPLATE}."): value for key, value in metadata.items() if key.startswith(f"{TEMPLATE}.")
     }
+    if not all(isinstance(template, str) for template in (default or "", *named.values())):
+        raise ValueError(f"{path} has a {TEMPLATE} that is no text.")
     if not named:
         return default
     return ({"default": default} if default else {}) | named
