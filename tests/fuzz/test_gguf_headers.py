@@ -23,7 +23,7 @@ NUMBERS = [None, 0, 1, 2, 3, 4, 64, 65, 10**6, 2**31 - 1, 2**31, 2**32 - 1]
 
 @cache
 def sound() -> bytes:
-    from tests.models.test_gguf import make_llama, write
+    from tests.models.gguf.files import make_llama, write
 
     write(make_llama(), FOLDER / "sound.gguf")
     return (FOLDER / "sound.gguf").read_bytes()
@@ -32,7 +32,7 @@ def sound() -> bytes:
 @draws(100)
 @given(sizes=st.dictionaries(st.sampled_from(SIZES), st.sampled_from(NUMBERS), min_size=1, max_size=3))
 def test_sizes(sizes) -> None:
-    from tests.models.test_gguf import make_llama, write
+    from tests.models.gguf.files import make_llama, write
 
     write(make_llama(), FOLDER / "sizes.gguf", **sizes)
     with guarded():

@@ -14,6 +14,7 @@ DESCRIPTION = """\
 Convert a model from the official YOCO format (params.json, checkpoint.pth), or a training run's checkpoint, to a
 Hugging Face folder (config.json, model.safetensors), or from there to the official format. Logits stay the same.
 A GGUF file of a LLaMA-family model becomes a Hugging Face folder too, its quantisation undone, with its tokenizer.
+Whatever the file says that the folder would not honour is refused by name.
 
 TARGET appears when it is complete, and not before. One that exists is refused, or with --overwrite replaced
 at the very end. A Hugging Face folder gets a tokenizer: the one named, or SOURCE's own, or cl100k_base where

@@ -8,116 +8,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer
 
 import oncelm
 from oncelm.cli import main
 from oncelm.models.gguf import is_gguf, read_gguf
-
-gguf = pytest.importorskip("gguf", reason="needs `pip install gguf`")
-
-NAMES = {
-    "model.embed_tokens.weight": "token_embd.weight",
-    "model.norm.weight": "output_norm.weight",
-    "lm_head.weight": "output.weight",
-    "input_layernorm.weight": "attn_norm.weight",
-    "post_attention_layernorm.weight": "ffn_norm.weight",
-    "self_attn.q_proj.weight": "attn_q.weight",
-    "self_attn.k_proj.weight": "attn_k.weight",
-    "self_attn.v_proj.weight": "attn_v.weight",
-    "self_attn.o_proj.weight": "attn_output.weight",
-    "mlp.gate_proj.weight": "ffn_gate.weight",
-    "mlp.up_proj.weight": "ffn_up.weight",
-    "mlp.down_proj.weight": "ffn_down.weight",
-}
-CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
-
-
-def make_llama() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=262,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        rope_theta=5000.0,
-    )
-    model = LlamaForCausalLM(config).eval()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    return model
-
-
-def interleaved(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Rows of q or k as llama.cpp orders them: dimension j beside dimension j + D/2."""
-    return weight.reshape(heads, 2, -1, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
-
-
-def write(
-    model: LlamaForCausalLM,
-    file: Path,
-    architecture: str = "llama",
-    quantisation: str | None = None,
-    **metadata: int | None,
-) -> None:
-    """A GGUF file of the model, with these numbers of its metadata changed, or left out where None."""
-    config = model.config
-    writer = gguf.GGUFWriter(str(file), architecture)
-    sizes = {
-        "context_length": config.max_position_embeddings,
-        "embedding_length": config.hidden_size,
-        "block_count": config.num_hidden_layers,
-        "feed_forward_length": config.intermediate_size,
-        "head_count": config.num_attention_heads,
-        "head_count_kv": config.num_key_value_heads,
-        "rope_dimension_count": config.head_dim,
-        "vocab_size": config.vocab_size,
-    }
-    for name, size in (sizes | metadata).items():
-        if size is not None:
-            getattr(writer, f"add_{name}")(size)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    tokenizer = oncelm.load_tokenizer("bytes")
-    tokens = [*sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().__getitem__), "Hi", "He"]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
-    writer.add_token_list(tokens)
-    writer.add_token_types([gguf.TokenType.CONTROL] * 4 + [gguf.TokenType.NORMAL] * 258)
-    writer.add_token_merges(["H i", "H e"])
-    writer.add_bos_token_id(0)
-    writer.add_eos_token_id(2)
-    writer.add_chat_template(CHAT_TEMPLATE)
-    for name, tensor in model.state_dict().items():
-        short = name.split(".", 3)[3] if "layers" in name else name
-        array = tensor.numpy()
-        for part, heads in (("q_proj", config.num_attention_heads), ("k_proj", config.num_key_value_heads)):
-            if part in name:
-                array = interleaved(array, heads)
-        target = f"blk.{name.split('.')[2]}.{NAMES[short]}" if "layers" in name else NAMES[name]
-        if quantisation and array.ndim == 2:
-            kind = gguf.GGMLQuantizationType[quantisation]
-            writer.add_tensor(target, gguf.quants.quantize(array, kind), raw_dtype=kind)
-        else:
-            writer.add_tensor(target, array)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+from tests.models.gguf.files import CHAT_TEMPLATE, logits, make_llama, write
 
 
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
     write(make_llama(), tmp_path / "model.gguf")
     return tmp_path / "model.gguf"
-
-
-def logits(model) -> torch.Tensor:
-    with torch.no_grad():
-        return model(torch.arange(3, 60)[None], use_cache=False).logits
 
 
 def test_logits_are_those_of_the_weights(file) -> None:
@@ -204,12 +106,29 @@ def test_an_array_longer_than_the_file_is_damage(file) -> None:
             {"head_count_kv": 3},
             "head_count_kv 3: of dimension 16 they are 48 rows of blk.0.attn_k.weight, which has 32",
         ),
-        ({"rope_dimension_count": 8}, "head_count 4: of dimension 8 they are 32 rows of blk.0.attn_q.weight"),
+        (
+            {"rope_dimension_count": 8},
+            r"head_count 4: of dimension 8 .* \(the dimension is by llama.rope.dimension_count\)",
+        ),
         ({"block_count": 1}, "llama.block_count 1 and the tensors of 2 blocks"),
-        ({"block_count": 3}, "lacks 9 tensors: model.layers.2."),
+        ({"block_count": 3}, "llama.block_count 3 and the tensors of 2 blocks"),
         ({"embedding_length": 32}, r"weight is \[262, 64\], its metadata asks for \[262, 32\]"),
-        ({"feed_forward_length": 32}, r"down_proj.weight is \[64, 96\], its metadata asks for \[64, 32\]"),
+        ({"feed_forward_length": 32}, r"blk.0.ffn_gate.weight is \[96, 64\], its metadata asks for \[32, 64\]"),
         ({"vocab_size": 100}, r"weight is \[262, 64\], its metadata asks for \[100, 64\]"),
+        ({"block_count": 10**6}, "llama.block_count 1000000 and the tensors of 2 blocks"),
+        ({"embedding_length": 10**9}, r"token_embd.weight is \[262, 64\], its metadata asks for \[262, 1000000000\]"),
+        (
+            {"feed_forward_length": 2**32 - 1},
+            r"ffn_gate.weight is \[96, 64\], its metadata asks for \[4294967295, 64\]",
+        ),
+        ({"vocab_size": 2**32 - 1}, r"weight is \[262, 64\], its metadata asks for \[4294967295, 64\]"),
+        ({"key_length": 8}, "head_count 4: of dimension 8 they are 32 rows of blk.0.attn_q.weight"),
+        ({"value_length": 8}, "llama.attention.value_length 8 and heads of dimension 16"),
+        ({"key_length": 16, "rope_dimension_count": 8}, "llama.rope.dimension_count 8 and heads of dimension 16"),
+        ({"layer_norm_rms_eps": None}, "layer_norm_rms_epsilon must be a number above 0"),
+        ({"rope_freq_base": -1.0}, "llama.rope.freq_base must be a number above 0, got -1.0"),
+        ({"pad_token_id": 262}, "tokenizer.ggml.padding_token_id 262: its 262 tokens are 0 to 261"),
+        ({"eot_token_id": 2**32 - 1}, "tokenizer.ggml.eot_token_id 4294967295: its 262 tokens are 0 to 261"),
         ({"context_length": None}, "llama.context_length must be a whole number of at least 1, got None"),
     ],
 )
@@ -220,10 +139,96 @@ def test_metadata_that_are_not_the_tensors(metadata, message, tmp_path) -> None:
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (lambda w: w.add_sliding_window(64), "llama.attention.sliding_window 64, and llama.context_length 128"),
+        (lambda w: w.add_attn_logit_softcapping(50.0), r"attn_logit_softcapping 50.0, .* would not honour \(only 0\)"),
+        (lambda w: w.add_logit_scale(0.25), r"llama.logit_scale 0.25, .* would not honour \(only 0 or 1\)"),
+        (lambda w: w.add_expert_count(8), "llama.expert_count 8"),
+        (lambda w: w.add_causal_attention(False), "llama.attention.causal False"),
+        (lambda w: w.add_uint32("llama.new_idea", 3), "llama.new_idea 3, which the converted model would not honour"),
+        (lambda w: w.add_array("llama.layers_to_skip", [1] * 99), r"llama.layers_to_skip \[1, 1, .*\.\.\."),
+        (lambda w: w.add_type("adapter"), "of type 'adapter'"),
+        (lambda w: w.add_uint16("split.count", 3), r"one of 3 files of one model \(split.count\)"),
+        (lambda w: w.add_tensor("blk.0.attn_q_norm.weight", np.ones(16, "f")), "1 tensors: blk.0.attn_q_norm.weight"),
+        (
+            lambda w: w.add_tensor("blk.1.ffn_gate_inp.weight", np.ones((8, 64), "f")),
+            "blk.1.ffn_gate_inp.weight: no part",
+        ),
+        (lambda w: w.add_tensor("rope_factors_long.weight", np.ones(8, "f")), "rope_factors_long.weight: no part"),
+    ],
+)
+def test_what_a_llama_would_not_honour(more, message, tmp_path) -> None:
+    write(make_llama(), tmp_path / "model.gguf", more=more)
+    with pytest.raises(ValueError, match=message) as refused:
+        read_gguf(tmp_path / "model.gguf")
+    assert "\n" not in str(refused.value)
+
+
+def test_keys_that_ask_for_nothing(tmp_path, caplog) -> None:
+    def more(writer) -> None:
+        writer.add_sliding_window(128)
+        writer.add_logit_scale(1.0)
+        writer.add_expert_count(0)
+        writer.add_key_length(16)
+        writer.add_value_length(16)
+        writer.add_string("llama.tensor_data_layout", "Meta AI original pth")
+        writer.add_string("general.author", "nobody")
+        writer.add_string("somebody.quantised", "today")
+        writer.add_sampling_temp(0.6)
+
+    write(make_llama(), tmp_path / "model.gguf", more=more)
+    model, _ = read_gguf(tmp_path / "model.gguf")
+    torch.testing.assert_close(logits(model), logits(make_llama()), rtol=0, atol=1e-5)
+    assert "not read: somebody.quantised, general.sampling.temp." in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("settings", "without"),
+    [
+        ({"attention_bias": True, "mlp_bias": True}, ()),
+        ({"attention_bias": True}, ("attn_output.bias",)),
+        ({"tie_word_embeddings": True}, ()),
+        ({"head_dim": 32, "num_key_value_heads": 1}, ()),
+        ({"rms_norm_eps": 0.3, "rope_theta": 123.456}, ()),
+    ],
+)
+def test_other_kinds_of_llama(settings, without, tmp_path) -> None:
+    model = make_llama(**settings)
+    if without:
+        for layer in model.model.layers:
+            torch.nn.init.zeros_(layer.self_attn.o_proj.bias)
+    write(model, tmp_path / "model.gguf", without=without)
+    converted, _ = read_gguf(tmp_path / "model.gguf")
+    torch.testing.assert_close(logits(converted), logits(model), rtol=0, atol=1e-5)
+    assert converted.config.rms_norm_eps == model.config.rms_norm_eps
+    assert converted.config.rope_parameters == model.config.rope_parameters
+
+
+def test_a_missing_tensor_is_named(tmp_path) -> None:
+    write(make_llama(), tmp_path / "model.gguf", without=("blk.1.ffn_up",))
+    with pytest.raises(ValueError, match=r"lacks 1 tensors: blk\.1\.ffn_up\.weight"):
+        read_gguf(tmp_path / "model.gguf")
+
+
+def test_a_name_with_mistral_in_it_stays_a_llama(tmp_path) -> None:
+    write(make_llama(), tmp_path / "model.gguf", more=lambda writer: writer.add_name("mistral"))
+    assert read_gguf(tmp_path / "model.gguf")[0].config.model_type == "llama"
+
+
 def test_metadata_with_defaults(tmp_path) -> None:
     write(make_llama(), tmp_path / "model.gguf", rope_dimension_count=None, vocab_size=None)
     model, _ = read_gguf(tmp_path / "model.gguf")
     torch.testing.assert_close(logits(model), logits(make_llama()), rtol=0, atol=1e-5)
+
+
+def test_answers_end_at_every_end_token(tmp_path) -> None:
+    write(make_llama(), tmp_path / "model.gguf", eot_token_id=3, eom_token_id=2)
+    assert main(["convert", str(tmp_path / "model.gguf"), str(tmp_path / "out")]) == 0
+    model = oncelm.load(tmp_path / "out")
+    assert model.generation_config.eos_token_id == model.config.eos_token_id == [2, 3]
+    assert model.config.bos_token_id == 0
 
 
 def test_options_that_make_no_sense(file, tmp_path, capsys) -> None:
