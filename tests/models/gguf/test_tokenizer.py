@@ -267,7 +267,7 @@ def test_chat_templates_by_name(tmp_path) -> None:
         (lambda w: w.kv_data[0].pop("tokenizer.ggml.tokens"), "has no tokenizer.ggml.tokens"),
         (
             lambda w: w.kv_data[0].pop("tokenizer.ggml.model"),
-            "unknown tokenizer.ggml.model 'None'; Allowed: gpt2",
+            "unknown tokenizer.ggml.model None; Allowed: gpt2",
         ),
         (lambda w: replace(w, "model", lambda v: "bert"), "tokenizer.ggml.model 'bert'; Allowed: gpt2, llama"),
         (lambda w: replace(w, "tokens", lambda v: [*v[:-1], v[5]]), "twice, as ids 5 and"),
