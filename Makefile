@@ -10,7 +10,7 @@ KERNEL_TESTS := $(addprefix tests/,ops/test_gated_retention_triton.py ops/test_g
 	ops/test_decode_linear.py ops/test_decode_attention.py ops/test_linear_cross_entropy.py ops/test_float8_triton.py \
 	models/test_stepper.py models/test_float8_parts.py)
 
-.PHONY: demo test lint types imports unit test-slow test-kernels test-gpu bench clean
+.PHONY: demo test lint types imports unit test-slow test-interop test-kernels test-gpu bench clean
 
 demo: $(STAMP)  ## train a small YOCO and a Transformer, read a book, compare: about 5 minutes
 	$(BIN)/oncelm demo
@@ -40,6 +40,10 @@ unit: $(STAMP)
 
 test-slow: $(STAMP)  ## tests of more than a few seconds
 	$(BIN)/python -m pytest -m slow
+
+test-interop: $(STAMP)  ## Trainer, TRL, PEFT, bitsandbytes and accelerate, each beside transformers' Llama
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[interop]"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow tests/interop
 
 test-kernels: $(STAMP)  ## the Triton kernels in Triton's interpreter, on the CPU
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "triton==3.7.1"

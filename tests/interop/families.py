@@ -43,7 +43,7 @@ def make(family: str, **changes: Any) -> PreTrainedModel:
 
 
 def make_one_window(family: str) -> PreTrainedModel:
-    """Where a LongLLaMA cuts windows depends on padding and on the pieces of a text; in one window there are no cuts."""
+    """Where a LongLLaMA cuts windows depends on padding and on how a text came in pieces; one window has no cuts."""
     longest = {"max_position_embeddings": 512, "last_context_length": 512}
     return make(family, **(longest if family == "longllama" else {}))
 

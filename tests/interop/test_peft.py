@@ -229,7 +229,7 @@ def test_prefix_tuning_runs_or_is_refused_by_name(family: str) -> None:
     if family == "llama":
         assert tuned(input_ids=ids, labels=ids).loss.requires_grad
         return
-    with pytest.raises(ValueError, match="got DynamicCache.*use prompt tuning, p-tuning or LoRA"):
+    with pytest.raises(ValueError, match=r"got DynamicCache.*use prompt tuning, p-tuning or LoRA"):
         tuned(input_ids=ids, labels=ids)
     with pytest.raises(ValueError, match="use prompt tuning, p-tuning or LoRA"):
         tuned.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **GREEDY)

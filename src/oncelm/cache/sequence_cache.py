@@ -122,6 +122,10 @@ class SequenceCache(Cache):
     def get_max_cache_shape(self, layer_idx: int = 0) -> int:
         return self.get_max_length()
 
+    @property
+    def max_cache_len(self) -> int:
+        return self.get_max_length()
+
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         self.select(beam_idx)
 
