@@ -39,7 +39,7 @@ unit: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto
 
 test-slow: $(STAMP)  ## tests of more than a few seconds
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow --ignore tests/interop
 
 test-interop: $(STAMP)  ## Trainer, TRL, PEFT, bitsandbytes and accelerate, each beside transformers' Llama
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[interop]"

@@ -40,6 +40,7 @@ from rows import Rows
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from oncelm.data.checksums import file_checksum
 from oncelm.data.encoding import Encoder
 from oncelm.data.shards import (
     FORMAT,
@@ -146,7 +147,10 @@ def make_shard(folder: Path, key: str, first: int, last: int, open_: Opener, opt
         temporary.write_bytes(tokens.astype(token_dtype(made.vocab_size)).tobytes())
     with atomic_file(folder / f"{key}.documents") as temporary:
         temporary.write_bytes(np.cumsum([len(row) for row in rows]).astype("<i8").tobytes())
-    info = ShardInfo(len(tokens), len(rows), made.length - 1, int(tokens.max()), num_malformed=0, malformed=[])
+    info = ShardInfo(
+        *(len(tokens), len(rows), made.length - 1, int(tokens.max())), num_malformed=0, malformed=[],
+        checksums={suffix: file_checksum(folder / f"{key}.{suffix}") for suffix in ("tokens", "documents")},
+    )  # fmt: skip
     write_info(folder, key, info)
 
 

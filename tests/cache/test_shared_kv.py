@@ -107,7 +107,7 @@ def test_a_snapshot_of_another_width_is_refused() -> None:
 
 
 def test_other_dtypes_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"dtype of a cache 'torch.uint8'; did you mean 'torch.int8'"):
+    with pytest.raises(ValueError, match=r"dtype of a cache torch.uint8; did you mean 'torch.int8'"):
         make_model("retention").new_cache(1, 10, dtype=torch.uint8)
 
 

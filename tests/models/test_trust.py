@@ -251,6 +251,8 @@ def test_steps_follow_a_changed_model(change: str) -> None:
     logits = model.step(ids[:, 9:10], cache)
     torch.testing.assert_close(logits, model(ids[:, :10], use_cache=False).logits[:, -1], rtol=1e-3, atol=1e-3)
     assert stepper(model, cache).is_plain == (change not in ("adapter", "hook"))
+    assert not logits.requires_grad
+    assert not any(tensor.requires_grad for tensor in cache.tensors().values())
 
 
 @pytest.mark.gpu
@@ -286,6 +288,8 @@ def test_a_replayed_graph_follows_a_changed_model(change: str) -> None:
     expected = model(ids[:, :26], use_cache=False).logits[:, -1]
     torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-3)
     assert len(fired) == (6 if change == "hook" else 0)  # a prefill, four steps, the whole text
+    assert not logits.requires_grad or change == "off"
+    assert not any(tensor.requires_grad for tensor in cache.tensors().values())
 
 
 # -- arguments ------------------------------------------------------------------------------------------------------
@@ -332,10 +336,8 @@ def test_what_tools_pass_along_is_taken(family: str) -> None:
 
 @families
 def test_outputs_asked_for_by_the_configuration_are_refused_too(family: str) -> None:
-    model = make(family)
-    model.config.output_hidden_states = True
-    with pytest.raises(ValueError, match="output_hidden_states=True is not offered"):
-        model(draw_ids(1, 4))
+    with pytest.raises(ValueError, match="output_hidden_states is not offered"):
+        make(family).config.output_hidden_states = True
 
 
 @families
@@ -492,12 +494,16 @@ def test_the_base_model_gives_hidden_states(kind: str) -> None:
     mask = torch.ones_like(ids)
     mask[1, :5] = 0
     head = model.get_output_embeddings()
-    for arguments in ({"use_cache": False}, {"attention_mask": mask}):
+    for arguments in ({"use_cache": False}, {"attention_mask": mask, "use_cache": True}):
         found = model.base_model(input_ids=ids, **arguments)
         assert found.last_hidden_state.shape == (2, 20, 32)
         torch.testing.assert_close(head(found.last_hidden_state), model(ids, **arguments).logits, **close)
     assert found.past_key_values.lengths == (20, 15)
-    assert len(list(model.base_model.parameters())) == 0
+    options = {"use_cache": False, "return_dict": False, "output_hidden_states": False, "output_attentions": False}
+    assert torch.equal(model.get_decoder()(ids, **options)[0], model.base_model(ids, use_cache=False).last_hidden_state)
+    inner, outer = ({id(p) for p in part.parameters()} for part in (model.base_model, head))
+    assert inner | outer == {id(p) for p in model.parameters()}
+    assert inner & outer == (outer if model.config.tie_word_embeddings else set())
     positions = torch.cat((torch.arange(8), torch.arange(12)))[None]
     packed = model.base_model(ids[:1], position_ids=positions, use_cache=False).last_hidden_state
     torch.testing.assert_close(head(packed), model(ids[:1], position_ids=positions, use_cache=False).logits, **close)
@@ -523,3 +529,80 @@ def test_labels_outside_the_vocabulary_are_refused_on_a_gpu_too(family: str) -> 
         for mode in (model.train(), model.eval()):
             with pytest.raises(ValueError, match=f"labels has {VOCAB}"):
                 mode(ids, labels=labels)
+
+
+# -- what compiled parts, packing and crossbatch must not pass over --------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name", ["self_decoder.layers.0.ffn.fc1", "cross_decoder.kv_layer_norm", "cross_decoder.layers.1.mixer"]
+)
+def test_a_hook_put_on_after_compiling_fires(name: str) -> None:
+    """torch.compile looks for hooks once: layers with hooks are computed without it."""
+    model, ids = make_model("retention").compile_layers(), draw_ids(2, 40)
+    with torch.no_grad():
+        before = model(ids, use_cache=False).logits
+        model.get_submodule(name).register_forward_hook(lambda module, args, output: 2 * output)
+        after = model(ids, use_cache=False).logits
+        torch.testing.assert_close(after, model.compile_layers(False)(ids, use_cache=False).logits, **close)
+    assert not torch.allclose(after, before, **close)
+
+
+@families
+def test_seq_idx_says_what_is_packed(family: str) -> None:
+    model, ids = make(family), draw_ids(1, 12)
+    seq_idx = torch.tensor([[0] * 5 + [1] * 7])
+    borders = torch.tensor([0, 5, 12], dtype=torch.int32)
+    expected = model(ids, cu_seqlens=borders, use_cache=False).logits
+    for arguments in ({"seq_idx": seq_idx}, {"cu_seq_lens_k": borders}):
+        assert torch.equal(model(ids, use_cache=False, **arguments).logits, expected)
+    with pytest.raises(ValueError, match=r"seq_idx must be \[1, T\]"):
+        model(draw_ids(2, 12), seq_idx=seq_idx.expand(2, -1))
+
+
+@families
+def test_masks_of_sequence_numbers_are_refused(family: str) -> None:
+    """They would count as a mask of ones, and documents would read each other."""
+    mask = torch.tensor([[1] * 5 + [2] * 4])
+    for wrong in (mask, torch.where(mask == 1, 0.0, -1e9)):
+        with pytest.raises(ValueError, match="attention_mask must hold 1 at tokens and 0 at padding"):
+            make(family)(draw_ids(1, 9), attention_mask=wrong)
+
+
+@families
+def test_shifted_positions_go_without_a_cache_alone(family: str) -> None:
+    model, ids = make(family), draw_ids(1, 9)
+    with pytest.raises(ValueError, match="this token is number 0"):
+        model(ids, position_ids=torch.arange(9)[None] + 3, use_cache=True)
+
+
+def test_crossbatch_refuses_packed_rows_however_they_are_told() -> None:
+    model, ids = make_long(cross_batch_range=1, dataset_packing=1).train(), draw_ids(1, 12)
+    positions = torch.cat((torch.arange(5), torch.arange(7)))[None]
+    for call in (model, model.base_model):
+        for arguments in ({"position_ids": positions}, {"cu_seqlens": torch.tensor([0, 5, 12])}, {"use_cache": True}):
+            with pytest.raises(ValueError, match="crossbatch is a way of training"):
+                call(ids, **arguments)
+
+
+def test_a_head_without_a_weight_of_its_own() -> None:
+    model, ids = make_model("retention"), draw_ids(2, 9)
+    expected = model(ids, labels=ids).loss
+    model.set_output_embeddings(nn.Sequential(model.get_output_embeddings()))
+    torch.testing.assert_close(model(ids, labels=ids).loss, expected)
+
+
+def test_a_frozen_base_model_is_frozen() -> None:
+    model, ids = make_model("retention").train(), draw_ids(1, 9)
+    for parameter in model.base_model.parameters():
+        parameter.requires_grad = False
+    model(ids, labels=ids).loss.backward()
+    assert [name for name, p in model.named_parameters() if p.grad is not None] == ["output_projection.weight"]
+
+
+@families
+def test_hidden_states_have_gradients_in_evaluation(family: str) -> None:
+    model = make(family).eval()
+    assert model.base_model(draw_ids(1, 9)).last_hidden_state.requires_grad
+    with torch.no_grad():
+        assert model.base_model(draw_ids(1, 9)).past_key_values.lengths == (9,)

@@ -60,7 +60,7 @@ def test_wandb_that_is_not_installed_is_an_error(tmp_path, monkeypatch) -> None:
 
 
 def test_an_unknown_report_is_an_error(make_config) -> None:
-    with pytest.raises(ValueError, match="unknown report 'tensorbord'; did you mean 'tensorboard'"):
+    with pytest.raises(ValueError, match="unknown report\\[0\\] 'tensorbord'; did you mean 'tensorboard'"):
         make_config(report=["tensorbord"])
     with pytest.raises(ValueError, match="report must be a list"):
         make_config(report="wandb")

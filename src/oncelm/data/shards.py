@@ -138,6 +138,18 @@ def check_shard(
             check_ids(f"{key}.tokens", int(largest), entry["largest_id"])
 
 
+def is_complete(shards: Path, key: str, dtype: np.dtype[Any]) -> bool:
+    """Whether a shard is there, of the sizes that KEY.json says."""
+    info = find_info(shards, key)
+    if info is None:
+        return False
+    try:
+        check_shard(shards, manifest_entry(key, info), dtype, whole=False)
+    except DamagedFile:
+        return False
+    return True
+
+
 def check_ids(name: str, largest: int, allowed: int) -> None:
     """DamagedFile where a shard holds an id that was never written to it."""
     if largest > allowed:

@@ -72,13 +72,25 @@ class CausalLM(PreTrainedModel, GenerationMixin):
 
     @property
     def base_model(self) -> Headless:
-        return Headless(self)
+        view = self.__dict__.get("_headless")
+        if view is None:
+            view = self.__dict__["_headless"] = Headless(self)  # no child: its modules would be found twice
+        view.look_at(self)
+        return view
+
+    def get_decoder(self, *args: Any, **kwargs: Any) -> Headless:
+        return self.base_model
 
     def hidden_states(
         self, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, **kwargs: Any
-    ) -> BaseModelOutputWithPast:
+    ) -> BaseModelOutputWithPast | tuple:
         """Final hidden states [B, T, d] of all positions; arguments as in `forward`."""
         raise NotImplementedError
+
+    def _output(self, output: Any, return_dict: bool | None) -> Any:
+        """A forward pass's output, as a tuple where that is asked for."""
+        wants_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if wants_dict else output.to_tuple()
 
     # -- transformers' hooks --------------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 # What Hugging Face tools hand to every model, and what says nothing that these models do not know already.
 _NOT_OURS = frozenset({
     "assistant_model", "assistant_tokenizer", "cache_position", "is_first_iteration", "max_length_k", "max_length_q",
-    "seq_idx", "token_type_ids", "tokenizer",
+    "token_type_ids", "tokenizer",
 })  # fmt: skip
 
 
@@ -22,7 +22,7 @@ class Extras:
     """What `forward` takes under other tools' names.
 
     Attributes:
-        cu_seqlens: `cu_seq_lens_q`, borders of packed sequences.
+        cu_seqlens: borders of packed sequences: `cu_seq_lens_q` or `_k`, or what `seq_idx` numbers.
         targets: `shift_labels`, labels at the token that predicts them.
     """
 
@@ -50,7 +50,7 @@ def read_extras(
             raise ValueError(f"{name}=True is not offered by {type(model).__name__}.")
     if kwargs.get("is_causal") is False:
         raise ValueError("is_causal=False is not offered: these models read from left to right.")
-    names = {"cu_seq_lens_q", "cu_seq_lens_k", "is_causal", "output_router_logits", "shift_labels"}
+    names = {"cu_seq_lens_q", "cu_seq_lens_k", "is_causal", "output_router_logits", "seq_idx", "shift_labels"}
     for name in kwargs:
         if name not in _NOT_OURS | names:
             known = inspect.signature(type(model).forward).parameters
@@ -60,7 +60,18 @@ def read_extras(
     borders, keys = kwargs.get("cu_seq_lens_q"), kwargs.get("cu_seq_lens_k")
     if borders is not None and keys is not None and not torch.equal(borders, keys):
         raise ValueError("cu_seq_lens_q and cu_seq_lens_k differ: packed sequences read themselves only.")
+    borders = keys if borders is None else borders
+    if borders is None and kwargs.get("seq_idx") is not None:
+        borders = _borders_of(kwargs["seq_idx"])
     return Extras(borders, kwargs.get("shift_labels"))
+
+
+def _borders_of(seq_idx: torch.Tensor) -> torch.Tensor:
+    """cu_seqlens [N + 1] of the sequences that seq_idx [1, T] numbers, in one row."""
+    if seq_idx.dim() != 2 or seq_idx.shape[0] != 1:
+        raise ValueError(f"seq_idx must be [1, T]: packed sequences stand in one row, got {list(seq_idx.shape)}.")
+    new = (seq_idx[0, 1:] != seq_idx[0, :-1]).nonzero().flatten() + 1
+    return torch.cat((new.new_zeros(1), new, new.new_tensor([seq_idx.shape[1]]))).to(torch.int32)
 
 
 def one_of(**given: torch.Tensor | None) -> torch.Tensor | None:

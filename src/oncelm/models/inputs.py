@@ -72,7 +72,7 @@ def read_inputs(
         return inputs
     if starts is not None and len(starts) != B:
         raise ValueError(f"the cache is for a batch of {len(starts)}, the input is a batch of {B}.")
-    starts = starts or (0,) * B
+    is_fresh, starts = starts is None, starts or (0,) * B
     real = None
     if attention_mask is not None:
         if attention_mask.shape not in ((B, T), (B, columns_before + T)):
@@ -81,13 +81,19 @@ def read_inputs(
                 + (f" or [B, {columns_before + T}] with what the cache holds" if columns_before else "")
                 + f", got {list(attention_mask.shape)}."
             )
-        real = attention_mask[:, -T:].bool()
+        real = attention_mask[:, -T:] == 1
         if attention_mask.shape[1] > T and bool((attention_mask[:, :-T].bool().sum(1) != _tensor(starts, real)).any()):
             raise ValueError(HIDDEN_PAST)
-        if bool(real.all()):
+        is_full, is_mask = torch.stack((real.all(), (real | (attention_mask[:, -T:] == 0)).all())).tolist()
+        if not is_mask:
+            raise ValueError(
+                "attention_mask must hold 1 at tokens and 0 at padding. Packed sequences are told by position_ids that "
+                "begin at 0 in each, or by cu_seqlens."
+            )
+        if is_full:
             real = None
     if position_ids is not None:
-        _check_places(position_ids, real, starts, columns_before)
+        _check_places(position_ids, real, starts, is_fresh)
     if real is None:
         return Inputs(Batch.dense(starts, T, device), None, T)
     return Inputs(Batch.packed(starts, tuple(real.sum(1).tolist()), device), real, T)
@@ -191,12 +197,12 @@ def _packed_borders(position_ids: torch.Tensor, attention_mask: torch.Tensor | N
 
 
 def _check_places(
-    position_ids: torch.Tensor, real: torch.Tensor | None, starts: tuple[int, ...], columns_before: int
+    position_ids: torch.Tensor, real: torch.Tensor | None, starts: tuple[int, ...], is_fresh: bool
 ) -> None:
     """ValueError unless tokens are where position_ids [B, T] say, or, without anything before them, as far apart."""
     counted = position_ids.new_ones(position_ids.shape) if real is None else real.long()
     off = position_ids - (counted.cumsum(1) - 1) - _tensor(starts, position_ids)[:, None]
-    if not columns_before:  # only distances count
+    if is_fresh:  # without a cache, which counts from 0, only distances count
         first = counted.argmax(1, keepdim=True)
         off = off - off.gather(1, first)
     wrong = (off != 0) & (counted != 0)

@@ -12,6 +12,7 @@ from operator import itemgetter
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.nn.modules.module import _has_any_global_hook
 
 from oncelm.models.rms_norm import RMSNorm
@@ -27,6 +28,13 @@ def is_untouched(*modules: nn.Module) -> bool:
         or "forward" in module.__dict__
         for module in modules
     )
+
+
+def takes_parts(layer: nn.Module) -> bool:
+    """Whether compiled or fused parts may pass a layer's modules over: no hooks stand at them, for which torch.compile
+    would not look, but those that split them over ranks, which were there before anything was compiled."""
+    inner = list(layer.modules())[1:]
+    return is_untouched(*inner) or any(isinstance(weight, DTensor) for weight in layer.parameters())
 
 
 def is_plain_linear(*layers: nn.Module) -> bool:

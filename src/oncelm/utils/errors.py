@@ -46,7 +46,8 @@ def unknown(kind: str, value: object, allowed: Iterable[object]) -> ValueError:
     "unknown backend 'chunck'; did you mean 'chunk'? Allowed: chunk, naive."
     """
     names = [str(name) for name in allowed]
-    near = nearest(str(value), names, 0.5) if isinstance(value, str) else None
+    text = str(value)
+    near = nearest(text, names, 0.5) if isinstance(value, str) or len(text) <= 40 else None
     hint = f" did you mean {near!r}?" if near else ""
     return ValueError(f"unknown {kind} {shown(value)};{hint} Allowed: {', '.join(names)}.")
 

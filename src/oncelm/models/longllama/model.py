@@ -20,7 +20,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from oncelm.cache.window import Window
 from oncelm.models.compiling import compiled
 from oncelm.models.longllama.config import LongLlamaConfig
-from oncelm.models.plain import is_untouched
+from oncelm.models.plain import takes_parts
 from oncelm.models.rms_norm import RMSNorm
 from oncelm.ops import apply_rope, rope_frequencies, rope_rotation, swiglu
 
@@ -101,7 +101,7 @@ class DecoderLayer(GradientCheckpointingLayer):
         return x + self.mlp(self.post_attention_layernorm(x))
 
     def forward(self, x: torch.Tensor, rope: Rope, memory: LayerMemory, window: Window, parts: Parts) -> torch.Tensor:
-        if parts is PLAIN or not is_untouched(self.self_attn):  # a hook on the attention waits for it to be called
+        if parts is PLAIN or not takes_parts(self):  # a hook on a module waits for the module to be called
             x = x + self.self_attn(self.input_layernorm(x), rope, memory, window)
             return x + self.mlp(self.post_attention_layernorm(x))
         return parts.after(self, x, self.self_attn.mix(parts.before(self, x, rope.rotation), rope, memory, window))

@@ -193,8 +193,6 @@ class LongLlamaForCausalLM(CompilesLayers, CausalLM):
         counts = self._crossbatch(
             tokens, past_key_values, attention_mask, cross_batch_range, cross_batch_stepping, dataset_packing
         )
-        if counts is not None and (use_cache or cu_seqlens is not None):
-            raise ValueError("crossbatch is a way of training: it goes without use_cache and packed sequences.")
         if use_cache is None and (has_loss or counts is not None):
             use_cache = False
         cache, inputs = self._read(
@@ -219,9 +217,7 @@ class LongLlamaForCausalLM(CompilesLayers, CausalLM):
                 loss = total / (count if num_items_in_batch is None else num_items_in_batch)
             kept = wanted.hidden()
             logits = None if kept is None else self.lm_head(kept)
-        output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
-        wants_dict = self.config.return_dict if return_dict is None else return_dict
-        return output if wants_dict else output.to_tuple()
+        return self._output(CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache), return_dict)
 
     def _window_loss(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Summed cross-entropy of a window's targets [B, t] from its hidden states [B, t, d]."""
@@ -239,20 +235,26 @@ class LongLlamaForCausalLM(CompilesLayers, CausalLM):
         last_context_length: int | None = None,
         memory: str | None = None,
         cu_seqlens: torch.Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
         **kwargs: Any,
-    ) -> BaseModelOutputWithPast:
-        """Final hidden states [B, T, d] of all positions, zeros at padding; arguments as in `forward`."""
-        extras = read_extras(self, kwargs)
+    ) -> BaseModelOutputWithPast | tuple:
+        """Final hidden states [B, T, d] of all positions, zeros at padding; arguments as in `forward`, but that a pass
+        with gradients makes no cache unless told to."""
+        extras = read_extras(self, kwargs, output_attentions, output_hidden_states)
         cu_seqlens = one_of(cu_seqlens=cu_seqlens, cu_seq_lens_q=extras.cu_seqlens)
         tokens = check_tokens(input_ids, inputs_embeds, self.config)
         counts = self._crossbatch(tokens, past_key_values, attention_mask, None, None, None)
+        if use_cache is None and (counts is not None or torch.is_grad_enabled()):
+            use_cache = False
         cache, inputs = self._read(
             tokens, attention_mask, position_ids, past_key_values, use_cache, cu_seqlens, memory, counts
         )
         with torch.set_grad_enabled(torch.is_grad_enabled() and cache is None):
             windows = self._sequences(tokens, inputs, cache, last_context_length, counts, memory)
             hidden = torch.cat([hidden for _, hidden in windows], 1)
-        return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=cache)
+        return self._output(BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=cache), return_dict)
 
     def _read(
         self,
@@ -269,6 +271,8 @@ class LongLlamaForCausalLM(CompilesLayers, CausalLM):
         position_ids, attention_mask, cu_seqlens = reading.find_packing(
             tokens.shape, tokens.device, position_ids, attention_mask, cu_seqlens, cache is None
         )
+        if counts is not None and (use_cache or cu_seqlens is not None):
+            raise ValueError("crossbatch is a way of training: it goes without use_cache and packed sequences.")
         if cu_seqlens is not None and (cache is not None or use_cache):
             raise ValueError(
                 "packed sequences (cu_seqlens, position_ids that begin anew) are read without past_key_values and "

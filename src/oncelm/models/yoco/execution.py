@@ -86,6 +86,7 @@ class Execution(CompilesLayers):
     dtype: torch.dtype
     self_decoder: SelfDecoder
     gemm: str | None = None
+    gemm_changes = 0  # how often rounded weights were made or dropped, which a recorded graph goes on to read
 
     def set_gemm(self, gemm: str | None) -> Self:
         """Choose how the self-decoder's matrices are multiplied where at least 64 tokens are read without gradients.
@@ -117,7 +118,7 @@ class Execution(CompilesLayers):
                 )
         for layer in layers:
             set_float8(layer, gemm is not None)
-        self.gemm = gemm
+        self.gemm, self.gemm_changes = gemm, self.gemm_changes + 1
         return self
 
     def _float8_layers(self) -> list[nn.Linear]:
@@ -131,6 +132,7 @@ class Execution(CompilesLayers):
         """Another device or dtype: the rounded weights follow."""
         super()._apply(fn, recurse)  # type: ignore[misc]
         if self.gemm is not None:
+            self.gemm_changes += 1
             for layer in self._float8_layers():
                 set_float8(layer, True)
         return self

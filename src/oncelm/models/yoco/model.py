@@ -21,7 +21,7 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from oncelm.cache import Batch, Memory, RetentionMemory, Selection, SharedMemory, WindowMemory
-from oncelm.models.plain import is_untouched
+from oncelm.models.plain import is_untouched, takes_parts
 from oncelm.models.rms_norm import RMSNorm
 from oncelm.models.yoco.config import YocoConfig
 from oncelm.models.yoco.linear import Rounded, linear, project
@@ -177,7 +177,7 @@ class DecoderLayer(GradientCheckpointingLayer):
         batch: Batch,
         parts: TokenParts,
     ) -> torch.Tensor:
-        if parts is PLAIN or not is_untouched(self.mixer):  # a hook on the mixer waits for the mixer to be called
+        if parts is PLAIN or not takes_parts(self):  # a hook on a module waits for the module to be called
             x = x + self.mixer(self.mixer_layer_norm(x), rotation, memory, batch)
             return self.ffn(self.final_layer_norm(x), x)
         inputs, gate = parts.before(self, x, rotation)
@@ -228,6 +228,13 @@ class CrossDecoder(nn.Module):
         k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in projected)
         return apply_rope(k, rotation, self.pairing), v
 
+    def shared(
+        self, y: torch.Tensor, rotation: torch.Tensor, parts: Callable[[torch.Tensor], TokenParts]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`keys_and_values`, computed as `parts` say unless there are hooks that they would pass over."""
+        chosen = parts(y) if is_untouched(self.k_proj, self.v_proj, self.kv_layer_norm) else PLAIN
+        return chosen.keys_and_values(self, y, rotation)
+
     def forward(
         self,
         y: torch.Tensor,
@@ -241,7 +248,7 @@ class CrossDecoder(nn.Module):
         """y [B, T, d] for the shared keys and values, x [B, T, d] to go on from -> hidden states [B, P, d] at `wanted`;
         None where nothing is wanted. rotate: of a batch's positions."""
         rotation = rotate(batch)
-        memory.append(*parts(y).keys_and_values(self, y, rotation), batch)
+        memory.append(*self.shared(y, rotation, parts), batch)
         if wanted is None:
             return None
         # without gaps, as the next layers get it: one compiled form serves all of them
@@ -333,7 +340,10 @@ def _run_in_turn(
     """run_layers where self and cross layers alternate; the cache is written after the first self layer."""
     assert cross_decoder is not None
     for name, decoder in (("self_decoder", self_decoder), ("cross_decoder", cross_decoder)):
-        if decoder._forward_hooks or decoder._forward_pre_hooks:
+        hooks = (
+            decoder._forward_hooks, decoder._forward_pre_hooks, decoder._backward_hooks, decoder._backward_pre_hooks,
+        )  # fmt: skip
+        if any(hooks):
             raise ValueError(
                 f"in layout 'interleaved' {name} is not called as a whole, so its hooks would never run: "
                 f"register them on {name}.layers."
@@ -342,7 +352,7 @@ def _run_in_turn(
     for i, (own, cross) in enumerate(zip(self_decoder.layers, cross_decoder.layers, strict=True)):
         x = own(x, rotation, memory.layers[i], batch, parts(x))
         if i == 0:
-            memory.shared.append(*parts(x).keys_and_values(cross_decoder, x, cross_rotation), batch)
+            memory.shared.append(*cross_decoder.shared(x, cross_rotation, parts), batch)
         at = batch
         if i == last:  # the last cross layer mixes no new tokens
             if wanted is None:

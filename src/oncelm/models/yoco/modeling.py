@@ -214,9 +214,7 @@ class YocoForCausalLM(Execution, CausalLM):
                 loss, logits = self._loss_and_logits(
                     tokens, inputs, before, targets, logits_to_keep, num_items_in_batch
                 )
-        output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
-        wants_dict = self.config.return_dict if return_dict is None else return_dict
-        return output if wants_dict else output.to_tuple()
+        return self._output(CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache), return_dict)
 
     def hidden_states(
         self,
@@ -227,14 +225,18 @@ class YocoForCausalLM(Execution, CausalLM):
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         cu_seqlens: torch.Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
         **kwargs: Any,
-    ) -> BaseModelOutputWithPast:
-        """Final hidden states [B, T, d] of all positions, zeros at padding; arguments as in `forward`."""
-        extras = read_extras(self, kwargs)
+    ) -> BaseModelOutputWithPast | tuple:
+        """Final hidden states [B, T, d] of all positions, zeros at padding; arguments as in `forward`, but that a pass
+        with gradients makes no cache unless told to."""
+        extras = read_extras(self, kwargs, output_attentions, output_hidden_states)
         cu_seqlens = one_of(cu_seqlens=cu_seqlens, cu_seq_lens_q=extras.cu_seqlens)
         tokens = check_tokens(input_ids, inputs_embeds, self.config)
         if use_cache is None:
-            use_cache = self.config.use_cache and not self.training
+            use_cache = self.config.use_cache and not self.training and not torch.is_grad_enabled()
         position_ids, attention_mask, cu_seqlens = reading.find_packing(
             tokens.shape, tokens.device, position_ids, attention_mask, cu_seqlens, past_key_values is None
         )
@@ -249,7 +251,7 @@ class YocoForCausalLM(Execution, CausalLM):
             hidden = self._hidden(tokens, inputs, cache, wanted)
             if inputs.real is not None:
                 hidden = hidden.new_zeros(*everything.shape, hidden.shape[-1]).index_put((everything,), hidden[0])
-        return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=cache)
+        return self._output(BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=cache), return_dict)
 
     def _cache(
         self,
@@ -366,7 +368,7 @@ class YocoForCausalLM(Execution, CausalLM):
 
     def _loss(self, hidden: torch.Tensor, targets: torch.Tensor, num_items: int | torch.Tensor | None) -> torch.Tensor:
         """Mean cross-entropy of hidden [M, d] against targets [M]; 0 where there is no target at all."""
-        weight = self.output_projection.weight
+        weight = getattr(self.output_projection, "weight", None)
         if isinstance(weight, DTensor):  # split over ranks, in training
             total = vocab_parallel_cross_entropy(hidden, weight, targets)
         else:

@@ -48,7 +48,7 @@ class Stepper:
 
     def __init__(self, model: YocoForCausalLM, cache: ModelCache) -> None:
         self.model, self.memory = model, StepMemory(cache)
-        self.wiring, self.key = Wiring(model, PLAIN_MODULES), _addresses(cache)
+        self.wiring, self.key = Wiring(model, PLAIN_MODULES), (model.gemm_changes, *_addresses(cache))
         self.tokens = torch.zeros(cache.batch_size, 1, dtype=torch.long, device=model.device)
         self.positions = torch.zeros_like(self.tokens)
         self.reached: tuple[int, ...] | None = None  # where `positions` stands
@@ -60,6 +60,7 @@ class Stepper:
         """Whether a graph can stand for the model: nothing in it that runs Python of its own at every step."""
         return self.wiring.is_plain
 
+    @torch.no_grad()  # a cache holds values, not graphs
     def __call__(self, tokens: torch.Tensor, cache: ModelCache) -> torch.Tensor:
         """Append tokens [N, 1]: logits [N, V], valid until the next step."""
         self.tokens.copy_(tokens)
@@ -114,7 +115,12 @@ def stepper(model: YocoForCausalLM, cache: ModelCache) -> Stepper:
     """The Stepper of this cache, a new one where the cache has moved in memory or the model has other modules or
     weights than it was made with."""
     found = _STEPPERS.get(cache)
-    if found is None or found.model is not model or found.key != _addresses(cache) or not found.wiring.is_unchanged:
+    if (
+        found is None
+        or found.model is not model
+        or found.key != (model.gemm_changes, *_addresses(cache))
+        or not found.wiring.is_unchanged
+    ):
         found = _STEPPERS[cache] = Stepper(model, cache)
     return found
 
