@@ -28,9 +28,9 @@ def save_snapshot(snapshot: Snapshot, path: str | os.PathLike[str], fingerprint:
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in snapshot.tensors.items()}
     lengths, columns = json.dumps(snapshot.lengths), str(snapshot.columns)
     header = {"format": FORMAT, "fingerprint": fingerprint, "lengths": lengths, "columns": columns}
-    header["checksum"] = _checksum(tensors, lengths, columns)
     if snapshot.kv_dtype is not None:
         header["kv_dtype"] = str(snapshot.kv_dtype).removeprefix("torch.")
+    header["checksum"] = _checksum(tensors, header)
     with atomic_file(path) as temporary:
         save_file(tensors, temporary, metadata=header)
 
@@ -58,7 +58,7 @@ def load_snapshot(path: str | os.PathLike[str], fingerprint: str, device: torch.
         raise ValueError(
             f"{path} was computed by another model (fingerprint {header['fingerprint']}, this model {fingerprint})."
         )
-    if header["checksum"] != _checksum(tensors, header["lengths"], header["columns"]):
+    if header["checksum"] != _checksum(tensors, header):
         raise ValueError(f"{path} is damaged: its checksum does not match.")
     return Snapshot(
         {name: tensor.to(device) for name, tensor in tensors.items()},
@@ -76,8 +76,9 @@ def _dtype(name: str | None, tensors: dict[str, torch.Tensor]) -> torch.dtype | 
     return named if isinstance(named, torch.dtype) else None
 
 
-def _checksum(tensors: dict[str, torch.Tensor], lengths: str, columns: str) -> str:
-    digest = hashlib.blake2b(f"{lengths} {columns}".encode(), digest_size=16)
+def _checksum(tensors: dict[str, torch.Tensor], header: dict[str, str]) -> str:
+    said = [header[name] for name in ("lengths", "columns", "kv_dtype") if name in header]  # older files lack the last
+    digest = hashlib.blake2b(" ".join(said).encode(), digest_size=16)
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
