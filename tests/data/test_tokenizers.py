@@ -165,6 +165,19 @@ def test_train_bpe_with_little_text_gives_fewer_ids():
     assert len(train_bpe([], 1000)) == 260
 
 
+def test_of_a_run_without_a_break_a_thousand_characters_are_learned_from():
+    """Words of any length that a language has are whole; a run of 256 KiB took 40 seconds."""
+    text = " ".join(["word", "x" * 511, "1" * 2000, "\n" * 511, "=_" * 255])
+    assert tokenizers._without_long_runs(text) is text
+    for unit in ("a", "\u6f22", "=_", " \n", "\u0301"):
+        run = unit * (100_000 // len(unit))
+        shortened = tokenizers._without_long_runs(f"before {run} after")
+        assert shortened.startswith(f"before {unit * 250}")
+        assert shortened.endswith(" after")
+        assert len(shortened) < 1100
+    assert len(train_bpe(["a" * 1_000_000, " " * 1_000_000], 1000)) < 300
+
+
 def test_train_bpe_explains_bad_input():
     with pytest.raises(ValueError, match=r"vocab_size must be at least 260.*got 100"):
         train_bpe(["a"], 100)

@@ -17,6 +17,7 @@ import hashlib
 import importlib
 import importlib.metadata
 import os
+import re
 from collections.abc import Callable, Iterable
 from itertools import pairwise
 from pathlib import Path
@@ -76,6 +77,9 @@ WORD_PATTERN = (
     r"|\s"
 )
 
+_RUN = 512  # characters; a run of so many letters, of signs or of white space is no word
+_LONG_RUN = re.compile(rf"[^\W\d_]{{{_RUN},}}|(?:[^\w\s]|_){{{_RUN},}}|\s{{{_RUN},}}")
+
 
 def load_tokenizer(name_or_path: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
     """The tokenizer of that name or at that place.
@@ -111,6 +115,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE of `vocab_size` ids: 4 special tokens, 256 bytes, and merges found in `texts`.
 
     The same texts give the same tokenizer. Texts with too few words give fewer ids: see `len(tokenizer)`.
+    Of a run without a break no more than about a thousand characters count.
     """
     if isinstance(texts, str):
         raise ValueError("texts must be a list (or another iterable) of strings, got one string.")
@@ -122,8 +127,24 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
         initial_alphabet=_byte_characters(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.train_from_iterator(map(_without_long_runs, texts), trainer)
     return _wrap(tokenizer)
+
+
+def _without_long_runs(text: str) -> str:
+    """The text with what would be a word of more than about 1,000 characters cut short.
+
+    Looking for merges takes time by the square of a word's length and more: 40 seconds for 256 KiB of one letter.
+    """
+    kept, start, position = [], 0, 0
+    while position < len(text):
+        run = _LONG_RUN.match(text, position)  # a longer one holds two such positions in a row
+        if run is None:
+            position += _RUN
+        else:
+            kept.append(text[start : position + _RUN])
+            start = position = run.end()
+    return "".join([*kept, text[start:]]) if kept else text
 
 
 def _wrap(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
