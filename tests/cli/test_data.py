@@ -195,5 +195,5 @@ def test_who_comes_second_uses_the_tokenizer_that_was_made_meanwhile(corpus, tmp
     def made_by_another(folder: Path) -> None:
         load_tokenizer("bytes").save_pretrained(kept)
 
-    monkeypatch.setattr("oncelm.data.place.make_place", made_by_another)
+    monkeypatch.setattr("oncelm.data.bpe.make_place", made_by_another)
     assert len(choose_tokenizer("bpe:300", find_corpus(corpus), str(tmp_path / "tokens"))) == 260

@@ -115,28 +115,14 @@ def run_prepare(args: argparse.Namespace) -> int:
 
 def choose_tokenizer(name: str, corpus: Corpus, out: str | None) -> PreTrainedTokenizerBase:
     """The tokenizer of that name; one made from the text ("bpe:SIZE") is kept beside the tokens and used again."""
-    from oncelm.data.checksums import damaged_files, write_listing
-    from oncelm.data.place import make_place, turn
-    from oncelm.data.reading import sample_texts
-    from oncelm.data.tokenizers import load_tokenizer, train_bpe
+    from oncelm.data.bpe import keep_bpe
+    from oncelm.data.tokenizers import load_tokenizer
     from oncelm.train.config import bpe_vocab_size
-    from oncelm.utils.files import atomic_folder
 
     if not name.startswith("bpe:"):
         return load_tokenizer(name)
-    vocab_size = bpe_vocab_size(name)
     kept = (Path(out) if out else hidden_folder(corpus)) / name.replace(":", "-")
-    if not kept.exists():
-        make_place(kept.parent)
-        with turn(kept.parent):
-            if not kept.exists():  # else another process made it meanwhile, the same one
-                files = [file for source in corpus.train for file in source.files]
-                tokenizer = train_bpe(sample_texts(files), vocab_size)
-                with atomic_folder(kept) as folder:
-                    tokenizer.save_pretrained(folder)
-                    write_listing(folder)
-    if damaged := damaged_files(kept):
-        raise ValueError(f"{damaged[0]} is damaged; delete {str(kept)!r} to have it made from the text again.")
+    keep_bpe(kept, corpus, bpe_vocab_size(name))
     return load_tokenizer(kept)
 
 

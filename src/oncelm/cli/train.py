@@ -259,12 +259,12 @@ def open_data(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> TokenF
 
 def make_tokenizer(config: TrainConfig, ranks: Ranks | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer the settings name; one made from the data is kept in `out/tokenizer` to resume with."""
+    from oncelm.data.bpe import make_bpe
     from oncelm.data.layout import find_corpus
-    from oncelm.data.reading import sample_texts
-    from oncelm.data.tokenizers import load_tokenizer, train_bpe
+    from oncelm.data.tokenizers import load_tokenizer
     from oncelm.data.tokens import is_token_folder
+    from oncelm.train.claim import claim, run_lock
     from oncelm.train.config import bpe_vocab_size
-    from oncelm.utils.files import atomic_folder
 
     if config.tokenizer is None and is_token_folder(config.data):
         return load_tokenizer(Path(config.data) / "tokenizer")
@@ -274,15 +274,18 @@ def make_tokenizer(config: TrainConfig, ranks: Ranks | None = None) -> PreTraine
         return load_tokenizer(config.tokenizer)
     kept = Path(config.out) / "tokenizer"
 
-    def train(size: int) -> None:
-        if not (config.resume and kept.exists()):
-            files = [file for source in find_corpus(config.data).train for file in source.files]
-            tokenizer = train_bpe(sample_texts(files), size)
-            with atomic_folder(kept) as folder:
-                tokenizer.save_pretrained(folder)
-
     size = bpe_vocab_size(config.tokenizer)
-    train(size) if ranks is None else ranks.on_main(lambda: train(size))
+
+    def make() -> None:
+        if not (config.resume and kept.exists()):
+            corpus, lock = find_corpus(config.data), run_lock(kept.parent)
+            claim(lock)  # a run that goes on there would be resumed with this tokenizer
+            try:
+                make_bpe(kept, corpus, size)
+            finally:
+                lock.release()
+
+    make() if ranks is None else ranks.on_main(make)
     return load_tokenizer(kept)
 
 

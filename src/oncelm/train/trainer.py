@@ -25,7 +25,6 @@ from typing import TYPE_CHECKING, Any, NoReturn, Protocol, cast
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -34,6 +33,7 @@ from oncelm.models.causal_lm import CausalLM
 from oncelm.models.inputs import IGNORE_INDEX, NOTHING
 from oncelm.models.load import load, quiet_transformers
 from oncelm.train.checkpoint import FOLDER, check_new, find_checkpoint, list_checkpoints
+from oncelm.train.claim import claim, run_lock
 from oncelm.train.config import TrainConfig
 from oncelm.train.crossbatch import check_crossbatch
 from oncelm.train.diagnose import find_not_finite
@@ -161,8 +161,8 @@ class Trainer:
             FloatingPointError: a loss or gradient is not finite.
             OSError: a checkpoint could not be written.
         """
-        lock = FileLock(self.out / ".lock")
-        self.ranks.on_main(partial(self._claim, lock))
+        lock = run_lock(self.out)
+        self.ranks.on_main(partial(claim, lock))
         try:
             return self._fit()
         finally:
@@ -394,17 +394,6 @@ class Trainer:
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(folder)
         (folder / "trainer.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
-
-    def _claim(self, lock: FileLock) -> None:
-        """Be the only run that writes to `out`, which another would take for what a killed one left."""
-        self.out.mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            raise ValueError(
-                f"out {str(self.out)!r} is being written by another run; wait for its end, choose another folder or, "
-                f"where there is none, delete {lock.lock_file}."
-            ) from None
 
     def _start_or_resume(self) -> None:
         folder = self.ranks.on_main(self._choose_start)

@@ -1,0 +1,36 @@
+"""A BPE made from a corpus, kept in a folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from oncelm.data.checksums import damaged_files, write_listing
+from oncelm.data.layout import Corpus
+from oncelm.data.place import make_place, turn
+from oncelm.data.reading import sample_texts
+from oncelm.data.tokenizers import train_bpe
+from oncelm.utils.files import atomic_folder
+
+
+def make_bpe(folder: Path, corpus: Corpus, vocab_size: int) -> None:
+    """Make a tokenizer from what the corpus trains on; it takes the place of one that is in `folder`."""
+    files = [file for source in corpus.train for file in source.files]
+    tokenizer = train_bpe(sample_texts(files), vocab_size)
+    with atomic_folder(folder) as new:
+        tokenizer.save_pretrained(new)
+        write_listing(new)
+
+
+def keep_bpe(folder: Path, corpus: Corpus, vocab_size: int) -> None:
+    """Make a tokenizer where there is none: of several processes that want it at once the first does.
+
+    Raises:
+        ValueError: one that was made before is damaged.
+    """
+    if not folder.exists():
+        make_place(folder.parent)
+        with turn(folder.parent):
+            if not folder.exists():
+                make_bpe(folder, corpus, vocab_size)
+    if damaged := damaged_files(folder):
+        raise ValueError(f"{damaged[0]} is damaged; delete {str(folder)!r} to have it made from the text again.")
