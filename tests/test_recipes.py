@@ -174,7 +174,7 @@ def test_two_ranks_beside_one(book, tmp_path) -> None:
     failing = [*command[:5], "one", "--set", *tiny, "seq_len=1"]
     done = subprocess.run(failing, env=environment(), capture_output=True, text=True)
     assert "failed" in done.stdout
-    assert "seq_len must be from 2" in done.stdout
+    assert "seq_len must be a whole number of at least 2" in done.stdout
 
 
 @pytest.mark.slow
