@@ -14,6 +14,7 @@ from oncelm.ops.attention import decode
 from oncelm.ops.attention.packed import Borders, by_sequence
 from oncelm.ops.dispatch import choose, implementation
 from oncelm.ops.dtypes import one_dtype
+from oncelm.ops.layout import aligned
 from oncelm.ops.quantize import LARGEST
 
 __all__ = ["decode_attention", "global_attention", "window_attention"]
@@ -120,6 +121,8 @@ def _run(
     compute = chosen.load()
     dtype = q.dtype
     q, k, v = one_dtype(q, k, v)
+    if q.is_cuda:
+        q, k, v = aligned(q), aligned(k), aligned(v)
     if borders is None or chosen.packed:
         packed = () if borders is None else (borders,)
         o = compute(q, k, v, *rest(k.shape[1], q.shape[1]), *packed)

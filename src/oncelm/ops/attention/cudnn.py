@@ -33,7 +33,6 @@ def window(q, k, v, window_size, scale, borders=None):
     if borders is not None or not fits or T == 0 or T % LENGTHS or window_size >= k.shape[1]:
         return varlen.window(q, k, v, window_size, scale, borders)
     scale = D**-0.5 if scale is None else scale
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     return window_op(q, k, v, window_size, scale)[0]
 
 

@@ -69,7 +69,6 @@ def _attend(q, k, v, left, scale, borders):
     B, T = q.shape[:2]
     if borders is None:
         borders = Borders.dense(B, T, k.shape[1], q.device)
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))  # else the kernel refuses them
     rest: dict[str, Any] = {"enable_gqa": True} if ASKS_FOR_GQA and q.shape[2] != k.shape[2] else {}
     out: Any = varlen_attn(
         q.flatten(0, 1),

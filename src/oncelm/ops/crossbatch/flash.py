@@ -12,6 +12,7 @@ import torch
 from oncelm.ops.attention.varlen import autocast, fits
 from oncelm.ops.crossbatch.blocks import Crossbatch
 from oncelm.ops.crossbatch.blocks import running as in_pytorch
+from oncelm.ops.layout import aligned
 
 
 def running(q, k, first_k, v, counts, scale):
@@ -52,5 +53,5 @@ class Flash:
 def _heads_first(q, k, v):
     """[B, H, T, D] each: a key/value head for every query head, which all versions of the kernel take."""
     k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], dim=2) for x in (k, v))
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))  # else the kernel refuses them
+    q, k, v = (aligned(x) for x in (q, k, v))
     return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
