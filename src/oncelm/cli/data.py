@@ -92,6 +92,7 @@ def run(args: argparse.Namespace) -> int:
 
 def run_prepare(args: argparse.Namespace) -> int:
     from oncelm.data.layout import find_corpus
+    from oncelm.data.place import hidden_folder
     from oncelm.data.prepare import prepare, prune
     from oncelm.data.tokens import is_token_folder, open_tokens
     from oncelm.utils.units import size
@@ -116,6 +117,7 @@ def run_prepare(args: argparse.Namespace) -> int:
 def choose_tokenizer(name: str, corpus: Corpus, out: str | None) -> PreTrainedTokenizerBase:
     """The tokenizer of that name; one made from the text ("bpe:SIZE") is kept beside the tokens and used again."""
     from oncelm.data.bpe import keep_bpe
+    from oncelm.data.place import hidden_folder
     from oncelm.data.tokenizers import load_tokenizer
     from oncelm.train.config import bpe_vocab_size
 
@@ -124,11 +126,6 @@ def choose_tokenizer(name: str, corpus: Corpus, out: str | None) -> PreTrainedTo
     kept = (Path(out) if out else hidden_folder(corpus)) / name.replace(":", "-")
     keep_bpe(kept, corpus, bpe_vocab_size(name))
     return load_tokenizer(kept)
-
-
-def hidden_folder(corpus: Corpus) -> Path:
-    """Where tokens go without --out."""
-    return (corpus.path if corpus.path.is_dir() else corpus.path.parent) / ".oncelm"
 
 
 def report_malformed(tokens: TokenFolder, shown: int = 5) -> None:
@@ -169,6 +166,7 @@ def run_info(args: argparse.Namespace) -> int:
 
 def find_prepared(corpus: Corpus) -> list[Path]:
     """The folders of tokens that are kept beside a corpus."""
+    from oncelm.data.place import hidden_folder
     from oncelm.data.shards import MANIFEST
 
     prepared = sorted(manifest.parent for manifest in hidden_folder(corpus).glob(f"*/{MANIFEST}"))
@@ -265,6 +263,7 @@ def run_check(args: argparse.Namespace) -> int:
 def run_sample(args: argparse.Namespace) -> int:
     from oncelm.data.dataset import TokenDataset
     from oncelm.data.layout import find_corpus
+    from oncelm.data.place import hidden_folder
     from oncelm.data.prepare import prepare
     from oncelm.data.tokenizers import load_tokenizer
     from oncelm.data.tokens import is_token_folder, open_tokens

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from oncelm.data.shards import MANIFEST
 
-_OWN = ".oncelm"  # where prepared tokens are kept beside the text
+OWN = ".oncelm"  # where prepared tokens are kept beside the text
 _COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
 _SHOWN = 3  # names of what is left out for one reason
 
@@ -64,7 +64,7 @@ def list_folder(root: Path, suffixes: tuple[str, ...]) -> Listing:
             continue
         seen.add(real)
         try:
-            entries = [entry for entry in os.scandir(folder) if entry.name != _OWN]
+            entries = [entry for entry in os.scandir(folder) if entry.name != OWN]
         except OSError as error:
             if folder == root:
                 raise

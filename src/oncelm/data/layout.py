@@ -21,7 +21,7 @@ from typing import Any
 
 from oncelm.data.folder import LeftOut, Listing, list_folder
 from oncelm.utils.errors import unknown
-from oncelm.utils.settings import parse_json
+from oncelm.utils.settings import read_json
 
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 TRAIN, VALID = "json/train.json", "json/valid.json"
@@ -86,7 +86,7 @@ def _unlisted(root: Path, sources: Iterable[Source]) -> Listing:
 def _read_sources(root: Path, name: str) -> tuple[Source, ...]:
     """The sources that a train.json or valid.json lists; those of weight 0 are left out."""
     listing = root / name
-    entries = _read_json(listing)
+    entries = read_json(listing, encoding="utf-8-sig")
     if not isinstance(entries, list) or not entries:
         raise ValueError(f'{listing} must hold a list such as [{{"name": "books", "weight": 1}}], got {entries!r:.60}.')
     weights: dict[str, float] = {}
@@ -118,7 +118,7 @@ def _read_files(sources: Path, name: str) -> tuple[Path, ...]:
     if not listing.is_file():
         error = unknown("source", name, sorted({p.stem for p in listing.parent.glob("*.json")} - {"train", "valid"}))
         raise ValueError(f"{sources} names {name!r}, but there is no file {str(listing)!r} of its files: {error}")
-    entries = _read_json(listing)
+    entries = read_json(listing, encoding="utf-8-sig")
     if not isinstance(entries, list) or not entries or not all(isinstance(entry, str) for entry in entries):
         raise ValueError(f"{listing} must hold a list of file names, got {entries!r:.60}.")
     files: dict[Path, None] = {}  # in order
@@ -130,10 +130,3 @@ def _read_files(sources: Path, name: str) -> tuple[Path, ...]:
             raise ValueError(f"{listing} names {entry!r} twice.")
         files[file] = None
     return tuple(files)
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return parse_json(path.read_text(encoding="utf-8-sig"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None

@@ -10,16 +10,21 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from oncelm.data.folder import OWN
 from oncelm.data.layout import Corpus
 
 logger = logging.getLogger(__name__)
 
 
+def hidden_folder(corpus: Corpus) -> Path:
+    """Where what is prepared of a corpus is kept when nothing else is said: hidden beside the text."""
+    return (corpus.path if corpus.path.is_dir() else corpus.path.parent) / OWN
+
+
 def default_folder(corpus: Corpus, fingerprint: str) -> Path:
-    """Where the tokens of a corpus are kept when nothing else is said: hidden beside the text, by tokenizer."""
-    if corpus.path.is_dir():
-        return corpus.path / ".oncelm" / fingerprint[:12]
-    return corpus.path.parent / ".oncelm" / f"{corpus.path.name}-{fingerprint[:12]}"
+    """The folder there of the tokens of one tokenizer."""
+    of_file = "" if corpus.path.is_dir() else f"{corpus.path.name}-"
+    return hidden_folder(corpus) / f"{of_file}{fingerprint[:12]}"
 
 
 @contextmanager

@@ -126,10 +126,10 @@ class CausalLM(PreTrainedModel, GenerationMixin):
             # a draft that is the padding token is a token; generate, which made this mask of what it drafted, hides it
             mask = model_kwargs["attention_mask"] = mask.cummax(1).values
         if mask is not None and mask.dim() == 2 and not bool(mask[:, -1].all()):
-            rows = (mask[:, -1] == 0).nonzero().flatten().tolist()
+            padded = (mask[:, -1] == 0).nonzero().flatten().tolist()
             raise ValueError(
-                f"the prompt is padded on the right (attention_mask ends in 0 in row {rows[0]}), so generate would go "
-                "on from padding. Pad on the left: tokenizer.padding_side = 'left'."
+                f"the prompt is padded on the right (attention_mask ends in 0 in row {padded[0]}), so generate would "
+                "go on from padding. Pad on the left: tokenizer.padding_side = 'left'."
             )
         options = {name: model_kwargs[name] for name in self.cache_options if model_kwargs.get(name) is not None}
         if model_kwargs.get("past_key_values") is not None:

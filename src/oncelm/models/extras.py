@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,35 +16,26 @@ _NOT_OURS = frozenset({
 })  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Extras:
-    """What `forward` takes under other tools' names.
-
-    Attributes:
-        cu_seqlens: borders of packed sequences: `cu_seq_lens_q` or `_k`, or what `seq_idx` numbers.
-        targets: `shift_labels`, labels at the token that predicts them.
-    """
-
-    cu_seqlens: torch.Tensor | None
-    targets: torch.Tensor | None
-
-
 def read_extras(
     model: PreTrainedModel,
     kwargs: dict[str, Any],
-    output_attentions: bool | None = None,
-    output_hidden_states: bool | None = None,
-) -> Extras:
-    """Read what is left of the keyword arguments of a forward pass.
+    cu_seqlens: torch.Tensor | None,
+    targets: torch.Tensor | None,
+    **outputs: bool | None,
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """cu_seqlens and targets of a forward pass, which tools also pass along under other names.
+
+    Args:
+        kwargs: what is left of its keyword arguments: `cu_seq_lens_q`, `_k` and `seq_idx` (each token's sequence) tell
+            of packed sequences, `shift_labels` are targets.
+        outputs: what these models do not return; asked for by the configuration, it is refused there.
 
     Raises:
-        ValueError: outputs that these models do not have, asked for by argument or by the configuration.
+        ValueError: one of `outputs` is asked for, or one thing is said twice.
         TypeError: an argument that no model has; the nearest that this one has is named.
     """
-    asked = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
-    asked = {name: getattr(model.config, name, None) if value is None else value for name, value in asked.items()}
-    asked["output_router_logits"] = kwargs.get("output_router_logits")
-    for name, value in asked.items():
+    outputs["output_router_logits"] = kwargs.get("output_router_logits")
+    for name, value in outputs.items():
         if value:
             raise ValueError(f"{name}=True is not offered by {type(model).__name__}.")
     if kwargs.get("is_causal") is False:
@@ -63,7 +53,8 @@ def read_extras(
     borders = keys if borders is None else borders
     if borders is None and kwargs.get("seq_idx") is not None:
         borders = _borders_of(kwargs["seq_idx"])
-    return Extras(borders, kwargs.get("shift_labels"))
+    cu_seqlens = one_of(cu_seqlens=cu_seqlens, cu_seq_lens_q=borders)
+    return cu_seqlens, one_of(targets=targets, shift_labels=kwargs.get("shift_labels"))
 
 
 def _borders_of(seq_idx: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 
 from oncelm.utils.constraints import POSITIVE, Each, Flag, Keyed, Number, Text, Whole, check_all
 from oncelm.utils.errors import shown
-from oncelm.utils.settings import parse_json
+from oncelm.utils.settings import read_json
 
 FILE = "generation_config.json"
 TOKENS = Each(Whole(-1), or_one=True)
@@ -46,10 +46,7 @@ def check_generation_file(folder: str | os.PathLike[str]) -> None:
     file = Path(folder, FILE)
     if not file.is_file():
         return
-    try:
-        settings = parse_json(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from None
+    settings = read_json(file)
     if not isinstance(settings, dict):
         raise ValueError(f"{file} must hold a JSON object, got {shown(settings)}.")
     check_generation(folder, settings)

@@ -35,7 +35,7 @@ from oncelm.utils.constraints import Constraint, Flag, check_all
 from oncelm.utils.device import resolve_device, resolve_dtype
 from oncelm.utils.errors import check_choice, is_out_of_memory
 from oncelm.utils.files import bring_back
-from oncelm.utils.settings import parse_json
+from oncelm.utils.settings import read_json
 
 logger = logging.getLogger(__name__)
 
@@ -192,10 +192,7 @@ def _check_folder(path: str | os.PathLike[str]) -> dict[str, Any]:
             f"{path} is no model folder: it needs config.json (Hugging Face) or params.json and checkpoint.pth "
             f"(official YOCO); found: {found or 'nothing'}."
         )
-    try:
-        settings = parse_json(config.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{config} is not JSON: {error}") from error
+    settings = read_json(config)
     if not isinstance(settings, dict) or "model_type" not in settings:
         raise ValueError(f"{config} describes no model: it must be a JSON object with a key model_type.")
     return settings

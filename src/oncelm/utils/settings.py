@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -26,6 +27,14 @@ def parse_json(text: str | bytes) -> Any:
         return json.loads(text)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+
+
+def read_json(file: Path, encoding: str = "utf-8") -> Any:
+    """What a file holds; ValueError that names it where it is no JSON."""
+    try:
+        return parse_json(file.read_text(encoding=encoding))
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON: {error}") from error
 
 
 def parse_yaml(text: str, source: str) -> Any:

@@ -185,9 +185,8 @@ class LongLlamaForCausalLM(CompilesLayers, CausalLM):
         Raises:
             ValueError: inputs that do not fit the model, the cache or each other; nothing has been changed then.
         """
-        extras = read_extras(self, kwargs, output_attentions, output_hidden_states)
-        cu_seqlens = one_of(cu_seqlens=cu_seqlens, cu_seq_lens_q=extras.cu_seqlens)
-        targets = one_of(targets=targets, shift_labels=extras.targets)
+        outputs = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
+        cu_seqlens, targets = read_extras(self, kwargs, cu_seqlens, targets, **outputs)
         has_loss = one_of(labels=labels, targets=targets) is not None
         tokens = check_tokens(input_ids, inputs_embeds, self.config)
         counts = self._crossbatch(
@@ -242,8 +241,8 @@ class LongLlamaForCausalLM(CompilesLayers, CausalLM):
     ) -> BaseModelOutputWithPast | tuple:
         """Final hidden states [B, T, d] of all positions, zeros at padding; arguments as in `forward`, but that a pass
         with gradients makes no cache unless told to."""
-        extras = read_extras(self, kwargs, output_attentions, output_hidden_states)
-        cu_seqlens = one_of(cu_seqlens=cu_seqlens, cu_seq_lens_q=extras.cu_seqlens)
+        outputs = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
+        cu_seqlens, _ = read_extras(self, kwargs, cu_seqlens, None, **outputs)
         tokens = check_tokens(input_ids, inputs_embeds, self.config)
         counts = self._crossbatch(tokens, past_key_values, attention_mask, None, None, None)
         if use_cache is None and (counts is not None or torch.is_grad_enabled()):

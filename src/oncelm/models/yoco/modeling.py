@@ -181,18 +181,17 @@ class YocoForCausalLM(Execution, CausalLM):
         Raises:
             ValueError: inputs that do not fit the model, the cache or each other; nothing has been changed then.
         """
-        extras = read_extras(self, kwargs, output_attentions, output_hidden_states)
-        cu_seqlens = one_of(cu_seqlens=cu_seqlens, cu_seq_lens_q=extras.cu_seqlens)
-        targets = one_of(targets=targets, shift_labels=extras.targets)
+        outputs = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
+        cu_seqlens, targets = read_extras(self, kwargs, cu_seqlens, targets, **outputs)
         given = one_of(labels=labels, targets=targets)
         tokens = check_tokens(input_ids, inputs_embeds, self.config)
         if memory is not None and (past_key_values is not None or use_cache):
             raise ValueError("memory stands for what came before: give it without past_key_values and use_cache.")
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training and memory is None and given is None
-        starts_anew = past_key_values is None and memory is None
         position_ids, attention_mask, cu_seqlens = reading.find_packing(
-            tokens.shape, tokens.device, position_ids, attention_mask, cu_seqlens, starts_anew
+            *(tokens.shape, tokens.device, position_ids, attention_mask, cu_seqlens),
+            starts_anew=past_key_values is None and memory is None,
         )
         cache = self._cache(tokens, past_key_values, use_cache, cu_seqlens)
         loss: torch.Tensor | None = None
@@ -232,8 +231,8 @@ class YocoForCausalLM(Execution, CausalLM):
     ) -> BaseModelOutputWithPast | tuple:
         """Final hidden states [B, T, d] of all positions, zeros at padding; arguments as in `forward`, but that a pass
         with gradients makes no cache unless told to."""
-        extras = read_extras(self, kwargs, output_attentions, output_hidden_states)
-        cu_seqlens = one_of(cu_seqlens=cu_seqlens, cu_seq_lens_q=extras.cu_seqlens)
+        outputs = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
+        cu_seqlens, _ = read_extras(self, kwargs, cu_seqlens, None, **outputs)
         tokens = check_tokens(input_ids, inputs_embeds, self.config)
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training and not torch.is_grad_enabled()
@@ -243,14 +242,9 @@ class YocoForCausalLM(Execution, CausalLM):
         cache = self._cache(tokens, past_key_values, use_cache, cu_seqlens)
         inputs = self._read(tokens, attention_mask, position_ids, cu_seqlens, cache)
         with torch.set_grad_enabled(torch.is_grad_enabled() and cache is None):
-            everything = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+            hidden = self._hidden(tokens, inputs, cache, Selection(inputs.batch, columns=slice(None)))
             if inputs.real is not None:
-                everything = inputs.real
-            dense = inputs.batch.cu_seqlens is None
-            wanted = inputs.batch.columns(slice(None)) if dense else inputs.select(everything)
-            hidden = self._hidden(tokens, inputs, cache, wanted)
-            if inputs.real is not None:
-                hidden = hidden.new_zeros(*everything.shape, hidden.shape[-1]).index_put((everything,), hidden[0])
+                hidden = hidden.new_zeros(*inputs.real.shape, hidden.shape[-1]).index_put((inputs.real,), hidden[0])
         return self._output(BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=cache), return_dict)
 
     def _cache(

@@ -20,7 +20,7 @@ from oncelm.utils.checksums import write_checksums
 from oncelm.utils.device import DTYPES
 from oncelm.utils.errors import check_choice, is_out_of_memory, shown, unknown
 from oncelm.utils.files import atomic_folder
-from oncelm.utils.settings import parse_json
+from oncelm.utils.settings import read_json
 
 PARAMS, WEIGHTS = "params.json", "checkpoint.pth"
 
@@ -50,10 +50,7 @@ def is_official_folder(path: str | os.PathLike[str]) -> bool:
 def read_params(path: str | os.PathLike[str]) -> YocoConfig:
     """The configuration in an official folder's params.json."""
     file = Path(path) / PARAMS
-    try:
-        params = parse_json(file.read_text(encoding="utf-8-sig"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from error
+    params = read_json(file, encoding="utf-8-sig")
     if not isinstance(params, dict):
         raise ValueError(f"{file} must hold a JSON object, got {type(params).__name__}.")
     known = [*_KEYS, "n_layers", "sliding_window"]

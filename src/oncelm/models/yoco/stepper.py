@@ -48,7 +48,7 @@ class Stepper:
 
     def __init__(self, model: YocoForCausalLM, cache: ModelCache) -> None:
         self.model, self.memory = model, StepMemory(cache)
-        self.wiring, self.key = Wiring(model, PLAIN_MODULES), (model.gemm_changes, *_addresses(cache))
+        self.wiring, self.key = Wiring(model, PLAIN_MODULES), _key(model, cache)
         self.tokens = torch.zeros(cache.batch_size, 1, dtype=torch.long, device=model.device)
         self.positions = torch.zeros_like(self.tokens)
         self.reached: tuple[int, ...] | None = None  # where `positions` stands
@@ -115,16 +115,12 @@ def stepper(model: YocoForCausalLM, cache: ModelCache) -> Stepper:
     """The Stepper of this cache, a new one where the cache has moved in memory or the model has other modules or
     weights than it was made with."""
     found = _STEPPERS.get(cache)
-    if (
-        found is None
-        or found.model is not model
-        or found.key != (model.gemm_changes, *_addresses(cache))
-        or not found.wiring.is_unchanged
-    ):
+    if found is None or found.model is not model or found.key != _key(model, cache) or not found.wiring.is_unchanged:
         found = _STEPPERS[cache] = Stepper(model, cache)
     return found
 
 
-def _addresses(cache: ModelCache) -> tuple[int, ...]:
-    """Where a graph would read and write a cache, and of how many sequences: it is recorded anew where they change."""
-    return cache.batch_size, *(tensor.data_ptr() for tensor in cache.tensors().values())
+def _key(model: YocoForCausalLM, cache: ModelCache) -> tuple[int, ...]:
+    """What a graph would read and write beside the weights, and of how many sequences: it is recorded anew where that
+    has changed."""
+    return model.gemm_changes, cache.batch_size, *(tensor.data_ptr() for tensor in cache.tensors().values())
