@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from oncelm.cache.memory_kv import MemoryKV
+from oncelm.cache.longllama.memory_kv import MemoryKV
 from oncelm.eval.examples import Generate
 from oncelm.eval.model import Codec
 from oncelm.models import LongLlamaForCausalLM

@@ -7,7 +7,7 @@ import torch
 
 from oncelm.bench import GateError, check, run
 from oncelm.cache import RetentionState, SharedKV
-from oncelm.cache.memory_kv import MemoryKV
+from oncelm.cache.longllama.memory_kv import MemoryKV
 from tests.bench.conftest import tiny_llama, tiny_long, tiny_yoco
 
 

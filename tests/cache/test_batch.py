@@ -10,7 +10,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from oncelm.cache.batch import Batch
-from oncelm.cache.shared_kv import FreshSharedKV
+from oncelm.cache.yoco.fresh import FreshShared
 from oncelm.ops import global_attention
 
 CPU = torch.device("cpu")
@@ -60,7 +60,7 @@ def test_picked_queries_see_what_all_queries_see(case) -> None:
     assume(mask.any())
     B, T = batch.positions.shape if batch.cu_seqlens is not None else (batch.num_sequences, batch.lengths[0])
     q, k, v = (torch.randn(B, T, heads, 8, dtype=torch.float64).requires_grad_() for heads in (4, 2, 2))
-    shared = FreshSharedKV()
+    shared = FreshShared()
     shared.append(k, v, batch)
     selection = batch.pick(mask)
     results = []
@@ -79,7 +79,7 @@ def test_picked_queries_see_what_all_queries_see(case) -> None:
 def test_layers_share_one_plan(dense: bool) -> None:
     batch = lay_out([5, 5], dense)
     k, v = (torch.randn(2 if dense else 1, 5 if dense else 10, 2, 8) for _ in "kv")
-    shared = FreshSharedKV()
+    shared = FreshShared()
     shared.append(k, v, batch)
     mask = torch.ones(k.shape[:2], dtype=torch.bool)
     mask[0, -1] = False

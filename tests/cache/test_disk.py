@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from oncelm.cache import load_snapshot, save_snapshot
-from oncelm.cache.model_cache import Snapshot
+from oncelm.cache.base import Snapshot
 from tests.models.small import VOCAB, make_long, make_model
 
 MODELS = {

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import oncelm
 from oncelm import LongLlamaConfig, LongLlamaForCausalLM
-from oncelm.cache.long_cache import plan
+from oncelm.cache.longllama.cache import plan
 from oncelm.models.load import quiet_transformers
 from tests.models.small import VOCAB, make_long, make_model
 

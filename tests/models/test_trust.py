@@ -430,9 +430,9 @@ def test_a_mask_cannot_hide_what_a_cache_has_read(family: str) -> None:
 def test_memory_beside_a_cache_is_refused_by_a_yoco() -> None:
     model, ids = make_model("retention"), draw_ids(1, 4)
     with pytest.raises(ValueError, match="give it without past_key_values and use_cache"):
-        model(ids, memory=object(), use_cache=True)
+        model(ids, past=object(), use_cache=True)
     with pytest.raises(ValueError, match="give it without past_key_values and use_cache"):
-        model(ids, memory=object(), past_key_values=model.new_cache(1, 4))
+        model(ids, past=object(), past_key_values=model.new_cache(1, 4))
 
 
 def test_a_kind_of_memory_where_there_is_none_to_make_is_refused_by_a_longllama() -> None:

@@ -9,7 +9,7 @@ from transformers import LlamaConfig
 
 from oncelm.bench.gate import CHUNK, STEPS
 from oncelm.bench.peer import SHAPE_KEYS
-from oncelm.cache.long_cache import LongLlamaCache
+from oncelm.cache.longllama.cache import LongLlamaCache
 from oncelm.models import LongLlamaConfig, LongLlamaForCausalLM
 from oncelm.models.inputs import NOTHING
 from oncelm.models.work import LongLlamaWork

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import torch
 from transformers import PreTrainedModel
 
-from oncelm.cache import ModelCache
+from oncelm.cache import YocoCache
 from oncelm.models import YocoConfig, YocoForCausalLM
 from oncelm.models.inputs import NOTHING
 from oncelm.models.work import WorkCounts, YocoWork
@@ -108,7 +108,7 @@ class Yoco:
         self.work = YocoWork(model.config, model.dtype.itemsize, self.kv_dtype.itemsize + a_scale)
         self.prefill_chunk_size, self.compiled = prefill_chunk_size, compile
         self.settings = {
-            "cache": "ModelCache, preallocated",
+            "cache": "YocoCache, preallocated",
             "kv_dtype": str(self.kv_dtype).removeprefix("torch."),
             "prefill_chunk_size": prefill_chunk_size,  # the one in use, as soon as there is one
             "compiled": "token-wise parts of layers" if compile else "",
@@ -130,18 +130,18 @@ class Yoco:
 
     def prefill(
         self, ids: torch.Tensor, room: int = 0, chunk_size: int | None = None
-    ) -> tuple[torch.Tensor, ModelCache]:
+    ) -> tuple[torch.Tensor, YocoCache]:
         cache = self.model.new_cache(ids.shape[0], ids.shape[1] + room, self.kv_dtype)
         size = chunk_size or self.prefill_chunk_size or self.model.prefill_chunk_size(ids.shape[0])
         self.settings["prefill_chunk_size"] = size
         return self.model.prefill(ids, cache, size), cache
 
-    def context(self, batch_size: int, tokens: int, room: int) -> ModelCache:
+    def context(self, batch_size: int, tokens: int, room: int) -> YocoCache:
         ids = torch.zeros(batch_size, tokens, dtype=torch.long, device=self.model.device)
         return self.prefill(ids, room)[1]
 
-    def step(self, token: torch.Tensor, cache: ModelCache) -> torch.Tensor:
+    def step(self, token: torch.Tensor, cache: YocoCache) -> torch.Tensor:
         return self.model(token, past_key_values=cache, logits_to_keep=1).logits[:, -1]
 
-    def cache_bytes(self, cache: ModelCache) -> int:
+    def cache_bytes(self, cache: YocoCache) -> int:
         return cache.nbytes()

@@ -1,32 +1,33 @@
 """What a model remembers of the tokens it has read. README.md beside this file explains how the pieces fit."""
 
+from oncelm.cache.base import Snapshot
 from oncelm.cache.batch import Batch, Selection
 from oncelm.cache.disk import load_snapshot, save_snapshot
-from oncelm.cache.fresh import FreshCache, FreshRetention, FreshWindow
-from oncelm.cache.memory import HeldMemory, Memory, RetentionMemory, SharedMemory, WindowMemory
-from oncelm.cache.model_cache import ModelCache, Snapshot
-from oncelm.cache.retention_state import RetentionState
-from oncelm.cache.shared_kv import SharedKV
-from oncelm.cache.step import StepMemory
-from oncelm.cache.window_kv import WindowKV
+from oncelm.cache.yoco.cache import YocoCache
+from oncelm.cache.yoco.fresh import FreshPast, FreshRetention, FreshWindow
+from oncelm.cache.yoco.interface import HeldPast, Past, RetentionPast, SharedPast, WindowPast
+from oncelm.cache.yoco.retention_state import RetentionState
+from oncelm.cache.yoco.shared_kv import SharedKV
+from oncelm.cache.yoco.step import StepPast
+from oncelm.cache.yoco.window_kv import WindowKV
 
 __all__ = [
     "Batch",
-    "FreshCache",
+    "FreshPast",
     "FreshRetention",
     "FreshWindow",
-    "HeldMemory",
-    "Memory",
-    "ModelCache",
-    "RetentionMemory",
+    "HeldPast",
+    "Past",
+    "RetentionPast",
     "RetentionState",
     "Selection",
     "SharedKV",
-    "SharedMemory",
+    "SharedPast",
     "Snapshot",
-    "StepMemory",
+    "StepPast",
     "WindowKV",
-    "WindowMemory",
+    "WindowPast",
+    "YocoCache",
     "load_snapshot",
     "save_snapshot",
 ]

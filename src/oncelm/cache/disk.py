@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from oncelm.cache.model_cache import Snapshot
+from oncelm.cache.base import Snapshot
 from oncelm.utils.files import atomic_file
 
 FORMAT = "oncelm-cache-2"

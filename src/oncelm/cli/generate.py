@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList
 
-    from oncelm.cache import ModelCache
-    from oncelm.cache.long_cache import LongLlamaCache
-    from oncelm.cache.model_cache import Snapshot
+    from oncelm.cache import YocoCache
+    from oncelm.cache.base import Snapshot
+    from oncelm.cache.longllama.cache import LongLlamaCache
     from oncelm.cli.printer import Printer
 
 DESCRIPTION = """\
@@ -327,7 +327,7 @@ def dtype_of(kept: Snapshot, model: PreTrainedModel, args: argparse.Namespace) -
 
 
 def prefill(
-    model: PreTrainedModel, ids: torch.Tensor, cache: ModelCache | LongLlamaCache, args: argparse.Namespace
+    model: PreTrainedModel, ids: torch.Tensor, cache: YocoCache | LongLlamaCache, args: argparse.Namespace
 ) -> float:
     """Read ids [1, T] (T may be 0) into the cache; returns the seconds it took. A long read shows its progress."""
     from tqdm import tqdm
@@ -343,12 +343,12 @@ def prefill(
     return time.perf_counter() - start
 
 
-def save_document(model: PreTrainedModel, last: torch.Tensor, cache: ModelCache | LongLlamaCache, file: str) -> None:
+def save_document(model: PreTrainedModel, last: torch.Tensor, cache: YocoCache | LongLlamaCache, file: str) -> None:
     """Write the cache with the prompt's last token [1, 1] in it to `file`, and leave `cache` without that token."""
-    from oncelm.cache import ModelCache, save_snapshot
+    from oncelm.cache import YocoCache, save_snapshot
     from oncelm.utils.units import size
 
-    before = cache.snapshot(shared=False) if isinstance(cache, ModelCache) else None
+    before = cache.snapshot(shared=False) if isinstance(cache, YocoCache) else None
     model.prefill(last, cache)
     save_snapshot(cache.snapshot(), file, model.fingerprint())
     print(f"saved        {cache.num_tokens:,} tokens in {file}, {size(Path(file).stat().st_size)}", file=sys.stderr)

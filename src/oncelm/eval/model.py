@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from oncelm.cache import ModelCache
+from oncelm.cache import YocoCache
 from oncelm.data.encoding import Encoder
 from oncelm.eval.examples import TokenScores
 from oncelm.models.checks import fingerprint
@@ -286,16 +286,16 @@ class OnceReader(Reader):
 
     def _save(self) -> Any:
         # a rewind point copies no shared K/V: they stay where they are, and what follows overwrites them
-        return self.cache.snapshot(shared=False) if isinstance(self.cache, ModelCache) else copy.deepcopy(self.cache)
+        return self.cache.snapshot(shared=False) if isinstance(self.cache, YocoCache) else copy.deepcopy(self.cache)
 
     def _load(self, saved: Any, tokens_after: int) -> None:
-        if isinstance(self.cache, ModelCache):
+        if isinstance(self.cache, YocoCache):
             self.cache.restore(saved)
         else:
             self.cache = copy.deepcopy(saved)
 
     def _clear(self) -> None:
-        if isinstance(self.cache, ModelCache):  # its memory, and what is recorded to decode in it, stay
+        if isinstance(self.cache, YocoCache):  # its memory, and what is recorded to decode in it, stay
             self.cache.reset()
         else:
             self.cache = None  # freed before there is another one

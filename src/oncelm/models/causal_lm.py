@@ -13,7 +13,7 @@ from transformers import Cache, GenerationMixin, PreTrainedModel
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from oncelm.cache.sequence_cache import SequenceCache
+from oncelm.cache.base import SequenceCache
 from oncelm.models.checks import refuse_incomplete
 from oncelm.models.headless import Headless
 from oncelm.utils.errors import check_whole, unknown

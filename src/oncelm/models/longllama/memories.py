@@ -8,12 +8,12 @@ from pathlib import Path
 
 import torch
 
-from oncelm.cache.local_kv import LocalKV
-from oncelm.cache.long_cache import LongLayer
-from oncelm.cache.memory_blocks import MemoryBlocks
-from oncelm.cache.memory_knn import MemoryIndex
-from oncelm.cache.memory_kv import MemoryKV
-from oncelm.cache.memory_remote import MemoryStore, RemoteMemory
+from oncelm.cache.longllama.blocks import MemoryBlocks
+from oncelm.cache.longllama.cache import LongLayer
+from oncelm.cache.longllama.knn import MemoryIndex
+from oncelm.cache.longllama.local_kv import LocalKV
+from oncelm.cache.longllama.memory_kv import MemoryKV
+from oncelm.cache.longllama.remote import MemoryStore, RemoteMemory
 from oncelm.models.longllama.config import LongLlamaConfig
 from oncelm.utils.errors import check_choice, check_whole
 

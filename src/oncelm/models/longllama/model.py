@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -17,22 +17,12 @@ from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from oncelm.cache.window import Window
+from oncelm.cache.longllama.segment import LayerMemory, Segment
 from oncelm.models.compiling import compiled
 from oncelm.models.longllama.config import LongLlamaConfig
 from oncelm.models.plain import takes_parts
 from oncelm.models.rms_norm import RMSNorm
 from oncelm.ops import apply_rope, rope_frequencies, rope_rotation, swiglu
-
-
-class LayerMemory(Protocol):
-    """What one layer attends to: LocalKV, MemoryKV, RemoteMemory, FreshLocal, FreshMemory or CrossbatchMemory."""
-
-    def attend(
-        self, q: torch.Tensor, k: torch.Tensor, raw_k: torch.Tensor, v: torch.Tensor, window: Window
-    ) -> torch.Tensor:
-        """q [B, T, H, D] and k [B, T, H_kv, D] rotated, raw_k as at position 0, v [B, T, H_kv, D] -> [B, T, H, D]."""
-        ...
 
 
 class Attention(nn.Module):
@@ -55,15 +45,15 @@ class Attention(nn.Module):
             q, k = apply_rope(q, rotation, "half"), apply_rope(k, rotation, "half")
         return q, k, v, *raw
 
-    def mix(self, inputs: tuple[torch.Tensor, ...], rope: Rope, memory: LayerMemory, window: Window) -> torch.Tensor:
+    def mix(self, inputs: tuple[torch.Tensor, ...], rope: Rope, memory: LayerMemory, segment: Segment) -> torch.Tensor:
         """What `before` gave -> o [B, T, H, D]."""
         q, k, v, *raw = inputs
         raw_k = rope.at_start(raw[0]) if raw and self.rotates else k
-        return memory.attend(q, k, raw_k, v, window)
+        return memory.attend(q, k, raw_k, v, segment)
 
-    def forward(self, h: torch.Tensor, rope: Rope, memory: LayerMemory, window: Window) -> torch.Tensor:
+    def forward(self, h: torch.Tensor, rope: Rope, memory: LayerMemory, segment: Segment) -> torch.Tensor:
         """h [B, T, d] -> [B, T, d], to be added to the residual stream."""
-        return self.o_proj(self.mix(self.before(h, rope.rotation), rope, memory, window).flatten(2))
+        return self.o_proj(self.mix(self.before(h, rope.rotation), rope, memory, segment).flatten(2))
 
 
 class MLP(nn.Module):
@@ -100,11 +90,11 @@ class DecoderLayer(GradientCheckpointingLayer):
         x = x + self.self_attn.o_proj(o.flatten(2))
         return x + self.mlp(self.post_attention_layernorm(x))
 
-    def forward(self, x: torch.Tensor, rope: Rope, memory: LayerMemory, window: Window, parts: Parts) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, rope: Rope, memory: LayerMemory, segment: Segment, parts: Parts) -> torch.Tensor:
         if parts is PLAIN or not takes_parts(self):  # a hook on a module waits for the module to be called
-            x = x + self.self_attn(self.input_layernorm(x), rope, memory, window)
+            x = x + self.self_attn(self.input_layernorm(x), rope, memory, segment)
             return x + self.mlp(self.post_attention_layernorm(x))
-        return parts.after(self, x, self.self_attn.mix(parts.before(self, x, rope.rotation), rope, memory, window))
+        return parts.after(self, x, self.self_attn.mix(parts.before(self, x, rope.rotation), rope, memory, segment))
 
 
 class Parts(NamedTuple):
@@ -147,7 +137,7 @@ class LongLlamaModel(nn.Module):
         self,
         tokens: torch.Tensor,
         memories: list[Any],
-        window: Window,
+        segment: Segment,
         parts: Callable[[torch.Tensor], Parts] = lambda x: PLAIN,
     ) -> torch.Tensor:
         """Hidden states [B, T, d] of token ids [B, T] or embeddings [B, T, d]; each layer's memory takes them in.
@@ -155,9 +145,9 @@ class LongLlamaModel(nn.Module):
         parts: how to compute a layer's token-wise parts on x [B, T, d].
         """
         x = tokens if tokens.is_floating_point() else self.embed_tokens(tokens)
-        rope = Rope(self.config, window.batch.positions)
+        rope = Rope(self.config, segment.batch.positions)
         for layer, memory in zip(self.layers, memories, strict=True):
-            x = layer(x, rope, memory, window, parts(x))
+            x = layer(x, rope, memory, segment, parts(x))
         return self.norm(x)
 
 

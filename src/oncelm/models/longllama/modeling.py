@@ -14,9 +14,9 @@ from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from oncelm.cache import Batch
-from oncelm.cache.fresh_memory import CrossbatchMemory, FreshLocal, FreshMemory
-from oncelm.cache.long_cache import LongLlamaCache, Piece, plan
-from oncelm.cache.window import Window
+from oncelm.cache.longllama.cache import LongLlamaCache, Piece, plan
+from oncelm.cache.longllama.fresh import CrossbatchMemory, FreshLocal, FreshMemory
+from oncelm.cache.longllama.segment import Segment
 from oncelm.models import inputs as reading
 from oncelm.models.causal_lm import CausalLM, check_cache_size
 from oncelm.models.checks import check_tokens, fingerprint
@@ -357,8 +357,8 @@ class LongLlamaForCausalLM(CompilesLayers, CausalLM):
             else:
                 batch = Batch.packed(starts, tuple(there.sum(1).tolist()), part.device)
                 part = part[there][None]
-            window = Window(batch, cache.remembered if cache is not None else none, piece.fate, index)
-            hidden = self.model(part, layers, window, self._parts)
+            segment = Segment(batch, cache.remembered if cache is not None else none, piece.fate, index)
+            hidden = self.model(part, layers, segment, self._parts)
             if cache is not None:
                 cache.advance(batch, piece.columns.stop - piece.columns.start, piece.fate)
                 if index == len(pieces) - 1:

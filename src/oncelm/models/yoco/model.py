@@ -1,9 +1,9 @@
 """YOCO's layers (arXiv 2405.05254, sections 2 and 3), written once for training, generation, serving and scoring.
 
 A layer is three parts. `before` and `after` work on single tokens: norms, projections, feed-forward. Between them `mix`
-lets tokens meet, by one call of a memory: `retain` (gated retention) or `attend` (sliding window, shared K/V). Memories
-are the layer caches of `oncelm.cache`, which know what a batch is (dense or packed) and what came before it. Another
-memory (paged, sharded over GPUs) is another set of objects with these methods.
+lets tokens meet, by a call of the layer's past: `retain` (gated retention) or `attend` (sliding window, shared K/V).
+The past is a layer cache of `oncelm.cache`, which knows what a batch is (dense or packed) and what came before it; one
+that is paged or sharded over GPUs is another set of objects with these methods.
 
 The token-wise parts can be exchanged for others that compute the same (`TokenParts`): compiled ones, fused kernels.
 
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from oncelm.cache import Batch, Memory, RetentionMemory, Selection, SharedMemory, WindowMemory
+from oncelm.cache import Batch, Past, RetentionPast, Selection, SharedPast, WindowPast
 from oncelm.models.plain import is_untouched, takes_parts
 from oncelm.models.rms_norm import RMSNorm
 from oncelm.models.yoco.config import YocoConfig
@@ -31,18 +31,18 @@ Tensors = tuple[torch.Tensor, ...]
 
 
 class Mixer(nn.Module):
-    """The part of a layer that lets tokens meet: what comes before, the one call of a memory, what comes after."""
+    """The part of a layer that lets tokens meet: what comes before, the call of the layer's past, what comes after."""
 
     head_dim: int
     pairing: str
     out_proj: nn.Linear
 
     def before(self, h: torch.Tensor | Rounded, rotation: torch.Tensor) -> tuple[Tensors, torch.Tensor | None]:
-        """h [B, T, d] -> what the memory is given (q, k, v [B, T, H, D], g [B, T, H]: some of them), and the output's
+        """h [B, T, d] -> what the past is given (q, k, v [B, T, H, D], g [B, T, H]: some of them), and the output's
         gate [B, T, d], if there is one. rotation: [B or 1, T, D/2, 2]."""
         raise NotImplementedError
 
-    def mix(self, inputs: Tensors, memory: Any, batch: Batch) -> torch.Tensor:
+    def mix(self, inputs: Tensors, past: Any, batch: Batch) -> torch.Tensor:
         """o [B, T, H, D]."""
         raise NotImplementedError
 
@@ -50,10 +50,10 @@ class Mixer(nn.Module):
         """[B, T, d], to be added to the residual stream."""
         raise NotImplementedError
 
-    def forward(self, h: torch.Tensor, rotation: torch.Tensor, memory: Any, batch: Batch) -> torch.Tensor:
+    def forward(self, h: torch.Tensor, rotation: torch.Tensor, past: Any, batch: Batch) -> torch.Tensor:
         """The three in turn: h [B, T, d] -> [B, T, d], to be added to the residual stream."""
         inputs, gate = self.before(h, rotation)
-        o = self.mix(inputs, memory, batch)
+        o = self.mix(inputs, past, batch)
         del inputs
         return self.after(o, gate)
 
@@ -80,9 +80,9 @@ class GatedRetention(Mixer):
         g = F.logsigmoid(decay.float()) / self.gate_logit_normalizer
         return (apply_rope(q, rotation, self.pairing), apply_rope(k, rotation, self.pairing), v, g), gate
 
-    def mix(self, inputs: Tensors, memory: RetentionMemory, batch: Batch) -> torch.Tensor:
+    def mix(self, inputs: Tensors, past: RetentionPast, batch: Batch) -> torch.Tensor:
         q, k, v, g = inputs
-        return memory.retain(q, k, v, g, batch)
+        return past.retain(q, k, v, g, batch)
 
     def after(self, o: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:
         assert gate is not None
@@ -107,9 +107,9 @@ class SlidingWindowAttention(Mixer):
         q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in projected)
         return (apply_rope(q, rotation, self.pairing), apply_rope(k, rotation, self.pairing), v), None
 
-    def mix(self, inputs: Tensors, memory: WindowMemory, batch: Batch) -> torch.Tensor:
+    def mix(self, inputs: Tensors, past: WindowPast, batch: Batch) -> torch.Tensor:
         q, k, v = inputs
-        return memory.attend(q, k, v, batch)
+        return past.attend(q, k, v, batch)
 
     def after(self, o: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:
         return self.out_proj(o.flatten(2))
@@ -129,9 +129,9 @@ class CrossAttention(Mixer):
         (q,) = project(h, self.q_proj)
         return (apply_rope(q.unflatten(-1, (-1, self.head_dim)), rotation, self.pairing),), None
 
-    def mix(self, inputs: Tensors, memory: SharedMemory, batch: Batch) -> torch.Tensor:
+    def mix(self, inputs: Tensors, past: SharedPast, batch: Batch) -> torch.Tensor:
         (q,) = inputs
-        return memory.attend(q, batch)
+        return past.attend(q, batch)
 
     def after(self, o: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:
         return self.out_proj(o.flatten(2))
@@ -173,15 +173,15 @@ class DecoderLayer(GradientCheckpointingLayer):
         self,
         x: torch.Tensor,
         rotation: torch.Tensor,
-        memory: RetentionMemory | WindowMemory | SharedMemory,
+        past: RetentionPast | WindowPast | SharedPast,
         batch: Batch,
         parts: TokenParts,
     ) -> torch.Tensor:
         if parts is PLAIN or not takes_parts(self):  # a hook on a module waits for the module to be called
-            x = x + self.mixer(self.mixer_layer_norm(x), rotation, memory, batch)
+            x = x + self.mixer(self.mixer_layer_norm(x), rotation, past, batch)
             return self.ffn(self.final_layer_norm(x), x)
         inputs, gate = parts.before(self, x, rotation)
-        o = self.mixer.mix(inputs, memory, batch)
+        o = self.mixer.mix(inputs, past, batch)
         del inputs  # in a chunk of a long prompt, half of the memory that the feed-forward layer needs
         return parts.after(self, x, o, gate)
 
@@ -198,13 +198,13 @@ class SelfDecoder(nn.Module):
         self,
         x: torch.Tensor,
         rotation: torch.Tensor,
-        memories: Sequence[RetentionMemory | WindowMemory],
+        pasts: Sequence[RetentionPast | WindowPast],
         batch: Batch,
         parts: Callable[[torch.Tensor], TokenParts],
     ) -> torch.Tensor:
-        """x [B, T, d] -> [B, T, d]; each layer's memory takes the batch in."""
-        for layer, memory in zip(self.layers, memories, strict=True):
-            x = layer(x, rotation, memory, batch, parts(x))
+        """x [B, T, d] -> [B, T, d]; each layer's past takes the batch in."""
+        for layer, past in zip(self.layers, pasts, strict=True):
+            x = layer(x, rotation, past, batch, parts(x))
         return x
 
 
@@ -240,7 +240,7 @@ class CrossDecoder(nn.Module):
         y: torch.Tensor,
         x: torch.Tensor,
         rotate: Callable[[Batch], torch.Tensor],
-        memory: SharedMemory,
+        past: SharedPast,
         batch: Batch,
         wanted: Selection | None,
         parts: Callable[[torch.Tensor], TokenParts],
@@ -248,7 +248,7 @@ class CrossDecoder(nn.Module):
         """y [B, T, d] for the shared keys and values, x [B, T, d] to go on from -> hidden states [B, P, d] at `wanted`;
         None where nothing is wanted. rotate: of a batch's positions."""
         rotation = rotate(batch)
-        memory.append(*self.shared(y, rotation, parts), batch)
+        past.append(*self.shared(y, rotation, parts), batch)
         if wanted is None:
             return None
         # without gaps, as the next layers get it: one compiled form serves all of them
@@ -256,7 +256,7 @@ class CrossDecoder(nn.Module):
         if wanted.batch is not batch:
             rotation = rotate(wanted.batch)
         for layer in self.layers:
-            x = layer(x, rotation, memory, wanted.batch, parts(x))
+            x = layer(x, rotation, past, wanted.batch, parts(x))
         return x
 
 
@@ -289,7 +289,7 @@ def run_layers(
     cross_decoder: CrossDecoder | None,
     embeddings: torch.Tensor,
     batch: Batch,
-    memory: Memory,
+    past: Past,
     wanted: Selection | None,
     parts: Callable[[torch.Tensor], TokenParts] = lambda x: PLAIN,
 ) -> torch.Tensor | None:
@@ -300,7 +300,7 @@ def run_layers(
 
     Args:
         embeddings: [B, T, d].
-        memory: what came before, read and extended: a ModelCache, or a FreshCache for a pass on its own.
+        past: what came before, read and extended: a YocoCache, or a FreshPast for a pass on its own.
         wanted: positions whose hidden states are asked for; None for none, as in all chunks of a prefill but the last.
         parts: how to compute a layer's token-wise parts on x [B, T or P, d].
 
@@ -318,11 +318,11 @@ def run_layers(
         return own if at is batch and config.head_dim == config.self_head_dim else rotate(at, config.head_dim)
 
     if config.layout == "interleaved":
-        return _run_in_turn(self_decoder, cross_decoder, embeddings, batch, memory, wanted, parts, own, rotate_cross)
-    y = self_decoder(embeddings, own, memory.layers, batch, parts)
+        return _run_in_turn(self_decoder, cross_decoder, embeddings, batch, past, wanted, parts, own, rotate_cross)
+    y = self_decoder(embeddings, own, past.layers, batch, parts)
     if cross_decoder is not None:
         x = embeddings if config.layout == "unstacked" else y
-        return cross_decoder(y, x, rotate_cross, memory.shared, batch, wanted, parts)
+        return cross_decoder(y, x, rotate_cross, past.shared, batch, wanted, parts)
     return None if wanted is None else wanted.take(y)
 
 
@@ -331,7 +331,7 @@ def _run_in_turn(
     cross_decoder: CrossDecoder | None,
     x: torch.Tensor,
     batch: Batch,
-    memory: Memory,
+    past: Past,
     wanted: Selection | None,
     parts: Callable[[torch.Tensor], TokenParts],
     rotation: torch.Tensor,
@@ -350,14 +350,14 @@ def _run_in_turn(
             )
     cross_rotation, last = rotate_cross(batch), len(self_decoder.layers) - 1
     for i, (own, cross) in enumerate(zip(self_decoder.layers, cross_decoder.layers, strict=True)):
-        x = own(x, rotation, memory.layers[i], batch, parts(x))
+        x = own(x, rotation, past.layers[i], batch, parts(x))
         if i == 0:
-            memory.shared.append(*cross_decoder.shared(x, cross_rotation, parts), batch)
+            past.shared.append(*cross_decoder.shared(x, cross_rotation, parts), batch)
         at = batch
         if i == last:  # the last cross layer mixes no new tokens
             if wanted is None:
                 return None
             x, at = wanted.take(x).contiguous(), wanted.batch
             cross_rotation = cross_rotation if at is batch else rotate_cross(at)
-        x = cross(x, cross_rotation, memory.shared, at, parts(x))
+        x = cross(x, cross_rotation, past.shared, at, parts(x))
     return x

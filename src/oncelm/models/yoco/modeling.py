@@ -13,17 +13,17 @@ from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from oncelm.cache import (
-    FreshCache,
+    FreshPast,
     FreshRetention,
     FreshWindow,
-    HeldMemory,
-    ModelCache,
+    HeldPast,
     RetentionState,
     Selection,
     SharedKV,
     WindowKV,
+    YocoCache,
 )
-from oncelm.cache.shared_kv import STORED_DTYPES
+from oncelm.cache.yoco.shared_kv import STORED_DTYPES
 from oncelm.models import inputs as reading
 from oncelm.models.causal_lm import CausalLM, check_cache_size
 from oncelm.models.checks import check_tokens, fingerprint
@@ -88,7 +88,7 @@ class YocoForCausalLM(Execution, CausalLM):
 
     def new_cache(
         self, batch_size: int = 1, max_tokens: int | None = None, dtype: torch.dtype | None = None
-    ) -> ModelCache:
+    ) -> YocoCache:
         """A preallocated cache on the model's device.
 
         Args:
@@ -114,15 +114,15 @@ class YocoForCausalLM(Execution, CausalLM):
         shared = None
         if config.num_cross_decoder_layers:
             shared = SharedKV(batch_size, max_tokens, config.shared_kv_heads, config.head_dim, dtype, device)
-        return ModelCache(layers, shared, batch_size, max_tokens, self._cache_settings())
+        return YocoCache(layers, shared, batch_size, max_tokens, self._cache_settings())
 
-    def _fresh_cache(self) -> FreshCache:
+    def _fresh_past(self) -> FreshPast:
         retention = self.config.self_decoder == "gated_retention"
         layers = [
             FreshRetention() if retention else FreshWindow(self.config.window_size)
             for _ in range(self.config.num_self_decoder_layers)
         ]
-        return FreshCache(layers)
+        return FreshPast(layers)
 
     def fingerprint(self) -> str:
         """A short hash of the configuration and of a sample of every parameter: whose cache a file is."""
@@ -135,7 +135,7 @@ class YocoForCausalLM(Execution, CausalLM):
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        past_key_values: ModelCache | None = None,
+        past_key_values: YocoCache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
@@ -143,7 +143,7 @@ class YocoForCausalLM(Execution, CausalLM):
         cu_seqlens: torch.Tensor | None = None,
         num_items_in_batch: int | torch.Tensor | None = None,
         targets: torch.Tensor | None = None,
-        memory: HeldMemory | None = None,
+        past: HeldPast | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
@@ -168,7 +168,7 @@ class YocoForCausalLM(Execution, CausalLM):
             cu_seqlens: [N + 1] borders of N sequences packed into one row of input_ids.
             num_items_in_batch: divide the summed loss by this instead of the number of targets (gradient accumulation).
             targets: [B, T] labels that stand where they are predicted, for rows whose next token is elsewhere.
-            memory: holds what came before instead of a cache, with gradients: chunks of sequences that other processes
+            past: holds what came before instead of a cache, with gradients: chunks of sequences that other processes
                 hold. Its `lengths` count the tokens before this pass.
             output_attentions, output_hidden_states: not offered; True is refused.
             return_dict: False returns a tuple.
@@ -185,13 +185,13 @@ class YocoForCausalLM(Execution, CausalLM):
         cu_seqlens, targets = read_extras(self, kwargs, cu_seqlens, targets, **outputs)
         given = one_of(labels=labels, targets=targets)
         tokens = check_tokens(input_ids, inputs_embeds, self.config)
-        if memory is not None and (past_key_values is not None or use_cache):
-            raise ValueError("memory stands for what came before: give it without past_key_values and use_cache.")
+        if past is not None and (past_key_values is not None or use_cache):
+            raise ValueError("past stands for what came before: give it without past_key_values and use_cache.")
         if use_cache is None:
-            use_cache = self.config.use_cache and not self.training and memory is None and given is None
+            use_cache = self.config.use_cache and not self.training and past is None and given is None
         position_ids, attention_mask, cu_seqlens = reading.find_packing(
             *(tokens.shape, tokens.device, position_ids, attention_mask, cu_seqlens),
-            starts_anew=past_key_values is None and memory is None,
+            starts_anew=past_key_values is None and past is None,
         )
         cache = self._cache(tokens, past_key_values, use_cache, cu_seqlens)
         loss: torch.Tensor | None = None
@@ -202,7 +202,7 @@ class YocoForCausalLM(Execution, CausalLM):
         if step is not None and cache is not None:
             logits = step(tokens, cache).clone()[:, None]
         else:
-            before = memory if cache is None else cache
+            before = past if cache is None else cache
             inputs = self._read(tokens, attention_mask, position_ids, cu_seqlens, before)
             if given is not None:
                 targets = reading.read_targets(labels, targets, inputs, tokens.shape, self.config.vocab_size)
@@ -220,7 +220,7 @@ class YocoForCausalLM(Execution, CausalLM):
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        past_key_values: ModelCache | None = None,
+        past_key_values: YocoCache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         cu_seqlens: torch.Tensor | None = None,
@@ -250,10 +250,10 @@ class YocoForCausalLM(Execution, CausalLM):
     def _cache(
         self,
         tokens: torch.Tensor,
-        given: ModelCache | None,
+        given: YocoCache | None,
         use_cache: bool,
         cu_seqlens: torch.Tensor | None,
-    ) -> ModelCache | None:
+    ) -> YocoCache | None:
         """The cache of a forward pass: the given one, a new one where one is wanted, or none."""
         if given is not None:
             self._check_cache(given)
@@ -269,7 +269,7 @@ class YocoForCausalLM(Execution, CausalLM):
         attention_mask: torch.Tensor | None,
         position_ids: torch.Tensor | None,
         cu_seqlens: torch.Tensor | None,
-        before: HeldMemory | None,
+        before: HeldPast | None,
     ) -> reading.Inputs:
         return reading.read_inputs(
             tokens.shape,
@@ -277,7 +277,7 @@ class YocoForCausalLM(Execution, CausalLM):
             attention_mask,
             cu_seqlens,
             None if before is None else before.lengths,
-            before.columns if isinstance(before, ModelCache) else 0,
+            before.columns if isinstance(before, YocoCache) else 0,
             position_ids,
         )
 
@@ -285,7 +285,7 @@ class YocoForCausalLM(Execution, CausalLM):
         self,
         tokens: torch.Tensor,
         inputs: reading.Inputs,
-        memory: HeldMemory | None,
+        past: HeldPast | None,
         targets: torch.Tensor | None,
         logits_to_keep: int | torch.Tensor | None,
         num_items_in_batch: int | torch.Tensor | None,
@@ -296,7 +296,7 @@ class YocoForCausalLM(Execution, CausalLM):
         dense = inputs.batch.cu_seqlens is None
         if targets is None and dense and not keep_mask:
             columns = reading.wanted_columns(logits_to_keep, T, device)
-            hidden = self._hidden(tokens, inputs, memory, inputs.batch.columns(columns))
+            hidden = self._hidden(tokens, inputs, past, inputs.batch.columns(columns))
             return None, self.output_projection(hidden)
         counted = None if targets is None else targets != reading.IGNORE_INDEX
         if targets is not None and counted is not None and logits_to_keep is reading.NOTHING and dense and T > 1:
@@ -309,7 +309,7 @@ class YocoForCausalLM(Execution, CausalLM):
                 reading.check_range(targets, self.config.vocab_size)
             if body and last == any_last:
                 first = slice(0, T if last else T - 1)
-                hidden = self._hidden(tokens, inputs, memory, inputs.batch.columns(first))
+                hidden = self._hidden(tokens, inputs, past, inputs.batch.columns(first))
                 return self._loss(hidden.flatten(0, 1), targets[:, first].flatten(), num_items_in_batch), None
 
         elif targets is not None and targets.device.type != "cpu":
@@ -326,7 +326,7 @@ class YocoForCausalLM(Execution, CausalLM):
             if inputs.real is not None:
                 kept &= inputs.real
         computed = kept if counted is None else kept | counted
-        hidden = self._hidden(tokens, inputs, memory, inputs.select(computed))[0]  # [count, d]
+        hidden = self._hidden(tokens, inputs, past, inputs.select(computed))[0]  # [count, d]
         rank = computed.flatten().cumsum(0).view(shape[:2]) - 1  # row of `hidden` of each computed position
         loss = logits = None
         if targets is not None and counted is not None:
@@ -341,18 +341,18 @@ class YocoForCausalLM(Execution, CausalLM):
         return loss, logits
 
     def _hidden(
-        self, tokens: torch.Tensor, inputs: reading.Inputs, memory: HeldMemory | None, wanted: Selection | None
+        self, tokens: torch.Tensor, inputs: reading.Inputs, past: HeldPast | None, wanted: Selection | None
     ) -> torch.Tensor:
-        """Final hidden states [B, P, d] at `wanted` (None: [1, 0, d]); a cache moves past the tokens."""
-        if isinstance(memory, ModelCache):
-            memory.check_room(inputs.batch.lengths)
-            memory.begin()
+        """Final hidden states [B, P, d] at `wanted` (None: [1, 0, d]); a cache moves on behind the tokens."""
+        if isinstance(past, YocoCache):
+            past.check_room(inputs.batch.lengths)
+            past.begin()
         embeddings = self.embed(inputs.gather(tokens))
-        past = self._fresh_cache() if memory is None else memory
+        before = self._fresh_past() if past is None else past
         decoders = self.self_decoder, self.cross_decoder
-        x = run_layers(self.config, *decoders, embeddings, inputs.batch, past, wanted, self.token_parts)
-        if isinstance(memory, ModelCache):
-            memory.commit(inputs.batch, inputs.columns)
+        x = run_layers(self.config, *decoders, embeddings, inputs.batch, before, wanted, self.token_parts)
+        if isinstance(past, YocoCache):
+            past.commit(inputs.batch, inputs.columns)
         return embeddings.new_empty(1, 0, self.config.hidden_size) if x is None else self.layer_norm(x)
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -372,7 +372,7 @@ class YocoForCausalLM(Execution, CausalLM):
     # -- one token at a time ----------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def step(self, tokens: torch.Tensor, cache: ModelCache) -> torch.Tensor:
+    def step(self, tokens: torch.Tensor, cache: YocoCache) -> torch.Tensor:
         """Append tokens [N, 1], one a sequence, to a cache: logits [N, V]. On a GPU a CUDA graph (stepper.py).
 
         `forward` does this by itself where it is given one token and a cache on a GPU, unless adapters, hooks or other
@@ -384,7 +384,7 @@ class YocoForCausalLM(Execution, CausalLM):
         inputs = self._read(tokens, None, None, None, cache)
         return self.output_projection(self._hidden(tokens, inputs, cache, inputs.batch.columns(slice(None))))[:, -1]
 
-    def _stepper(self, cache: ModelCache) -> Stepper | None:
+    def _stepper(self, cache: YocoCache) -> Stepper | None:
         """What takes a step with this cache, which then has room for it; None where no graph stands for the model."""
         if not self.use_cuda_graphs:
             return None
@@ -399,7 +399,7 @@ class YocoForCausalLM(Execution, CausalLM):
         input_ids: torch.Tensor | None,
         attention_mask: torch.Tensor | None,
         position_ids: torch.Tensor | None,
-        cache: ModelCache | None,
+        cache: YocoCache | None,
         logits_to_keep: int | torch.Tensor | None,
     ) -> Stepper | None:
         """What takes this forward pass as a step, if it is one new token of every sequence of a cache, on a GPU, and
@@ -422,7 +422,7 @@ class YocoForCausalLM(Execution, CausalLM):
     def prefill(
         self,
         input_ids: torch.Tensor,
-        cache: ModelCache,
+        cache: YocoCache,
         chunk_size: int | None = None,
         attention_mask: torch.Tensor | None = None,
         progress: Callable[[int], object] | None = None,

@@ -1,6 +1,6 @@
 """One new token a sequence on a GPU, as a CUDA graph: a decode step costs what its kernels cost, not what Python costs.
 
-The graph is recorded at the second step in a row on the same memory (a cache whose rows are reordered at every step, as
+The graph is recorded at the second step in a row on the same cache (one whose rows are reordered at every step, as
 in beam search, is not worth a recording) and replayed from then on, at whatever positions the cache has reached.
 """
 
@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from oncelm.cache import Batch, ModelCache, Selection, StepMemory
+from oncelm.cache import Batch, Selection, StepPast, YocoCache
 from oncelm.models.plain import Wiring
 from oncelm.models.rms_norm import RMSNorm
 from oncelm.models.yoco.model import (
@@ -46,8 +46,8 @@ class Stepper:
         logits: [N, V] what a step leaves.
     """
 
-    def __init__(self, model: YocoForCausalLM, cache: ModelCache) -> None:
-        self.model, self.memory = model, StepMemory(cache)
+    def __init__(self, model: YocoForCausalLM, cache: YocoCache) -> None:
+        self.model, self.past = model, StepPast(cache)
         self.wiring, self.key = Wiring(model, PLAIN_MODULES), _key(model, cache)
         self.tokens = torch.zeros(cache.batch_size, 1, dtype=torch.long, device=model.device)
         self.positions = torch.zeros_like(self.tokens)
@@ -61,7 +61,7 @@ class Stepper:
         return self.wiring.is_plain
 
     @torch.no_grad()  # a cache holds values, not graphs
-    def __call__(self, tokens: torch.Tensor, cache: ModelCache) -> torch.Tensor:
+    def __call__(self, tokens: torch.Tensor, cache: YocoCache) -> torch.Tensor:
         """Append tokens [N, 1]: logits [N, V], valid until the next step."""
         self.tokens.copy_(tokens)
         if self.reached != cache.lengths:
@@ -94,7 +94,7 @@ class Stepper:
         model = self.model
         batch = Batch.step(self.positions)
         x = run_layers(
-            model.config, model.self_decoder, model.cross_decoder, model.embed(self.tokens), batch, self.memory,
+            model.config, model.self_decoder, model.cross_decoder, model.embed(self.tokens), batch, self.past,
             Selection(batch, columns=slice(None)), model.token_parts,
         )  # fmt: skip
         assert x is not None
@@ -108,10 +108,10 @@ def _capture_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-_STEPPERS: WeakKeyDictionary[ModelCache, Stepper] = WeakKeyDictionary()
+_STEPPERS: WeakKeyDictionary[YocoCache, Stepper] = WeakKeyDictionary()
 
 
-def stepper(model: YocoForCausalLM, cache: ModelCache) -> Stepper:
+def stepper(model: YocoForCausalLM, cache: YocoCache) -> Stepper:
     """The Stepper of this cache, a new one where the cache has moved in memory or the model has other modules or
     weights than it was made with."""
     found = _STEPPERS.get(cache)
@@ -120,7 +120,7 @@ def stepper(model: YocoForCausalLM, cache: ModelCache) -> Stepper:
     return found
 
 
-def _key(model: YocoForCausalLM, cache: ModelCache) -> tuple[int, ...]:
+def _key(model: YocoForCausalLM, cache: YocoCache) -> tuple[int, ...]:
     """What a graph would read and write beside the weights, and of how many sequences: it is recorded anew where that
     has changed."""
     return model.gemm_changes, cache.batch_size, *(tensor.data_ptr() for tensor in cache.tensors().values())

@@ -3,7 +3,7 @@
     ranks.py           this process among the others: its place in the mesh, what all ranks agree on
     shard.py           weights, gradients and optimizer state split over ranks (FSDP2)
     tensor.py          heads and hidden units of each layer split over ranks (DTensor plans)
-    chunk.py           each sequence split over ranks: memory objects that reach over to other ranks
+    chunk.py           each sequence split over ranks: pasts that reach over to other ranks
     communication.py   the differentiable exchanges of chunk.py
 
 The three compose. Ranks are numbered data, chunk, tensor, the last fastest; FSDP2 shards over data and chunk together.

@@ -1,6 +1,6 @@
 """Chunk parallelism (YOCO, arXiv 2405.05254): every rank holds one contiguous chunk of each sequence.
 
-The model stays as it is; only its memory (`oncelm.cache.memory`) reaches over to other ranks:
+The model stays as it is; only what it is given as the past (`oncelm.cache.yoco.interface`) reaches over to other ranks:
 
     gated retention   the state before the chunk                  a state from each rank, once a layer
     sliding window    the last W - 1 keys and values before it    from the rank before (more, if chunks are short)
@@ -8,7 +8,7 @@ The model stays as it is; only its memory (`oncelm.cache.memory`) reaches over t
 
 The cross-decoder's queries are the chunk's own, at their places in the whole sequence; nothing else is exchanged.
 
-`chunk_inputs` cuts a batch into chunks of one length. A memory is made for one forward pass; its batch says, as always,
+`chunk_inputs` cuts a batch into chunks of one length. It is made for one forward pass; its batch says, as always,
 how many tokens of each sequence came before (`Batch.starts`): r T on rank r for whole rows; for packed rows, 0 but for
 a sequence that began on an earlier rank, the first of the chunk.
 """
@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from oncelm.cache.batch import Batch, Group
-from oncelm.cache.shared_kv import attend_by_group
+from oncelm.cache.yoco.shared_kv import attend_by_group
 from oncelm.models.inputs import IGNORE_INDEX
 from oncelm.models.yoco import YocoConfig
 from oncelm.ops import gated_retention, window_attention
@@ -115,8 +115,8 @@ class ChunkShared:
         return attend_by_group(q, batch, keys_and_values)
 
 
-class ChunkMemory:
-    """The memory of one forward pass of a YOCO model over this rank's chunk.
+class ChunkPast:
+    """The past of one forward pass of a YOCO model over this rank's chunk.
 
     Args:
         config: the model's.
@@ -165,5 +165,5 @@ def chunk_inputs(
     return inputs | {
         "input_ids": F.pad(tokens, (0, padding))[:, begin:end],
         "targets": F.pad(targets, (0, padding), value=IGNORE_INDEX)[:, begin:end],
-        "memory": ChunkMemory(config, group, starts),
+        "past": ChunkPast(config, group, starts),
     }

@@ -10,9 +10,9 @@ from typing import Protocol
 
 import torch
 
-from oncelm.cache.local_kv import RawKeys
+from oncelm.cache.longllama.local_kv import RawKeys
+from oncelm.cache.longllama.segment import Segment, same_counts
 from oncelm.cache.rows import Rows
-from oncelm.cache.window import Window, same_counts
 from oncelm.ops.attention.partial import join_attention, partial_attention
 
 
@@ -60,19 +60,19 @@ class RemoteMemory(Rows):
         self.store = store
 
     def attend(
-        self, q: torch.Tensor, k: torch.Tensor, raw_k: torch.Tensor, v: torch.Tensor, window: Window
+        self, q: torch.Tensor, k: torch.Tensor, raw_k: torch.Tensor, v: torch.Tensor, segment: Segment
     ) -> torch.Tensor:
         """As MemoryKV.attend."""
-        if window.fate == "local":
-            self.reserve(max(window.batch.ends))
-            self.raw_keys.reserve(max(window.batch.ends))
+        if segment.fate == "local":
+            self.reserve(max(segment.batch.ends))
+            self.raw_keys.reserve(max(segment.batch.ends))
         outputs = []
-        for group, held in window.groups():
+        for group, held in segment.groups():
             queries, keys, raw, values = (x[group.where] for x in (q, k, raw_k, v))
             if group.length == 0:
                 outputs.append(queries)
                 continue
-            if window.fate == "local":
+            if segment.fate == "local":
                 span = slice(group.start, group.start + group.length)
                 self.k[group.rows, span], self.v[group.rows, span] = keys, values
                 self.raw_keys.raw[group.rows, span] = raw
@@ -81,10 +81,10 @@ class RemoteMemory(Rows):
             if held:
                 part = join_attention(part, self.store.attend(queries, group.rows, held))
             outputs.append(part[0].to(q.dtype))
-            if window.fate == "memory":
+            if segment.fate == "memory":
                 assert group.start == 0, "a window that goes to memory at once has no local cache before it"
                 self.store.append(group.rows, raw, values, held)
-        return window.batch.join(outputs)
+        return segment.batch.join(outputs)
 
     def spill(self, remembered: tuple[int, ...], local: tuple[int, ...]) -> None:
         """The local cache becomes memory."""

@@ -1,6 +1,6 @@
-"""The memories of a ModelCache for one new token a sequence at positions that only the device knows.
+"""The layers of a YocoCache for one new token a sequence at positions that only the device knows.
 
-The memories of decoding learn from the Batch how long each sequence is, as numbers on the host. A CUDA graph is
+The layer caches of decoding learn from the Batch how long each sequence is, as numbers on the host. A CUDA graph is
 recorded once and replayed at every later position, so nothing in it may depend on such a number. These objects stand on
 the same tensors and do the same with positions held in a tensor.
 """
@@ -10,10 +10,10 @@ from __future__ import annotations
 import torch
 
 from oncelm.cache.batch import Batch
-from oncelm.cache.model_cache import ModelCache
-from oncelm.cache.retention_state import RetentionState
-from oncelm.cache.shared_kv import SharedKV
-from oncelm.cache.window_kv import WindowKV
+from oncelm.cache.yoco.cache import YocoCache
+from oncelm.cache.yoco.retention_state import RetentionState
+from oncelm.cache.yoco.shared_kv import SharedKV
+from oncelm.cache.yoco.window_kv import WindowKV
 from oncelm.ops import decode_attention, gated_retention_step
 
 
@@ -59,10 +59,10 @@ class StepShared:
         return self.held.attend_at(q, self.lengths)
 
 
-class StepMemory:
-    """A ModelCache as a model's memory for one step. Its lengths are the caller's to check before and commit after."""
+class StepPast:
+    """A YocoCache as a model's past for one step. Its lengths are the caller's to check before and commit after."""
 
-    def __init__(self, cache: ModelCache) -> None:
+    def __init__(self, cache: YocoCache) -> None:
         self.layers = [
             StepRetention(layer) if isinstance(layer, RetentionState) else StepWindow(layer) for layer in cache.layers
         ]

@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import torch
 
-from oncelm.cache.local_kv import RawKeys
+from oncelm.cache.longllama.local_kv import RawKeys
+from oncelm.cache.longllama.segment import Segment, same_counts
 from oncelm.cache.rows import Rows
-from oncelm.cache.window import Window, attention_groups, same_counts
 from oncelm.ops import decode_attention, global_attention
 from oncelm.ops.attention import MOST_DECODED, has_decode_kernel
+from oncelm.ops.attention.grouping import attention_groups
 
 
 class MemoryKV(Rows):
@@ -39,37 +40,37 @@ class MemoryKV(Rows):
         self.grouping = grouping
 
     def attend(
-        self, q: torch.Tensor, k: torch.Tensor, raw_k: torch.Tensor, v: torch.Tensor, window: Window
+        self, q: torch.Tensor, k: torch.Tensor, raw_k: torch.Tensor, v: torch.Tensor, segment: Segment
     ) -> torch.Tensor:
-        """Outputs [B, T, H, D] of the window's tokens over memory and local cache; then the window meets its fate.
+        """Outputs [B, T, H, D] of the segment's tokens over memory and local cache; then its fate is carried out.
 
         q [B, T, H, D] and k [B, T, H_kv, D] are rotated to their positions in the window, raw_k to position 0.
         """
         dtype = q.dtype
         q, k, raw_k, v = (x.to(self.k.dtype) for x in (q, k, raw_k, v))  # autocast computes in another than the model's
         outputs = []
-        few = window.batch.cu_seqlens is None and 1 <= q.shape[1] <= MOST_DECODED and window.fate == "local"
+        few = segment.batch.cu_seqlens is None and 1 <= q.shape[1] <= MOST_DECODED and segment.fate == "local"
         at_once = few and self.grouping is None and has_decode_kernel(q, self.k)
-        for group, held in window.groups():
+        for group, held in segment.groups():
             queries, keys, raw, values = (x[group.where] for x in (q, k, raw_k, v))
             start = held + group.start
-            if start or window.fate != "dropped":
+            if start or segment.fate != "dropped":
                 end = start + group.length
                 self.reserve(end)
                 self.k[group.rows, start:end], self.v[group.rows, start:end] = keys, values
                 keys, values = self.k[group.rows, :end], self.v[group.rows, :end]
             if not at_once:
                 outputs.append(self._attend(queries, keys, values, start))
-            if window.fate == "memory":
+            if segment.fate == "memory":
                 self.k[group.rows, start:end] = raw
-            elif window.fate == "local":
+            elif segment.fate == "local":
                 stop = group.start + group.length
                 self.raw_keys.reserve(stop)
                 self.raw_keys.raw[group.rows, group.start : stop] = raw
         if at_once:
-            seen = [held + end for held, end in zip(window.remembered, window.batch.ends, strict=True)]
+            seen = [held + end for held, end in zip(segment.remembered, segment.batch.ends, strict=True)]
             return decode_attention(q, self.k, self.v, lengths=torch.tensor(seen, device=q.device)).to(dtype)
-        return window.batch.join(outputs).to(dtype)
+        return segment.batch.join(outputs).to(dtype)
 
     def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, start: int) -> torch.Tensor:
         """Outputs [B, T, H, D] of queries at slots start, start + 1, ..., as many at once as `grouping` allows."""

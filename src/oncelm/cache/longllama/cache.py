@@ -13,13 +13,12 @@ from typing import Any
 
 import torch
 
+from oncelm.cache.base import SequenceCache, Snapshot
 from oncelm.cache.batch import Batch
-from oncelm.cache.local_kv import LocalKV
-from oncelm.cache.memory_knn import MemoryIndex
-from oncelm.cache.memory_kv import MemoryKV
-from oncelm.cache.memory_remote import RemoteMemory
-from oncelm.cache.model_cache import Snapshot
-from oncelm.cache.sequence_cache import SequenceCache
+from oncelm.cache.longllama.knn import MemoryIndex
+from oncelm.cache.longllama.local_kv import LocalKV
+from oncelm.cache.longllama.memory_kv import MemoryKV
+from oncelm.cache.longllama.remote import RemoteMemory
 
 LongLayer = LocalKV | MemoryKV | RemoteMemory
 

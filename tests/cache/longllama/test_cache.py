@@ -14,11 +14,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from oncelm.cache import load_snapshot, memory_kv, save_snapshot
-from oncelm.cache.long_cache import LongLlamaCache
-from oncelm.cache.memory_kv import MemoryKV
-from oncelm.cache.window import attention_groups
+from oncelm.cache import load_snapshot, save_snapshot
+from oncelm.cache.longllama import memory_kv
+from oncelm.cache.longllama.cache import LongLlamaCache
+from oncelm.cache.longllama.memory_kv import MemoryKV
 from oncelm.ops.attention import partial
+from oncelm.ops.attention.grouping import attention_groups
 from tests.full_disk import no_space, small_files
 from tests.models.small import make_long
 from tests.models.test_longllama import ids, logits, same
@@ -154,7 +155,7 @@ def test_attention_groups_cover_everything_once(T, heads, grouping) -> None:
 @pytest.mark.parametrize("index", ["flat", "ivf", "hnsw"])
 def test_recall_of_indexes(index) -> None:
     needs_faiss("knn")
-    from oncelm.cache.memory_knn import MemoryIndex
+    from oncelm.cache.longllama.knn import MemoryIndex
 
     generator = torch.Generator().manual_seed(0)
     store = MemoryIndex(1, 2, 16, torch.float32, top_k=8, index=index, measure_recall=True)
@@ -178,7 +179,7 @@ def test_recall_of_indexes(index) -> None:
 def test_what_all_keys_share_leads_no_index_astray(index) -> None:
     """As a head's keys do: their mean is twice as long as what tells them apart."""
     needs_faiss("knn")
-    from oncelm.cache.memory_knn import MemoryIndex
+    from oncelm.cache.longllama.knn import MemoryIndex
 
     generator = torch.Generator().manual_seed(0)
 
@@ -198,7 +199,7 @@ def test_what_all_keys_share_leads_no_index_astray(index) -> None:
 def test_any_of_equal_keys_is_a_find(index) -> None:
     """Keys of the first layer are the same wherever a token comes again."""
     needs_faiss("knn")
-    from oncelm.cache.memory_knn import MemoryIndex
+    from oncelm.cache.longllama.knn import MemoryIndex
 
     generator = torch.Generator().manual_seed(0)
     kinds = torch.randn(25, 16, generator=generator)
@@ -231,7 +232,7 @@ def test_without_faiss(monkeypatch) -> None:
     def missing(name: str) -> None:
         raise ImportError("no module named faiss")
 
-    monkeypatch.setattr("oncelm.cache.memory_knn.importlib.import_module", missing)
+    monkeypatch.setattr("oncelm.cache.longllama.knn.importlib.import_module", missing)
     with pytest.raises(ImportError, match=r"pip install 'oncelm\[knn\]'"):
         make_long().new_cache(1, memory="knn")
 
@@ -412,7 +413,7 @@ def test_disk_memory_needs_a_folder_to_write_to(monkeypatch, tmp_path) -> None:
 
     model = make_long()
     cache = model.new_cache(1, memory="disk", folder=tmp_path)
-    monkeypatch.setattr("oncelm.cache.memory_blocks.tempfile.mkstemp", refuse)
+    monkeypatch.setattr("oncelm.cache.longllama.blocks.tempfile.mkstemp", refuse)
     with pytest.raises(OSError, match=rf"cannot make a file in {tmp_path}: Permission denied"):
         read(model, ids(1, 40), [], cache)
 

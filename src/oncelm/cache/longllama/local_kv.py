@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from oncelm.cache.longllama.segment import Segment
 from oncelm.cache.rows import Rows
-from oncelm.cache.window import Window
 from oncelm.ops import global_attention
 
 
@@ -13,22 +13,22 @@ class LocalKV(Rows):
     """k, v [N, S, H_kv, D], keys rotated by their position in the window; forgotten when the window moves on."""
 
     def attend(
-        self, q: torch.Tensor, k: torch.Tensor, raw_k: torch.Tensor, v: torch.Tensor, window: Window
+        self, q: torch.Tensor, k: torch.Tensor, raw_k: torch.Tensor, v: torch.Tensor, segment: Segment
     ) -> torch.Tensor:
         """Outputs [B, T, H, D] of the window's tokens; q [B, T, H, D] and k [B, T, H_kv, D] rotated, raw_k unused."""
         dtype = q.dtype
         q, k, v = (x.to(self.k.dtype) for x in (q, k, v))  # autocast computes in another dtype than the model's
-        self.reserve(max(window.batch.ends) if window.fate == "local" else 0)
+        self.reserve(max(segment.batch.ends) if segment.fate == "local" else 0)
         outputs = []
-        for group in window.batch.groups():
+        for group in segment.batch.groups():
             queries, keys, values = (x[group.where] for x in (q, k, v))
-            if window.fate == "local":
+            if segment.fate == "local":
                 span = slice(group.start, group.start + group.length)
                 self.k[group.rows, span], self.v[group.rows, span] = keys, values
             if group.start:
                 keys, values = self.k[group.rows], self.v[group.rows]
             outputs.append(global_attention(queries, keys, values, start=group.start))
-        return window.batch.join(outputs).to(dtype)
+        return segment.batch.join(outputs).to(dtype)
 
     def spill(self, remembered: tuple[int, ...], local: tuple[int, ...]) -> None:
         """The window moves on: nothing to do, rows are overwritten."""

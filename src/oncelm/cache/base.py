@@ -6,10 +6,33 @@ A cache is a `transformers.Cache`, so Hugging Face `generate` takes it as `past_
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import Cache
+
+
+@dataclass(frozen=True, eq=False)
+class RewindPoint:
+    """A place of one cache whose shared K/V were not copied: valid for as long as that cache knows it."""
+
+    lengths: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A copy of a cache at one moment: `tensors` by name ("layers.3.state", "shared.k" [N, tokens, H_kv, D]).
+
+    `kv_dtype` is what the global cache or the memory stores; a LongLLaMA's int8 stands in `tensors` as float32.
+    `tensors` has no shared K/V with a rewind point (`snapshot(shared=False)`), which only its own cache can return to.
+    """
+
+    tensors: dict[str, torch.Tensor]
+    lengths: tuple[int, ...]
+    columns: int
+    rewind_point: RewindPoint | None = None
+    kv_dtype: torch.dtype | None = None
 
 
 class SequenceCache(Cache):

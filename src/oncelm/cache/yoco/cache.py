@@ -7,45 +7,22 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 from weakref import WeakSet
 
 import torch
 
+from oncelm.cache.base import RewindPoint, SequenceCache, Snapshot
 from oncelm.cache.batch import HISTORY, Batch
-from oncelm.cache.retention_state import RetentionState
-from oncelm.cache.sequence_cache import SequenceCache
-from oncelm.cache.shared_kv import SharedKV
-from oncelm.cache.window_kv import WindowKV
+from oncelm.cache.yoco.retention_state import RetentionState
+from oncelm.cache.yoco.shared_kv import SharedKV
+from oncelm.cache.yoco.window_kv import WindowKV
 from oncelm.ops.quantize import LARGEST, as_bytes
 
 LayerCache = RetentionState | WindowKV
 
 
-@dataclass(frozen=True, eq=False)
-class RewindPoint:
-    """A place of one cache whose shared K/V were not copied: valid for as long as that cache knows it."""
-
-    lengths: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """A copy of a cache at one moment: `tensors` by name ("layers.3.state", "shared.k" [N, tokens, H_kv, D]).
-
-    `kv_dtype` is what the global cache or the memory stores; a LongLLaMA's int8 stands in `tensors` as float32.
-    `tensors` has no shared K/V with a rewind point (`snapshot(shared=False)`), which only its own cache can return to.
-    """
-
-    tensors: dict[str, torch.Tensor]
-    lengths: tuple[int, ...]
-    columns: int
-    rewind_point: RewindPoint | None = None
-    kv_dtype: torch.dtype | None = None
-
-
-class ModelCache(SequenceCache):
+class YocoCache(SequenceCache):
     """Preallocated cache for `batch_size` sequences of up to `max_tokens` tokens (None: as many as come).
 
     Attributes:

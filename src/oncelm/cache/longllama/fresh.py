@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from oncelm.cache.window import Window
+from oncelm.cache.longllama.segment import Segment
 from oncelm.ops import global_attention
 from oncelm.ops.crossbatch import attend_contexts
 
@@ -17,11 +17,11 @@ class FreshLocal:
     """Causal attention within each window."""
 
     def attend(
-        self, q: torch.Tensor, k: torch.Tensor, raw_k: torch.Tensor, v: torch.Tensor, window: Window
+        self, q: torch.Tensor, k: torch.Tensor, raw_k: torch.Tensor, v: torch.Tensor, segment: Segment
     ) -> torch.Tensor:
         """Outputs [B, T, H, D]."""
-        parts = (tuple(x[group.where] for x in (q, k, v)) for group in window.batch.groups())
-        return window.batch.join([global_attention(*part) for part in parts])
+        parts = (tuple(x[group.where] for x in (q, k, v)) for group in segment.batch.groups())
+        return segment.batch.join([global_attention(*part) for part in parts])
 
 
 class FreshMemory:
@@ -31,20 +31,20 @@ class FreshMemory:
         self.past: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}  # first row of a group -> a pair a window
 
     def attend(
-        self, q: torch.Tensor, k: torch.Tensor, raw_k: torch.Tensor, v: torch.Tensor, window: Window
+        self, q: torch.Tensor, k: torch.Tensor, raw_k: torch.Tensor, v: torch.Tensor, segment: Segment
     ) -> torch.Tensor:
         """Outputs [B, T, H, D] over the windows before this one (whole) and this one (causally)."""
         outputs = []
-        for group, _ in window.groups():
+        for group, _ in segment.groups():
             queries, keys, raw, values = (x[group.where] for x in (q, k, raw_k, v))
             past = self.past.setdefault(group.rows.start, [])
-            if len(past) == window.index:
+            if len(past) == segment.index:
                 past.append((raw, values))
-            earlier = past[: window.index]
+            earlier = past[: segment.index]
             all_k = torch.cat([*(pair[0] for pair in earlier), keys], dim=1)
             all_v = torch.cat([*(pair[1] for pair in earlier), values], dim=1)
             outputs.append(global_attention(queries, all_k, all_v))
-        return window.batch.join(outputs)
+        return segment.batch.join(outputs)
 
 
 class CrossbatchMemory:
@@ -58,7 +58,7 @@ class CrossbatchMemory:
         self.counts = counts
 
     def attend(
-        self, q: torch.Tensor, k: torch.Tensor, raw_k: torch.Tensor, v: torch.Tensor, window: Window
+        self, q: torch.Tensor, k: torch.Tensor, raw_k: torch.Tensor, v: torch.Tensor, segment: Segment
     ) -> torch.Tensor:
         """Outputs [B, T, H, D]; each row is one whole context."""
         return attend_contexts(q, k, raw_k, v, self.counts)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from oncelm.cache.window import attention_groups
+from oncelm.ops.attention.grouping import attention_groups
 from oncelm.ops.attention.partial import join_attention, partial_attention
 from oncelm.ops.quantize import dequantize_kv, quantize_kv
 

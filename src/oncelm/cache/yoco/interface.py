@@ -1,7 +1,7 @@
-"""What the model asks of a memory: the four calls in which tokens meet each other.
+"""What a YOCO model asks of the past: the four calls in which tokens meet each other.
 
-A model never knows where keys, values and states live. Whoever runs it passes an object with these methods: ModelCache
-(contiguous, decoding), FreshCache (nothing remembered, training), ChunkMemory (of `oncelm.train.parallel`: chunks of
+A model never knows where keys, values and states live. Whoever runs it passes an object with these methods: YocoCache
+(contiguous, decoding), FreshPast (nothing remembered, training), ChunkPast (of `oncelm.train.parallel`: chunks of
 sequences that other processes hold), and later paged slots in an engine.
 """
 
@@ -15,7 +15,7 @@ import torch
 from oncelm.cache.batch import Batch
 
 
-class RetentionMemory(Protocol):
+class RetentionPast(Protocol):
     """The past of one gated-retention layer."""
 
     def retain(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, batch: Batch) -> torch.Tensor:
@@ -23,7 +23,7 @@ class RetentionMemory(Protocol):
         ...
 
 
-class WindowMemory(Protocol):
+class WindowPast(Protocol):
     """The past of one sliding-window layer."""
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: Batch) -> torch.Tensor:
@@ -31,7 +31,7 @@ class WindowMemory(Protocol):
         ...
 
 
-class SharedMemory(Protocol):
+class SharedPast(Protocol):
     """The global keys and values that all layers of the cross-decoder read."""
 
     def append(self, k: torch.Tensor, v: torch.Tensor, batch: Batch) -> None:
@@ -43,8 +43,8 @@ class SharedMemory(Protocol):
         ...
 
 
-class Memory(Protocol):
-    """The past of a whole model: one RetentionMemory or WindowMemory a self-decoder layer, and the shared one."""
+class Past(Protocol):
+    """The past of a whole model: one RetentionPast or WindowPast a self-decoder layer, and the shared one."""
 
     @property
     def layers(self) -> Sequence[Any]: ...
@@ -53,8 +53,8 @@ class Memory(Protocol):
     def shared(self) -> Any: ...
 
 
-class HeldMemory(Memory, Protocol):
-    """A memory of sequences of which something came before."""
+class HeldPast(Past, Protocol):
+    """The past of sequences of which something came before."""
 
     @property
     def lengths(self) -> tuple[int, ...]:
