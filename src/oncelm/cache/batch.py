@@ -61,7 +61,7 @@ class Batch:
     def packed(cls, starts: tuple[int, ...], lengths: tuple[int, ...], device: torch.device) -> Batch:
         """N sequences of any lengths (zero too) side by side."""
         parts = [torch.arange(start, start + length) for start, length in zip(starts, lengths, strict=True)]
-        positions = torch.cat(parts).to(device)[None]
+        positions = torch.cat(parts).to(device, non_blocking=True)[None]
         ends = tuple(start + length for start, length in zip(starts, lengths, strict=True))
         return cls(starts, lengths, ends, positions, borders(lengths, device))
 
@@ -115,30 +115,32 @@ class Batch:
         """Any tokens: mask is boolean, [N, T] (dense) or [1, total] (packed); the result is packed.
 
         It is contiguous where the tokens picked of each sequence stand side by side, as all but the last do, or the
-        answer to a prompt.
+        answer to a prompt. A mask on the CPU is read there: nothing waits for a GPU that the tokens are on.
         """
-        if self.cu_seqlens is None:
-            counts = mask.sum(1).tolist()
-        else:
-            below = torch.cat((mask.new_zeros(1, dtype=torch.long), mask[0].cumsum(0)))
-            counts = below[self.cu_seqlens.long()].diff().tolist()
+        assert self.contiguous, "picked from tokens that were picked"
+        device = self.positions.device
         flat = mask.flatten().nonzero().squeeze(1)
+        firsts = [0, *accumulate(self.lengths)]  # where each sequence begins in the flattened mask
+        below = torch.cat((mask.new_zeros(1, dtype=torch.long), mask.flatten().cumsum(0)))
+        lengths = tuple(below[borders(self.lengths, mask.device).long()].diff().tolist())
+        starts, contiguous = self._runs(flat, firsts, lengths)
+        flat = flat.to(device, non_blocking=True)
         positions = self.positions.expand(mask.shape).flatten()[flat][None]
-        lengths = tuple(counts)
-        cu_seqlens = borders(lengths, mask.device)
-        starts, contiguous = self._runs(positions[0], lengths)
-        return Selection(Batch(starts, lengths, self.ends, positions, cu_seqlens, contiguous), flat=flat)
+        return Selection(Batch(starts, lengths, self.ends, positions, borders(lengths, device), contiguous), flat=flat)
 
-    def _runs(self, positions: torch.Tensor, lengths: tuple[int, ...]) -> tuple[tuple[int, ...], bool]:
-        """Starts of sequences with these positions side by side, and whether they are what `positions` holds."""
+    def _runs(self, flat: torch.Tensor, firsts: list[int], lengths: tuple[int, ...]) -> tuple[tuple[int, ...], bool]:
+        """Positions at which the tokens `flat`, `lengths` of each sequence, start, and whether they stand side by side.
+
+        firsts: where each sequence begins in what `flat` counts.
+        """
         some = [n for n, length in enumerate(lengths) if length]
         bounds = [0, *accumulate(lengths)]
         outer = torch.tensor([[bounds[n], bounds[n + 1] - 1] for n in some], dtype=torch.long).view(-1, 2)
         starts = list(self.starts)
-        for n, (first, last) in zip(some, positions[outer.to(positions.device)].tolist(), strict=True):
+        for n, (first, last) in zip(some, flat[outer.to(flat.device)].tolist(), strict=True):
             if last - first + 1 != lengths[n]:
                 return self.starts, False
-            starts[n] = first
+            starts[n] += first - firsts[n]
         return tuple(starts), True
 
 
@@ -159,4 +161,4 @@ class Selection:
 
 def borders(lengths: Sequence[int], device: torch.device) -> torch.Tensor:
     """cu_seqlens [N + 1] of packed sequences."""
-    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(device, non_blocking=True)

@@ -11,8 +11,16 @@ import torch
 from transformers import PreTrainedModel
 
 
-def check_tokens(input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, config: Any) -> torch.Tensor:
-    """The one of the two that is given; ValueError unless it is one, of the right shape, with ids of the vocabulary."""
+def check_tokens(
+    input_ids: torch.Tensor | None,
+    inputs_embeds: torch.Tensor | None,
+    config: Any,
+    device: torch.device | None = None,
+) -> torch.Tensor:
+    """The one of the two that is given; ValueError unless it is one, of the right shape, with ids of the vocabulary.
+
+    Ids on the CPU are checked there and copied to `device`, without waiting for it.
+    """
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("give input_ids or inputs_embeds, one of them.")
     if inputs_embeds is not None:
@@ -29,7 +37,8 @@ def check_tokens(input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | N
         if low < 0 or high >= config.vocab_size:
             bad = low if low < 0 else high
             raise ValueError(f"input_ids has {bad}; allowed: 0..{config.vocab_size - 1} (vocab_size).")
-    return input_ids.long()
+    ids = input_ids.long()
+    return ids if device is None or ids.device.type != "cpu" else ids.to(device, non_blocking=True)
 
 
 def fingerprint(model: PreTrainedModel, keys: Iterable[str]) -> str:

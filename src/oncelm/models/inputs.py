@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import torch
 import torch.nn.functional as F
@@ -300,7 +300,8 @@ def read_targets(
     """[B, T] what each position predicts, IGNORE_INDEX for nothing, from one of the two.
 
     Args:
-        labels: [B, T] as in Hugging Face, each at its own token; -100 is ignored.
+        labels: [B, T] as in Hugging Face, each at its own token; -100 is ignored. On the CPU where the batch is on a
+            GPU, they stay there: what they ask for is then known without waiting for it.
         targets: [B, T] each at the token that predicts it.
     """
     given = labels if targets is None else targets
@@ -309,7 +310,7 @@ def read_targets(
         raise ValueError(f"labels must be [B, T] = {list(shape[:2])} as input_ids, got {list(given.shape)}.")
     if given.is_floating_point() or given.dtype == torch.bool:
         raise ValueError(f"labels must be integers, got {given.dtype}.")
-    given = given.long()
+    given = given.long() if inputs.real is None else given.to(inputs.real.device).long()
     if given.device.type == "cpu":  # a GPU's answer is waited for together with others: see `outside`
         check_range(given, vocab_size)
     if labels is None:
@@ -318,6 +319,6 @@ def read_targets(
     if inputs.real is not None:
         targets = targets.masked_fill(~(inputs.real & F.pad(inputs.real[:, 1:], (0, 1))), IGNORE_INDEX)
     elif inputs.batch.cu_seqlens is not None:  # the last token of a packed sequence predicts nothing
-        lasts = inputs.batch.cu_seqlens[1:].long() - 1
-        targets[0, lasts[lasts >= 0]] = IGNORE_INDEX
+        lasts = [end - 1 for end in accumulate(inputs.batch.lengths) if end]
+        targets[0, torch.tensor(lasts).to(targets.device, non_blocking=True)] = IGNORE_INDEX
     return targets

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -152,7 +152,8 @@ class LongLlamaForCausalLM(CompilesLayers, CausalLM):
         values. With crossbatch, each row is one context of at most a window, and there are no windows.
 
         Args:
-            input_ids: [B, T] token ids.
+            input_ids: [B, T] token ids. Without padding, they, labels and cu_seqlens may be on the CPU while
+                the model is on a GPU: they are checked there, and nothing waits for the GPU.
             attention_mask: [B, T], or [B, earlier + T] with a cache; 0 marks padding, which is left out of all
                 computation. Windows are cut by columns, padding included.
             position_ids: [B or 1, T]; in one row of packed sequences each begins at 0. Otherwise they must be the
@@ -188,7 +189,7 @@ class LongLlamaForCausalLM(CompilesLayers, CausalLM):
         outputs = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
         cu_seqlens, targets = read_extras(self, kwargs, cu_seqlens, targets, **outputs)
         has_loss = one_of(labels=labels, targets=targets) is not None
-        tokens = check_tokens(input_ids, inputs_embeds, self.config)
+        tokens = check_tokens(input_ids, inputs_embeds, self.config, self.cache_device)
         counts = self._crossbatch(
             tokens, past_key_values, attention_mask, cross_batch_range, cross_batch_stepping, dataset_packing
         )
@@ -220,8 +221,10 @@ class LongLlamaForCausalLM(CompilesLayers, CausalLM):
 
     def _window_loss(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Summed cross-entropy of a window's targets [B, t] from its hidden states [B, t, d]."""
-        counted = targets != reading.IGNORE_INDEX
-        return head_loss(self.lm_head, hidden[counted], targets[counted])
+        targets = targets.flatten()
+        counted = (targets != reading.IGNORE_INDEX).nonzero().squeeze(1)
+        targets, hidden = targets[counted], hidden.flatten(0, 1)[counted.to(hidden.device, non_blocking=True)]
+        return head_loss(self.lm_head, hidden, targets.to(hidden.device, non_blocking=True))
 
     def hidden_states(
         self,
@@ -308,7 +311,7 @@ class LongLlamaForCausalLM(CompilesLayers, CausalLM):
         if inputs.batch.cu_seqlens is None or inputs.real is not None:  # the latter are rows with padding
             yield from self._windows(tokens, inputs.real, cache, last_context_length, counts, memory)
             return
-        for first, last in pairwise(inputs.batch.cu_seqlens.tolist()):
+        for first, last in pairwise(accumulate(inputs.batch.lengths, initial=0)):
             if first == last:
                 continue
             for columns, hidden in self._windows(tokens[:, first:last], None, None, last_context_length, None, memory):

@@ -152,7 +152,8 @@ class YocoForCausalLM(Execution, CausalLM):
         """Logits, loss, or both; the cross-decoder runs only on the positions that they need.
 
         Args:
-            input_ids: [B, T] token ids.
+            input_ids: [B, T] token ids. Without padding, they, labels and cu_seqlens may be on the CPU while
+                the model is on a GPU: they are checked there, and nothing waits for the GPU.
             attention_mask: [B, T], or [B, earlier + T] with a cache; 0 marks padding. Padding is left out of all
                 computation; positions count real tokens.
             position_ids: [B or 1, T]; in one row of packed sequences each begins at 0. Otherwise they must be the
@@ -184,7 +185,7 @@ class YocoForCausalLM(Execution, CausalLM):
         outputs = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
         cu_seqlens, targets = read_extras(self, kwargs, cu_seqlens, targets, **outputs)
         given = one_of(labels=labels, targets=targets)
-        tokens = check_tokens(input_ids, inputs_embeds, self.config)
+        tokens = check_tokens(input_ids, inputs_embeds, self.config, self.cache_device)
         if past is not None and (past_key_values is not None or use_cache):
             raise ValueError("past stands for what came before: give it without past_key_values and use_cache.")
         if use_cache is None:
@@ -311,10 +312,14 @@ class YocoForCausalLM(Execution, CausalLM):
                 first = slice(0, T if last else T - 1)
                 hidden = self._hidden(tokens, inputs, past, inputs.batch.columns(first))
                 return self._loss(hidden.flatten(0, 1), targets[:, first].flatten(), num_items_in_batch), None
-
         elif targets is not None and targets.device.type != "cpu":
             reading.check_range(targets, self.config.vocab_size)
+        if targets is not None and counted is not None and logits_to_keep is reading.NOTHING:
+            hidden = self._hidden(tokens, inputs, past, inputs.select(counted))[0]  # [count, d]
+            return self._loss(hidden, targets[counted], num_items_in_batch), None
         # any positions: compute the union of those that the loss and the logits need, as a packed row
+        if targets is not None and counted is not None:
+            targets, counted = targets.to(device), counted.to(device)
         kept = torch.zeros(shape[:2], dtype=torch.bool, device=device)
         wanted: slice | torch.Tensor | None = None
         if keep_mask:
@@ -362,6 +367,7 @@ class YocoForCausalLM(Execution, CausalLM):
 
     def _loss(self, hidden: torch.Tensor, targets: torch.Tensor, num_items: int | torch.Tensor | None) -> torch.Tensor:
         """Mean cross-entropy of hidden [M, d] against targets [M]; 0 where there is no target at all."""
+        targets = targets.to(hidden.device, non_blocking=True)
         weight = getattr(self.output_projection, "weight", None)
         if isinstance(weight, DTensor):  # split over ranks, in training
             total = vocab_parallel_cross_entropy(hidden, weight, targets)

@@ -43,7 +43,7 @@ class Borders:
                 raise ValueError(
                     f"cu_seqlens packs {len(cu_seqlens) - 1} sequences, cu_seqlens_k {len(cu_seqlens_k) - 1}."
                 )
-            if not cu_seqlens.is_cuda and bool((cu_seqlens_k.diff() < cu_seqlens.diff()).any()):
+            if cu_seqlens.device.type == "cpu" and bool((cu_seqlens_k.diff() < cu_seqlens.diff()).any()):
                 raise ValueError("cu_seqlens_k gives a sequence fewer keys than cu_seqlens gives it queries.")
         longest = max_seqlen or int(cu_seqlens_k.diff().max())
         queries, keys = (x.to(q.device, torch.int32) for x in (cu_seqlens, cu_seqlens_k))

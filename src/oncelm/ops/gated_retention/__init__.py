@@ -132,7 +132,7 @@ def check_cu_seqlens(name: str, cu_seqlens: torch.Tensor, total: int) -> None:
             f"{name} must hold the borders of at least one sequence, a vector [0, ..., {total}], got shape "
             f"{tuple(cu_seqlens.shape)}."
         )
-    if not cu_seqlens.is_cuda:  # where reading the values does not wait for the device
+    if cu_seqlens.device.type == "cpu":  # where reading the values does not wait for the device
         _check_borders(name, cu_seqlens.tolist(), total)
 
 
