@@ -5,12 +5,14 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from oncelm.models.load import build_model, load
 from oncelm.models.longllama import LongLlamaConfig, LongLlamaForCausalLM
+from oncelm.models.registry import FAMILIES, model_class
 from oncelm.models.yoco import YocoConfig, YocoForCausalLM
 
-for config, model in ((YocoConfig, YocoForCausalLM), (LongLlamaConfig, LongLlamaForCausalLM)):
-    AutoConfig.register(config.model_type, config)
-    AutoModelForCausalLM.register(config, model)
+for model_type in FAMILIES:
+    model = model_class(model_type)
+    AutoConfig.register(model_type, model.config_class)
+    AutoModelForCausalLM.register(model.config_class, model)
     # Trainer asks this table whether labels are of the next token, as label smoothing has to know; it has no register
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type] = model.__name__
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type] = model.__name__
 
 __all__ = ["LongLlamaConfig", "LongLlamaForCausalLM", "YocoConfig", "YocoForCausalLM", "build_model", "load"]

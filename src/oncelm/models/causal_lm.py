@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable
 from functools import partial
@@ -15,16 +16,16 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from oncelm.cache.base import SequenceCache
 from oncelm.models.checks import refuse_incomplete
+from oncelm.models.family import Family
 from oncelm.models.headless import Headless
 from oncelm.utils.errors import check_whole, unknown
 
 
-class CausalLM(PreTrainedModel, GenerationMixin):
+class CausalLM(Family, PreTrainedModel, GenerationMixin):
     """A causal language model with a cache of its own kind.
 
     Attributes:
         cache_keys: keys of the configuration that a cache must agree in with the model.
-        cache_options: arguments of `new_cache` that `forward` and `generate` take too.
     """
 
     main_input_name = "input_ids"
@@ -32,9 +33,11 @@ class CausalLM(PreTrainedModel, GenerationMixin):
     supports_gradient_checkpointing = True
     _no_split_modules = ["DecoderLayer"]  # noqa: RUF012
     _supports_sdpa = True
+    has_own_cache = True
     cache_keys: tuple[str, ...]
-    cache_options: tuple[str, ...] = ()
-    new_cache: Callable[..., Any]  # (batch_size, max_tokens, ...)
+    new_cache: Callable[..., Any]  # (batch_size, max_tokens, dtype, ...)
+    prefill: Callable[..., torch.Tensor]  # (input_ids [B, T], cache, ...) -> logits [B, V]
+    fingerprint: Callable[[], str]
 
     def _cache_settings(self) -> dict[str, Any]:
         """What a cache of this model is made for."""
@@ -67,6 +70,21 @@ class CausalLM(PreTrainedModel, GenerationMixin):
         hooks = (getattr(module, "_hf_hook", None) for module in self.modules())
         devices = (getattr(hook, "execution_device", None) for hook in hooks)
         return torch.device(next((device for device in devices if device is not None), self.device))
+
+    # -- places in a text to return to ------------------------------------------------------------------------------
+
+    def mark(self, cache: Any) -> Any:
+        """A place to return to with `rewind`, as often as needed, but never forward over an earlier one: a copy of the
+        cache, or less where the family knows how."""
+        return copy.deepcopy(cache)
+
+    def rewind(self, cache: Any, mark: Any) -> Any:
+        """The cache as it was at a mark; `cache` itself is of no use any more unless it is what is returned."""
+        return copy.deepcopy(mark)
+
+    def reuse(self, cache: Any) -> Any | None:
+        """The cache without its text, for another one; None where a new one has to be made."""
+        return None
 
     # -- without the head -----------------------------------------------------------------------------------------
 

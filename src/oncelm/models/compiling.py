@@ -58,6 +58,7 @@ def _limit() -> dict[str, Any]:
 class CompilesLayers:
     """The part of a model that decides whether its layers are compiled."""
 
+    can_compile = True
     compiles_layers = False
 
     def compile_layers(self, enabled: bool = True) -> Self:

@@ -14,7 +14,7 @@ from oncelm.cache.longllama.knn import MemoryIndex
 from oncelm.cache.longllama.local_kv import LocalKV
 from oncelm.cache.longllama.memory_kv import MemoryKV
 from oncelm.cache.longllama.remote import MemoryStore, RemoteMemory
-from oncelm.models.longllama.config import LongLlamaConfig
+from oncelm.models.longllama.config import MEMORY_DTYPES, LongLlamaConfig
 from oncelm.utils.errors import check_choice, check_whole
 
 MEMORIES = ("exact", "knn", "cpu", "disk")
@@ -25,6 +25,7 @@ class MemoryOptions:
     """Where memory is and how it is read: see `LongLlamaForCausalLM.new_cache`."""
 
     memory: str
+    dtype: torch.dtype | None  # None: config.mem_dtype, or the model's
     top_k: int
     index: str
     measure_recall: bool
@@ -33,6 +34,8 @@ class MemoryOptions:
 
     def __post_init__(self) -> None:
         check_choice("memory", self.memory, MEMORIES)
+        if self.dtype is not None:
+            check_choice("dtype of a cache", self.dtype, [getattr(torch, name) for name in MEMORY_DTYPES])
         check_whole(1, block_tokens=self.block_tokens)
         if self.folder is not None and not self.folder.is_dir():
             raise ValueError(f"folder {str(self.folder)!r} for the files of memory 'disk' does not exist.")
@@ -46,17 +49,17 @@ def new_layers(
     dtype: torch.dtype,
     device: torch.device,
 ) -> list[LongLayer]:
-    """A LocalKV for each layer without memory, and for each memory layer what `options` ask for.
+    """A LocalKV of `dtype` for each layer without memory, and for each memory layer what `options` ask for.
 
     Raises:
         ValueError: memory "knn" with int8, which Faiss does not search.
     """
     heads, head_dim = config.num_key_value_heads, config.head_dim
-    mem_dtype = dtype if config.mem_dtype is None else getattr(torch, config.mem_dtype)
+    mem_dtype = options.dtype or (dtype if config.mem_dtype is None else getattr(torch, config.mem_dtype))
     if options.memory == "knn" and mem_dtype == torch.int8:
         raise ValueError(
             "mem_dtype 'int8' is not for memory 'knn', which keeps floats for its search; take mem_dtype 'bfloat16', "
-            "or memory 'exact', 'cpu' or 'disk'."
+            "new_cache(dtype=torch.bfloat16), or memory 'exact', 'cpu' or 'disk'."
         )
     grouping = None
     if config.mem_attention_grouping is not None:

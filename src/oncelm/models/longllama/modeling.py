@@ -28,7 +28,6 @@ from oncelm.models.longllama.memories import MEMORIES, MemoryOptions, new_layers
 from oncelm.models.longllama.model import PLAIN, LongLlamaModel, Parts, compiled_parts
 from oncelm.models.rms_norm import RMSNorm
 from oncelm.ops.crossbatch import earlier_contexts
-from oncelm.utils.device import DTYPES
 from oncelm.utils.errors import check_choice, check_whole
 
 # Keys on which a memory's content depends, beside the weights; the others say how it is kept and read.
@@ -51,7 +50,11 @@ class LongLlamaForCausalLM(CompilesLayers, CausalLM):
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
     _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq"]  # noqa: RUF012 (a buffer of older checkpoints)
     cache_keys = ("num_hidden_layers", "num_key_value_heads", "head_dim", "mem_layers", "max_position_embeddings")
+    kv_dtypes = ("bfloat16", "int8")
     cache_options = ("memory",)
+    read_options = ("last_context_length",)
+    reads_by_windows = True
+    result_keys = ("last_context_length", "mem_dtype")
 
     def __init__(self, config: LongLlamaConfig) -> None:
         super().__init__(config)
@@ -100,7 +103,8 @@ class LongLlamaForCausalLM(CompilesLayers, CausalLM):
         Args:
             batch_size: sequences.
             max_tokens: capacity of each sequence; memory on the device is then allocated once. None: as many as come.
-            dtype: of the local cache; None means the model's. The memory's is config.mem_dtype.
+            dtype: of the memory, torch.int8 with a scale a token and head; None means config.mem_dtype. Local caches
+                have the model's.
             memory: "exact" (on the device), "cpu" (in pinned CPU memory) or "disk" (in files), both streamed in blocks
                 and exactly equal to "exact"; "knn" (in CPU memory; a query sees the top_k keys that Faiss finds).
             top_k, index: of "knn": keys a query head sees; "flat", "ivf" or "hnsw".
@@ -109,11 +113,9 @@ class LongLlamaForCausalLM(CompilesLayers, CausalLM):
             folder: of "disk": where its files go (they vanish with the cache); None means the temporary folder.
         """
         check_cache_size(batch_size, max_tokens)
-        if dtype is not None:
-            check_choice("dtype of a cache", dtype, DTYPES.values())
         where = None if folder is None else Path(folder)
-        options = MemoryOptions(memory, top_k, index, measure_recall, block_tokens, where)
-        layers = new_layers(self.config, options, batch_size, max_tokens, dtype or self.dtype, self.cache_device)
+        options = MemoryOptions(memory, dtype, top_k, index, measure_recall, block_tokens, where)
+        layers = new_layers(self.config, options, batch_size, max_tokens, self.dtype, self.cache_device)
         window = self.config.max_position_embeddings
         return LongLlamaCache(layers, batch_size, max_tokens, window, self._cache_settings())
 

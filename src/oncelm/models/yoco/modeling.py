@@ -20,6 +20,7 @@ from oncelm.cache import (
     RetentionState,
     Selection,
     SharedKV,
+    Snapshot,
     WindowKV,
     YocoCache,
 )
@@ -50,6 +51,11 @@ class YocoForCausalLM(Execution, CausalLM):
         "self_decoder", "num_self_decoder_layers", "hidden_size", "num_self_heads", "self_kv_heads", "window_size",
         "num_cross_decoder_layers", "num_attention_heads", "shared_kv_heads",
     )  # fmt: skip
+    kv_dtypes = ("bfloat16", "float8", "int8")
+    read_options = ("chunk_size",)
+    packs_rows = True
+    gemms = ("float8",)
+    has_official_format = True
     use_cuda_graphs = True  # for decode steps on a GPU; False goes back to plain PyTorch
 
     def __init__(self, config: YocoConfig) -> None:
@@ -123,6 +129,18 @@ class YocoForCausalLM(Execution, CausalLM):
             for _ in range(self.config.num_self_decoder_layers)
         ]
         return FreshPast(layers)
+
+    def mark(self, cache: YocoCache) -> Snapshot:
+        """A rewind point: shared keys and values stay where they are, and must not be overwritten."""
+        return cache.snapshot(shared=False)
+
+    def rewind(self, cache: YocoCache, mark: Snapshot) -> YocoCache:
+        cache.restore(mark)
+        return cache
+
+    def reuse(self, cache: YocoCache) -> YocoCache:
+        cache.reset()  # its memory, and what is recorded to decode in it, stay
+        return cache
 
     def fingerprint(self) -> str:
         """A short hash of the configuration and of a sample of every parameter: whose cache a file is."""

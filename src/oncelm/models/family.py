@@ -1,0 +1,36 @@
+"""What a family of models offers beyond transformers' own face. It is asked for by name, never guessed from a type."""
+
+from __future__ import annotations
+
+
+class Family:
+    """The abilities of a kind of model. As they stand here: those of any model of transformers, which has none of them.
+
+    `models/registry.py` finds the family of a configuration, `CausalLM` is what OnceLM's families inherit.
+
+    Attributes:
+        has_own_cache: `new_cache(batch_size, max_tokens, dtype)`, `prefill(ids, cache)`, `mark`, `rewind`, `reuse`.
+        kv_dtypes: names (`utils/device.KV_DTYPES`) of what its cache can store keys and values in, beside the model's
+            own dtype.
+        cache_options: further arguments of `new_cache`, which `generate` takes too.
+        read_options: further arguments of `prefill`.
+        reads_by_windows: a text read in other parts may give other results, since what becomes memory depends on where
+            a call ends; windows are `config.max_position_embeddings` long, and texts have no longest length.
+        packs_rows: sequences packed into one row (`cu_seqlens`) can be appended to a cache, and logits at a mask of
+            positions (`logits_to_keep`) cost no more than these positions.
+        can_compile: `compile_layers(enabled)`.
+        gemms: names that `set_gemm` takes.
+        has_official_format: it can be written in the format of the paper's own code.
+        result_keys: keys of the configuration on which results depend, beside the weights and their sizes.
+    """
+
+    has_own_cache = False
+    kv_dtypes: tuple[str, ...] = ()
+    cache_options: tuple[str, ...] = ()
+    read_options: tuple[str, ...] = ()
+    reads_by_windows = False
+    packs_rows = False
+    can_compile = False
+    gemms: tuple[str, ...] = ()
+    has_official_format = False
+    result_keys: tuple[str, ...] = ()
