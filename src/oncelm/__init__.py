@@ -1,22 +1,26 @@
-"""OnceLM: language models that cache keys and values once."""
+"""OnceLM: language models that cache keys and values once.
 
-from importlib.metadata import PackageNotFoundError, version
+`import oncelm` makes the models known to transformers' Auto classes. In the process of the `oncelm` command that waits
+until a verb imports `oncelm.models`, so that `--help` need not import torch.
+"""
 
-from oncelm import ops
-from oncelm.data.tokenizers import load_tokenizer
-from oncelm.models import (
-    LongLlamaConfig,
-    LongLlamaForCausalLM,
-    YocoConfig,
-    YocoForCausalLM,
-    build_model,
-    load,
-)
+import sys
+from typing import TYPE_CHECKING
 
-try:
-    __version__ = version("oncelm")
-except PackageNotFoundError:  # a source tree on the path that nobody installed
-    __version__ = "unknown"
+from oncelm.utils.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from oncelm import ops
+    from oncelm.data.tokenizers import load_tokenizer
+    from oncelm.models import (
+        LongLlamaConfig,
+        LongLlamaForCausalLM,
+        YocoConfig,
+        YocoForCausalLM,
+        build_model,
+        load,
+    )
+    from oncelm.utils.version import __version__
 
 __all__ = [
     "LongLlamaConfig",
@@ -29,3 +33,27 @@ __all__ = [
     "load_tokenizer",
     "ops",
 ]
+
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "": ("ops",),
+        "oncelm.data.tokenizers": ("load_tokenizer",),
+        "oncelm.models": (
+            *("LongLlamaConfig", "LongLlamaForCausalLM", "YocoConfig", "YocoForCausalLM"),
+            *("build_model", "load"),
+        ),
+        "oncelm.utils.version": ("__version__",),
+    },
+)
+
+
+def _is_command() -> bool:
+    """Whether this process is `oncelm ...` or `python -m oncelm ...`, and not a program that uses the library."""
+    return "oncelm_command" in sys.modules or (
+        sys.argv[:1] == ["-m"] and sys.orig_argv[-len(sys.argv)] == __name__  # while Python looks for the module to run
+    )
+
+
+if not _is_command():
+    import oncelm.models  # noqa: F401

@@ -33,7 +33,7 @@ def main(arguments: list[str]) -> int:
         raise SystemExit(0)
     name, *rest = arguments
     command = find_command(name)
-    importlib.import_module("oncelm")  # whose models are then registered with transformers
+    importlib.import_module("oncelm.models")  # which registers them with transformers
     if name.replace("-", "_") == "lm_eval":
         importlib.import_module("lm_eval")
         importlib.import_module("oncelm_lm_eval").autoload()

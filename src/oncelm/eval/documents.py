@@ -7,14 +7,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from oncelm.data.corpora import CORPORA, iterate_corpus
 from oncelm.data.layout import find_corpus
 from oncelm.data.reading import DamagedText, Malformed, Piece, is_text, read, scan
-from oncelm.eval.model import Codec
 from oncelm.utils.errors import unknown
+
+if TYPE_CHECKING:
+    from oncelm.eval.model import Codec
 
 logger = logging.getLogger(__name__)
 

@@ -7,16 +7,18 @@ import re
 import typing
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from oncelm.eval.examples import Example, Output, Scores
 from oncelm.eval.fields import OBJECT, Kinds, check_fields
-from oncelm.eval.model import Codec, LanguageModel
 from oncelm.eval.results import Run
 from oncelm.eval.statistics import estimate
 from oncelm.eval.views import Sample, Table, View, group, plain
 from oncelm.utils.constraints import Constraint, Each, Flag, Number, Text, Whole
 from oncelm.utils.errors import unknown
+
+if TYPE_CHECKING:
+    from oncelm.eval.model import Codec, LanguageModel
 
 MOST = 2**31  # tokens of a text
 COUNTED = 2**20  # of what is listed before the first question: depths, runs

@@ -9,8 +9,6 @@ import reprlib
 from collections.abc import Iterable
 from numbers import Integral
 
-from safetensors import SafetensorError
-
 LONGEST_SHOWN = 200  # characters
 _REPR = reprlib.Repr()
 _REPR.maxlevel, _REPR.maxstring, _REPR.maxother, _REPR.maxlong = 3, 120, 120, 40
@@ -23,6 +21,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error, of Python or a library, says that memory ran out."""
     if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
         return True
+    from safetensors import SafetensorError  # here: every start of the command imports this module
+
     return isinstance(error, RuntimeError | OSError | SafetensorError) and bool(_OUT_OF_MEMORY.search(str(error)))
 
 

@@ -14,25 +14,24 @@ from itertools import groupby, islice
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-import torch
 
 from oncelm.eval.examples import Example, Output, Score, Scores
 from oncelm.eval.fields import NUMBER, TEXT, Kinds, check_fields
 from oncelm.eval.harness.folder import check_folder, folder_task
 from oncelm.eval.harness.hub import hub_tasks
-from oncelm.eval.model import Codec, LanguageModel
 from oncelm.eval.papers import LONGLLAMA_LM_EVAL, YOCO_LM_EVAL
 from oncelm.eval.results import Run
 from oncelm.eval.statistics import estimate
 from oncelm.eval.task import Task, default_views, option
 from oncelm.eval.views import Sample, Table, View, group, plain
-from oncelm.models.load import quiet_transformers
 from oncelm.utils.errors import check_choice, unknown
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
     from lm_eval.api.model import LM
     from lm_eval.api.task import ConfigurableTask
+
+    from oncelm.eval.model import Codec, LanguageModel
 
 QUESTIONS_AT_ONCE = 128  # scored together; what a kill can lose
 SEED = 1234  # of lm-eval's choice of examples; ours is added
@@ -205,6 +204,8 @@ def _ask_task(
     max_tokens: int | None,
 ) -> Iterator[list[Sample]]:
     """Lines of the questions of a task, numbered from `offset`, a block at a time."""
+    import torch
+
     with quiet():
         task.build_all_requests(limit=limit)
     documents = ((doc_id, list(asked)) for doc_id, asked in groupby(task.instances, key=lambda one: one.doc_id))
@@ -320,6 +321,8 @@ def quiet() -> Iterator[None]:
         import lm_eval.api.task
     except ImportError as error:
         raise ImportError(f"lm-eval's tasks need a package: pip install 'oncelm[eval]' ({error}).") from error
+    from oncelm.models.load import quiet_transformers
+
     logger = logging.getLogger("lm_eval")
     level = logger.level
     logger.setLevel(logging.ERROR)

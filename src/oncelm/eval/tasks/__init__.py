@@ -38,6 +38,8 @@ def find_task(name: str) -> type[Task]:
     path = Path(name)
     if not path.is_file():
         raise ValueError(f"task file {name!r} does not exist.")
+    import oncelm.models  # noqa: F401  the file may use transformers' Auto classes, which then know them
+
     spec = importlib.util.spec_from_file_location(f"oncelm_task_{path.stem}", path)
     assert spec is not None
     assert spec.loader is not None

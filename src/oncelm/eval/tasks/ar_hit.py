@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
 from oncelm.eval.documents import Haystack
 from oncelm.eval.examples import Example, Output, Score, Scores, TokenScores
 from oncelm.eval.fields import LENGTH, NUMBER, WHOLE, Kinds, optional
-from oncelm.eval.model import Codec
 from oncelm.eval.papers import ABLATIONS_160M
 from oncelm.eval.results import Run
 from oncelm.eval.statistics import Estimate, estimate
 from oncelm.eval.task import Task, option
 from oncelm.eval.views import Sample, Table, View, plain
+
+if TYPE_CHECKING:
+    from oncelm.eval.model import Codec
 
 
 def completes_seen_bigram(ids: np.ndarray) -> np.ndarray:

@@ -11,19 +11,21 @@ from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 from oncelm.eval.documents import read_utf8
 from oncelm.eval.examples import Example, Generate, Output, Scores
 from oncelm.eval.fields import LENGTH, SHARE, Kinds
-from oncelm.eval.model import Codec
 from oncelm.eval.papers import TREC, WEBQS
 from oncelm.eval.results import Run
 from oncelm.eval.task import Task, option
 from oncelm.eval.views import Curves, View, by_column, group, tokens
 from oncelm.utils.settings import parse_json
+
+if TYPE_CHECKING:
+    from oncelm.eval.model import Codec
 
 logger = logging.getLogger(__name__)
 

@@ -5,18 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
 from oncelm.eval.examples import Example, Output, Score, Scores, Tags, TokenScores
 from oncelm.eval.fields import LENGTH, NUMBER, TEXT, Kinds
-from oncelm.eval.model import Codec
 from oncelm.eval.results import Run
 from oncelm.eval.statistics import Estimate, estimate
 from oncelm.eval.task import Task, option
 from oncelm.eval.tasks.questions import Question, read_questions
 from oncelm.eval.views import Curves, Table, View, exponential, group, perplexity, tokens
+
+if TYPE_CHECKING:
+    from oncelm.eval.model import Codec
 
 
 @dataclass(frozen=True)

@@ -10,19 +10,21 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
 from oncelm.eval.documents import Haystack
 from oncelm.eval.examples import Example, Generate, Output, Scores
 from oncelm.eval.fields import LENGTH, NUMBER, SHARE, Kinds
-from oncelm.eval.model import Codec
 from oncelm.eval.papers import MULTI_NEEDLE_128K
 from oncelm.eval.results import Run
 from oncelm.eval.task import COUNTED, Task, option
 from oncelm.eval.tasks.cities import CITIES
 from oncelm.eval.views import Table, View, by_column, heatmap, tokens
+
+if TYPE_CHECKING:
+    from oncelm.eval.model import Codec
 
 NEEDLE = "The special magic {city} number is {number} . "
 QUESTION = "\nWhat is the special magic {city} number? The special magic {city} number is "

@@ -5,18 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
 from oncelm.eval.documents import read_documents
 from oncelm.eval.examples import Example, Output, Score, Scores, TokenScores
 from oncelm.eval.fields import LENGTH, LENGTHS, NUMBER, NUMBERS, Kinds
-from oncelm.eval.model import Codec
 from oncelm.eval.results import Run
 from oncelm.eval.statistics import estimate
 from oncelm.eval.task import Task, option
 from oncelm.eval.views import Curves, Sample, Table, View, plain, show_perplexity, tokens
+
+if TYPE_CHECKING:
+    from oncelm.eval.model import Codec
 
 STEPS_AN_OCTAVE = 2
 

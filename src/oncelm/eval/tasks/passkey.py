@@ -9,18 +9,20 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
 from oncelm.eval.examples import Example, Generate, Output, Scores
 from oncelm.eval.fields import LENGTH, NUMBER, SHARE, Kinds
-from oncelm.eval.model import Codec
 from oncelm.eval.papers import PASSKEY
 from oncelm.eval.results import Run
 from oncelm.eval.statistics import estimate
 from oncelm.eval.task import COUNTED, Task, option
 from oncelm.eval.views import Curves, View, by_column, group, heatmap, tokens
+
+if TYPE_CHECKING:
+    from oncelm.eval.model import Codec
 
 TASK = (
     "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. "

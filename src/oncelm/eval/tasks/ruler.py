@@ -10,19 +10,21 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
 from oncelm.eval.examples import Example, Generate, Output, Scores, Tags
 from oncelm.eval.fields import LENGTH, SHARE, Kind, Kinds
-from oncelm.eval.model import Codec
 from oncelm.eval.results import Run
 from oncelm.eval.statistics import estimate
 from oncelm.eval.task import Task, option
 from oncelm.eval.tasks.ruler_prompts import KINDS, NEEDLE, Draft, Texts
 from oncelm.eval.views import Sample, Table, View, group, percent, tokens
 from oncelm.utils.errors import unknown
+
+if TYPE_CHECKING:
+    from oncelm.eval.model import Codec
 
 DRAWS = 64  # of a sample, until one fits the context
 BISECT_AFTER = 6  # guesses
