@@ -32,8 +32,8 @@ from pathlib import Path
 import torch
 
 from oncelm.ops import gated_retention
-from oncelm.ops.gated_retention import by_sequence
 from oncelm.ops.gated_retention.chunk import chunk as portable
+from oncelm.ops.packed import by_sequence
 
 SHAPES = {  # name: (B, T, H, D)
     "long128": (1, 32768, 24, 128),
@@ -154,7 +154,7 @@ def check_gate(dtype: str, gate) -> tuple[bool, dict[str, list[float]]]:
     def plain(q, k, v, g, state):
         if cu_seqlens is None:
             return portable(q, k, v, g, SCALE, state, 64)
-        return by_sequence(lambda *args: portable(*args, 64), q, k, v, g, SCALE, state, cu_seqlens)
+        return by_sequence(lambda *args: portable(*args, 64), (q, k, v, g), (SCALE,), state, cu_seqlens)
 
     runs = [gradients(ours_at(cu_seqlens, gate[-1]), tensors) for _ in range(3)]
     exact = gradients(plain, [x.double() for x in tensors])

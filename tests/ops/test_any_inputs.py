@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -15,7 +16,6 @@ from torch import Tensor
 from oncelm import ops
 from oncelm.ops.attention.partial import partial_attention
 from oncelm.ops.float8 import round_rows
-from oncelm.ops.gated_retention.step import gated_retention_step
 
 LENGTHS = [0, 5, 2, 0]  # of packed sequences; they have seven tokens
 B, T, H, H_KV, D, V = 2, 7, 4, 2, 16, 13
@@ -35,14 +35,27 @@ def retention(rows: int = B) -> dict[str, Tensor]:
     return made | {"g": -made["g"].abs()}
 
 
+def delta(rows: int = B) -> dict[str, Tensor]:
+    made = retention(rows)
+    return made | {"k": F.normalize(made["k"], dim=-1), "beta": draw(rows, T, H, seed=5).sigmoid()}
+
+
+def convolution(rows: int = B, states: int = B) -> dict[str, Tensor]:
+    return {
+        "x": draw(rows, T, D),
+        "weight": draw(D, 4, seed=1),
+        "initial_state": draw(states, 3, D, seed=2),
+    }
+
+
 def borders() -> Tensor:
     return torch.tensor([0, *LENGTHS]).cumsum(0)
 
 
-def step(backend: str, state: Tensor, **inputs: Any) -> tuple[Tensor, Tensor]:
+def step(op: Callable[..., Tensor], state: Tensor, **inputs: Any) -> tuple[Tensor, Tensor]:
     """The op with a state of its own, which it changes."""
     state = state.float().contiguous().clone()
-    return gated_retention_step(**inputs, state=state, backend=backend), state
+    return op(**inputs, state=state), state
 
 
 def rope(pairing: str) -> Callable[..., Tensor]:
@@ -69,6 +82,8 @@ Case = tuple[dict[str, Tensor], Callable[..., Any]]
 
 BACKENDS = {
     "gated_retention": ["chunk", "recurrent", "naive"],
+    "gated_delta": ["chunk", "recurrent", "naive"],
+    "short_convolution": ["shifts", "naive"],
     "attention": ["sdpa", "naive"],
     "crossbatch_attention": ["blocks", "naive"],
 }
@@ -102,7 +117,23 @@ def cases(backends: dict[str, list[str]]) -> dict[str, Case]:
 
         found[f"gated_retention {backend}"] = {**retention(), "initial_state": draw(B, H, D, D + 2)}, retain
         found[f"gated_retention packed {backend}"] = {**retention(1), "cu_seqlens": borders()}, retain
-    found["gated_retention_step"] = step_inputs, lambda **inputs: step("auto", **inputs)
+    found["gated_retention_step"] = step_inputs, lambda **inputs: step(ops.gated_retention_step, **inputs)
+    delta_step = {**delta(), "state": draw(B, H, D, D + 2)}
+    found["gated_delta_step"] = delta_step, lambda **inputs: step(ops.gated_delta_step, **inputs)
+    for backend in backends["gated_delta"]:
+
+        def overwrite(backend: str = backend, **inputs: Any) -> Any:
+            return ops.gated_delta(**inputs, output_final_state=True, backend=backend)
+
+        found[f"gated_delta {backend}"] = {**delta(), "initial_state": draw(B, H, D, D + 2)}, overwrite
+        found[f"gated_delta packed {backend}"] = {**delta(1), "cu_seqlens": borders()}, overwrite
+    for backend in backends["short_convolution"]:
+
+        def convolve(backend: str = backend, **inputs: Any) -> Any:
+            return ops.short_convolution(**inputs, output_final_state=True, backend=backend)
+
+        found[f"short_convolution {backend}"] = convolution(), convolve
+        found[f"short_convolution packed {backend}"] = {**convolution(1, 4), "cu_seqlens": borders()}, convolve
     for backend in backends["attention"]:
 
         def window(backend: str = backend, **inputs: Any) -> Tensor:
@@ -134,8 +165,15 @@ def cases(backends: dict[str, list[str]]) -> dict[str, Case]:
 
 CASES = cases(BACKENDS)
 # these compute without gradients, and say so
-WITHOUT_GRADIENTS = ("decode_attention", "gated_retention_step", "partial attention", "quantize_kv", "round_rows")
-MIXED = ("x", "gate", "weight", "hidden", "q", "k", "v", "g", "initial_state")  # inputs that may have any dtype
+WITHOUT_GRADIENTS = (
+    "decode_attention",
+    "gated_delta_step",
+    "gated_retention_step",
+    "partial attention",
+    "quantize_kv",
+    "round_rows",
+)
+MIXED = ("x", "gate", "weight", "hidden", "q", "k", "v", "g", "beta", "initial_state")  # inputs that may have any dtype
 each = pytest.mark.parametrize("name", CASES)
 
 

@@ -61,6 +61,41 @@ TABLE: dict[str, tuple[Implementation, ...]] = {
         ),
         Implementation("naive", "oncelm.ops.gated_retention.recurrent:step", ANY, "PyTorch, in place"),
     ),
+    "gated_delta": (
+        Implementation(
+            "fla",
+            "oncelm.ops.gated_delta.fla:chunk",
+            ("cuda",),
+            "flash-linear-attention's kernels for 16-bit inputs",
+            "fla",
+            package="oncelm[fla]",
+            packed=True,
+        ),
+        Implementation("chunk", "oncelm.ops.gated_delta.chunk:chunk", ANY, "PyTorch, linear in T"),
+        Implementation("recurrent", "oncelm.ops.gated_delta.recurrent:recurrent", ANY, "one step a token"),
+        Implementation("naive", "oncelm.ops.gated_delta.naive:by_token", ANY, "reference, a K x K matrix a token"),
+    ),
+    "gated_delta_step": (
+        Implementation(
+            "triton", "oncelm.ops.gated_delta.step_triton:step", ("cuda",), "one kernel, in place", "triton"
+        ),
+        Implementation("naive", "oncelm.ops.gated_delta.recurrent:step", ANY, "PyTorch, in place"),
+    ),
+    "short_convolution": (
+        Implementation(
+            "fla",
+            "oncelm.ops.short_convolution.fla:convolve",
+            ("cuda",),
+            "flash-linear-attention's kernels",
+            "fla",
+            package="oncelm[fla]",
+            packed=True,
+        ),
+        Implementation(
+            "shifts", "oncelm.ops.short_convolution.shifts:shifts", ANY, "PyTorch, all tokens at once", packed=True
+        ),
+        Implementation("naive", "oncelm.ops.short_convolution.naive:by_token", ANY, "reference, one token at a time"),
+    ),
     "window_attention": (
         Implementation(
             "cudnn",

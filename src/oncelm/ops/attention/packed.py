@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import torch
 
-from oncelm.ops.gated_retention import check_cu_seqlens
+from oncelm.ops.packed import check_cu_seqlens
 
 
 @dataclass(frozen=True)

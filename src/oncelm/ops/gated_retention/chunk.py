@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
+
+from oncelm.ops.linear_attention import split_chunks
 
 CHUNK_SIZE = 128  # fastest of 64, 128, 256 on a 2-core CPU at head dims 128 and 256
 
@@ -24,7 +25,7 @@ def chunk(
     """
     T = q.shape[1]
     C = min(chunk_size, max(T, 1))
-    q, k, v, g = (_split(x, C) for x in (q, k, v, g))  # [B, H, N, C, *]; padding has k = 0 and g = 0: no effect
+    q, k, v, g = (split_chunks(x, C) for x in (q, k, v, g))  # [B, H, N, C, *]; padding has k = 0 and g = 0: no effect
     total = g.cumsum(-1)  # G
     future = torch.ones(C, C, dtype=torch.bool, device=g.device).triu(1)
     # masked before exp: exp of a future difference may overflow, and inf * 0 is NaN in the backward pass
@@ -42,12 +43,3 @@ def chunk(
         state = state * decays[:, :, n] + updates[:, :, n]
     o = within + (q * total.exp()[..., None]) @ torch.stack(before, dim=2)
     return o.flatten(2, 3)[:, :, :T].transpose(1, 2), state
-
-
-def _split(x: torch.Tensor, C: int) -> torch.Tensor:
-    """[B, T, H, *] -> [B, H, N, C, *] contiguous, in float32 or wider, zeros behind T."""
-    x = x.to(torch.promote_types(x.dtype, torch.float32)).transpose(1, 2)
-    short = -x.shape[2] % C if x.shape[2] else C
-    if short:
-        x = F.pad(x, (0, 0) * (x.dim() - 3) + (0, short))
-    return x.unflatten(2, (-1, C)).contiguous()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 
 from oncelm.ops.dispatch import implementation
+from oncelm.ops.linear_attention import check_step
 
 __all__ = ["gated_retention_step"]
 
@@ -41,14 +42,8 @@ def gated_retention_step(
     Raises:
         ValueError: shapes that do not fit together.
     """
-    if q.dim() != 4 or v.dim() != 4 or k.shape != q.shape or v.shape[:3] != q.shape[:3] or g.shape != q.shape[:3]:
-        shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v, g))
-        raise ValueError(f"q, k [N, T, H, K], v [N, T, H, V] and g [N, T, H] do not fit together: {shapes}.")
-    N, _, H, K = q.shape
-    if state.shape[1:] != (H, K, v.shape[3]) or state.dtype != torch.float32 or not state.is_contiguous():
-        raise ValueError(
-            f"state must be contiguous float32 [slots, {H}, {K}, {v.shape[3]}], got {state.dtype} {tuple(state.shape)}."
-        )
+    check_step(q, k, v, {"g": g}, state)
+    N, _, _, K = q.shape
     if slots is None and state.shape[0] != N:
         raise ValueError(f"without slots, state must have one row a sequence: {state.shape[0]} rows, {N} sequences.")
     if slots is not None and slots.shape != (N,):

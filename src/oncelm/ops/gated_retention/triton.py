@@ -15,8 +15,9 @@ import torch.nn.functional as F
 import triton
 
 from oncelm.ops import gpu
-from oncelm.ops.gated_retention import by_sequence, triton_backward, triton_forward
 from oncelm.ops.gated_retention import chunk as portable
+from oncelm.ops.gated_retention import triton_backward, triton_forward
+from oncelm.ops.packed import by_sequence
 
 hopper: Any
 try:
@@ -403,7 +404,7 @@ def chunk(
     if dtype not in DTYPES or max(K, V) > LARGEST_DIM:
         if cu_seqlens is None:
             return portable.chunk(q, k, v, g, scale, initial_state)
-        return by_sequence(portable.chunk, q, k, v, g, scale, initial_state, cu_seqlens)
+        return by_sequence(portable.chunk, (q, k, v, g), (scale,), initial_state, cu_seqlens)
     padded_k, padded_v = (max(SMALLEST_DIM, triton.next_power_of_2(D)) for D in (K, V))
     q, k = (F.pad(x, (0, padded_k - K)) if padded_k > K else x for x in (q, k))
     v = F.pad(v, (0, padded_v - V)) if padded_v > V else v
