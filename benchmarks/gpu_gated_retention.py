@@ -59,6 +59,13 @@ def kernels():
     return triton
 
 
+def configs():
+    """The module of their compiled forms."""
+    from oncelm.ops.gated_retention import triton_configs
+
+    return triton_configs
+
+
 def record(out: Path, part: str, **values) -> None:
     """Append a line to results.jsonl, and print its beginning."""
     line = json.dumps({"part": part, **values})
@@ -210,11 +217,11 @@ def neighbours(name: str) -> Iterator[tuple[tuple[str, int], tuple[int, int, int
     """
     D = SHAPES[name][-1]
     sample = torch.empty(1, 1, 1, D, dtype=torch.bfloat16, device="cuda")
-    for (kernel, dim), c in kernels().CONFIGS.items():
+    for (kernel, dim), c in configs().CONFIGS.items():
         if dim != D:
             continue
         if kernels().config(kernel, sample, sample).num_stages == 0:
-            block = kernels().HOPPER_BLOCKS[kernel, dim]
+            block = configs().HOPPER_BLOCKS[kernel, dim]
             yield from (((kernel, dim), other) for other in (block // 2, 2 * block) if 64 <= other <= min(128, D))
             continue
         forms = [(chunk, c.block, c.num_warps, c.num_stages) for chunk in (c.chunk // 2, 2 * c.chunk)]
@@ -268,7 +275,7 @@ def with_form(key, form, function: Callable):
     """function() with one kernel's form replaced, if a key is given."""
     if key is None:
         return function()
-    table = kernels().HOPPER_BLOCKS if isinstance(form, int) else kernels().CONFIGS
+    table = configs().HOPPER_BLOCKS if isinstance(form, int) else configs().CONFIGS
     own = table[key]
     table[key] = form if isinstance(form, int) else kernels().Config(*form)
     try:

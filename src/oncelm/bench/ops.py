@@ -14,7 +14,8 @@ from tqdm import tqdm
 
 from oncelm.bench.gate import GateError
 from oncelm.bench.measure import Neighbours, PeakMemory, Timing, measure
-from oncelm.bench.ops_cases import OPS, Function, OpCase, Sizes
+from oncelm.bench.op_case import Function, OpCase, Sizes
+from oncelm.bench.ops_cases import OPS
 from oncelm.bench.record import Record, circumstances
 from oncelm.bench.roofline import Ceilings, measure_ceilings
 from oncelm.models.work import Work

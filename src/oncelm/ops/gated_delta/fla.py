@@ -72,6 +72,7 @@ def _suits(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tens
 
 def _kernels(q, k, v, g, beta, scale, initial_state, cu_seqlens):
     kernel = importlib.import_module("fla.ops.gated_delta_rule").chunk_gated_delta_rule
+    cu_seqlens = None if cu_seqlens is None else cu_seqlens.to(q.device)
     return kernel(
         q, k, v, g, beta, scale=scale, initial_state=initial_state, output_final_state=True, cu_seqlens=cu_seqlens
     )

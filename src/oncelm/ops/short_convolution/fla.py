@@ -49,6 +49,7 @@ def _suits(x: Tensor, weight: Tensor, state: Tensor, packed: bool) -> bool:
 def _kernels(x: Tensor, weight: Tensor, state: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
     """Their states have room for W inputs and lie [N, D, W]."""
     kernel = importlib.import_module("fla.modules.convolution").causal_conv1d
+    cu_seqlens = None if cu_seqlens is None else cu_seqlens.to(x.device)
     padded = F.pad(state.mT, (1, 0))
     y, final_state = kernel(
         x, weight, initial_state=padded, output_final_state=True, activation="silu", cu_seqlens=cu_seqlens

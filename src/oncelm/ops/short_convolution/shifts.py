@@ -18,14 +18,16 @@ def shifts(
         inputs = torch.cat((state, x), dim=1)  # [B, W - 1 + T, D]
         return _convolve(inputs, weight), inputs[:, x.shape[1] :]
     N, before, _ = state.shape
-    ends = cu_seqlens[1:].long().contiguous()
+    # nobody has looked at their values on a GPU: wrong borders give wrong results, never a wild access
+    cu_seqlens = cu_seqlens.to(x.device, torch.long).clamp(0, x.shape[1]).cummax(0).values
+    ends = cu_seqlens[1:].contiguous()
     tokens = torch.arange(x.shape[1], device=x.device)
-    sequence = torch.searchsorted(ends, tokens, right=True)  # of each token
+    sequence = torch.searchsorted(ends, tokens, right=True).clamp(max=N - 1)  # of each token
     # where the new row's inputs come from, in a list of all states and behind them all tokens
     own_states = torch.arange(before, device=x.device)
     token_places = tokens + (sequence + 1) * before
-    state_places = (cu_seqlens[:-1, None].long() + torch.arange(N, device=x.device)[:, None] * before) + own_states
-    order = tokens.new_empty(N * before + x.shape[1])
+    state_places = (cu_seqlens[:-1, None] + torch.arange(N, device=x.device)[:, None] * before) + own_states
+    order = tokens.new_zeros(N * before + x.shape[1])
     order[state_places.flatten()] = torch.arange(N * before, device=x.device)
     order[token_places] = N * before + tokens
     inputs = torch.cat((state.flatten(0, 1), x[0])).index_select(0, order)
