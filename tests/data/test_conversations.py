@@ -138,9 +138,11 @@ def dataset(tmp_path, tokenizer) -> ConversationDataset:
 def test_rows_are_a_pure_function_of_the_step(dataset, tmp_path, tokenizer) -> None:
     again = ConversationDataset(read_conversations(tmp_path / "chats.jsonl", tokenizer, 80), 80, pad_id=1, seed=3)
     for step in (7, 0, 3):
-        assert torch.equal(dataset.batch(step, 4), again.batch(step, 4))
-        assert torch.equal(dataset.labels(step, 4, slice(1, 3)), again.labels(step, 4)[1:3])
-    assert not torch.equal(dataset.batch(0, 4), dataset.batch(1, 4))
+        whole, part = again.batch(step, 4), dataset.batch(step, 4, slice(1, 3))
+        assert torch.equal(part.tokens, whole.tokens[1:3])
+        assert torch.equal(part.labels, whole.labels[1:3])
+        assert part.lengths == whole.split(1)[1].lengths + whole.split(1)[2].lengths
+    assert not torch.equal(dataset.batch(0, 4).tokens, dataset.batch(1, 4).tokens)
 
 
 def test_an_epoch_has_every_conversation_once(dataset) -> None:
@@ -151,8 +153,9 @@ def test_an_epoch_has_every_conversation_once(dataset) -> None:
 
 
 def test_targets_are_answers_and_borders_are_conversations(dataset, tokenizer) -> None:
-    tokens, labels = dataset.batch(0, 3).flatten(), dataset.labels(0, 3).flatten()
-    borders = dataset.cu_seqlens(0, 3).tolist()
+    batch = dataset.batch(0, 3)
+    assert batch.num_targets == dataset.num_targets(0, 3)
+    tokens, labels, borders = batch.tokens.flatten(), batch.labels.flatten(), batch.cu_seqlens.tolist()
     assert borders[0] == 0
     assert borders[-1] == 240
     for start, end in pairwise(borders):
@@ -167,6 +170,6 @@ def test_targets_are_answers_and_borders_are_conversations(dataset, tokenizer) -
 
 def test_validation_is_the_end(dataset) -> None:
     (batch,) = dataset.validation_batches(4)
-    assert batch.shape == (1, 80)
-    assert (dataset.validation_labels(0, 4) != -100).sum() > 0
-    assert dataset.validation_cu_seqlens(0, 4)[-1] == 80
+    assert batch.tokens.shape == (1, 80)
+    assert batch.num_targets > 0
+    assert sum(batch.lengths) == 80

@@ -30,7 +30,7 @@ def test_packing_rows_in_a_row_are_one_piece_of_text(seq_len, packing, lanes, se
     data = make_dataset(seq_len, packing, seed=seed)
     targets = Counter()
     for step in range(5):
-        batch = data.batch(step, packing * lanes)
+        batch = data.batch(step, packing * lanes).tokens
         assert batch.shape == (packing * lanes, seq_len)
         assert batch.dtype == torch.int64
         for piece in batch.view(lanes, packing, seq_len):
@@ -45,26 +45,26 @@ def test_a_step_depends_on_its_number_alone_and_parts_of_it_are_parts() -> None:
     used, fresh = make_dataset(6, 2, seed=1), make_dataset(6, 2, seed=1)
     for step in (3, 0, 40, 7):
         used.batch(step, 4)
-    whole = fresh.batch(11, 8)
-    assert torch.equal(used.batch(11, 8), whole)
-    assert not torch.equal(make_dataset(6, 2, seed=2).batch(11, 8), whole)
+    whole = fresh.batch(11, 8).tokens
+    assert torch.equal(used.batch(11, 8).tokens, whole)
+    assert not torch.equal(make_dataset(6, 2, seed=2).batch(11, 8).tokens, whole)
     for rows in (slice(0, 4), slice(1, 4), slice(2, 3), slice(5, 8), slice(4)):
-        assert torch.equal(used.batch(11, 8, rows), whole[rows])
+        assert torch.equal(used.batch(11, 8, rows).tokens, whole[rows])
     with ReadAhead(fresh) as ahead:
-        assert torch.equal(ahead.batch(11, 8, slice(2, 6)), whole[2:6])
-        assert ahead.describe(11 * 8 + 3) == fresh.describe(11 * 8 + 3)
+        assert torch.equal(ahead.batch(11, 8, slice(2, 6)).tokens, whole[2:6])
+    assert fresh.num_targets(11, 8) == fresh.batch(11, 8).num_targets == 8 * 5
     first = int(whole[2, 0])
     assert fresh.describe(11 * 8 + 3) == f"part 2 of 2 of tokens {first:,} to {first + 11:,} of source 'text'"
 
 
 def test_what_is_held_out_stays_whole() -> None:
     data = make_dataset(6, 2, tokens=501, validation_share=0.2)
-    held_out = torch.cat(list(data.validation_batches(4)))
-    assert [len(batch) for batch in data.validation_batches(4)] == [2] * 5
+    held_out = torch.cat([batch.tokens for batch in data.validation_batches(4)])
+    assert [len(batch.tokens) for batch in data.validation_batches(4)] == [2] * 5
     assert held_out.shape == (10, 11)
-    seen = {int(token) for step in range(30) for token in data.batch(step, 4)[:, 1:].flatten()}
+    seen = {int(token) for step in range(30) for token in data.batch(step, 4).tokens[:, 1:].flatten()}
     assert not seen & set(held_out[:, 1:].flatten().tolist())
-    assert [len(batch) for batch in data.validation_batches(1)] == [1] * 10  # fewer rows than a sequence has
+    assert [len(batch.tokens) for batch in data.validation_batches(1)] == [1] * 10  # fewer rows than a sequence has
 
 
 def test_sources_have_their_weights_and_short_documents_are_left_out(tmp_path, write_corpus, byte_tokenizer) -> None:
@@ -74,13 +74,13 @@ def test_sources_have_their_weights_and_short_documents_are_left_out(tmp_path, w
     tokens = open_tokens(prepare(find_corpus(corpus), byte_tokenizer, tmp_path / "tokens"))
     sequences = TokenDataset(tokens.train, sequence_tokens(4, 3), validation_share=0.1, min_tokens=50)
     data = CrossbatchDataset(sequences, 3)
-    batch = data.batch(0, 3 * 400)
+    batch = data.batch(0, 3 * 400).tokens
     shown = "".join(byte_tokenizer.decode(row, skip_special_tokens=True) for row in batch)
     assert shown.isalpha()
     assert shown.islower()
     from_c = ["c" in byte_tokenizer.decode(row) for row in batch[::3]]
     assert sum(from_c) / len(from_c) == pytest.approx(0.25, abs=0.01)
-    held_out = "".join(byte_tokenizer.decode(row) for part in data.validation_batches(3) for row in part)
+    held_out = "".join(byte_tokenizer.decode(row) for part in data.validation_batches(3) for row in part.tokens)
     assert "b" in held_out
     assert "c" in held_out
     assert "C" not in held_out

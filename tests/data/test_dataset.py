@@ -30,13 +30,14 @@ def test_a_batch_is_a_pure_function_of_seed_and_step() -> None:
     used, fresh = make_dataset(seed=3), make_dataset(seed=3)
     for step in (0, 40, 7, 8, 7, 200):  # any order, epochs apart
         used.batch(step, 4)
-    assert torch.equal(used.batch(11, 4), fresh.batch(11, 4))
-    assert not torch.equal(make_dataset(seed=4).batch(11, 4), fresh.batch(11, 4))
+    assert torch.equal(used.batch(11, 4).tokens, fresh.batch(11, 4).tokens)
+    assert not torch.equal(make_dataset(seed=4).batch(11, 4).tokens, fresh.batch(11, 4).tokens)
 
 
 def test_the_batch_size_only_cuts_the_same_sequence() -> None:
     dataset = make_dataset()
-    assert torch.equal(dataset.batch(5, 6), torch.cat([dataset.batch(15 + i, 2) for i in range(3)]))
+    parts = [dataset.batch(15 + i, 2).tokens for i in range(3)]
+    assert torch.equal(dataset.batch(5, 6).tokens, torch.cat(parts))
 
 
 @settings(max_examples=60, deadline=None)
@@ -47,7 +48,7 @@ def test_an_epoch_sees_every_block_once(
     dataset = make_dataset(2 * seq_len + more_tokens, seq_len, validation_share=validation_share)
     num_blocks = dataset.num_train_blocks
     first, last = epoch * num_blocks // batch_size, -(-(epoch + 1) * num_blocks // batch_size)
-    seen = [start for step in range(first, last) for start in starts(dataset.batch(step, batch_size))]
+    seen = [start for step in range(first, last) for start in starts(dataset.batch(step, batch_size).tokens)]
     offset = epoch * num_blocks - first * batch_size
     assert sorted(seen[offset : offset + num_blocks]) == [i * (seq_len - 1) for i in range(num_blocks)]
 
@@ -58,8 +59,8 @@ def test_every_token_is_a_target_once_in_training_or_validation(
     seq_len: int, more_tokens: int, validation_share: float
 ) -> None:
     dataset = make_dataset(2 * seq_len + more_tokens, seq_len, validation_share=validation_share)
-    train = dataset.batch(0, dataset.num_train_blocks)
-    validation = [row for batch in dataset.validation_batches(3) for row in batch]
+    train = dataset.batch(0, dataset.num_train_blocks).tokens
+    validation = [row for batch in dataset.validation_batches(3) for row in batch.tokens]
     targets = [token for row in [*train, *validation] for token in row[1:].tolist()]
     assert sorted(targets) == list(range(1, len(targets) + 1))
     assert 2 * seq_len + more_tokens - 1 - len(targets) < seq_len - 1  # what fills no block
@@ -68,13 +69,13 @@ def test_every_token_is_a_target_once_in_training_or_validation(
 
 def test_epochs_are_shuffled_differently() -> None:
     dataset = make_dataset(validation_share=0)
-    first, second = (starts(dataset.batch(epoch, dataset.num_train_blocks)) for epoch in range(2))
+    first, second = (starts(dataset.batch(epoch, dataset.num_train_blocks).tokens) for epoch in range(2))
     assert first != second
     assert first != sorted(first)
 
 
 def test_a_batch_is_int64_rows_of_consecutive_tokens() -> None:
-    batch = make_dataset().batch(0, 3)
+    batch = make_dataset().batch(0, 3).tokens
     assert batch.shape == (3, 8)
     assert batch.dtype == torch.int64
     assert (batch.diff() == 1).all()
@@ -138,11 +139,11 @@ def test_sources_are_mixed_by_weight_and_seen_once_an_epoch_each(tokens) -> None
 
 def test_rows_of_ranks_are_the_rows_of_the_global_batch(tokens) -> None:
     dataset = TokenDataset(tokens.train, 32, seed=1)
-    whole = dataset.batch(11, 12)
+    whole = dataset.batch(11, 12).tokens
     for ranks in (1, 2, 3, 4):
         cut = [slice(r * 12 // ranks, (r + 1) * 12 // ranks) for r in range(ranks)]
-        assert torch.equal(torch.cat([dataset.batch(11, 12, rows) for rows in cut]), whole)
-        dealt = [dataset.batch(11, 12, slice(r, None, ranks)) for r in range(ranks)]
+        assert torch.equal(torch.cat([dataset.batch(11, 12, rows).tokens for rows in cut]), whole)
+        dealt = [dataset.batch(11, 12, slice(r, None, ranks)).tokens for r in range(ranks)]
         assert torch.equal(torch.stack(dealt, dim=1).view(12, -1), whole)
 
 
@@ -156,44 +157,43 @@ def test_a_rank_reads_its_own_rows_only(tokens, monkeypatch) -> None:
 
 
 def test_borders_are_the_rows_and_the_documents(tokens, byte_tokenizer) -> None:
-    dataset = TokenDataset(tokens.train, 32, seed=1)
+    dataset = TokenDataset(tokens.train, 32, seed=1, document_masking=True)
+    assert dataset.num_targets(4, 8) == dataset.batch(4, 8).num_targets
     for rows in (None, slice(2, 5)):
         batch = dataset.batch(4, 8, rows)
-        borders = dataset.cu_seqlens(4, 8, rows)
+        borders = batch.cu_seqlens
         assert borders.dtype == torch.int32
-        flat = batch.flatten()
+        flat = batch.tokens.flatten()
         after_eos = torch.nonzero(flat == byte_tokenizer.eos_token_id).flatten() + 1
         rows_start = torch.arange(0, flat.numel() + 1, 32)
         assert borders.tolist() == sorted({*after_eos.tolist(), *rows_start.tolist()})
 
 
-def test_within_documents_the_model_sees_each_document_alone(tokens) -> None:
+def test_with_document_masking_the_model_sees_each_document_alone(tokens) -> None:
     model = build_model("yoco-tiny", vocab_size=260).eval()
-    dataset = TokenDataset(tokens.train, 32, seed=1)
-    batch, borders = dataset.batch(0, 3), dataset.cu_seqlens(0, 3)
+    batch = TokenDataset(tokens.train, 32, seed=1, document_masking=True).batch(0, 3)
     with torch.no_grad():
-        packed = model(batch.view(1, -1), cu_seqlens=borders, use_cache=False).logits[0]
-        alone = [model(ids[None], use_cache=False).logits[0] for ids in batch.flatten().split(borders.diff().tolist())]
+        packed = model(batch.tokens.view(1, -1), cu_seqlens=batch.cu_seqlens, use_cache=False).logits[0]
+        alone = [model(ids[None], use_cache=False).logits[0] for ids in batch.tokens.flatten().split(batch.lengths)]
     torch.testing.assert_close(packed, torch.cat(alone), atol=1e-4, rtol=1e-4)
 
 
 def test_held_out_sources_replace_the_share_and_their_order_is_mixed(tokens) -> None:
-    dataset = TokenDataset(tokens.train, 32, validation=tokens.valid, validation_share=0.5)
+    dataset = TokenDataset(tokens.train, 32, validation=tokens.valid, validation_share=0.5, document_masking=True)
     assert dataset.num_train_blocks == sum((s.stream.num_tokens - 1) // 31 for s in tokens.train)
     assert dataset.num_validation_blocks == sum((s.stream.num_tokens - 1) // 31 for s in tokens.valid)
     batches = list(dataset.validation_batches(4))
-    assert all(torch.equal(*pair) for pair in zip(batches, dataset.validation_batches(4), strict=True))
-    rows = {tuple(row.tolist()) for batch in batches for row in batch}
+    pairs = zip(batches, dataset.validation_batches(4), strict=True)
+    assert all(torch.equal(one.tokens, other.tokens) for one, other in pairs)
+    rows = {tuple(row.tolist()) for batch in batches for row in batch.tokens}
     expected = set()
     for source in tokens.valid:
         for i in range((source.stream.num_tokens - 1) // 31):
             expected.add(tuple(source.stream.read(31 * i, 31 * i + 32).tolist()))
     assert rows == expected
-    first = batches[0][:, 1:].flatten().tolist()
+    first = batches[0].tokens[:, 1:].flatten().tolist()
     assert {ord("d") + 4, ord("e") + 4} <= set(first)  # both sources
-    borders = dataset.validation_cu_seqlens(1, 4)
-    assert borders[0] == 0
-    assert borders[-1] == batches[1].numel()
+    assert sum(batches[1].lengths) == batches[1].tokens.numel()
 
 
 def test_long_documents_are_seen_more_often_by_the_factor(tokens) -> None:

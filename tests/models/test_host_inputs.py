@@ -1,6 +1,6 @@
 """Ids, labels and borders on the CPU: the same results, and no waiting for the device that the model is on.
 
-A tensor on the meta device has no values: a pass that reads one, as one that waits for a GPU does, fails there.
+See `tests/stand_ins.py` for how a CPU can tell.
 """
 
 from __future__ import annotations
@@ -11,30 +11,13 @@ import pytest
 import torch
 
 from oncelm.models.inputs import NOTHING
-from oncelm.ops.dispatch import TABLE, Implementation
 from tests.models.small import VOCAB, make_long, make_model
-
-
-def retention(q, k, v, g, scale, initial_state, cu_seqlens=None):
-    """In the place of a kernel that takes packed sequences."""
-    return v * (q * k).sum(-1, keepdim=True) * g[..., None], v.new_empty(0)
-
-
-def attention(q, k, v, *rest):
-    return q + (k.sum() + v.sum())
+from tests.stand_ins import install
 
 
 @pytest.fixture
 def kernels(monkeypatch) -> None:
-    """Something in the place of kernels on the meta device, which knows no autocast either."""
-    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *device: False)
-    for op, name in (
-        ("gated_retention", "retention"),
-        ("window_attention", "attention"),
-        ("global_attention", "attention"),
-    ):
-        row = Implementation("stand-in", f"{__name__}:{name}", ("meta",), "", packed=True)
-        monkeypatch.setitem(TABLE, op, (row, *TABLE[op]))
+    install(monkeypatch)
 
 
 def inputs(way: str) -> dict[str, Any]:

@@ -82,10 +82,10 @@ def test_a_step_is_its_forward_passes_and_validation_reads_with_memory(books, ll
     trainer = make_trainer(books, llama, tmp_path / "run")
     model = oncelm.load(llama, device="cpu", mem_layers=[1], max_position_embeddings=16).train()
     options = {"cross_batch_range": 3, "cross_batch_stepping": True, "dataset_packing": 4}
-    batch = trainer.dataset.batch(0, 16)
+    batch = trainer.dataset.batch(0, 16).tokens
     passes = [model(rows, labels=rows, use_cache=False, **options).loss for rows in batch.split(8)]
     model.eval()
-    whole = [part for part, _ in zip(trainer.dataset.validation_batches(8), range(3), strict=False)]
+    whole = [part.tokens for part, _ in zip(trainer.dataset.validation_batches(8), range(3), strict=False)]
     assert whole[0].shape == (2, 61)
     targets = [part[:, 1:].numel() for part in whole]
     with torch.no_grad():

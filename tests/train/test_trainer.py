@@ -17,6 +17,7 @@ from filelock import FileLock
 from torch.distributed.checkpoint import HuggingFaceStorageWriter
 from transformers import AutoModelForCausalLM
 
+from oncelm.data.read_ahead import ReadAhead
 from oncelm.data.tokenizers import load_tokenizer
 from oncelm.models.load import build_model
 from oncelm.train.checkpoint import find_checkpoint, find_damage
@@ -32,19 +33,24 @@ def weights(model) -> torch.Tensor:
     return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
 
 
-class Interrupting:
-    """Data that sends this process a signal while it gives the batch of one step."""
+@pytest.fixture
+def at_step(monkeypatch):
+    """Do something when the batch of a step is asked for."""
+    batch = ReadAhead.batch
 
-    def __init__(self, dataset, step: int, number: signal.Signals) -> None:
-        self.dataset, self.step, self.number = dataset, step, number
+    def at_step(step: int, event) -> None:
+        def asked(self, wanted: int, *rest):
+            if wanted == step:
+                event()
+            return batch(self, wanted, *rest)
 
-    def batch(self, step: int, batch_size: int, rows=None):
-        if step == self.step:
-            os.kill(os.getpid(), self.number)
-        return self.dataset.batch(step, batch_size, rows)
+        monkeypatch.setattr(ReadAhead, "batch", asked)
 
-    def validation_batches(self, batch_size: int):
-        return self.dataset.validation_batches(batch_size)
+    return at_step
+
+
+def kill(number: signal.Signals):
+    return lambda: os.kill(os.getpid(), number)
 
 
 def test_it_learns_reports_and_exports(make_model, dataset, make_config) -> None:
@@ -58,7 +64,7 @@ def test_it_learns_reports_and_exports(make_model, dataset, make_config) -> None
     assert logged(config.out, "validation_loss")[40] == result.validation_loss
     assert logged(config.out, "lr")[40] < config.lr
     exported = AutoModelForCausalLM.from_pretrained(result.model_path)
-    batch = next(dataset.validation_batches(2))
+    batch = next(dataset.validation_batches(2)).tokens
     assert torch.isfinite(exported(input_ids=batch, labels=batch).loss)
     assert load_tokenizer(result.model_path)("a")["input_ids"] == tokenizer("a")["input_ids"]
 
@@ -80,13 +86,15 @@ def test_accumulation_is_one_larger_batch(make_model, dataset, make_config, tmp_
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one_bitwise(
-    make_model, dataset, make_config, tmp_path, number, tied
+    make_model, dataset, make_config, tmp_path, at_step, number, tied
 ) -> None:
     whole, parts = make_config(out=str(tmp_path / "whole")), make_config(out=str(tmp_path / "parts"))
     expected = make_model(tie_word_embeddings=tied)
     Trainer(expected, dataset, whole).fit()
 
-    stopped = Trainer(make_model(tie_word_embeddings=tied), Interrupting(dataset, 2, number), parts).fit()
+    at_step(2, kill(number))
+    stopped = Trainer(make_model(tie_word_embeddings=tied), dataset, parts).fit()
+    at_step(-1, None)
     assert (stopped.step, stopped.interrupted, stopped.model_path) == (3, True, None)
     assert find_checkpoint(Path(parts.out) / "checkpoints").name == "step-000003"
 
@@ -99,9 +107,10 @@ def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one_bitwise(
     assert torch.equal(weights(resumed), weights(expected))
 
 
-def test_signals_act_as_before_once_a_run_has_ended(make_model, dataset, make_config) -> None:
+def test_signals_act_as_before_once_a_run_has_ended(make_model, dataset, make_config, at_step) -> None:
+    at_step(1, kill(signal.SIGTERM))
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-    Trainer(make_model(), Interrupting(dataset, 1, signal.SIGTERM), make_config()).fit()
+    Trainer(make_model(), dataset, make_config()).fit()
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
 
 
@@ -117,14 +126,15 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(make_model, dataset, m
     assert find_checkpoint(last.parent) == last  # written anew
 
 
-def test_a_finished_run_resumes_to_nothing_and_a_longer_one_goes_on(make_model, dataset, make_config) -> None:
+def test_a_finished_run_resumes_to_nothing_and_a_longer_one_goes_on(make_model, dataset, make_config, at_step) -> None:
     Trainer(make_model(), dataset, make_config()).fit()
     again = Trainer(make_model(), dataset, make_config(resume=True)).fit()
     assert (again.step, again.loss) == (6, None)
     finished = Path(make_config().out, "finished")
     assert finished.exists()
     longer = make_config(resume=True, steps=9)
-    assert Trainer(make_model(), Interrupting(dataset, 7, signal.SIGTERM), longer).fit().step == 8
+    at_step(7, kill(signal.SIGTERM))
+    assert Trainer(make_model(), dataset, longer).fit().step == 8
     assert not finished.exists()  # though the model of the shorter run is there
     assert Trainer(make_model(), dataset, longer).fit().step == 9
     assert finished.exists()
@@ -242,7 +252,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(make_model, dataset, make_conf
     assert Trainer(make_model(), dataset, make_config(resume=True)).fit().step == 6
 
 
-def test_training_goes_on_while_a_checkpoint_is_written(make_model, dataset, make_config, monkeypatch) -> None:
+def test_training_goes_on_while_a_checkpoint_is_written(make_model, dataset, make_config, monkeypatch, at_step) -> None:
     write_data, later = HuggingFaceStorageWriter.write_data, threading.Event()
 
     def slow_at_step_2(self, plan, planner):
@@ -250,8 +260,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(make_model, dataset, mak
         return write_data(self, plan, planner)
 
     monkeypatch.setattr(HuggingFaceStorageWriter, "write_data", slow_at_step_2)
-    batch = dataset.batch
-    dataset.batch = lambda step, *rest: (later.set() if step == 3 else None, batch(step, *rest))[1]
+    at_step(3, later.set)
     config = make_config(steps=4, keep_checkpoints=3)
     trained = make_model()
     Trainer(trained, dataset, config).fit()
@@ -333,16 +342,16 @@ def test_a_file_asks_for_an_export(make_model, dataset, make_config, monkeypatch
     config = make_config(steps=4, save_every=None)
     request, model, finished = (Path(config.out) / name for name in ("export", "model", "finished"))
     seen = {}
-    batch = dataset.batch
+    batch = ReadAhead.batch
 
-    def asked(step, *rest):
+    def asked(self, step, *rest):
         seen[step] = model.exists()
         assert not finished.exists()
         if step == 1:
             request.touch()
-        return batch(step, *rest)
+        return batch(self, step, *rest)
 
-    monkeypatch.setattr(dataset, "batch", asked)
+    monkeypatch.setattr(ReadAhead, "batch", asked)
     Trainer(make_model(), dataset, config).fit()
     assert seen == {0: False, 1: False, 2: True, 3: True}
     assert not request.exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -285,11 +286,11 @@ def run_sample(args: argparse.Namespace) -> int:
         validation_share=args.validation_share,
         long_documents=args.long_documents,
         long_factor=args.long_factor,
+        document_masking=True,  # says where documents begin
     )
-    rows = slice(0, args.count)
-    batch = dataset.batch(args.step, args.batch_size, rows)
-    borders = dataset.cu_seqlens(args.step, args.batch_size, rows).tolist()
-    for row, ids in enumerate(batch):
+    batch = dataset.batch(args.step, args.batch_size, slice(0, args.count))
+    borders = [*accumulate(batch.lengths or ())]
+    for row, ids in enumerate(batch.tokens):
         blocks, block = dataset.locate(args.step * args.batch_size + row)
         start = row * args.seq_len
         inside = [border - start for border in borders if start < border < start + args.seq_len]

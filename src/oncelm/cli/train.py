@@ -19,11 +19,11 @@ from oncelm.cli.output import check_place
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from oncelm.data.batch import TrainData
     from oncelm.data.conversations import Conversation
     from oncelm.data.tokens import TokenFolder
     from oncelm.train.config import TrainConfig
     from oncelm.train.parallel.ranks import Ranks
-    from oncelm.train.trainer import Batches
 
 DESCRIPTION = """\
 Train a language model on a text file, a folder of text (.txt, .jsonl, .jsonl.gz, .jsonl.zst, .parquet), a corpus
@@ -91,7 +91,6 @@ def run(args: argparse.Namespace) -> int:
 
     import torch
 
-    from oncelm.data.read_ahead import ReadAhead
     from oncelm.train.parallel.ranks import join_ranks
     from oncelm.train.plan import check_machine
     from oncelm.train.trainer import Trainer
@@ -100,11 +99,8 @@ def run(args: argparse.Namespace) -> int:
         with join_ranks(config.device, tensor=config.tensor_parallel, chunk=config.chunk_parallel) as ranks:
             config.sequences_of_each(ranks.data.size)  # before any text is prepared
             model, dataset, tokenizer, digest = prepare(config, ranks)
-            with contextlib.ExitStack() as reading:
-                if isinstance(dataset, ReadAhead):
-                    reading.enter_context(dataset)
-                check_machine(model, config, ranks.rank.size, ranks.device)
-                result = Trainer(model, dataset, config, tokenizer, ranks, digest).fit()
+            check_machine(model, config, ranks.rank.size, ranks.device)
+            result = Trainer(model, dataset, config, tokenizer, ranks, digest).fit()
     except FloatingPointError as error:
         print(f"oncelm: training stopped: {error}", file=sys.stderr)
         return 1
@@ -141,7 +137,9 @@ def read_config(args: argparse.Namespace) -> TrainConfig:
     return load_config(recipe, args.set, values | {"resume": args.resume})
 
 
-def prepare(config: TrainConfig, ranks: Ranks) -> tuple[PreTrainedModel, Batches, PreTrainedTokenizerBase, str | None]:
+def prepare(
+    config: TrainConfig, ranks: Ranks
+) -> tuple[PreTrainedModel, TrainData, PreTrainedTokenizerBase, str | None]:
     """The model, the data, the tokenizer that a run's settings name, and the data's checksum where it is known.
 
     Only the first rank's model has values.
@@ -172,12 +170,11 @@ def prepare(config: TrainConfig, ranks: Ranks) -> tuple[PreTrainedModel, Batches
     return model, dataset, tokenizer, digest
 
 
-def make_dataset(config: TrainConfig, ranks: Ranks, tokenizer: PreTrainedTokenizerBase) -> tuple[Batches, int, str]:
+def make_dataset(config: TrainConfig, ranks: Ranks, tokenizer: PreTrainedTokenizerBase) -> tuple[TrainData, int, str]:
     """The data that the settings name, the largest token in it, and its checksum."""
     from oncelm.data.conversations import ConversationDataset, read_conversations
     from oncelm.data.crossbatch import CrossbatchDataset, sequence_tokens
     from oncelm.data.dataset import TokenDataset
-    from oncelm.data.read_ahead import ReadAhead
 
     if config.task == "sft":
         read = read_conversations(config.data, tokenizer, config.seq_len)
@@ -197,6 +194,7 @@ def make_dataset(config: TrainConfig, ranks: Ranks, tokenizer: PreTrainedTokeniz
         "long_documents": config.long_documents,
         "long_factor": config.long_factor,
         "min_tokens": config.min_tokens,
+        "document_masking": config.within_documents,
     }
     dataset: TokenDataset | CrossbatchDataset
     if config.packing is None:
@@ -209,7 +207,7 @@ def make_dataset(config: TrainConfig, ranks: Ranks, tokenizer: PreTrainedTokeniz
             raise ValueError(
                 f"packing {config.packing} rows of {config.seq_len} takes sequences of {length}: {error}"
             ) from error
-    return ReadAhead(dataset, pin_memory=ranks.device.type == "cuda"), tokens.largest_id, digest_tokens(tokens)
+    return dataset, tokens.largest_id, digest_tokens(tokens)
 
 
 def digest_tokens(tokens: TokenFolder) -> str:

@@ -11,7 +11,7 @@ import bisect
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,15 +19,15 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from oncelm.data.batch import TrainBatch
 from oncelm.data.chats import Chat, read_chat
 from oncelm.data.folder import Listing, list_folder
 from oncelm.data.reading import JSONL, lines_of
 from oncelm.data.sampler import permute
 from oncelm.data.templates import encode
+from oncelm.models.inputs import IGNORE_INDEX
 
 logger = logging.getLogger(__name__)
-
-IGNORED = -100  # Hugging Face's mark of a target that does not count
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ class ConversationDataset:
     """Rows of whole conversations: a pure function of (seed, step), as `TokenDataset`'s.
 
     Rows are packed once and shuffled anew in every epoch. What remains of a row is padding, a sequence of its own
-    without targets. Conversations attend to themselves only (`cu_seqlens`).
+    without targets. Conversations attend to themselves only.
 
     Args:
         conversations: held in memory, 5 bytes a token.
@@ -151,6 +151,7 @@ class ConversationDataset:
             raise ValueError(f"{len(conversations)} conversation(s) are too few to hold {validation_share:.0%} out.")
         self.conversations, self.seq_len, self.pad_id, self.seed = conversations, seq_len, pad_id, seed
         lengths = [len(conversation.tokens) for conversation in conversations]
+        self._num_targets = [int(one.answer[1:].sum()) for one in conversations]
         self._train = pack(lengths[:num_train], seq_len)
         self._valid = [[num_train + item for item in row] for row in pack(lengths[num_train:], seq_len)]
 
@@ -158,28 +159,17 @@ class ConversationDataset:
     def largest_id(self) -> int:
         return max(int(conversation.tokens.max()) for conversation in self.conversations)
 
-    def batch(self, step: int, batch_size: int, rows: slice | None = None) -> torch.Tensor:
-        """int64 [B, T]: those rows of the step's batch."""
-        return self._fill(self._rows(step, batch_size, rows), self.pad_id, lambda conversation: conversation.tokens)
+    def batch(self, step: int, count: int, rows: slice | None = None) -> TrainBatch:
+        """Those rows of the step's `count`, [B, T]; the assistant's tokens are learned, but for a first one."""
+        return self._read(self._rows(step, count, rows))
 
-    def labels(self, step: int, batch_size: int, rows: slice | None = None) -> torch.Tensor:
-        """int64 [B, T] beside `batch`: the assistant's tokens, -100 elsewhere and at a conversation's first token."""
-        return self._fill(self._rows(step, batch_size, rows), IGNORED, _labels)
+    def num_targets(self, step: int, count: int) -> int:
+        """Tokens that are learned in a step."""
+        return sum(self._num_targets[item] for row in self._rows(step, count, None) for item in row)
 
-    def cu_seqlens(self, step: int, batch_size: int, rows: slice | None = None) -> torch.Tensor:
-        """int32 [N + 1]: borders of conversations, and of padding, in `batch(...).view(1, -1)`."""
-        return self._borders(self._rows(step, batch_size, rows))
-
-    def validation_batches(self, batch_size: int) -> Iterator[torch.Tensor]:
-        for index in range(-(-len(self._valid) // batch_size)):
-            rows = self._valid_rows(index, batch_size)
-            yield self._fill(rows, self.pad_id, lambda conversation: conversation.tokens)
-
-    def validation_labels(self, index: int, batch_size: int) -> torch.Tensor:
-        return self._fill(self._valid_rows(index, batch_size), IGNORED, _labels)
-
-    def validation_cu_seqlens(self, index: int, batch_size: int) -> torch.Tensor:
-        return self._borders(self._valid_rows(index, batch_size))
+    def validation_batches(self, count: int) -> Iterator[TrainBatch]:
+        for start in range(0, len(self._valid), count):
+            yield self._read(self._valid[start : start + count])
 
     def describe(self, k: int) -> str:
         """The lines that row k of the run is made of."""
@@ -189,33 +179,21 @@ class ConversationDataset:
         epoch, index = divmod(k, len(self._train))
         return self._train[permute(index, len(self._train), self.seed, "conversations", epoch)]
 
-    def _rows(self, step: int, batch_size: int, rows: slice | None) -> list[list[int]]:
-        return [self._row(step * batch_size + row) for row in range(batch_size)[rows or slice(None)]]
+    def _rows(self, step: int, count: int, rows: slice | None) -> list[list[int]]:
+        return [self._row(step * count + row) for row in range(count)[rows or slice(None)]]
 
-    def _valid_rows(self, index: int, batch_size: int) -> list[list[int]]:
-        return self._valid[index * batch_size : (index + 1) * batch_size]
-
-    def _fill(
-        self, rows: Sequence[Sequence[int]], filler: int, values: Callable[[Conversation], np.ndarray]
-    ) -> torch.Tensor:
-        filled = np.full((len(rows), self.seq_len), filler, dtype=np.int64)
-        for out, items in zip(filled, rows, strict=True):
-            joined = np.concatenate([values(self.conversations[item]) for item in items])
-            out[: len(joined)] = joined
-        return torch.from_numpy(filled)
-
-    def _borders(self, rows: Sequence[Sequence[int]]) -> torch.Tensor:
-        borders = [0]
-        for number, items in enumerate(rows):
-            start = number * self.seq_len
-            ends = start + np.cumsum([len(self.conversations[item].tokens) for item in items])
-            borders += [int(end) for end in ends]
-            if borders[-1] < start + self.seq_len:
-                borders.append(start + self.seq_len)
-        return torch.tensor(borders, dtype=torch.int32)
-
-
-def _labels(conversation: Conversation) -> np.ndarray:
-    labels = np.where(conversation.answer, conversation.tokens.astype(np.int64), IGNORED)
-    labels[0] = IGNORED
-    return labels
+    def _read(self, rows: Sequence[Sequence[int]]) -> TrainBatch:
+        tokens = np.full((len(rows), self.seq_len), self.pad_id, dtype=np.int64)
+        labels = np.full_like(tokens, IGNORE_INDEX)
+        lengths: list[int] = []
+        for row, items in enumerate(rows):
+            end = 0
+            for one in (self.conversations[item] for item in items):
+                start, end = end, end + len(one.tokens)
+                tokens[row, start:end] = one.tokens
+                labels[row, start:end][one.answer] = one.tokens[one.answer]
+                labels[row, start] = IGNORE_INDEX
+                lengths.append(end - start)
+            if end < self.seq_len:
+                lengths.append(self.seq_len - end)
+        return TrainBatch(torch.from_numpy(tokens), torch.from_numpy(labels), tuple(lengths))

@@ -11,8 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
-
+from oncelm.data.batch import TrainBatch
 from oncelm.data.dataset import TokenDataset
 
 
@@ -41,26 +40,31 @@ class CrossbatchDataset:
         self.sequences, self.packing = sequences, packing
         self.seq_len = (sequences.seq_len - 1) // packing + 1
 
-    def batch(self, step: int, batch_size: int, rows: slice | None = None) -> torch.Tensor:
-        """The rows of one step, int64 [B, T]: a pure function of (seed, step) for a given batch size.
+    def batch(self, step: int, count: int, rows: slice | None = None) -> TrainBatch:
+        """The rows of one step, [B, T]: a pure function of (seed, step) for a given count.
 
         Args:
-            batch_size: of the whole step, over all ranks; a multiple of packing.
-            rows: ascending; read these rows of the batch only. None: all.
+            count: rows of the whole step, over all ranks; a multiple of packing.
+            rows: ascending; read these rows of the step only. None: all.
         """
-        if batch_size % self.packing:
-            raise ValueError(f"a batch of {batch_size} is not divisible by packing {self.packing} (rows a sequence).")
-        first, stop, _ = (rows or slice(None)).indices(batch_size)
+        if count % self.packing:
+            raise ValueError(f"a batch of {count} is not divisible by packing {self.packing} (rows a sequence).")
+        first, stop, _ = (rows or slice(None)).indices(count)
         whole = slice(first // self.packing, -(-stop // self.packing))
-        sequences = self.sequences.batch(step, batch_size // self.packing, whole)
+        sequences = self.sequences.batch(step, count // self.packing, whole).tokens
         skipped = whole.start * self.packing
-        return sequences.unfold(1, self.seq_len, self.seq_len - 1).flatten(0, 1)[first - skipped : stop - skipped]
+        tokens = sequences.unfold(1, self.seq_len, self.seq_len - 1).flatten(0, 1)[first - skipped : stop - skipped]
+        return TrainBatch(tokens)
+
+    def num_targets(self, step: int, count: int) -> int:
+        """Tokens that are predicted in a step: all but the first of each row."""
+        return count * (self.seq_len - 1)
 
     def describe(self, k: int) -> str:
         """Where row k of the run comes from, in words."""
         sequence, part = divmod(k, self.packing)
         return f"part {part + 1} of {self.packing} of {self.sequences.describe(sequence)}"
 
-    def validation_batches(self, batch_size: int) -> Iterator[torch.Tensor]:
-        """All held-out sequences, whole: int64 [b, packing (T - 1) + 1] with about the tokens of `batch_size` rows."""
-        return self.sequences.validation_batches(max(1, batch_size // self.packing))
+    def validation_batches(self, count: int) -> Iterator[TrainBatch]:
+        """All held-out sequences, whole: [b, packing (T - 1) + 1] with about the tokens of `count` rows."""
+        return self.sequences.validation_batches(max(1, count // self.packing))

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from oncelm.data.batch import TrainBatch
 from oncelm.data.sampler import Schedule, permute
 from oncelm.data.tokens import ArrayStream, Documents, ShardStream, Stream, TokenSource, split_by_length
 
@@ -63,6 +64,7 @@ class TokenDataset:
             of their source; the shares of the sources stay. Needs prepared sources. None: all alike.
         long_factor: above 0.
         min_tokens: documents of fewer tokens are left out, of what is held out too. Needs prepared sources.
+        document_masking: documents see themselves only (`TrainBatch.lengths`), though several are in a sequence.
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class TokenDataset:
         long_documents: int | None = None,
         long_factor: float = 1.0,
         min_tokens: int | None = None,
+        document_masking: bool = False,
     ) -> None:
         if seq_len < 2:
             raise ValueError(f"seq_len must be at least 2 (one token and the next), got {seq_len}.")
@@ -83,7 +86,7 @@ class TokenDataset:
             raise ValueError(f"validation_share must be at least 0 and below 1, got {validation_share}.")
         if long_factor <= 0:
             raise ValueError(f"long_factor must be above 0, got {long_factor}.")
-        self.seq_len, self.seed = seq_len, seed
+        self.seq_len, self.seed, self.document_masking = seq_len, seed, document_masking
         sources: Sequence[TokenSource[Stream]]
         sources = [TokenSource("text", 1.0, ArrayStream(tokens))] if isinstance(tokens, np.ndarray) else tokens
         if min_tokens is not None:
@@ -109,23 +112,20 @@ class TokenDataset:
         self.num_train_blocks = sum(map(len, train))
         self.num_validation_blocks = sum(map(len, self._validation))
 
-    def batch(self, step: int, batch_size: int, rows: slice | None = None) -> torch.Tensor:
-        """The sequences of one step, int64 [B, T]: a pure function of (seed, step) for a given batch size.
+    def batch(self, step: int, count: int, rows: slice | None = None) -> TrainBatch:
+        """The sequences of one step, [B, T]: a pure function of (seed, step) for a given count.
 
         Args:
-            batch_size: of the whole step, over all ranks.
-            rows: ascending; read these rows of the batch only, as each rank does. None: all.
+            count: sequences of the whole step, over all ranks.
+            rows: ascending; read these rows of the step only, as each rank does. None: all.
         """
-        rows_read = [blocks.read(block)[0] for blocks, block in self._located(step, batch_size, rows)]
-        return self._stack(rows_read)
+        return self._read(self._located(step, count, rows))
 
-    def cu_seqlens(self, step: int, batch_size: int, rows: slice | None = None) -> torch.Tensor:
-        """Borders of the documents in `batch(step, batch_size, rows).view(1, -1)`, int32 [N + 1].
-
-        A model that is given them attends within documents only: `model(input_ids=..., cu_seqlens=...)` starts each
-        with a fresh state and window. A row's border is one too.
-        """
-        return self._borders(self._located(step, batch_size, rows))
+    def num_targets(self, step: int, count: int) -> int:
+        """Tokens that are predicted in a step: all but the first of each sequence, or of each document in it."""
+        if not self.document_masking:
+            return count * (self.seq_len - 1)
+        return count * self.seq_len - len(self._lengths(self._located(step, count, None)))
 
     def locate(self, k: int) -> tuple[Blocks, int]:
         """Where row k of the run comes from (row r of step s of batch size B is row s B + r): (blocks, block)."""
@@ -140,20 +140,16 @@ class TokenDataset:
         start = blocks.start(block)
         return f"tokens {start:,} to {start + self.seq_len:,} of source {blocks.name!r}"
 
-    def validation_batches(self, batch_size: int) -> Iterator[torch.Tensor]:
-        """All held-out sequences, int64 [B, T] each, always in the same order; the last batch may be smaller.
+    def validation_batches(self, count: int) -> Iterator[TrainBatch]:
+        """All held-out sequences, [B, T] each, always in the same order; the last batch may be smaller.
 
         The order is mixed, so that the first few batches are a fair sample of all.
         """
-        for start in range(0, self.num_validation_blocks, batch_size):
-            yield self._stack([blocks.read(block)[0] for blocks, block in self._validation_rows(start, batch_size)])
+        for start in range(0, self.num_validation_blocks, count):
+            yield self._read(self._validation_rows(start, count))
 
-    def validation_cu_seqlens(self, index: int, batch_size: int) -> torch.Tensor:
-        """As `cu_seqlens`, for the validation batch of that index."""
-        return self._borders(self._validation_rows(index * batch_size, batch_size))
-
-    def _located(self, step: int, batch_size: int, rows: slice | None) -> list[tuple[Blocks, int]]:
-        return [self.locate(step * batch_size + row) for row in range(batch_size)[rows or slice(None)]]
+    def _located(self, step: int, count: int, rows: slice | None) -> list[tuple[Blocks, int]]:
+        return [self.locate(step * count + row) for row in range(count)[rows or slice(None)]]
 
     def _validation_rows(self, start: int, count: int) -> list[tuple[Blocks, int]]:
         found = []
@@ -164,19 +160,20 @@ class TokenDataset:
             found.append((blocks, permute(index, len(blocks), "validation", part)))
         return found
 
-    def _stack(self, rows: Sequence[np.ndarray]) -> torch.Tensor:
-        out = np.empty((len(rows), self.seq_len), dtype=np.int64)
-        for i, row in enumerate(rows):
-            out[i] = row
-        return torch.from_numpy(out)
+    def _read(self, rows: Sequence[tuple[Blocks, int]]) -> TrainBatch:
+        tokens = np.empty((len(rows), self.seq_len), dtype=np.int64)
+        for out, (blocks, block) in zip(tokens, rows, strict=True):
+            out[:] = blocks.read(block)[0]
+        return TrainBatch(torch.from_numpy(tokens), lengths=self._lengths(rows) if self.document_masking else None)
 
-    def _borders(self, rows: Sequence[tuple[Blocks, int]]) -> torch.Tensor:
-        borders = [np.zeros(1, dtype=np.int64)]
-        for i, (blocks, block) in enumerate(rows):
+    def _lengths(self, rows: Sequence[tuple[Blocks, int]]) -> tuple[int, ...]:
+        """Tokens of each document, or part of one, in these rows."""
+        lengths: list[int] = []
+        for blocks, block in rows:
             start = blocks.start(block)
             inside = blocks.stream.document_starts(start, start + self.seq_len) - start
-            borders += [inside + i * self.seq_len, np.array([(i + 1) * self.seq_len])]
-        return torch.from_numpy(np.concatenate(borders).astype(np.int32))
+            lengths += np.diff(inside, prepend=0, append=self.seq_len).tolist()
+        return tuple(lengths)
 
     def _hold_out(self, source: TokenSource[Stream], share: float) -> tuple[Blocks, Blocks]:
         """The blocks of a source to train on, and the ones held out from its end."""

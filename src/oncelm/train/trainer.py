@@ -16,12 +16,11 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, Protocol, cast
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import torch
@@ -29,8 +28,11 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from oncelm.data.batch import TrainBatch, TrainData
+from oncelm.data.read_ahead import ReadAhead
 from oncelm.models.causal_lm import CausalLM
-from oncelm.models.inputs import IGNORE_INDEX, NOTHING
+from oncelm.models.compiling import CompilesLayers
+from oncelm.models.inputs import NOTHING
 from oncelm.models.load import load, quiet_transformers
 from oncelm.train.checkpoint import FOLDER, check_new, find_checkpoint, list_checkpoints
 from oncelm.train.claim import claim, run_lock
@@ -42,7 +44,7 @@ from oncelm.train.metrics import Metrics, NoMetrics
 from oncelm.train.optimizer import build_optimizers
 from oncelm.train.parallel.chunk import chunk_inputs
 from oncelm.train.parallel.ranks import Ranks
-from oncelm.train.parallel.shard import shard_model
+from oncelm.train.parallel.shard import keep_on_host, shard_model
 from oncelm.train.plan import check_model
 from oncelm.train.reports import open_reports
 from oncelm.train.saving import Saver, read_tensors, tensors_to_save
@@ -65,40 +67,6 @@ _FREE_TO_CHANGE = {
 }
 
 
-class Batches(Protocol):
-    """What the trainer asks of its data; `oncelm.data.dataset.TokenDataset` is one."""
-
-    def batch(self, step: int, batch_size: int, rows: slice | None = None) -> Tensor:
-        """int64 [B, T]: those rows of the step's batch, the same whatever was asked before."""
-
-    def cu_seqlens(self, step: int, batch_size: int, rows: slice | None = None) -> Tensor:
-        """int32 [N + 1]: borders of the documents in those rows of the batch (asked for if `attends_within`)."""
-
-    def validation_batches(self, batch_size: int) -> Iterator[Tensor]:
-        """int64 [B, T] each, always the same ones in the same order; possibly none."""
-
-    def validation_cu_seqlens(self, index: int, batch_size: int) -> Tensor:
-        """int32 [N + 1]: borders of the documents in the validation batch of that index."""
-
-
-class Labelled(Protocol):
-    """What data has besides, of which not every token is learned (`oncelm.data.conversations`).
-
-    Data is asked for it by name (`labelled`): `isinstance` does not see what a wrapper hands on.
-    """
-
-    def labels(self, step: int, batch_size: int, rows: slice | None = None) -> Tensor:
-        """int64 [B, T]: what is learned of those rows of the step's batch, -100 for what is not."""
-
-    def validation_labels(self, index: int, batch_size: int) -> Tensor:
-        """int64 [B, T]: what counts of the validation batch of that index."""
-
-
-def labelled(dataset: Batches) -> Labelled | None:
-    """The dataset, if it says what of it is learned."""
-    return cast(Labelled, dataset) if hasattr(dataset, "labels") else None
-
-
 @dataclass(frozen=True)
 class TrainResult:
     """How a run ended: `step` steps done in `seconds`, earlier parts of a resumed run included."""
@@ -117,7 +85,7 @@ class Trainer:
 
     Args:
         model: its weights are trained in float32, in place, whatever dtype they come in.
-        dataset: where batches come from.
+        dataset: where batches come from; read ahead by a thread.
         config: the run.
         tokenizer: saved beside the model in every checkpoint and at the end.
         ranks: this process's place among those that train together (`join_ranks`); None means it is alone. The first
@@ -129,7 +97,7 @@ class Trainer:
     def __init__(
         self,
         model: PreTrainedModel,
-        dataset: Batches,
+        dataset: TrainData,
         config: TrainConfig,
         tokenizer: PreTrainedTokenizerBase | None = None,
         ranks: Ranks | None = None,
@@ -176,7 +144,8 @@ class Trainer:
             reports = open_reports(self.config.report, self.out, self.step, asdict(self.config))
             metrics = Metrics(self.out, self.step, reports)
         try:
-            with StopRequest() as stop:
+            on_gpu = self.ranks.device.type == "cuda"
+            with StopRequest() as stop, ReadAhead(self.dataset, pin_memory=on_gpu) as batches:
                 stopping = False
                 if self.step and self._due(self.config.eval_every) and self.config.target_loss is not None:
                     # it may have been stopped before it exported what it had learned
@@ -185,7 +154,7 @@ class Trainer:
                 started = time.perf_counter() - self.seconds
                 while not (stopping or learned or self._finished()):
                     with self.watch.step():
-                        step_values = self._train_step()
+                        step_values = self._train_step(batches)
                     loss = step_values["loss"]
                     seconds = time.perf_counter() - started
                     stopping, exporting, self.seconds = self.ranks.agree(
@@ -225,7 +194,7 @@ class Trainer:
             self.step, self.seconds, tokens, loss, validation_loss, model_path, interrupted=model_path is None
         )
 
-    def _train_step(self) -> dict[str, float]:
+    def _train_step(self, batches: ReadAhead) -> dict[str, float]:
         """One optimizer step; returns its loss, learning rate and gradient norm (before clipping)."""
         config = self.config
         factor = lr_factor(
@@ -245,18 +214,16 @@ class Trainer:
         self._seed_step()
         total = torch.zeros((), device=self.ranks.device)
         count = config.sequences_per_step
-        mine = self.ranks.rows(count)
         with self.watch.waiting():
-            batch = self.dataset.batch(self.step, count, mine)
+            targets = batches.num_targets(self.step, count)
+            batch = batches.batch(self.step, count, self.ranks.rows(count))
         # Losses are summed over tokens and ranks, and FSDP takes the mean of gradients over ranks: both come out here.
-        whole = slice(count)
-        targets = num_targets(count * batch.shape[1], count, self._borders(whole), self._labels(whole))
         divisor = targets / self.ranks.shards
-        parts = list(split_rows(mine, config.batch_size))
-        for rows in parts:
+        parts = batch.split(config.batch_size)
+        for part in parts:
             if isinstance(self.model, FSDPModule):  # gradients are summed over the ranks once a step
-                self.model.set_requires_gradient_sync(rows == parts[-1])
-            loss = self._pass_loss(batch, rows, divisor)
+                self.model.set_requires_gradient_sync(part is parts[-1])
+            loss = self._loss(part, divisor)
             loss.backward()
             total += loss.detach()
         total = self.ranks.sum(total) / self.ranks.shards
@@ -277,48 +244,25 @@ class Trainer:
         seed = np.random.SeedSequence([self.config.seed, self.step, shard]).generate_state(1, np.uint64)
         torch.manual_seed(int(seed[0]))
 
-    def _borders(self, rows: slice) -> Tensor | None:
-        """Borders of the documents in these rows of the step's batch, if attention stays within documents."""
-        if not self.config.attends_within:
-            return None
-        with self.watch.waiting():
-            return self.dataset.cu_seqlens(self.step, self.config.sequences_per_step, rows)
-
-    def _labels(self, rows: slice) -> Tensor | None:
-        """What is learned of these rows of the step's batch, if it is not every token."""
-        if (dataset := labelled(self.dataset)) is None:
-            return None
-        with self.watch.waiting():
-            return dataset.labels(self.step, self.config.sequences_per_step, rows)
-
-    def _pass_loss(self, batch: Tensor, rows: slice, divisor: float) -> Tensor:
-        """The loss of one forward pass: `rows` of the step's batch, of which this rank has its own, `batch`."""
-        first = self.ranks.rows(self.config.sequences_per_step).start
-        part = batch[rows.start - first : rows.stop - first]
-        return self._loss(part, divisor, self._borders(rows), self._labels(rows))
-
-    def _loss(
-        self, rows: Tensor, divisor: float, cu_seqlens: Tensor | None = None, labels: Tensor | None = None
-    ) -> Tensor:
-        """The loss of [B, T] tokens, summed over this rank's targets, by `divisor`.
-
-        cu_seqlens: borders of documents in the rows, one behind the other, that attend to themselves only.
-        labels: [B, T], -100 where nothing is learned; None: the tokens.
-        """
-        tokens = rows.to(self.ranks.device, non_blocking=True)
-        labels = tokens if labels is None else labels.to(self.ranks.device, non_blocking=True)
+    def _loss(self, batch: TrainBatch, divisor: float) -> Tensor:
+        """The loss of a forward pass, summed over this rank's targets, by `divisor`. Nothing waits for a GPU."""
+        tokens, cu_seqlens = batch.tokens, batch.cu_seqlens
+        labels = tokens if batch.labels is None else batch.labels
         if cu_seqlens is not None:
             tokens, labels = tokens.view(1, -1), labels.view(1, -1)
-            cu_seqlens = cu_seqlens.to(self.ranks.device)
+        inputs: dict[str, Any]
         if self.ranks.chunk.size > 1:
             assert self.ranks.chunk_group is not None
             inputs = chunk_inputs(self.model.config, self.ranks.chunk_group, tokens, labels, cu_seqlens)
         else:
             inputs = {"input_ids": tokens, "labels": labels}
             inputs |= {} if cu_seqlens is None else {"cu_seqlens": cu_seqlens}
+        if isinstance(self.model, CausalLM):  # takes them on the host, where what they ask for is known
+            inputs = {name: keep_on_host(value, self.model) for name, value in inputs.items()}
+            inputs["logits_to_keep"] = NOTHING  # in evaluation too
+        else:
+            inputs = {name: value.to(self.ranks.device, non_blocking=True) for name, value in inputs.items()}
         with torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=self.config.dtype == "bfloat16"):
-            if isinstance(self.model, CausalLM):
-                inputs["logits_to_keep"] = NOTHING  # in evaluation too
             return self.model(**inputs, num_items_in_batch=divisor, use_cache=False).loss
 
     @torch.no_grad()
@@ -326,17 +270,13 @@ class Trainer:
         """Mean loss over the first `eval_batches` held-out batches; None where nothing is held out."""
         self.model.eval()
         sums = torch.zeros(2, device=self.ranks.device, dtype=torch.float64)  # loss, targets
-        size, within = self.config.batch_size, self.config.attends_within
-        batches = enumerate(islice(self.dataset.validation_batches(size), self.config.eval_batches))
+        batches = islice(self.dataset.validation_batches(self.config.batch_size), self.config.eval_batches)
         while turn := list(islice(batches, self.ranks.data.size)):  # a batch for each data-parallel rank
             # where the last ones run out, a rank computes one for nothing: sharded layers need all ranks
             mine = min(self.ranks.data.index, len(turn) - 1)
-            index, batch = turn[mine]
-            borders = self.dataset.validation_cu_seqlens(index, size) if within else None
-            labels = None if (dataset := labelled(self.dataset)) is None else dataset.validation_labels(index, size)
-            loss = self._loss(batch, 1.0, borders, labels)
+            loss = self._loss(turn[mine], 1.0)
             if mine == self.ranks.data.index:
-                share = num_targets(batch.numel(), len(batch), borders, labels) / self.ranks.chunk.size
+                share = turn[mine].num_targets / self.ranks.chunk.size
                 sums += torch.tensor([loss.item(), share], device=sums.device, dtype=sums.dtype)
         if isinstance(self.model, FSDPModule):
             self.model.reshard()  # the outermost parameters stay gathered until a backward pass
@@ -443,21 +383,28 @@ class Trainer:
     def _find_not_finite(self) -> str:
         """Where in this step, which is computed once more, and in which sequences: a sentence. All ranks call it."""
         self.model.zero_grad(set_to_none=True)
-        getattr(self.model, "compile_layers", lambda _: None)(False)  # compiled modules have no outputs to look at
+        if isinstance(self.model, CompilesLayers):
+            self.model.compile_layers(False)  # compiled modules have no outputs to look at
         self._seed_step()
         count, found = self.config.sequences_per_step, []
-        mine = self.ranks.rows(count)
-        batch = self.dataset.batch(self.step, count, mine)
-        for rows in split_rows(mine, self.config.batch_size):
+        mine, size = self.ranks.rows(count), self.config.batch_size
+        for number, part in enumerate(self.dataset.batch(self.step, count, mine).split(size)):
             # every rank goes through all its parts: sharded layers need all ranks
-            where = find_not_finite(self.model, partial(self._pass_loss, batch, rows, 1.0))
+            where = find_not_finite(self.model, partial(self._loss, part, 1.0))
             if where is not None:
-                found.append((where, describe_rows(self.dataset, self.step, count, rows)))
+                first = mine.start + number * size
+                found.append((where, self._describe_rows(range(first, first + len(part.tokens)))))
         every = [one for of_rank in self.ranks.gather(found) for one in of_rank]
         if not every:
             return "computed once more, the step is finite"
         where, sequences = min(every, key=lambda one: one[0].stage)
         return f"the first place is {where.place}, in {sequences}"
+
+    def _describe_rows(self, rows: range) -> str:
+        """Sequences of this step, and what they are made of."""
+        first = self.step * self.config.sequences_per_step
+        names = [f"{row} ({self.dataset.describe(first + row)})" for row in rows]
+        return f"sequence{'s' * (len(names) > 1)} {', '.join(names)} of the step"
 
     def _stop_not_finite(self, name: str, value: float, step: int, where: str | None = None) -> NoReturn:
         self.saver.wait()
@@ -469,19 +416,6 @@ class Trainer:
         )
 
 
-def split_rows(rows: slice, size: int) -> Iterator[slice]:
-    """`rows` in parts of `size`, the last one maybe smaller."""
-    for start in range(rows.start, rows.stop, size):
-        yield slice(start, min(start + size, rows.stop))
-
-
-def describe_rows(dataset: Batches, step: int, count: int, rows: slice) -> str:
-    """Sequences of a step's `count`, and what they are made of where the data tells (`describe`)."""
-    describe = getattr(dataset, "describe", None)
-    names = [f"{row}" + (f" ({describe(step * count + row)})" if describe else "") for row in range(count)[rows]]
-    return f"sequence{'s' * (len(names) > 1)} {', '.join(names)} of the step"
-
-
 def prepare_model(model: PreTrainedModel, config: TrainConfig, ranks: Ranks) -> PreTrainedModel:
     """`model`, or this rank's part of it, in float32 on this rank's device."""
     check_model(model, config)
@@ -491,15 +425,8 @@ def prepare_model(model: PreTrainedModel, config: TrainConfig, ranks: Ranks) -> 
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
     if config.compile:
-        getattr(model, "compile_layers", model.compile)()
+        (model.compile_layers if isinstance(model, CompilesLayers) else model.compile)()
     if ranks.mesh is None:
         return model.to(ranks.device)
     shard_model(model, ranks, getattr(torch, config.dtype))
     return model
-
-
-def num_targets(tokens: int, rows: int, cu_seqlens: Tensor | None, labels: Tensor | None) -> int:
-    """How many of the tokens are predicted: those with a label, or all but the first of each row or document."""
-    if labels is not None:
-        return int((labels != IGNORE_INDEX).sum())
-    return tokens - (rows if cu_seqlens is None else len(cu_seqlens) - 1)

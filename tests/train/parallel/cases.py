@@ -17,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from oncelm.data.conversations import Conversation, ConversationDataset
 from oncelm.data.crossbatch import CrossbatchDataset, sequence_tokens
 from oncelm.data.dataset import TokenDataset
+from oncelm.data.read_ahead import ReadAhead
 from oncelm.models.longllama import LongLlamaConfig, LongLlamaForCausalLM
 from oncelm.models.yoco import YocoConfig, YocoForCausalLM
 from oncelm.models.yoco.model import FeedForward
@@ -130,8 +131,11 @@ def train(options: dict, shape: dict, rank: int = -1, step: int = 0, event: Call
                 model = make_model(torch.float32, **shape)
             dataset = make_conversations() if config.task == "sft" else make_dataset(config.packing)
             if event is not None and ranks.rank.index == rank:
-                batch = dataset.batch
-                dataset.batch = lambda asked, *rest: (event() if asked == step else None, batch(asked, *rest))[1]
+                batch = ReadAhead.batch
+                ReadAhead.batch = lambda self, asked, *rest: (
+                    event() if asked == step else None,
+                    batch(self, asked, *rest),
+                )[1]
             running.append(Trainer(model, dataset, config, ranks=ranks))
             result = running[-1].fit()
     except (OSError, ValueError, FloatingPointError, SystemExit) as error:

@@ -8,11 +8,14 @@ hand in a model on the meta device.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from transformers import PreTrainedModel
 
 from oncelm.train.parallel.ranks import Ranks
@@ -51,6 +54,23 @@ def shard_model(model: PreTrainedModel, ranks: Ranks, dtype: torch.dtype) -> Non
         if ranks.is_main:
             buffer.copy_(buffers[name])
         dist.broadcast(buffer, src=0)
+    model.register_forward_pre_hook(_from_host, with_kwargs=True)  # runs behind FSDP2's own
+
+
+@dataclass(frozen=True)
+class _OnHost:
+    """A tensor that FSDP2 does not see: it copies those of a forward pass to the GPU, and waits for it."""
+
+    tensor: Tensor
+
+
+def keep_on_host(value: Any, model: PreTrainedModel) -> Any:
+    """An argument of `model`'s forward pass that reaches it on the CPU, sharded or not."""
+    return _OnHost(value) if isinstance(value, Tensor) and isinstance(model, FSDPModule) else value
+
+
+def _from_host(model: nn.Module, inputs: tuple, named: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    return inputs, {name: value.tensor if isinstance(value, _OnHost) else value for name, value in named.items()}
 
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
