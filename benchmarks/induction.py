@@ -16,7 +16,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from oncelm.models.load import build_model
+from oncelm.models import build_model
 from oncelm.utils.environment import environment_report
 
 LENGTH, ROWS, WIDTH = 32, 32, 128

@@ -17,8 +17,7 @@ import time
 import torch
 from transformers import PreTrainedModel
 
-from oncelm.models.llama import build_llama
-from oncelm.models.load import build_model
+from oncelm.models import build_model
 from oncelm.utils.environment import environment_report
 
 SHARES = (1.0, 0.5, 0.25, 0.1)
@@ -48,7 +47,7 @@ def main() -> None:
     models = {
         "YOCO gated retention": build_model("yoco-small"),
         "YOCO sliding window": build_model("yoco-small", self_decoder="sliding_window", window_size=128),
-        "Llama": build_llama("llama-small"),
+        "Llama": build_model("llama-small"),
     }
     environment = environment_report()
     with open(args.results, "a", encoding="utf-8") as results:

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
         LongLlamaForCausalLM,
         YocoConfig,
         YocoForCausalLM,
+        build,
         build_model,
+        describe,
         load,
     )
     from oncelm.utils.version import __version__
@@ -28,7 +30,9 @@ __all__ = [
     "YocoConfig",
     "YocoForCausalLM",
     "__version__",
+    "build",
     "build_model",
+    "describe",
     "load",
     "load_tokenizer",
     "ops",
@@ -41,7 +45,7 @@ __getattr__, __dir__ = lazy_names(
         "oncelm.data.tokenizers": ("load_tokenizer",),
         "oncelm.models": (
             *("LongLlamaConfig", "LongLlamaForCausalLM", "YocoConfig", "YocoForCausalLM"),
-            *("build_model", "load"),
+            *("build", "build_model", "describe", "load"),
         ),
         "oncelm.utils.version": ("__version__",),
     },

@@ -21,7 +21,8 @@ from transformers import (
 
 import oncelm
 from oncelm.cli import main
-from oncelm.cli.info import CACHE_LENGTHS, count_parameters, describe, empty_model, llama_cache_bytes, own_cache_bytes
+from oncelm.cli.info import CACHE_LENGTHS, count_parameters, describe, llama_cache_bytes, own_cache_bytes
+from oncelm.models.size import empty_model
 from oncelm.models.yoco.official import WEIGHTS, write_official
 from oncelm.models.yoco.presets import PRESETS, preset_config
 from oncelm.ops.dispatch import TABLE
@@ -235,7 +236,10 @@ def test_a_llama_folder_as_a_longllama(info, tmp_path, capsys) -> None:
     for arguments, message in (
         ([str(tmp_path), "--mem-layers", "4"], "mem_layers must be layers of the model, 0..3, got [4]"),
         ([str(tmp_path), "--mem-layers", "one"], "as in 8,16,24; got 'one'"),
-        (["yoco-tiny", "--mem-layers", "1"], "yoco-tiny is a YOCO preset"),
+        (
+            ["yoco-tiny", "--mem-layers", "1"],
+            "yoco-tiny is a model of type oncelm_yoco; mem_layers are for LLaMA",
+        ),
         (["--mem-layers", "1"], "--mem-layers goes with a MODEL"),
     ):
         assert main(["info", *arguments]) == 2

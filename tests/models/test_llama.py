@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from oncelm.bench import llama_config
-from oncelm.models.llama import LLAMA_PRESETS, build_llama
-from oncelm.models.load import build_model
+from oncelm.models import build_model
+from oncelm.models.llama import LLAMA_PRESETS
 from oncelm.models.yoco.presets import PRESETS
 
 # feed-forward widths of the twins: 8/3 d up to a multiple of 128, as LLaMA's own (4096: 11008, that of its 7B)
@@ -19,7 +19,7 @@ WIDTHS = {128: 384, 256: 768, 768: 2048, 1024: 2816, 1536: 4096, 2048: 5504, 256
 def test_every_yoco_has_one_twin_a_few_percent_smaller(yoco: str) -> None:
     llama = yoco.replace("yoco", "llama")
     with torch.device("meta"):
-        trained, model = build_llama(llama), build_model(yoco)
+        trained, model = build_model(llama), build_model(yoco)
     assert 0.93 < trained.num_parameters() / model.num_parameters() < 1
     assert trained.config.intermediate_size == WIDTHS[trained.config.hidden_size]
     assert trained.config.to_dict() == llama_config(model.config).to_dict()  # what benchmarks measure
@@ -30,13 +30,13 @@ def test_presets_are_the_twins_of_all_yocos() -> None:
 
 
 def test_weights_follow_the_seed() -> None:
-    first, again, other = (build_llama("llama-tiny", seed=seed).lm_head.weight for seed in (1, 1, 2))
+    first, again, other = (build_model("llama-tiny", seed=seed).lm_head.weight for seed in (1, 1, 2))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
 
 
 def test_mistakes_are_named() -> None:
     with pytest.raises(ValueError, match="did you mean 'llama-tiny'"):
-        build_llama("llama-tin")
+        build_model("llama-tin")
     with pytest.raises(ValueError, match="unknown LlamaConfig key 'hidden_siz'; did you mean 'hidden_size'"):
-        build_llama("llama-tiny", hidden_siz=8)
+        build_model("llama-tiny", hidden_siz=8)

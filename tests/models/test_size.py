@@ -13,8 +13,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import oncelm
 from oncelm.cli import main
+from oncelm.models import build_model
 from oncelm.models.checks import check_tokens
-from oncelm.models.llama import build_llama
 from oncelm.models.load import quiet_transformers
 from oncelm.models.size import count_parameters
 from tests.models.small import make_long, make_model
@@ -89,8 +89,8 @@ def test_a_new_model_is_compared_with_the_machine(limit, monkeypatch) -> None:
     monkeypatch.setattr("oncelm.utils.memory.machine_memory", lambda: limit)
     for build in (
         lambda: oncelm.build_model("yoco-tiny", vocab_size=300),
-        lambda: build_llama("llama-tiny", vocab_size=300),
-        lambda: build_llama("llama-tiny", vocab_size=300, mem_layers=[1]),
+        lambda: build_model("llama-tiny", vocab_size=300),
+        lambda: build_model("llama-tiny", vocab_size=300, mem_layers=[1]),
     ):
         with pytest.raises(ValueError, match=r"a model of [\d,]+ parameters would take .*; this machine has"):
             build()

@@ -14,7 +14,7 @@ import oncelm
 from oncelm.cli import main
 from oncelm.cli.train import make_dataset, make_model, make_tokenizer
 from oncelm.data.read_ahead import ReadAhead
-from oncelm.models.llama import build_llama
+from oncelm.models import build_model
 from oncelm.train.config import load_config
 from oncelm.train.parallel.ranks import Ranks
 from oncelm.train.trainer import Trainer
@@ -162,8 +162,8 @@ def test_documents_too_short_for_the_packing(books, llama, tmp_path, capsys) -> 
 
 
 def test_a_preset_with_memory_layers_is_a_longllama() -> None:
-    model = build_llama("llama-tiny", vocab_size=64, mem_layers=[1, 2], max_position_embeddings=32)
+    model = build_model("llama-tiny", vocab_size=64, mem_layers=[1, 2], max_position_embeddings=32)
     assert isinstance(model, oncelm.LongLlamaForCausalLM)
     assert torch.isfinite(model(torch.arange(50)[None], labels=torch.arange(50)[None]).loss)
     with pytest.raises(ValueError, match="did you mean 'mem_dtype'"):
-        build_llama("llama-tiny", mem_layers=[1], mem_dtypes="int8")
+        build_model("llama-tiny", mem_layers=[1], mem_dtypes="int8")

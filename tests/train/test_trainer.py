@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from oncelm.data.read_ahead import ReadAhead
 from oncelm.data.tokenizers import load_tokenizer
-from oncelm.models.load import build_model
+from oncelm.models import build_model
 from oncelm.train.checkpoint import find_checkpoint, find_damage
 from oncelm.train.trainer import Trainer
 

@@ -37,7 +37,7 @@ SELF_DECODERS = {"gated_retention": "gated retention", "sliding_window": "slidin
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", nargs="?", metavar="MODEL", help="a model folder, a preset or a hub id")
+    parser.add_argument("model", nargs="?", metavar="MODEL", help="a model folder, a preset, a hub id or a GGUF file")
     parser.add_argument(
         "--mem-layers",
         metavar="I,J,...",
@@ -77,7 +77,8 @@ def new_table(title: str, *columns: str) -> Table:
 
 def installation() -> list[Table]:
     """The environment, the dispatch table of the ops, and the presets."""
-    from oncelm.models.yoco.presets import PRESETS, preset_config
+    from oncelm.models import build
+    from oncelm.models.yoco.presets import PRESETS
     from oncelm.ops.dispatch import ANY, TABLE
     from oncelm.utils.environment import environment_report
 
@@ -101,8 +102,8 @@ def installation() -> list[Table]:
 
     presets = new_table("Presets", "name", "|self + cross layers", "|width", "|parameters", "|without embeddings")
     for name in PRESETS:
-        config = preset_config(name)
-        total, inner = count_parameters(empty_model(config))
+        model = build(name, weights=False)
+        config, (total, inner) = model.config, count_parameters(model)
         layers = f"{config.num_self_decoder_layers} + {config.num_cross_decoder_layers}"
         presets.add_row(name, layers, f"{config.hidden_size:,}", f"{total:,}", f"{inner:,}")
     return [environment, ops, presets]
@@ -126,11 +127,13 @@ def readable(name: str, value: Any) -> str:
 
 def describe(name: str, mem_layers: str | None = None) -> list[Table]:
     """What a model folder, hub id or preset is; as a LongLLaMA with these memory layers if some are named."""
+    from oncelm import models
+    from oncelm.cli.generate import parse_layers
     from oncelm.models.load import errors_in_one_line
 
-    config = find_config(name, mem_layers)
+    config = models.describe(name, **({} if mem_layers is None else {"mem_layers": parse_layers(mem_layers)}))
     with errors_in_one_line(name):  # a model of another kind than causal language models, or with odd keys
-        return tables_of(name, config, empty_model(config))
+        return tables_of(name, config, models.build(name, weights=False, config=config))
 
 
 def tables_of(name: str, config: PreTrainedConfig, model: PreTrainedModel) -> list[Table]:
@@ -157,31 +160,6 @@ def tables_of(name: str, config: PreTrainedConfig, model: PreTrainedModel) -> li
     shape.add_row("context length", "not stated" if limit is None else f"{limit:,} {trained}")
     shape.add_row("tokenizer", tokenizer_of(name, text.vocab_size))
     return [shape, *cache_tables(model, text, loaded)]
-
-
-def find_config(name: str, mem_layers: str | None = None) -> PreTrainedConfig:
-    """The configuration of a folder, preset or hub id."""
-    from oncelm.cli.generate import parse_layers
-    from oncelm.models.load import read_config
-    from oncelm.models.yoco.presets import PRESETS, preset_config
-    from oncelm.utils.errors import unknown
-
-    if Path(name).exists() or "/" in name:
-        return read_config(name, **({} if mem_layers is None else {"mem_layers": parse_layers(mem_layers)}))
-    if name in PRESETS:
-        if mem_layers is not None:
-            raise ValueError(f"--mem-layers is for LLaMA-family models, {name} is a YOCO preset.")
-        return preset_config(name)
-    raise unknown("model", name, [*PRESETS, "a model folder", "a hub id"])
-
-
-def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
-    """The model without memory for its weights."""
-    from oncelm.models import size
-    from oncelm.models.load import quiet_transformers
-
-    with quiet_transformers():
-        return size.empty_model(config)
 
 
 def count_parameters(model: PreTrainedModel) -> tuple[int, int]:

@@ -365,7 +365,7 @@ def model_overrides(config: TrainConfig) -> dict[str, Any]:
 def make_model(config: TrainConfig, vocab_size: int) -> PreTrainedModel:
     """The model the settings name: a folder's, or a new one of a preset, of YOCO or Llama."""
     from oncelm import models
-    from oncelm.models.llama import LLAMA_PRESETS, build_llama
+    from oncelm.models.llama import LLAMA_PRESETS
     from oncelm.models.load import read_config as model_config
     from oncelm.models.yoco.presets import PRESETS
     from oncelm.utils.errors import check_choice
@@ -375,8 +375,7 @@ def make_model(config: TrainConfig, vocab_size: int) -> PreTrainedModel:
             return with_settings(models.load(config.model), config.model_overrides)
         return models.load(config.model, **model_overrides(config))
     check_choice("model", config.model, (*PRESETS, *LLAMA_PRESETS))
-    build = build_llama if config.model in LLAMA_PRESETS else models.build_model
-    return build(config.model, seed=config.seed, **{"vocab_size": vocab_size, **model_overrides(config)})
+    return models.build_model(config.model, seed=config.seed, **{"vocab_size": vocab_size, **model_overrides(config)})
 
 
 def with_settings(model: PreTrainedModel, overrides: dict[str, Any]) -> PreTrainedModel:

@@ -3,9 +3,10 @@
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from oncelm.models.load import build_model, load
+from oncelm.models.load import load
 from oncelm.models.longllama import LongLlamaConfig, LongLlamaForCausalLM
 from oncelm.models.registry import FAMILIES, model_class
+from oncelm.models.resolve import build, build_model, describe
 from oncelm.models.yoco import YocoConfig, YocoForCausalLM
 
 for model_type in FAMILIES:
@@ -15,4 +16,13 @@ for model_type in FAMILIES:
     # Trainer asks this table whether labels are of the next token, as label smoothing has to know; it has no register
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type] = model.__name__
 
-__all__ = ["LongLlamaConfig", "LongLlamaForCausalLM", "YocoConfig", "YocoForCausalLM", "build_model", "load"]
+__all__ = [
+    "LongLlamaConfig",
+    "LongLlamaForCausalLM",
+    "YocoConfig",
+    "YocoForCausalLM",
+    "build",
+    "build_model",
+    "describe",
+    "load",
+]

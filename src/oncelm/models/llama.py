@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig
 
-from oncelm.models.longllama import LongLlamaConfig, LongLlamaForCausalLM
-from oncelm.models.longllama.config import check_llama_keys
-from oncelm.models.size import check_fits
-from oncelm.models.yoco import YocoConfig
+from oncelm.models.longllama.config import LongLlamaConfig, check_llama_keys
+from oncelm.models.yoco.config import YocoConfig
 from oncelm.models.yoco.presets import PRESETS, preset_config
 from oncelm.utils.errors import unknown
 
@@ -37,25 +34,20 @@ def llama_twin(config: YocoConfig) -> dict[str, Any]:
 LLAMA_PRESETS = {name.replace("yoco", "llama"): llama_twin(preset_config(name)) for name in PRESETS}
 
 
-def build_llama(name: str, *, seed: int = 0, **overrides: Any) -> LlamaForCausalLM | LongLlamaForCausalLM:
-    """A Llama of a preset with fresh weights drawn from `seed`, in float32, on the CPU or the default device.
+def llama_preset_config(name: str, **overrides: Any) -> LlamaConfig:
+    """The configuration of a preset, with any keys changed; with `mem_layers` that of a LongLLaMA of the shape.
 
-    With `mem_layers` it is a LongLLaMA of that shape, and overrides are keys of LongLlamaConfig.
+    >>> llama_preset_config("llama-160m", mem_layers=[8]).model_type
+    'longllama'
     """
     if name not in LLAMA_PRESETS:
         raise unknown("preset", name, LLAMA_PRESETS)
     settings = {**LLAMA_PRESETS[name], **overrides}
     if "mem_layers" in overrides:
-        config: LlamaConfig = LongLlamaConfig(**settings)
-        model_class: type[LlamaForCausalLM | LongLlamaForCausalLM] = LongLlamaForCausalLM
-    else:
-        known = LlamaConfig().to_dict()
-        for key in overrides:
-            if key not in known:
-                raise unknown("LlamaConfig key", key, known)
-        check_llama_keys(overrides)
-        config, model_class = LlamaConfig(**settings), LlamaForCausalLM
-    check_fits(config, None, torch.get_default_device())
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return model_class(config)
+        return LongLlamaConfig(**settings)
+    known = LlamaConfig().to_dict()
+    for key in overrides:
+        if key not in known:
+            raise unknown("LlamaConfig key", key, known)
+    check_llama_keys(overrides)
+    return LlamaConfig(**settings)

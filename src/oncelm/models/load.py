@@ -1,4 +1,4 @@
-"""Models by name: `load` reads weights from a folder or hub id, `build_model` starts one from a preset."""
+"""Models from folders and hub ids: `load` reads the weights, `read_config` the configuration alone."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import contextlib
 import logging
 import os
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import (
+    CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
@@ -21,19 +22,18 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from oncelm.models.compiling import CompilesLayers
 from oncelm.models.generation_keys import check_generation, check_generation_file
-from oncelm.models.longllama.config import LongLlamaConfig, check_llama_keys
+from oncelm.models.longllama.config import LongLlamaConfig, check_llama_keys, llama_settings
 from oncelm.models.own_config import Dtype
+from oncelm.models.registry import FAMILIES, family, model_class
 from oncelm.models.sharded import is_sharded_folder, read_shards
 from oncelm.models.size import check_fits, check_stored
-from oncelm.models.yoco.modeling import YocoForCausalLM
 from oncelm.models.yoco.official import is_official_folder, read_official, read_params, unsafe_pickle
-from oncelm.models.yoco.presets import PRESETS, preset_config
+from oncelm.models.yoco.presets import PRESETS
 from oncelm.utils.checksums import check_folder, is_checkpoint
 from oncelm.utils.constraints import Constraint, Flag, check_all
 from oncelm.utils.device import resolve_device, resolve_dtype
-from oncelm.utils.errors import check_choice, is_out_of_memory
+from oncelm.utils.errors import check_choice, is_out_of_memory, shown
 from oncelm.utils.files import bring_back
 from oncelm.utils.settings import read_json
 
@@ -56,6 +56,7 @@ def load(
     compile: bool = False,
     gemm: str | None = None,
     verify: bool | None = None,
+    config: PreTrainedConfig | None = None,
     **overrides: Any,
 ) -> PreTrainedModel:
     """Load a model in evaluation mode.
@@ -65,50 +66,66 @@ def load(
             training run's checkpoint, or a hub id.
         device: "cpu", "cuda", ...; None means a GPU if there is one.
         dtype: "float32", "bfloat16", ... or a torch.dtype; None means the checkpoint's.
-        compile: compile the layers of a YOCO or LongLLaMA on their first long input (`model.compile_layers`).
+        compile: compile the layers on their first long input, of a model that can (`model.compile_layers`).
         gemm: "float8" for a YOCO's prefill (`YocoForCausalLM.set_gemm`); None means the model's dtype.
         verify: compare every file of the folder with its checksum first (OnceLM writes them with every model). None
             does so for a training run's checkpoint, which is as it was written or of no use.
-        overrides: keys of LongLlamaConfig to change in a LongLLaMA. With `mem_layers=[...]` any LLaMA-family model is
-            loaded as a LongLLaMA with memory in these layers.
+        config: what `read_config(path, **overrides)` gave, which is then not read again.
+        overrides: keys to change in the configuration of a YOCO or LongLLaMA, such as rope_theta. With
+            `mem_layers=[...]` any LLaMA-family model is loaded as a LongLLaMA with memory in these layers.
 
     Raises:
         FileNotFoundError: no such folder.
         MemoryError: there is no room for it.
         ValueError: not a model, damaged, unsafe, or with missing or wrong-size tensors (and unexpected ones, where the
-            model is OnceLM's own); with `verify`, other files than were written (each is named), or no checksums;
-            `compile` for a model that is neither YOCO nor LongLLaMA, `gemm` for one that is no YOCO.
+            model is OnceLM's own), also where `overrides` ask for other sizes; with `verify`, other files than were
+            written (each is named), or no checksums; `compile` or `gemm` for a model that offers no such thing.
     """
-    precision = None if dtype is None else resolve_dtype(dtype)
+    precision, target = None if dtype is None else resolve_dtype(dtype), resolve_device(device)
     bring_back(path)
     if verify or (verify is None and is_checkpoint(Path(path))):
         check_folder(path, optional_parts=verify is None)
-    model = _read_model(path, resolve_device(device), precision, overrides)
-    if isinstance(model, YocoForCausalLM):
+    if config is None:
+        config = read_config(path, **overrides)
+    try:
+        if is_official_folder(path):
+            model = read_official(path, precision, config).to(target)
+        else:
+            model = _read_model(path, target, precision, config)
+    except ValueError as error:
+        if not overrides:
+            raise
+        raise ValueError(f"{error} (Read with {shown(overrides)}, which its weights have to fit.)") from error
+    return set_execution(model, path, compile, gemm)
+
+
+def set_execution(
+    model: PreTrainedModel, name: str | os.PathLike[str], compile: bool, gemm: str | None
+) -> PreTrainedModel:
+    """The model, run so; ValueError where its family offers no such thing."""
+    able = family(model.config)
+    for option, value, has in (("compile", compile, "can_compile"), ("gemm", gemm, "gemms")):
+        if value and not getattr(able, has):
+            those = [kind.__name__ for kind in map(model_class, FAMILIES) if getattr(kind, has)]
+            raise ValueError(f"{option} is an option of {' and '.join(those)}; {name} is a {type(model).__name__}.")
+    if able.gemms:
         model.set_gemm(gemm)
-    elif gemm:
-        raise ValueError(f"gemm is an option of YOCO models; {path} is a {type(model).__name__}.")
-    if isinstance(model, CompilesLayers):
+    if able.can_compile:
         model.compile_layers(compile)
-    elif compile:
-        raise ValueError(f"compile is an option of YOCO and LongLLaMA models; {path} is a {type(model).__name__}.")
     return model
 
 
 def _read_model(
-    path: str | os.PathLike[str], target: torch.device, precision: torch.dtype | None, overrides: dict[str, Any]
+    path: str | os.PathLike[str], target: torch.device, precision: torch.dtype | None, config: PreTrainedConfig
 ) -> PreTrainedModel:
-    if is_official_folder(path) and not overrides:
-        return read_official(path, precision).to(target)
-    config = read_config(path, **overrides)
     is_folder = Path(path).is_dir()
     with errors_in_one_line(path), quiet_transformers(progress_bars=not is_folder):
         check_stored(path, config)
         check_fits(config, precision or config.dtype, target)
         check_generation_file(path)
         shards = read_shards(path) if is_sharded_folder(path) else None
-        model_class = AutoModelForCausalLM if shards is None else MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-        model, info = model_class.from_pretrained(
+        reader = AutoModelForCausalLM if shards is None else MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        model, info = reader.from_pretrained(
             path if shards is None else None,
             state_dict=shards,
             config=config,
@@ -127,39 +144,43 @@ def read_config(path: str | os.PathLike[str], **overrides: Any) -> PreTrainedCon
     """The configuration of a model folder or hub id, as `load` would use it; no weights are read."""
     bring_back(path)
     if is_official_folder(path):
-        if overrides:
-            raise ValueError(f"{path} is an official YOCO folder: {', '.join(overrides)} are keys of LongLLaMA models.")
-        return read_params(path)
+        config = read_params(path)
+        if not overrides:
+            return config
+        check_overrides(path, config.model_type, overrides)
+        return type(config)(**{key: getattr(config, key) for key in config.own_keys()} | overrides)
     settings = _check_folder(path)
     with errors_in_one_line(path), quiet_transformers():
         check_all(settings, OF_ANY_MODEL)
-        if settings.get("model_type") == LlamaConfig.model_type:
+        model_type = settings.get("model_type")
+        if model_type == LlamaConfig.model_type:
             check_llama_keys(settings)
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-        if not overrides:
-            return config
-        _check_overrides(path, config, overrides)
-        return LongLlamaConfig.from_pretrained(path, **overrides)
+        if not overrides and model_type not in FAMILIES:
+            return AutoConfig.from_pretrained(path, trust_remote_code=False)
+        if not settings:  # a hub id
+            settings = PreTrainedConfig.get_config_dict(path)[0]
+            model_type = settings.get("model_type")
+        check_overrides(path, model_type, overrides)
+        if model_type == LlamaConfig.model_type:
+            settings, model_type = llama_settings(settings), LongLlamaConfig.model_type
+        return CONFIG_MAPPING[model_type].from_dict(settings, name_or_path=str(path), **overrides)
 
 
-def _check_overrides(path: str | os.PathLike[str], config: PreTrainedConfig, overrides: dict[str, Any]) -> None:
+def check_overrides(path: str | os.PathLike[str], model_type: str | None, overrides: Mapping[str, Any]) -> None:
+    """ValueError for keys that a model of this type does not have, or that are not taken for it."""
+    if not overrides:
+        return
+    if model_type == LlamaConfig.model_type:
+        if "mem_layers" not in overrides:
+            raise ValueError(f"{path} is a plain LLaMA; name the layers that get memory with mem_layers=[...].")
+        model_type = LongLlamaConfig.model_type
+    elif "mem_layers" in overrides and model_type != LongLlamaConfig.model_type:
+        raise ValueError(f"{path} is a model of type {model_type}; mem_layers are for LLaMA-family models.")
+    if model_type not in FAMILIES:
+        raise ValueError(f"{path} is a model of type {model_type}; only OnceLM's own take {', '.join(overrides)}.")
+    config_class = model_class(model_type).config_class
     for key in overrides:
-        check_choice("LongLlamaConfig key", key, LongLlamaConfig.own_keys())
-    if config.model_type not in (LlamaConfig.model_type, LongLlamaConfig.model_type):
-        raise ValueError(
-            f"{path} is a model of type {config.model_type}; {', '.join(overrides)} are for LLaMA-family models."
-        )
-    if config.model_type == LlamaConfig.model_type and "mem_layers" not in overrides:
-        raise ValueError(f"{path} is a plain LLaMA; name the layers that get memory with mem_layers=[...].")
-
-
-def build_model(name: str, *, seed: int = 0, **overrides: Any) -> YocoForCausalLM:
-    """A model of a preset (`oncelm info` lists them) with fresh weights drawn from `seed`, in float32 on the CPU."""
-    config = preset_config(name, **overrides)
-    check_fits(config, None, torch.get_default_device())
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return YocoForCausalLM(config)
+        check_choice(f"{config_class.__name__} key", key, config_class.own_keys())
 
 
 @contextlib.contextmanager

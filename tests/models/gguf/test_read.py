@@ -28,6 +28,14 @@ def test_logits_are_those_of_the_weights(file) -> None:
     torch.testing.assert_close(logits(model), logits(make_llama()), rtol=0, atol=1e-5)
 
 
+def test_a_file_is_a_model_by_its_name(file) -> None:
+    assert oncelm.describe(file).to_dict() == oncelm.build(file, weights=False).config.to_dict()
+    torch.testing.assert_close(logits(oncelm.build(file, "cpu")), logits(make_llama()), rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="for mem_layers make a folder of it"):
+        oncelm.describe(file, mem_layers=[1])
+    assert main(["info", str(file)]) == 0
+
+
 def test_quantised_weights_are_dequantised(tmp_path) -> None:
     original = make_llama()
     write(original, tmp_path / "q.gguf", quantisation="Q8_0")

@@ -16,7 +16,7 @@ import pytest
 import oncelm
 from oncelm.cli import main
 from oncelm.data.tokenizers import load_tokenizer
-from oncelm.models.llama import build_llama
+from oncelm.models import build_model
 from oncelm.train.checkpoint import find_checkpoint
 
 pytestmark = pytest.mark.slow
@@ -90,7 +90,7 @@ def test_sigterm_to_torchrun_saves_whatever_status_it_gives(book, tmp_path) -> N
 
 
 def test_a_folder_as_a_longllama_has_the_losses_of_one_process(book, tmp_path) -> None:
-    build_llama("llama-tiny", vocab_size=260).save_pretrained(tmp_path / "llama")
+    build_model("llama-tiny", vocab_size=260).save_pretrained(tmp_path / "llama")
     load_tokenizer("bytes").save_pretrained(tmp_path / "llama")
     long = ["mem_layers=[1, 3]", "max_position_embeddings=16", "cross_batch_range=3", "cross_batch_stepping=true"]
     settings = [*SETTINGS, *(f"model_overrides.{setting}" for setting in long), "packing=2", "grad_accumulation=2"]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from oncelm.models.gguf.config import read_config
 from oncelm.models.gguf.header import MAGIC, Header, read_header
@@ -42,17 +42,10 @@ def read_gguf(
         ValueError: damaged, cut off, of another architecture, incomplete, with metadata that are not its tensors', or
             with metadata or tensors that the model or its tokenizer would not honour.
     """
-    if importlib.util.find_spec("gguf") is None:
-        raise ImportError(f"{path}: reading GGUF files needs `pip install 'oncelm[gguf]'`")
     file = Path(path)
+    header, config = _read_head(file)
     with errors_in_one_line(path), quiet_transformers():
-        header = read_header(file)
-        config = read_config(file, header, _rope_factors(header))
-        check_tensors(file, header, config)
         tokenizer = read_tokenizer(file, header.metadata, config.vocab_size)
-        ids = special_ids(header.metadata)
-        config.bos_token_id, config.pad_token_id = ids.get("bos"), ids.get("padding")
-        config.eos_token_id = end_tokens(ids)
         model, info = LlamaForCausalLM.from_pretrained(
             None,
             config=config,
@@ -62,6 +55,25 @@ def read_gguf(
         )
     check_complete(path, info)
     return model.eval(), tokenizer
+
+
+def read_gguf_config(path: str | os.PathLike[str]) -> LlamaConfig:
+    """The model's configuration; no weights are read. Errors as those of `read_gguf`."""
+    return _read_head(Path(path))[1]
+
+
+def _read_head(file: Path) -> tuple[Header, LlamaConfig]:
+    """The head of a file and the configuration that it describes, which its tensors fit."""
+    if importlib.util.find_spec("gguf") is None:
+        raise ImportError(f"{file}: reading GGUF files needs `pip install 'oncelm[gguf]'`")
+    with errors_in_one_line(file), quiet_transformers():
+        header = read_header(file)
+        config = read_config(file, header, _rope_factors(header))
+        check_tensors(file, header, config)
+        ids = special_ids(header.metadata)
+        config.bos_token_id, config.pad_token_id = ids.get("bos"), ids.get("padding")
+        config.eos_token_id = end_tokens(ids)
+    return header, config
 
 
 def _rope_factors(header: Header) -> np.ndarray | None:

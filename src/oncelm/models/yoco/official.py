@@ -83,13 +83,15 @@ def read_params(path: str | os.PathLike[str]) -> YocoConfig:
         raise ValueError(f"{file}: {error}") from error
 
 
-def read_official(path: str | os.PathLike[str], dtype: torch.dtype | None = None) -> YocoForCausalLM:
-    """Load an official folder; `dtype` None keeps the checkpoint's.
+def read_official(
+    path: str | os.PathLike[str], dtype: torch.dtype | None = None, config: YocoConfig | None = None
+) -> YocoForCausalLM:
+    """Load an official folder; `dtype` None keeps the checkpoint's, `config` None reads params.json.
 
     Raises:
         ValueError: a damaged or unsafe checkpoint, a missing, unexpected or wrong-size tensor.
     """
-    config = read_params(path)
+    config = config or read_params(path)
     state = _read_weights(Path(path) / WEIGHTS)
     model = empty_model(config)
     expected = model.state_dict()
