@@ -8,7 +8,7 @@ Parts, each in a forked process of its own, so that a crash or a hang costs one 
     gates    error against float64, at most twice that of torch's SDPA in the same dtype; paged equal to contiguous, bit
              for bit; one CUDA graph for all lengths; offsets beyond 32 bits; torch.compile. The parts below run only
              if all pass
-    sweep    with --sweep: other forms of split_kernel than those in decode_triton.CONFIGS
+    sweep    with --sweep: other forms of split_kernel than those in decode_triton.py
     table    every case beside its floor: the time to read keys, values and scales once at READ_BANDWIDTH
     join     split_kernel alone, and join_kernel launched early or not
     peer     torch's flash and memory-efficient SDPA on the same tensors
@@ -350,14 +350,15 @@ SWEPT = (
 )
 
 
-def key(case: Case) -> tuple[int, int]:
-    """Its place in CONFIGS."""
-    return KEPT[case.kept].itemsize, max(64, case.D)
+def table_of(case: Case) -> dict:
+    """Where its form stands."""
+    module = kernels()
+    return module.CONFIGS.get((KEPT[case.kept], bool(case.page)), module.SIXTEEN_BITS)
 
 
 def forms(case: Case) -> Iterator[tuple[int, int, int, int]]:
     """(block, warps, stages, programs a multiprocessor), all of whose tiles fit the shared memory."""
-    own = kernels().CONFIGS[key(case)]
+    own = table_of(case)[max(64, case.D)]
     for block, warps, stages, programs in itertools.product(
         (own.block // 2, own.block, 2 * own.block), (4, 8), (3, 4), (2, 3)
     ):
@@ -368,13 +369,13 @@ def forms(case: Case) -> Iterator[tuple[int, int, int, int]]:
 
 def with_form(case: Case, form: tuple[int, int, int, int], function: Callable):
     """function() with the form for `case` replaced."""
-    configs = kernels().CONFIGS
-    own = configs[key(case)]
-    configs[key(case)] = kernels().Config(*form)
+    configs, D = table_of(case), max(64, case.D)
+    own = configs[D]
+    configs[D] = kernels().Config(*form)
     try:
         return function()
     finally:
-        configs[key(case)] = own
+        configs[D] = own
 
 
 def sweep(out: Path, seconds: float) -> None:

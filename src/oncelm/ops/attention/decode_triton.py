@@ -7,8 +7,9 @@ launch depends on shapes alone, so that a CUDA graph can hold it. A program walk
 tokens) that share a head of the cache are rows of one tile. Where its share leaves a head it writes what it has, a
 *part*: normalised outputs and log-sum-exps. A second kernel joins the parts of each head.
 
-Scores, softmax and sums are float32, exponentials of base 2. Quantised keys and values become numbers of q's dtype as
-they stand; their scales multiply scores and weights.
+Scores, softmax and sums are float32, exponentials of base 2. Quantised keys and values become 16-bit numbers as they
+stand; their scales multiply scores and weights. A float8 becomes a float16, in one instruction a pair (a bfloat16 takes
+four), and what it meets in a product is brought into float16's range first.
 """
 
 # mypy: allow-incomplete-defs
@@ -31,6 +32,7 @@ Tensor = torch.Tensor
 UNIT = tl.constexpr(16)  # tokens; shares begin and end at multiples of it, so it divides every block size
 LOG2_E = 1.4426950408889634
 INTERPRETED_PROGRAMS = 7  # under TRITON_INTERPRET=1
+LARGEST_WEIGHT = tl.constexpr(32768.0)  # that a float16 holds, so that small ones keep their digits
 
 # integers that a kernel does not gain by knowing more about: without this, N = 1 would be a kernel of its own
 PLAIN = (
@@ -95,6 +97,12 @@ def split_kernel(
         q_at = n_64 * q_sequence + (row // GROUP) * q_token + (head * GROUP + row % GROUP) * q_head
         real = row < T * GROUP
         queries = tl.load(q + q_at[:, None] + dim, mask=real[:, None], other=0.0)
+        row_scale = tl.full([ROWS], scale, tl.float32)
+        if k.dtype.element_ty == tl.float8e4nv and queries.dtype != tl.float32:
+            largest = tl.max(tl.abs(queries.to(tl.float32)), 1)
+            largest = tl.where(largest == 0.0, 1.0, largest)
+            queries = (queries.to(tl.float32) / largest[:, None]).to(tl.float16)
+            row_scale *= largest
         sees = length - T + row // GROUP  # the last key that a row sees
         k_base, v_base = k + head_64 * k_head, v + head_64 * v_head
         if k_scale is not None:
@@ -106,6 +114,7 @@ def split_kernel(
 
         top = tl.full([ROWS], float("-inf"), tl.float32)
         total = tl.zeros([ROWS], tl.float32)
+        top_scale = 1e-37  # the largest of the values so far: o is in units of it
         o = tl.zeros([ROWS, D], tl.float32)
         end = tl.minimum(last * UNIT, length)
         for start in range(first * UNIT, end, BLOCK):
@@ -119,7 +128,8 @@ def split_kernel(
                 place = (key % PAGE).to(tl.int64)
             at = block * k_block + place * k_token
             keys = tl.load(k_base + at[:, None] + dim, mask=there[:, None], other=0.0)
-            scores = tl.dot(queries, tl.trans(keys.to(queries.dtype)), input_precision="ieee") * scale
+            scores = tl.dot(queries, tl.trans(keys.to(queries.dtype)), input_precision="ieee")
+            scores *= row_scale[:, None]
             if k_scale is not None:
                 at = block * k_scale_block + place * k_scale_token
                 scores *= tl.load(k_scale_base + at, mask=there, other=0.0)
@@ -135,13 +145,16 @@ def split_kernel(
             values = tl.load(v_base + at[:, None] + dim, mask=there[:, None], other=0.0)
             if v_scale is not None:
                 at = block * v_scale_block + place * v_scale_token
-                # 128 keeps the small ones above float16's smallest number
-                weights *= tl.load(v_scale_base + at, mask=there, other=0.0) * 128.0
+                scales = tl.load(v_scale_base + at, mask=there, other=0.0)
+                highest_scale = tl.maximum(top_scale, tl.max(scales, 0))
+                weights *= scales / highest_scale * LARGEST_WEIGHT
+                shrink *= top_scale / highest_scale
+                top_scale = highest_scale
             o *= shrink[:, None]
             o = tl.dot(weights.to(queries.dtype), values.to(queries.dtype), o, input_precision="ieee")
 
         if v_scale is not None:
-            o *= 1.0 / 128.0
+            o *= top_scale / LARGEST_WEIGHT
         o /= tl.where(total == 0.0, 1.0, total)[:, None]
         part = (program + n * H_KV + head).to(tl.int64) * (T * GROUP) + row
         tl.store(parts + part[:, None] * D + dim, o, mask=real[:, None])
@@ -197,24 +210,26 @@ class Config:
     programs: int
 
 
-# (bytes of a key's element, largest head dimension) -> Config for 16-bit queries, from the sweep of
-# benchmarks/gpu_decode_attention.py (H100); those for 8 bits and 64 or 256 dimensions are not swept
+# (dtype of keys, paged) -> largest head dimension -> Config for 16-bit queries, from sweeps of
+# benchmarks/gpu_decode_attention.py (16 bits: H100; 8 bits: H200, dimensions of 64 and 256 not swept)
+SIXTEEN_BITS = {64: Config(64, 4, 3, 2), 128: Config(64, 4, 3, 2), 256: Config(32, 4, 3, 2)}
+FLOAT8 = {64: Config(128, 4, 4, 3), 128: Config(128, 4, 3, 2), 256: Config(32, 4, 4, 3)}
+INT8 = FLOAT8 | {128: Config(128, 4, 3, 3)}
+PAGED_8_BITS = FLOAT8 | {128: Config(128, 4, 2, 2)}
 CONFIGS = {
-    (2, 64): Config(64, 4, 3, 2),
-    (2, 128): Config(64, 4, 3, 2),
-    (2, 256): Config(32, 4, 3, 2),
-    (1, 64): Config(128, 4, 4, 3),
-    (1, 128): Config(128, 4, 3, 3),
-    (1, 256): Config(32, 4, 4, 3),
+    (torch.float8_e4m3fn, False): FLOAT8,
+    (torch.int8, False): INT8,
+    (torch.float8_e4m3fn, True): PAGED_8_BITS,
+    (torch.int8, True): PAGED_8_BITS,
 }
 FULL_PRECISION = Config(16, 8, 2, 2)  # float32 runs on the vector units, operands in registers: small tiles
 
 
-def config(q: Tensor, k: Tensor, rows: int) -> Config:
+def config(q: Tensor, k: Tensor, rows: int, is_paged: bool) -> Config:
     """The form for these inputs and `rows` queries that share a head."""
     if q.dtype == torch.float32:
         return FULL_PRECISION
-    found = CONFIGS[k.dtype.itemsize, max(64, q.shape[-1])]
+    found = CONFIGS.get((k.dtype, is_paged), SIXTEEN_BITS)[max(64, q.shape[-1])]
     return found if rows <= 64 else Config(32, 8, 2, 1)
 
 
@@ -229,7 +244,7 @@ def _decode(q, k, v, lengths, block_tables, k_scale, v_scale, scale, programs):
     capacity = page * block_tables.shape[1] if page else k.shape[1]
     group = H // H_kv
     rows = T * group
-    form = config(q, k, rows)
+    form = config(q, k, rows, bool(page))
     if not programs:
         programs = gpu.multiprocessors(q.device.index) * form.programs if q.is_cuda else INTERPRETED_PROGRAMS
     o = q.new_empty(N, T, H, D)
