@@ -77,7 +77,7 @@ def trie_size(prompts: list[list[int]]) -> int:
 
 @pytest.fixture(autouse=True)
 def _every_token_counts(monkeypatch) -> None:
-    monkeypatch.setattr(module, "WORTH_A_MARK", 1)
+    monkeypatch.setattr(module, "WORTH_SHARING", 1)
 
 
 PROMPTS = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=9), min_size=1, max_size=12)
@@ -102,6 +102,6 @@ def test_a_needle_that_moves_deeper() -> None:
 
 
 def test_short_beginnings_are_not_worth_a_mark(monkeypatch) -> None:
-    monkeypatch.setattr(module, "WORTH_A_MARK", 4)
+    monkeypatch.setattr(module, "WORTH_SHARING", 4)
     assert read_all([[1, 2, 3, 4], [1, 2, 3, 5]]) == 8
     assert read_all([[1, 2, 3, 4, 4], [1, 2, 3, 4, 5]]) == 6

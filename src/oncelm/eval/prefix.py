@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 
+from oncelm.eval.codec import common_prefix
 from oncelm.eval.examples import Example
-from oncelm.eval.model import LanguageModel, Reader, common_prefix
+from oncelm.eval.model import LanguageModel, Reader
 
-WORTH_A_MARK = 32  # tokens: fewer are read again
+WORTH_SHARING = 16  # tokens: shorter common beginnings are read again, here and in rows side by side (harness/tree.py)
 
 
 class PrefixReader:
@@ -54,7 +55,7 @@ class PrefixReader:
             self.reader = self.model.start(needed)
         at = start
         for border in sorted({border for border, _ in branches if border > start}):
-            if border - at >= WORTH_A_MARK:
+            if border - at >= WORTH_SHARING:
                 self.reader.read(prompt[at:border], progress)
                 at = border
                 self.marks.append((at, self.reader.mark()))
@@ -67,7 +68,7 @@ class PrefixReader:
         found, shared = [], len(example.prompt) if self.model.shares else 0
         for later in upcoming:
             shared = min(shared, common_prefix(example.prompt, later.prompt))
-            if shared < WORTH_A_MARK:
+            if shared < WORTH_SHARING:
                 break
             found.append((shared, later))
         return found

@@ -13,7 +13,7 @@ class Family:
         kv_dtypes: names (`utils/device.KV_DTYPES`) of what its cache can store keys and values in, beside the model's
             own dtype.
         cache_options: further arguments of `new_cache`, which `generate` takes too.
-        read_options: further arguments of `prefill`.
+        read_options: further arguments of `prefill` and `forward` on which results depend.
         reads_by_windows: a text read in other parts may give other results, since what becomes memory depends on where
             a call ends; windows are `config.max_position_embeddings` long, and texts have no longest length.
         packs_rows: sequences packed into one row (`cu_seqlens`) can be appended to a cache, and logits at a mask of

@@ -22,11 +22,12 @@ FAMILIES = {
 def family(config: PreTrainedConfig) -> type[Family]:
     """What models of a configuration can do: its family, or `Family` itself for other models of transformers.
 
-    >>> from oncelm.models import YocoConfig
-    >>> family(YocoConfig()).read_options
-    ('chunk_size',)
+    >>> from oncelm.models import LongLlamaConfig
+    >>> family(LongLlamaConfig()).read_options
+    ('last_context_length',)
     """
-    return model_class(config.model_type) if config.model_type in FAMILIES else Family
+    model_type = type(config).model_type  # an instance made of another's keys may have that one's
+    return model_class(model_type) if model_type in FAMILIES else Family
 
 
 def model_class(model_type: str) -> type[CausalLM]:

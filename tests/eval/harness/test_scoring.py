@@ -11,10 +11,10 @@ from transformers import AutoModelForCausalLM, BloomConfig, CohereConfig, Gemma2
 
 from oncelm import load_tokenizer
 from oncelm.eval import LanguageModel
-from oncelm.eval.harness import rows, scoring, tree
-from oncelm.eval.harness.rows import new_rows
+from oncelm.eval.harness import scoring, tree
 from oncelm.eval.harness.scoring import score_requests
 from oncelm.eval.harness.tree import Request
+from oncelm.models.session import own_cache, transformers_cache
 from tests.eval.conftest import KINDS, SHAPE
 from tests.models.small import make_long
 
@@ -47,7 +47,7 @@ def make_requests(seed: int, few_shot: int, documents: int) -> list[Request]:
 
 def check(model, requests: list[Request]) -> None:
     counted: list[int] = []
-    found = score_requests(new_rows(model), requests, counted.append)
+    found = score_requests(model, model.session(), requests, counted.append)
     assert sum(counted) == len(requests)
     for request, (likely, greedy) in zip(requests, found, strict=True):
         expected, expected_greedy = alone(model, request)
@@ -60,8 +60,8 @@ def check(model, requests: list[Request]) -> None:
 @given(seed=st.integers(0, 99), few_shot=st.sampled_from([0, 5, 40]), worth=st.sampled_from([1, 16]))
 def test_equals_one_by_one(language_models, kind, seed, few_shot, worth) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scoring, "WORTH_A_LEVEL", worth)
-        patch.setattr(tree, "WORTH_A_LEVEL", worth)
+        patch.setattr(scoring, "WORTH_SHARING", worth)
+        patch.setattr(tree, "WORTH_SHARING", worth)
         check(language_models(kind), make_requests(seed, few_shot, documents=4))
 
 
@@ -84,12 +84,12 @@ def test_other_models(kind) -> None:
     model = AutoModelForCausalLM.from_config(OTHERS[kind])
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
-    asking = new_rows(LanguageModel(model, load_tokenizer("bytes"), kind))
-    assert asking.branches == kind.startswith(("positions in", "logits scaled"))
+    asking = LanguageModel(model, load_tokenizer("bytes"), kind)
+    assert asking.session().branches == kind.startswith(("positions in", "logits scaled"))
     # texts as long as the model reads, beside short ones with long continuations
     long, short, end = (np.arange(count, dtype=np.int32) % 7 for count in (67, 20, 15))
     edge = [Request(text, np.array([i, *end[:n]], np.int32)) for text, n in ((long, 1), (short, 14)) for i in range(2)]
-    check(asking.language_model, make_requests(5, few_shot=20, documents=6) + edge)
+    check(asking, make_requests(5, few_shot=20, documents=6) + edge)
 
 
 @pytest.mark.parametrize("last_context_length", [6, 48])
@@ -98,10 +98,10 @@ def test_longllama(last_context_length) -> None:
     model = make_long(
         vocab_size=260, max_position_embeddings=64, last_context_length=last_context_length, mem_positionals=False
     )
-    asking = new_rows(LanguageModel(model, load_tokenizer("bytes"), "longllama"))
+    asking = LanguageModel(model, load_tokenizer("bytes"), "longllama")
     requests = [r for r in make_requests(4, 5, 6) if len(r.read) < last_context_length]  # alone() reads one more
     assert requests
-    check(asking.language_model, requests)
+    check(asking, requests)
     # longer ones: the context is read first, then the continuation
     request = Request(np.arange(50, dtype=np.int32), np.arange(7, dtype=np.int32))
     cache = model.new_cache()
@@ -109,7 +109,7 @@ def test_longllama(last_context_length) -> None:
         first = model.prefill(torch.arange(50)[None], cache)
         rest = model(torch.arange(7)[None], past_key_values=cache).logits[0, :-1]
     log_p = torch.cat((first, rest)).double().log_softmax(-1)
-    ((likely, _),) = score_requests(asking, [request])
+    ((likely, _),) = score_requests(asking, asking.session(), [request])
     assert likely == pytest.approx(float(log_p[range(7), range(7)].sum()), abs=1e-4)
 
 
@@ -127,15 +127,17 @@ def test_out_of_memory_halves_the_batches(language_models, monkeypatch, kind) ->
 
     limit = 1 << 20
     check(model, requests)
-    whole = score_requests(new_rows(model), requests)
+    whole = score_requests(model, model.session(), requests)
     monkeypatch.setattr(model.model, "forward", limited)
     limit = 300
-    asking = new_rows(model)
-    assert score_requests(asking, requests) == [(pytest.approx(value, abs=1e-4), greedy) for value, greedy in whole]
+    asking = model.session()
+    assert score_requests(model, asking, requests) == [
+        (pytest.approx(value, abs=1e-4), greedy) for value, greedy in whole
+    ]
     assert max(sizes) > 300
     limit = 30
     with pytest.raises(torch.OutOfMemoryError):
-        score_requests(asking, requests)
+        score_requests(model, asking, requests)
 
 
 def test_rows_side_by_side_are_alike(language_models, monkeypatch) -> None:
@@ -153,9 +155,10 @@ def test_rows_side_by_side_are_alike(language_models, monkeypatch) -> None:
         seen += ids.numel()
         return forward(ids, *inputs, **options)
 
-    asking = new_rows(model)
+    asking = model.session()
+    assert asking.branches
     monkeypatch.setattr(model.model, "forward", spy)
-    score_requests(asking, requests)
+    score_requests(model, asking, requests)
     assert seen < 1.5 * sum(len(request.read) for request in requests)
 
 
@@ -165,7 +168,10 @@ def test_small_batches_and_long_texts(language_models, monkeypatch, kind) -> Non
     requests = make_requests(3, few_shot=30, documents=5)
     monkeypatch.setattr(scoring, "TOKENS_AT_ONCE", 64)
     monkeypatch.setattr(tree, "READ_AT_ONCE", 7)
-    monkeypatch.setattr(rows, "READ_AT_ONCE", 40)  # longer texts of a model that cannot read in parts go by themselves
+    for module in (own_cache, transformers_cache):
+        monkeypatch.setattr(
+            module, "READ_AT_ONCE", 40
+        )  # longer texts of a model that cannot read in parts go by themselves
     monkeypatch.setattr(scoring, "LOGITS_AT_ONCE", 260 * 3)
     check(language_models(kind), requests)
 
@@ -174,7 +180,8 @@ def test_small_batches_and_long_texts(language_models, monkeypatch, kind) -> Non
 def test_prefixes_are_read_once_and_only_targets_decoded(language_models, monkeypatch, kind) -> None:
     """Four choices behind one context: its tokens go in once, and logits exist for the targets alone."""
     model = language_models(kind)
-    asking = new_rows(model)
+    asking = model.session()
+    assert asking.branches
     context = np.arange(50, dtype=np.int32)
     requests = [Request(context, np.array([choice, 7, 8], np.int32)) for choice in range(4)]
     seen: list[tuple[int, int]] = []
@@ -186,7 +193,7 @@ def test_prefixes_are_read_once_and_only_targets_decoded(language_models, monkey
         return output
 
     monkeypatch.setattr(model.model, "forward", spy)
-    score_requests(asking, requests)
+    score_requests(model, asking, requests)
     assert seen == [(50, 1), (4 * 2, 4 * 2)]
 
 
@@ -198,6 +205,6 @@ def test_many_beginnings_of_one_text_make_a_batch(language_models) -> None:
     whole = torch.from_numpy(text).long()[None]
     with torch.no_grad():
         log_p = model.model(whole).logits[0].double().log_softmax(-1)
-    found = score_requests(new_rows(model), requests)
+    found = score_requests(model, model.session(), requests)
     expected = [float(log_p[end - 1, text[end]]) for end in range(1200, 2400)]
     assert [likely for likely, _ in found] == pytest.approx(expected, abs=1e-4)

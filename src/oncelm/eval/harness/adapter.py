@@ -22,7 +22,6 @@ from tqdm import tqdm
 
 from oncelm.data.tokenizers import load_tokenizer
 from oncelm.eval.examples import Generate
-from oncelm.eval.harness.rows import new_rows
 from oncelm.eval.harness.scoring import Answer, score_requests
 from oncelm.eval.harness.tree import Request
 from oncelm.eval.model import LanguageModel
@@ -54,7 +53,7 @@ class OnceLM(TemplateLM):
 
     def __init__(self, model: LanguageModel, max_length: int | None = None) -> None:
         super().__init__()
-        self.model, self.rows = model, new_rows(model)
+        self.model, self.session = model, model.session()
         self.tokenizer: Any = model.codec.tokenizer
         self.max_length = max_length or model.longest or UNBOUNDED
         self._encoded: dict[str, list[int]] = {}
@@ -133,7 +132,7 @@ class OnceLM(TemplateLM):
     ) -> list[Answer]:
         asked = [self._request(context, continuation) for _, context, continuation in requests]
         with tqdm(total=len(asked), desc="log-likelihoods", disable=disable_tqdm, dynamic_ncols=True) as bar:
-            answers = score_requests(self.rows, asked, bar.update)
+            answers = score_requests(self.model, self.session, asked, bar.update)
         for (texts, _, _), answer in zip(requests, answers, strict=True):
             if texts is not None:
                 self.cache_hook.add_partial("loglikelihood", texts, answer)

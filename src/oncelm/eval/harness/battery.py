@@ -100,8 +100,7 @@ class Battery(Task):
     def _scorer(self, model: LanguageModel, max_tokens: int | None) -> LM:
         from oncelm.eval.harness.adapter import UNBOUNDED, OnceLM
 
-        ours = hasattr(model.model, "prefill") and hasattr(model.model, "new_cache")
-        if self.scorer == "oncelm" or (self.scorer == "auto" and ours):
+        if self.scorer == "oncelm" or (self.scorer == "auto" and model.family.has_own_cache):
             return OnceLM(model, max_tokens or UNBOUNDED)
         from lm_eval.models.huggingface import HFLM
 

@@ -15,12 +15,13 @@ from itertools import pairwise
 import numpy as np
 import torch
 
+from oncelm.eval.codec import common_prefix
 from oncelm.eval.examples import Score
-from oncelm.eval.harness.rows import Rows
-from oncelm.eval.harness.tree import WORTH_A_LEVEL, Request, level_targets, single_level, tree_levels
-from oncelm.eval.model import LanguageModel, common_prefix
-from oncelm.eval.prefix import PrefixReader
+from oncelm.eval.harness.tree import Request, level_targets, single_level, tree_levels
+from oncelm.eval.model import LanguageModel, as_tensor
+from oncelm.eval.prefix import WORTH_SHARING, PrefixReader
 from oncelm.eval.runner import LOOK_AHEAD
+from oncelm.models.session import Session
 
 TOKENS_AT_ONCE = 1 << 14  # read in a batch, padding included, about
 LOGITS_AT_ONCE = 1 << 27  # elements alive: 512 MiB in float32
@@ -45,24 +46,29 @@ class Budget:
 
 @torch.no_grad()
 def score_requests(
-    rows: Rows, requests: Sequence[Request], progress: Callable[[int], object] = lambda count: None
+    model: LanguageModel,
+    session: Session,
+    requests: Sequence[Request],
+    progress: Callable[[int], object] = lambda count: None,
 ) -> list[Answer]:
-    """The answers, in the requests' order. `progress` is told how many more are done, now and then.
+    """The answers of a session of `model`, in the requests' order. `progress` is told how many more are done, now and
+    then.
 
     A batch that does not fit in the device's memory is tried again as halves, and later batches are smaller.
     """
-    model = rows.language_model
     targets = max(1, LOGITS_AT_ONCE // model.model.config.get_text_config().vocab_size)
     batched: list[int] = []
     apart: list[int] = []  # too long for a row
     for i, request in enumerate(requests):
-        fits = rows.longest is None or (len(request.read) <= rows.longest and len(request.continuation) <= targets)
+        fits = session.longest is None or (
+            len(request.read) <= session.longest and len(request.continuation) <= targets
+        )
         (batched if fits else apart).append(i)
-    batched.sort(key=lambda i: (-_size(requests[i], rows.branches), requests[i].place))
+    batched.sort(key=lambda i: (-_size(requests[i], session.branches), requests[i].place))
     apart.sort(key=lambda i: requests[i].place)
     found: list[Answer] = [(0.0, False)] * len(requests)
     for order, answers in (
-        (batched, _score_batches(rows, [requests[i] for i in batched], targets)),
+        (batched, _score_batches(session, [requests[i] for i in batched], targets)),
         (apart, _score_one_by_one(model, [requests[i] for i in apart])),
     ):
         places = iter(order)
@@ -88,31 +94,31 @@ def _score_one_by_one(model: LanguageModel, requests: Sequence[Request]) -> Iter
 
 def _size(request: Request, branches: bool) -> int:
     """Of the row that is read first: rows of one size, up to a fifth shorter than each other, go side by side."""
-    alone = not branches or len(request.context) < WORTH_A_LEVEL
+    alone = not branches or len(request.context) < WORTH_SHARING
     return int(4 * math.log2(len(request.read if alone else request.context)))
 
 
-def _score_batches(rows: Rows, requests: Sequence[Request], targets: int) -> Iterator[list[Answer]]:
+def _score_batches(session: Session, requests: Sequence[Request], targets: int) -> Iterator[list[Answer]]:
     """Answers of ordered requests, a batch at a time."""
     if not requests:
         return
     longest = max(len(request.read) for request in requests)
-    budget = Budget(TOKENS_AT_ONCE, targets, max(1, CACHE_AT_ONCE // max(1, rows.bytes_of(longest))))
+    budget = Budget(TOKENS_AT_ONCE, targets, max(1, CACHE_AT_ONCE // max(1, session.bytes_of(longest))))
     shared = [0] * len(requests)  # with the request before, as far as it is not read again
-    if rows.branches:
+    if session.branches:
         shared[1:] = [common_prefix(a.read, b.read) for a, b in pairwise(requests)]
     start = 0
     while start < len(requests):
         end = _batch_end(requests, shared, start, budget)
         batch = sorted(range(start, end), key=lambda i: requests[i].place)
         try:
-            answers = _score_batch(rows, [requests[i] for i in batch], budget.targets)
+            answers = _score_batch(session, [requests[i] for i in batch], budget.targets)
         except torch.OutOfMemoryError:
             if end - start == 1:
                 raise
             answers = None
         if answers is None:  # out of the handler, whose traceback keeps the batch alive
-            rows.clear()
+            session.free()
             torch.cuda.empty_cache()
             budget.halve(end - start)
             continue
@@ -129,7 +135,7 @@ def _batch_end(requests: Sequence[Request], shared: Sequence[int], start: int, b
     counts, widths = [0, 0], [0, 0]  # of rows that read a text from its beginning, and of those that go on from another
     targets, end = 0, start
     while end < len(requests):
-        goes_on = end > start and shared[end] >= WORTH_A_LEVEL
+        goes_on = end > start and shared[end] >= WORTH_SHARING
         counts[goes_on] += 1
         widths[goes_on] = max(widths[goes_on], len(requests[end].read) - (shared[end] if goes_on else 0))
         targets += len(requests[end].continuation)
@@ -143,17 +149,18 @@ def _batch_end(requests: Sequence[Request], shared: Sequence[int], start: int, b
     return min(range(end, middle - 1, -1), key=lambda i: shared[i])
 
 
-def _score_batch(rows: Rows, requests: Sequence[Request], targets_at_once: int) -> list[Answer]:
+def _score_batch(session: Session, requests: Sequence[Request], targets_at_once: int) -> list[Answer]:
     """Answers of requests sorted by their tokens."""
-    levels = tree_levels(requests, targets_at_once) if rows.branches else single_level(requests)
+    levels = tree_levels(requests, targets_at_once) if session.branches else single_level(requests)
     totals = torch.zeros(len(requests), dtype=torch.float64)
     greedy = torch.ones(len(requests), dtype=torch.bool)
-    rows.start(len(levels[0]), sum(max(node.end - node.start for node in nodes) for nodes in levels))
+    session.start(len(levels[0]), sum(max(node.end - node.start for node in nodes) for nodes in levels))
     for depth, nodes in enumerate(levels):
         if depth:
-            rows.select([node.parent for node in nodes])
+            session.select([node.parent for node in nodes])
         targets = level_targets(requests, nodes)
-        logits = rows.read([requests[node.last - 1].read[node.start : node.end] for node in nodes], targets.wanted)
+        texts = [as_tensor(requests[node.last - 1].read[node.start : node.end]) for node in nodes]
+        logits = session.score(texts, torch.from_numpy(targets.wanted))
         if len(targets.ids):
             at, ids = (torch.from_numpy(array).to(logits.device) for array in (targets.rows, targets.ids))
             likely = logits.log_softmax(-1, torch.float32)[at, ids]
@@ -161,5 +168,5 @@ def _score_batch(rows: Rows, requests: Sequence[Request], targets_at_once: int) 
             owners = torch.from_numpy(targets.owners)
             totals.index_add_(0, owners, likely.double().cpu())
             greedy[owners[~first.cpu()]] = False
-    rows.clear()
+    session.free()
     return list(zip(totals.tolist(), greedy.tolist(), strict=True))

@@ -8,9 +8,9 @@ from functools import cached_property
 
 import numpy as np
 
-from oncelm.eval.model import READ_AT_ONCE, common_prefix
-
-WORTH_A_LEVEL = 16  # tokens: shorter common beginnings are read again
+from oncelm.eval.codec import common_prefix
+from oncelm.eval.prefix import WORTH_SHARING
+from oncelm.models.session import READ_AT_ONCE
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def tree_levels(requests: Sequence[Request], targets_at_once: int) -> list[list[
     while parts:  # `start` tokens of requests first to last are read, and at least as many are common
         depth, parent, first, last, start = parts.pop()
         common = len(read[first]) if last - first == 1 else common_prefix(read[first], read[last - 1])
-        if last - first == 1 or common - start >= WORTH_A_LEVEL:
+        if last - first == 1 or common - start >= WORTH_SHARING:
             if common > start:
                 depth, parent = add(depth, parent, first, last, start, common)
             start = common

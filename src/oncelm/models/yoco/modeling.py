@@ -52,7 +52,6 @@ class YocoForCausalLM(Execution, CausalLM):
         "num_cross_decoder_layers", "num_attention_heads", "shared_kv_heads",
     )  # fmt: skip
     kv_dtypes = ("bfloat16", "float8", "int8")
-    read_options = ("chunk_size",)
     packs_rows = True
     gemms = ("float8",)
     has_official_format = True
