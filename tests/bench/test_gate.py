@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from oncelm.bench import GateError, check, run
-from oncelm.cache import RetentionState, SharedKV
+from oncelm.cache import RecurrentState, SharedKV
 from oncelm.cache.longllama.memory_kv import MemoryKV
 from tests.bench.conftest import tiny_llama, tiny_long, tiny_yoco
 
@@ -38,8 +38,10 @@ def test_a_memory_that_is_not_seen_is_refused(monkeypatch):
 
 
 def test_a_state_that_is_not_carried_over_is_refused_even_in_bfloat16(monkeypatch):
-    retain = RetentionState.retain
-    monkeypatch.setattr(RetentionState, "retain", lambda self, *args: (self.state.zero_(), retain(self, *args))[1])
+    scan = RecurrentState.scan
+    monkeypatch.setattr(
+        RecurrentState, "scan", lambda self, *args, **step: (self.state.zero_(), scan(self, *args, **step))[1]
+    )
     yoco = tiny_yoco(num_cross_decoder_layers=0)
     yoco.model.bfloat16()
     with pytest.raises(GateError):

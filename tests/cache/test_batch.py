@@ -10,7 +10,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from oncelm.cache.batch import Batch
-from oncelm.cache.yoco.fresh import FreshShared
+from oncelm.cache.yoco.shared_kv import FreshShared
 from oncelm.ops import global_attention
 
 CPU = torch.device("cpu")

@@ -15,6 +15,8 @@ import torch
 from safetensors.torch import load_file
 
 import oncelm
+from oncelm.models.yoco.mixers import Mixer
+from oncelm.models.yoco.mixers.registry import MIXERS
 from oncelm.models.yoco.official import (
     _KEYS,
     PARAMS,
@@ -124,10 +126,11 @@ def test_what_the_official_code_has_not(changes, message, tmp_path) -> None:
     assert not any(tmp_path.iterdir())
 
 
-def test_another_kind_of_self_decoder_is_not_written_as_retention(tmp_path) -> None:
+def test_another_kind_of_self_decoder_is_not_written_as_retention(tmp_path, monkeypatch) -> None:
     model = make_model("retention")
-    vars(model.config)["self_decoder"] = "third"  # as if there were one more
-    with pytest.raises(ValueError, match="unknown self_decoder of the official format 'third'"):
+    vars(model.config)["self_decoder"] = "third"
+    monkeypatch.setitem(MIXERS, "third", type("Third", (Mixer,), {}))
+    with pytest.raises(ValueError, match="the official format knows gated_retention and sliding_window, and not Third"):
         write_official(model, tmp_path / "official")
     assert not any(tmp_path.iterdir())
 

@@ -14,7 +14,7 @@ from oncelm.models import head as heads
 from oncelm.models.longllama import model as long_model
 from oncelm.models.plain import Wiring, is_plain_linear, is_untouched
 from oncelm.models.yoco import model as yoco_model
-from oncelm.models.yoco.stepper import PLAIN_MODULES, stepper
+from oncelm.models.yoco.stepper import plain_modules, stepper
 from tests.models.small import KINDS, VOCAB, make_long, make_model
 
 GREEDY = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 1}
@@ -198,7 +198,7 @@ def test_wiring_notices_what_a_graph_would_miss() -> None:
     mixer = model.self_decoder.layers[1].mixer
 
     def wiring() -> Wiring:
-        return Wiring(model, PLAIN_MODULES)
+        return Wiring(model, plain_modules(model.config))
 
     made = wiring()
     assert made.is_plain

@@ -14,7 +14,10 @@ from oncelm.bench import Ceilings
 from oncelm.bench.peer import llama_config
 from oncelm.bench.subjects import default_config
 from oncelm.models import work
+from oncelm.models.longllama import work as long_work
 from oncelm.models.work import Work
+from oncelm.models.yoco import work as yoco_work
+from oncelm.models.yoco.mixers import sliding_window
 from oncelm.models.yoco.presets import preset_config
 from tests.bench.conftest import tiny_llama, tiny_yoco
 from tests.models.small import make_long
@@ -42,7 +45,8 @@ def counted(run: Callable[[], object]) -> tuple[int, int]:
 @pytest.fixture
 def every_pair(monkeypatch: pytest.MonkeyPatch) -> None:
     """The math kernel computes the masked pairs too; count as it does."""
-    monkeypatch.setattr(work, "causal_pairs", lambda T, window=None: T * T)
+    for module in (work, yoco_work, long_work, sliding_window):
+        monkeypatch.setattr(module, "causal_pairs", lambda T, window=None: T * T)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -90,7 +94,7 @@ def test_longllama_reads_windows_and_memory():
     """With windows of one token, no kernel computes a masked pair."""
     config = {"max_position_embeddings": 1, "last_context_length": 1, "mem_layers": [1, 2], "num_hidden_layers": 5}
     model, tokens = make_long(**config), 24
-    costs, ids = work.LongLlamaWork(model.config, 4), torch.ones(B, tokens, dtype=torch.long)
+    costs, ids = long_work.LongLlamaWork(model.config, 4), torch.ones(B, tokens, dtype=torch.long)
     with torch.no_grad():
         cache = model.new_cache(B, max_tokens=tokens + 1)
         for run, expected in (
@@ -104,7 +108,7 @@ def test_longllama_trains_with_crossbatch(every_pair):
     rows, length, layers = 8, 16, 3
     shape = {"max_position_embeddings": length, "mem_layers": [1], "num_hidden_layers": layers}
     model = make_long(cross_batch_range=3, cross_batch_stepping=True, dataset_packing=4, **shape).train()
-    expected = work.LongLlamaWork(model.config, 4).train(rows, length)
+    expected = long_work.LongLlamaWork(model.config, 4).train(rows, length)
     ids = torch.ones(rows, length, dtype=torch.long)
     linear, mixing = counted(lambda: model(ids, labels=ids).loss.backward())
     pairs = length**2 * (layers * rows + sum((0, 1, 2, 3, 0, 2, 3, 3)))
@@ -130,5 +134,5 @@ def test_the_floor_is_the_slower_of_computing_and_moving():
     "config", [default_config(), *(preset_config(name) for name in ("yoco-160m", "yoco-1.4b", "yoco-3b", "yoco-13b"))]
 )
 def test_the_peer_is_of_the_same_size_or_a_little_smaller(config):
-    yoco, llama = work.YocoWork(config, 4), work.LlamaWork(llama_config(config), 4)
+    yoco, llama = yoco_work.YocoWork(config, 4), work.LlamaWork(llama_config(config), 4)
     assert 0.92 < llama.weights / yoco.weights < 1

@@ -18,7 +18,8 @@ from oncelm.bench.report import append_record, read_records, table
 from oncelm.bench.roofline import Ceilings, measure_ceilings
 from oncelm.bench.runner import run
 from oncelm.bench.subjects import Subject, Yoco
-from oncelm.models.work import LlamaWork, Work, YocoWork
+from oncelm.models.work import LlamaWork, Work
+from oncelm.models.yoco.work import YocoWork
 
 __all__ = [
     "CASES",

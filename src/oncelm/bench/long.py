@@ -12,7 +12,7 @@ from oncelm.bench.peer import SHAPE_KEYS
 from oncelm.cache.longllama.cache import LongLlamaCache
 from oncelm.models import LongLlamaConfig, LongLlamaForCausalLM
 from oncelm.models.inputs import NOTHING
-from oncelm.models.work import LongLlamaWork
+from oncelm.models.longllama.work import LongLlamaWork
 
 
 def plain_config(config: LongLlamaConfig) -> LlamaConfig:

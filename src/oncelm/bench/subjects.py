@@ -10,7 +10,9 @@ from transformers import PreTrainedModel
 from oncelm.cache import YocoCache
 from oncelm.models import YocoConfig, YocoForCausalLM
 from oncelm.models.inputs import NOTHING
-from oncelm.models.work import WorkCounts, YocoWork
+from oncelm.models.work import WorkCounts
+from oncelm.models.yoco.mixers import find_mixer
+from oncelm.models.yoco.work import YocoWork
 from oncelm.ops.quantize import LARGEST
 
 
@@ -75,7 +77,7 @@ def default_config(
             "num_self_decoder_layers": num_layers - num_layers // 2,
             "num_cross_decoder_layers": num_layers // 2,
             "self_decoder": self_decoder,
-            "num_self_heads": max(1, hidden_size // 256) if self_decoder == "gated_retention" else heads,
+            "num_self_heads": max(1, hidden_size // find_mixer(self_decoder).usual_head_dim),
             "num_attention_heads": heads,
             "num_key_value_heads": max(1, heads // 2),
             **changes,

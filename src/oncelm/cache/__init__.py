@@ -4,29 +4,22 @@ from oncelm.cache.base import Snapshot
 from oncelm.cache.batch import Batch, Selection
 from oncelm.cache.disk import load_snapshot, save_snapshot
 from oncelm.cache.yoco.cache import YocoCache
-from oncelm.cache.yoco.fresh import FreshPast, FreshRetention, FreshWindow
-from oncelm.cache.yoco.interface import HeldPast, Past, RetentionPast, SharedPast, WindowPast
-from oncelm.cache.yoco.retention_state import RetentionState
-from oncelm.cache.yoco.shared_kv import SharedKV
-from oncelm.cache.yoco.step import StepPast
-from oncelm.cache.yoco.window_kv import WindowKV
+from oncelm.cache.yoco.interface import HeldPast, LayerCache, Past, Pasts, SharedPast
+from oncelm.cache.yoco.recurrent_state import RecurrentState
+from oncelm.cache.yoco.shared_kv import FreshShared, SharedKV
 
 __all__ = [
     "Batch",
-    "FreshPast",
-    "FreshRetention",
-    "FreshWindow",
+    "FreshShared",
     "HeldPast",
+    "LayerCache",
     "Past",
-    "RetentionPast",
-    "RetentionState",
+    "Pasts",
+    "RecurrentState",
     "Selection",
     "SharedKV",
     "SharedPast",
     "Snapshot",
-    "StepPast",
-    "WindowKV",
-    "WindowPast",
     "YocoCache",
     "load_snapshot",
     "save_snapshot",

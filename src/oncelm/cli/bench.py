@@ -85,7 +85,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     shape.add_argument("--mem-layers", metavar="I,J,...", help="read the folder of a LLaMA-family model as a LongLLaMA")
     shape.add_argument("--hidden-size", type=int, metavar="D", help="width (512)")
     shape.add_argument("--layers", type=int, metavar="L", help="layers, half of them self-decoder (12)")
-    shape.add_argument("--self-decoder", metavar="KIND", help="gated_retention (default) or sliding_window")
+    shape.add_argument("--self-decoder", metavar="KIND", help="mixer of the self-decoder (gated_retention)")
     shape.add_argument(
         "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="any other key of YocoConfig"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +34,6 @@ examples:
 """
 
 CACHE_LENGTHS = {"4K": 4 << 10, "32K": 32 << 10, "128K": 128 << 10, "1M": 1 << 20}
-SELF_DECODERS = {"gated_retention": "gated retention", "sliding_window": "sliding-window attention"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -184,13 +184,15 @@ def parts(config: PreTrainedConfig) -> list[tuple[str, str]]:
             memory = f"layers {', '.join(map(str, config.mem_layers))}" if config.mem_layers else "no layers"
             rows.insert(1, ("memory", f"{memory}, kept in {config.mem_dtype or 'the dtype of the model'}"))
         return rows
-    own = SELF_DECODERS[config.self_decoder]
-    heads = f"{config.num_self_heads} heads of {config.self_head_dim}"
-    if config.self_decoder == "sliding_window":
-        heads += f", {config.self_kv_heads} key/value heads, window {config.window_size:,}"
+    from oncelm.models.yoco.mixers import mixers_of
+
+    own = [
+        ("self-decoder", f"{count} layers of {mixer.describe(config)}")
+        for mixer, count in Counter(mixers_of(config)).items()
+    ] or [("self-decoder", "0 layers")]
     cross = f"{config.num_attention_heads} heads of {config.head_dim}, {config.shared_kv_heads} shared key/value heads"
     return [
-        ("self-decoder", f"{config.num_self_decoder_layers} layers of {own}, {heads}"),
+        *own,
         ("cross-decoder", f"{config.num_cross_decoder_layers} layers of attention, {cross}"),
         ("layout", config.layout),
         ("width", width),

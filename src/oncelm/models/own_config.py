@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import logging
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -15,6 +15,9 @@ from transformers import GenerationConfig, PreTrainedConfig
 from oncelm.utils.constraints import Constraint, Each, Flag, Keyed, Only, Text, Whole, constraints_of
 from oncelm.utils.device import DTYPES
 from oncelm.utils.errors import nearest, shown, unknown
+
+if TYPE_CHECKING:
+    from oncelm.models.work import WorkCounts
 
 logger = logging.getLogger(__name__)
 
@@ -91,6 +94,10 @@ class OwnConfig(PreTrainedConfig):
         """The keys that the class describes."""
         common = {entry.name for entry in dataclasses.fields(PreTrainedConfig)}
         return [entry.name for entry in dataclasses.fields(cls) if entry.name not in common]
+
+    def work(self, element_size: int) -> WorkCounts | None:
+        """What a model of this configuration costs, its weights and cache in numbers of `element_size` bytes."""
+        raise NotImplementedError
 
     def _refuse_unknown(self, keys: Mapping[str, Any]) -> None:
         for key in keys:

@@ -9,6 +9,7 @@ from transformers import LlamaConfig, PreTrainedConfig, PreTrainedModel
 
 from oncelm.models.longllama import LongLlamaConfig
 from oncelm.models.yoco import YocoConfig, YocoForCausalLM
+from oncelm.models.yoco.mixers import mixers_of
 from oncelm.train.config import TrainConfig
 from oncelm.train.crossbatch import describe_crossbatch
 from oncelm.train.parallel.tensor import check_split
@@ -109,9 +110,8 @@ def activation_bytes(
     if isinstance(config, LlamaConfig):
         mixing = [3 * d + 3 * config.num_key_value_heads * head_dim] * config.num_hidden_layers
     else:
-        retention = config.self_decoder == "gated_retention"
-        own = 12 * d if retention else 3 * d + 3 * config.self_kv_heads * config.self_head_dim
-        mixing = [own] * config.num_self_decoder_layers + [3 * d] * config.num_cross_decoder_layers
+        mixing = [mixer.kept_numbers(config) for mixer in mixers_of(config)]
+        mixing += [3 * d] * config.num_cross_decoder_layers
     ours = isinstance(config, YocoConfig | LongLlamaConfig)
     normalised = 0 if compiled and ours else e * 2 * d + (8 * d if e == 2 else 0)
     widths = 3 if compiled and ours else 4

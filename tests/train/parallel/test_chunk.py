@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from oncelm.train.parallel.chunk import _state_from_zero
+from oncelm.models.yoco.mixers.gated_retention import _state_from_zero
 from tests.train.parallel.cases import in_chunks, make_tokens, one_rank
 from tests.train.ranks import run_ranks
 

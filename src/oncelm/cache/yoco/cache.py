@@ -6,7 +6,7 @@ Nothing of it is per layer of the cross-decoder and nothing grows by concatenati
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 from weakref import WeakSet
 
@@ -14,19 +14,16 @@ import torch
 
 from oncelm.cache.base import RewindPoint, SequenceCache, Snapshot
 from oncelm.cache.batch import HISTORY, Batch
-from oncelm.cache.yoco.retention_state import RetentionState
+from oncelm.cache.yoco.interface import LayerCache, Pasts
 from oncelm.cache.yoco.shared_kv import SharedKV
-from oncelm.cache.yoco.window_kv import WindowKV
 from oncelm.ops.quantize import LARGEST, as_bytes
-
-LayerCache = RetentionState | WindowKV
 
 
 class YocoCache(SequenceCache):
     """Preallocated cache for `batch_size` sequences of up to `max_tokens` tokens (None: as many as come).
 
     Attributes:
-        layers: one RetentionState or WindowKV a self-decoder layer.
+        layers: the past of each self-decoder layer, as its mixer makes it.
         shared: the global key/value cache; None for a model without a cross-decoder.
         lengths: tokens held of each sequence (padding is never held).
     """
@@ -36,7 +33,7 @@ class YocoCache(SequenceCache):
 
     def __init__(
         self,
-        layers: list[LayerCache],
+        layers: Sequence[LayerCache],
         shared: SharedKV | None,
         batch_size: int,
         max_tokens: int | None,
@@ -56,10 +53,32 @@ class YocoCache(SequenceCache):
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """All that it has allocated, by name: "layers.3.state", "shared.k"."""
-        owners = {f"layers.{i}": layer for i, layer in enumerate(self.layers)}
-        if self.shared is not None:
-            owners["shared"] = self.shared
-        return {f"{name}.{part}": getattr(owner, part) for name, owner in owners.items() for part in owner.tensor_names}
+        return self._in_use(None)
+
+    def _stores(self) -> dict[str, LayerCache]:
+        """All that holds tensors, by name."""
+        stores = {f"layers.{i}": layer for i, layer in enumerate(self.layers)}
+        return stores if self.shared is None else {**stores, "shared": self.shared}
+
+    def _in_use(self, num_tokens: int | None, growing: bool = True) -> dict[str, torch.Tensor]:
+        """The tensors, those of rows of tokens cut to the first `num_tokens`, or left out where not `growing`."""
+        return {
+            f"{name}.{part}": getattr(store, part)[:, :num_tokens] if store.grows else getattr(store, part)
+            for name, store in self._stores().items()
+            if growing or not store.grows
+            for part in store.tensor_names
+        }
+
+    def reserve(self, num_tokens: int) -> None:
+        """Make room for `num_tokens` a sequence."""
+        for store in self._stores().values():
+            store.reserve(num_tokens)
+
+    def step_form(self) -> Pasts:
+        """The past of one new token a sequence at positions that only the device knows, for CUDA graphs: an object on
+        the tensors of each layer. Lengths are the caller's to check before, and to commit after."""
+        shared = None if self.shared is None else self.shared.step_form()
+        return Pasts([layer.step_form() for layer in self.layers], shared)
 
     @property
     def device(self) -> torch.device:
@@ -85,15 +104,12 @@ class YocoCache(SequenceCache):
     def snapshot(self, shared: bool = True) -> Snapshot:
         """A copy to return to with `restore`.
 
-        With `shared=False` the shared K/V is not copied: a cheap rewind point for this cache alone (prefill a document
-        once, ask it many questions). It stays valid until the cache is restored to, or cropped to, an earlier place.
+        With `shared=False` keys and values of all tokens are not copied: a cheap rewind point for this cache alone
+        (prefill a document once, ask it many questions). It stays valid until the cache is restored to, or cropped to,
+        an earlier place.
         """
         self.check_whole()
-        held = {
-            name: (tensor[:, : self.num_tokens] if name.startswith("shared.") else tensor).clone()
-            for name, tensor in self.tensors().items()
-            if shared or not name.startswith("shared.")
-        }
+        held = {name: tensor.clone() for name, tensor in self._in_use(self.num_tokens, shared).items()}
         point = None
         if not shared:
             point = RewindPoint(self.lengths)
@@ -113,25 +129,24 @@ class YocoCache(SequenceCache):
         longest = max(snapshot.lengths)
         if self.max_tokens is not None and longest > self.max_tokens:
             raise ValueError(f"the snapshot holds {longest} tokens, the cache at most {self.max_tokens}.")
-        if self.shared is not None:
-            self.shared.reserve(longest)
-        mine = self.tensors()
-        held, kept = snapshot.tensors.get("shared.k"), mine.get("shared.k")
-        if held is not None and kept is not None and held.dtype != kept.dtype and {held.dtype, kept.dtype} & {*LARGEST}:
-            raise ValueError(
-                f"the snapshot's keys and values are {held.dtype}, the cache's {kept.dtype}: "
-                f"make the cache with model.new_cache(..., dtype={held.dtype})."
-            )
-        whole = {name for name in mine if snapshot.rewind_point is None or not name.startswith("shared.")}
-        if whole != set(snapshot.tensors):
+        self.reserve(longest)
+        mine = self._in_use(longest, snapshot.rewind_point is None)
+        for name in mine.keys() & snapshot.tensors.keys():
+            held, kept = snapshot.tensors[name].dtype, mine[name].dtype
+            if held != kept and {held, kept} & {*LARGEST}:
+                raise ValueError(
+                    f"the snapshot's keys and values are {held}, the cache's {kept}: "
+                    f"make the cache with model.new_cache(..., dtype={held})."
+                )
+        if mine.keys() != snapshot.tensors.keys():
             raise ValueError("the snapshot is of a cache with other layers than this one.")
         for name, saved in snapshot.tensors.items():
-            target = mine[name][:, :longest] if name.startswith("shared.") else mine[name]
-            if target.shape != saved.shape:
-                raise ValueError(f"{name} of the snapshot is {tuple(saved.shape)}, of the cache {tuple(target.shape)}.")
+            if mine[name].shape != saved.shape:
+                raise ValueError(
+                    f"{name} of the snapshot is {tuple(saved.shape)}, of the cache {tuple(mine[name].shape)}."
+                )
         for name, saved in snapshot.tensors.items():
-            target = mine[name][:, :longest] if name.startswith("shared.") else mine[name]
-            target.copy_(saved)
+            mine[name].copy_(saved)
         if snapshot.rewind_point is None:  # other keys and values may have taken the place of theirs
             self._rewind_points.clear()
         self._set_lengths(snapshot.lengths, snapshot.columns)
@@ -146,11 +161,10 @@ class YocoCache(SequenceCache):
 
     def reset(self) -> None:
         """Forget everything; the memory stays allocated."""
-        for name, tensor in self.tensors().items():
-            # rows behind those in use have never been written, unless a forward pass failed: a masked key has weight 0,
-            # but 0 times a NaN that an earlier text left there is NaN
-            used = tensor[:, : self.num_tokens] if name.startswith("shared.") and not self._running else tensor
-            as_bytes(used).zero_()
+        # rows behind those in use have never been written, unless a forward pass failed: a masked key has weight 0,
+        # but 0 times a NaN that an earlier text left there is NaN
+        for tensor in self._in_use(None if self._running else self.num_tokens).values():
+            as_bytes(tensor).zero_()
         self._set_lengths((0,) * self.batch_size, 0)
         self._forget_history()
         self._running = False
@@ -158,11 +172,8 @@ class YocoCache(SequenceCache):
     # -- batch rows -----------------------------------------------------------------------------------------------
 
     def _select(self, index: torch.Tensor, rows: list[int]) -> None:
-        for layer in self.layers:
-            for part in layer.tensor_names:
-                setattr(layer, part, getattr(layer, part)[index])
-        if self.shared is not None:
-            self.shared.select(index, self.num_tokens)
+        for store in self._stores().values():
+            store.select(index, self.num_tokens)
         self.lengths = tuple(self.lengths[row] for row in rows)
         self._rewind_points = WeakSet()
         self._forget_history()
@@ -177,13 +188,11 @@ class YocoCache(SequenceCache):
         """
         self._recording = on
         self._forget_history()
-        for layer in self.layers:
-            layer.recording = on
 
     def _forget_history(self) -> None:
         self._history.clear()
         for layer in self.layers:
-            layer.history.clear()
+            layer.record(self._recording)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Undo the last `abs(tokens_to_remove)` tokens of every sequence (Hugging Face passes them negative).

@@ -1,30 +1,49 @@
-"""What a YOCO model asks of the past: the four calls in which tokens meet each other.
+"""What a YOCO model asks of the past, and what a YocoCache asks of its layers.
 
-A model never knows where keys, values and states live. Whoever runs it passes an object with these methods: YocoCache
-(contiguous, decoding), FreshPast (nothing remembered, training), ChunkPast (of `oncelm.train.parallel`: chunks of
-sequences that other processes hold), and later paged slots in an engine.
+A model never knows where keys, values and states live. Whoever runs it passes a `Past`: a YocoCache (contiguous,
+decoding), `Pasts` of fresh layers (nothing remembered, training) or of layers that reach over to other processes
+(chunks of sequences), and later paged slots in an engine. What a layer's past offers is between a mixer and its pasts;
+the protocols here are those of OnceLM's own mixers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
 from oncelm.cache.batch import Batch
 
+Tensors = tuple[torch.Tensor, ...]
 
-class RetentionPast(Protocol):
-    """The past of one gated-retention layer."""
 
-    def retain(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """q, k [B, T, H, K], v [B, T, H, V], log decay g [B, T, H] -> o [B, T, H, V]."""
+class RecurrentPast(Protocol):
+    """The past of a layer whose states are of fixed size, as of gated retention."""
+
+    def scan(
+        self,
+        name: str,
+        op: Callable[..., tuple[torch.Tensor, torch.Tensor | None]],
+        inputs: Tensors,
+        batch: Batch,
+        step: Callable[..., torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """What `op` makes of the inputs [B, T, ...] of the batch's tokens: [B, T, ...].
+
+        Args:
+            name: of the state, each once a forward pass.
+            op: called as `op(*inputs, initial_state=, output_final_state=, cu_seqlens=)`, the usual form of linear
+                attention: what comes out, and the state [N, ...] behind the last token of each sequence.
+            step: called as `step(*inputs, state)` where each sequence has one token: what comes out; the state has
+                been changed in place. None: `op` does that too.
+        """
         ...
 
 
 class WindowPast(Protocol):
-    """The past of one sliding-window layer."""
+    """The past of a sliding-window layer."""
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: Batch) -> torch.Tensor:
         """q [B, T, H, D], k, v [B, T, H_kv, D] -> [B, T, H, D]."""
@@ -32,7 +51,7 @@ class WindowPast(Protocol):
 
 
 class SharedPast(Protocol):
-    """The global keys and values that all layers of the cross-decoder read."""
+    """Keys and values of all tokens: the global ones, which all layers of the cross-decoder read."""
 
     def append(self, k: torch.Tensor, v: torch.Tensor, batch: Batch) -> None:
         """Take in k, v [B, T, H_kv, D] of the batch's tokens."""
@@ -44,7 +63,7 @@ class SharedPast(Protocol):
 
 
 class Past(Protocol):
-    """The past of a whole model: one RetentionPast or WindowPast a self-decoder layer, and the shared one."""
+    """The past of a whole model: one object a self-decoder layer, and the shared one."""
 
     @property
     def layers(self) -> Sequence[Any]: ...
@@ -59,4 +78,45 @@ class HeldPast(Past, Protocol):
     @property
     def lengths(self) -> tuple[int, ...]:
         """Tokens that came before, of each sequence."""
+        ...
+
+
+@dataclass
+class Pasts:
+    """A Past, put together for one forward pass."""
+
+    layers: Sequence[Any]
+    shared: Any
+    lengths: tuple[int, ...] = ()
+
+
+class LayerCache(Protocol):
+    """The past of one layer in decoding, as the YocoCache around it handles it: of N sequences.
+
+    Attributes:
+        tensor_names: attributes that hold its tensors, [N, ...], or [N, S, ...] with a row a token if it `grows`.
+        grows: rows of tokens are added and never changed, so that undoing leaves them where they are.
+    """
+
+    tensor_names: tuple[str, ...]
+    grows: bool
+
+    def record(self, on: bool) -> None:
+        """Remember forward passes from now on, or no longer, so that `rewind` can undo them; forget earlier ones."""
+        ...
+
+    def rewind(self, kept: Batch) -> None:
+        """Forget the last recorded forward pass but the first `kept.lengths` tokens of each sequence."""
+        ...
+
+    def reserve(self, num_tokens: int) -> None:
+        """Make room for `num_tokens` a sequence."""
+        ...
+
+    def select(self, index: torch.Tensor, num_tokens: int) -> None:
+        """Keep sequences `index` [M], of which `num_tokens` tokens are held."""
+        ...
+
+    def step_form(self) -> Any:
+        """A past on the same tensors for one new token a sequence at positions that only the device knows."""
         ...

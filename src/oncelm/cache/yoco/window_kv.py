@@ -1,20 +1,26 @@
-"""The last `window_size` keys and values of one sliding-window layer, in a ring: position p lives in slot p mod W."""
+"""The past of a sliding-window layer: in decoding, at a step, for whole sequences, and for a chunk of one."""
 
 from __future__ import annotations
 
-from collections import deque
+from functools import partial
 
 import torch
+from torch.distributed import ProcessGroup
 
-from oncelm.cache.batch import HISTORY, Batch, Group
-from oncelm.ops import global_attention, window_attention
+from oncelm.cache.batch import Batch, Group
+from oncelm.cache.yoco.recurrent_state import FixedSize
+from oncelm.ops import decode_attention, global_attention, window_attention
+from oncelm.ops.context_parallel import previous_tokens
 from oncelm.utils.memory import checked_zeros
 
 
-class WindowKV:
-    """k, v [N, W, H_kv, D] for N sequences, keys already rotated."""
+class WindowKV(FixedSize):
+    """The last W keys and values, k, v [N, W, H_kv, D], of N sequences in a ring: position p lives in slot p mod W.
 
-    tensor_names = ("k", "v")
+    Keys are already rotated.
+    """
+
+    tensor_names: tuple[str, ...] = ("k", "v")
 
     def __init__(
         self,
@@ -25,12 +31,11 @@ class WindowKV:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
+        super().__init__()
         shape = (batch_size, window_size, num_kv_heads, head_dim)
         what = f"a window of {window_size:,} tokens"
         self.k = checked_zeros(shape, dtype, device, what)
         self.v = checked_zeros(shape, dtype, device, what)
-        self.recording = False
-        self.history: deque[tuple] = deque(maxlen=HISTORY)
 
     @property
     def window_size(self) -> int:
@@ -41,7 +46,7 @@ class WindowKV:
         dtype = q.dtype
         q, k, v = (x.to(self.k.dtype) for x in (q, k, v))  # a cache may be of a narrower dtype than the model
         if self.recording:
-            self.history.append((self.k.clone(), self.v.clone(), k, v, batch))
+            self.remember(batch, partial(self._redo, k, v))
         if batch.cu_seqlens is None and batch.lengths[0] == 1:
             return self._attend_one(q, k, v, batch).to(dtype)
         outputs = []
@@ -74,10 +79,56 @@ class WindowKV:
         self.k[group.rows, slots] = k[:, k.shape[1] - count :]
         self.v[group.rows, slots] = v[:, v.shape[1] - count :]
 
-    def rewind(self, kept: Batch) -> None:
-        """Forget the last recorded forward pass but the first `kept.lengths` tokens of each sequence."""
-        before_k, before_v, k, v, batch = self.history.pop()
-        self.k.copy_(before_k)
-        self.v.copy_(before_v)
+    def _redo(self, k: torch.Tensor, v: torch.Tensor, batch: Batch, kept: Batch) -> None:
         for group, new in zip(batch.groups(), kept.groups(), strict=True):
             self._write(k[group.where][:, : new.length], v[group.where][:, : new.length], new)
+
+    def step_form(self) -> StepWindow:
+        return StepWindow(self)
+
+
+class StepWindow:
+    """The ring at one new token a sequence. It holds just what that sees, and softmax asks for no order."""
+
+    def __init__(self, held: WindowKV) -> None:
+        self.held = held
+
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """Outputs [N, 1, H, D]."""
+        held, position = self.held, batch.positions[:, 0]
+        rows, slots = torch.arange(len(q), device=q.device), position % held.window_size
+        held.k[rows, slots], held.v[rows, slots] = k[:, 0].to(held.k.dtype), v[:, 0].to(held.v.dtype)
+        lengths = (position + 1).clamp(max=held.window_size)
+        return decode_attention(q.to(held.k.dtype), held.k, held.v, lengths=lengths).to(q.dtype)
+
+
+class FreshWindow:
+    """No earlier keys; gradients flow through all of it."""
+
+    def __init__(self, window_size: int) -> None:
+        self.window_size = window_size
+
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """Outputs [B, T, H, D]."""
+        longest = max(batch.lengths, default=0)
+        return window_attention(q, k, v, window_size=self.window_size, cu_seqlens=batch.cu_seqlens, max_seqlen=longest)
+
+
+class ChunkWindow:
+    """A chunk whose first queries see the end of the chunk before, which another rank holds."""
+
+    def __init__(self, window_size: int, group: ProcessGroup) -> None:
+        self.window_size, self.group = window_size, group
+
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """Outputs [B, T, H, D]."""
+        heads = k.shape[2]
+        past = previous_tokens(torch.cat((k, v), dim=2), self.window_size - 1, self.group)
+        outputs = []
+        for group in batch.groups():
+            # a slice even where it is empty: the gradient must pass through the exchange on every rank
+            seen = past[group.where[0], past.shape[1] - min(group.start, past.shape[1]) :]
+            keys = torch.cat((seen[:, :, :heads], k[group.where]), dim=1)
+            values = torch.cat((seen[:, :, heads:], v[group.where]), dim=1)
+            outputs.append(window_attention(q[group.where], keys, values, window_size=self.window_size))
+        return batch.join(outputs)

@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from huggingface_hub.dataclasses import strict
 
 from oncelm.models.own_config import OwnConfig, checked
+from oncelm.models.yoco.mixers.registry import kinds_of, mixer_names
 from oncelm.ops.rope import PAIRINGS, SPACINGS
-from oncelm.utils.constraints import POSITIVE, Count, Each, Number, OneOf, Positive, Whole
+from oncelm.utils.constraints import POSITIVE, Constraint, Count, Each, Number, OneOf, Positive, Whole
+from oncelm.utils.errors import unknown
 
-SELF_DECODERS = ("gated_retention", "sliding_window")
+if TYPE_CHECKING:
+    from oncelm.models.work import WorkCounts
+
 LAYOUTS = ("stacked", "unstacked", "interleaved")
 
 Width = Annotated[int, Whole(1, 2**24)]
 Layers = Annotated[int, Whole(0, 4096)]
 Heads = Annotated[int, Whole(1, 2**16)]
 Token = Annotated[int, Whole(0)]
+
+
+class MixerName(Constraint):
+    """The name of a mixer, of OnceLM or registered from outside."""
+
+    def check(self, name: str, value: Any) -> str:
+        if not isinstance(value, str) or value not in mixer_names():
+            raise unknown(name, value, mixer_names())
+        return value
 
 
 @checked
@@ -30,7 +43,7 @@ class YocoConfig(OwnConfig):
         intermediate_size: width of the feed-forward layers.
         num_self_decoder_layers, num_cross_decoder_layers: layers of each half; either may be 0 (a model without a
             cross-decoder is a plain gRetNet or sliding-window Transformer).
-        self_decoder: "gated_retention" or "sliding_window".
+        self_decoder: the mixer of the self-decoder's layers, "gated_retention", "sliding_window" or a registered one.
         num_self_heads: heads of a self-decoder layer.
         num_self_key_value_heads: key/value heads of a sliding-window layer; None means num_self_heads.
         num_attention_heads: query heads of a cross-decoder layer.
@@ -62,7 +75,7 @@ class YocoConfig(OwnConfig):
     intermediate_size: Width = 2304
     num_self_decoder_layers: Layers = 6
     num_cross_decoder_layers: Layers = 6
-    self_decoder: Annotated[str, OneOf(SELF_DECODERS)] = "gated_retention"
+    self_decoder: Annotated[str, MixerName()] = "gated_retention"
     num_self_heads: Heads = 3
     num_self_key_value_heads: Heads | None = None
     num_attention_heads: Heads = 12
@@ -113,8 +126,13 @@ class YocoConfig(OwnConfig):
         ):
             if getattr(self, heads) % getattr(self, kv):
                 raise ValueError(f"{heads} {getattr(self, heads)} is not a multiple of {kv} {getattr(self, kv)}.")
-        if self.self_decoder == "gated_retention" and self.num_self_key_value_heads != self.num_self_heads:
-            raise ValueError("gated retention has one key/value head a query head: leave num_self_key_value_heads out.")
+        for mixer in kinds_of(self):
+            mixer.check(self)
+
+    @property
+    def self_layer_types(self) -> list[str]:
+        """The mixer of each layer of the self-decoder."""
+        return [self.self_decoder] * self.num_self_decoder_layers
 
     @property
     def num_hidden_layers(self) -> int:
@@ -140,6 +158,12 @@ class YocoConfig(OwnConfig):
     def shared_kv_heads(self) -> int:
         """Heads of the shared key/value cache."""
         return self.num_key_value_heads or self.num_attention_heads
+
+    def work(self, element_size: int) -> WorkCounts | None:
+        from oncelm.models.yoco.work import YocoWork
+
+        known = all(mixer.work(self) is not None for mixer in kinds_of(self))
+        return YocoWork(self, element_size) if known else None
 
     @property
     def layer_order(self) -> list[tuple[str, int]]:

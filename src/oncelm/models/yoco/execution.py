@@ -8,6 +8,7 @@ keys_and_values     -
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 from collections.abc import Callable
 from typing import Any, Self
@@ -78,6 +79,12 @@ def has_fused_kernels(dtype: torch.dtype) -> bool:
     return dtype != torch.float64 and importlib.util.find_spec("triton") is not None
 
 
+@functools.cache
+def _kernel_parts(name: str) -> Any:
+    """fused.py or float8.py, which cannot be imported without Triton."""
+    return importlib.import_module(f"oncelm.models.yoco.{name}")
+
+
 class Execution(CompilesLayers):
     """The part of YocoForCausalLM that decides how its layers are executed."""
 
@@ -122,11 +129,10 @@ class Execution(CompilesLayers):
         return self
 
     def _float8_layers(self) -> list[nn.Linear]:
-        return [
-            module
-            for name, module in self.self_decoder.named_modules()
-            if type(module) is nn.Linear and not name.endswith("gt_proj")
-        ]
+        layers: Any = self.self_decoder.layers
+        found = [getattr(layer.mixer, name) for layer in layers for name in layer.mixer.float8_layers]
+        found += [linear for layer in layers for linear in (layer.ffn.fc1, layer.ffn.gate, layer.ffn.fc2)]
+        return [linear for linear in found if type(linear) is nn.Linear]
 
     def _apply(self, fn: Callable, recurse: bool = True) -> Self:
         """Another device or dtype: the rounded weights follow."""
@@ -143,9 +149,9 @@ class Execution(CompilesLayers):
         parts = PLAIN
         if x.is_cuda and not gradients and has_fused_kernels(x.dtype):
             if self.gemm == "float8" and tokens >= MIN_FLOAT8_TOKENS:
-                from oncelm.models.yoco.float8 import FLOAT8 as parts
+                parts = _kernel_parts("float8").FLOAT8
             elif 0 < tokens <= MOST_FUSED[x.dtype.itemsize]:
-                from oncelm.models.yoco.fused import FUSED as parts
+                parts = _kernel_parts("fused").FUSED
         if self.compiles(x):
             return compiled_parts(parts, gradients)
         return parts

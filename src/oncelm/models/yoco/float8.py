@@ -12,7 +12,7 @@ from torch import nn
 
 from oncelm.models.plain import is_plain_norm, is_untouched
 from oncelm.models.yoco.linear import Rounded, rounded_weight
-from oncelm.models.yoco.model import PLAIN, DecoderLayer, GatedRetention, Tensors, TokenParts
+from oncelm.models.yoco.model import PLAIN, DecoderLayer, Tensors, TokenParts
 from oncelm.ops.float8 import Float8Rows, linear_float8, round_rows
 from oncelm.ops.float8_triton import add_norm_rows, gate_heads_rows, norm_rows, swiglu_rows
 
@@ -38,18 +38,17 @@ def after(layer: DecoderLayer, x: torch.Tensor, o: torch.Tensor, gate: torch.Ten
         assert weight is not None
         return linear_float8(rows, weight, x.dtype)
 
-    if isinstance(mixer, GatedRetention):
-        assert gate is not None
-        mixed = gate_heads_rows(o, gate, mixer.eps)
-    else:
-        mixed = round_rows(o.flatten(2))
+    mixed = round_rows(o.flatten(2)) if gate is None else gate_heads_rows(o, gate, mixer.eps)
     x, h = add_norm_rows(x, times(mixed, mixer.out_proj), norm.weight, norm.eps)
     return x + times(swiglu_rows(times(h, ffn.fc1), times(h, ffn.gate)), ffn.fc2)
 
 
 def is_rounded(layer: DecoderLayer) -> bool:
-    """Whether all products in `after` are in float8: in the self-decoder, unless an adapter took a layer's place."""
+    """Whether all products in `after` are in float8: in the self-decoder where the mixer offers that, unless an adapter
+    took a layer's place."""
     mixer, ffn = layer.mixer, layer.ffn
+    if "out_proj" not in mixer.float8_layers:
+        return False
     return all(rounded_weight(linear) is not None for linear in (mixer.out_proj, ffn.fc1, ffn.gate, ffn.fc2))
 
 

@@ -1,7 +1,8 @@
 """The token-wise parts of a layer for a few tokens on a GPU: one kernel before tokens meet, three after.
 
 `FUSED` computes what PLAIN computes (model.py), to rounding, with the kernels of `ops.decode_linear`. They read the
-weights of plain linear layers; a layer with anything else (adapters, hooks) is computed by PLAIN.
+weights of plain linear layers; a layer with anything else (adapters, hooks), and a mixer that does not say what its
+projections are (`Mixer.projections`), is computed by PLAIN.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from oncelm.models.yoco.model import (
     PLAIN,
     CrossDecoder,
     DecoderLayer,
-    GatedRetention,
     Tensors,
     TokenParts,
 )
@@ -27,43 +27,39 @@ __all__ = ["FUSED"]
 def before(layer: DecoderLayer, x: torch.Tensor, rotation: torch.Tensor) -> tuple[Tensors, torch.Tensor | None]:
     """As DecoderLayer.before."""
     mixer = layer.mixer
-    names = [name for name in ("q_proj", "k_proj", "v_proj", "g_proj", "gt_proj") if hasattr(mixer, name)]
-    if not is_plain_norm(layer.mixer_layer_norm) or not is_plain_linear(*(getattr(mixer, name) for name in names)):
+    if mixer.projections is None or not is_plain_norm(layer.mixer_layer_norm):
         return PLAIN.before(layer, x, rotation)
-    kinds = {"q_proj": "rope", "k_proj": "rope", "gt_proj": "decay"}
+    projections = [getattr(mixer, name) for name in mixer.projections]
+    if not is_plain_linear(*projections):
+        return PLAIN.before(layer, x, rotation)
     outputs = norm_linears(
         x.flatten(0, 1),
         layer.mixer_layer_norm.weight,
         layer.mixer_layer_norm.eps,
-        [getattr(mixer, name).weight for name in names],
-        [kinds.get(name, "plain") for name in names],
+        [projection.weight for projection in projections],
+        list(mixer.projections.values()),
         rotation=_rows(rotation, x),
         pairing=mixer.pairing,
-        decay_scale=1 / mixer.gate_logit_normalizer if isinstance(mixer, GatedRetention) else 1.0,
+        decay_scale=mixer.decay_scale,
     )
-    found = {name: y.unflatten(0, x.shape[:2]) for name, y in zip(names, outputs, strict=True)}
-    heads = [
-        found[name].unflatten(-1, (-1, mixer.head_dim)) for name in ("q_proj", "k_proj", "v_proj") if name in found
-    ]
-    if isinstance(mixer, GatedRetention):
-        return (*heads, found["gt_proj"]), found["g_proj"]
-    return tuple(heads), None
+    return mixer.arrange(*(y.unflatten(0, x.shape[:2]) for y in outputs))
 
 
 def after(layer: DecoderLayer, x: torch.Tensor, o: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:
     """As DecoderLayer.after."""
     mixer, ffn, norm = layer.mixer, layer.ffn, layer.final_layer_norm
-    head_fits = mixer.head_dim <= LARGEST_HEAD and mixer.head_dim & (mixer.head_dim - 1) == 0
-    is_plain = is_plain_norm(norm) and is_untouched(ffn) and is_plain_linear(mixer.out_proj, ffn.fc1, ffn.gate, ffn.fc2)
-    if not (head_fits or gate is None) or not is_plain:
+    if not is_plain_norm(norm) or not is_untouched(ffn) or not is_plain_linear(ffn.fc1, ffn.gate, ffn.fc2):
         return PLAIN.after(layer, x, o, gate)
-    rows, mixed = x.flatten(0, 1), o.flatten(2).flatten(0, 1)
-    if isinstance(mixer, GatedRetention):
-        assert gate is not None
-        gates = gate.flatten(0, 1)
-        y = linear_add(mixed, mixer.out_proj.weight, rows, gate=gates, head_dim=mixer.head_dim, eps=mixer.eps)
+    head_fits = mixer.head_dim <= LARGEST_HEAD and mixer.head_dim & (mixer.head_dim - 1) == 0
+    if mixer.projections is None or not (head_fits or gate is None) or not is_plain_linear(mixer.out_proj):
+        y = (x + mixer.after(o, gate)).flatten(0, 1)
     else:
-        y = linear_add(mixed, mixer.out_proj.weight, rows)
+        rows, mixed = x.flatten(0, 1), o.flatten(2).flatten(0, 1)
+        if gate is None:
+            y = linear_add(mixed, mixer.out_proj.weight, rows)
+        else:
+            gates = gate.flatten(0, 1)
+            y = linear_add(mixed, mixer.out_proj.weight, rows, gate=gates, head_dim=mixer.head_dim, eps=mixer.eps)
     h = norm_swiglu(y, norm.weight, norm.eps, ffn.fc1.weight, ffn.gate.weight)
     return linear_add(h, ffn.fc2.weight, y).view_as(x)
 

@@ -1,9 +1,9 @@
 """YOCO's layers (arXiv 2405.05254, sections 2 and 3), written once for training, generation, serving and scoring.
 
 A layer is three parts. `before` and `after` work on single tokens: norms, projections, feed-forward. Between them `mix`
-lets tokens meet, by a call of the layer's past: `retain` (gated retention) or `attend` (sliding window, shared K/V).
-The past is a layer cache of `oncelm.cache`, which knows what a batch is (dense or packed) and what came before it; one
-that is paged or sharded over GPUs is another set of objects with these methods.
+lets tokens meet, by calls of the layer's past. The mixers of the self-decoder are in `mixers/`, that of the
+cross-decoder is here. A past knows what a batch is (dense or packed) and what came before it; one that is paged or
+sharded over GPUs is another set of objects with the same methods.
 
 The token-wise parts can be exchanged for others that compute the same (`TokenParts`): compiled ones, fused kernels.
 
@@ -16,107 +16,24 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from oncelm.cache import Batch, Past, RetentionPast, Selection, SharedPast, WindowPast
+from oncelm.cache import Batch, Past, Selection, SharedPast
 from oncelm.models.plain import is_untouched, takes_parts
 from oncelm.models.rms_norm import RMSNorm
 from oncelm.models.yoco.config import YocoConfig
 from oncelm.models.yoco.linear import Rounded, linear, project
-from oncelm.ops import apply_rope, rms_norm, rope_frequencies, rope_rotation, swiglu
-
-Tensors = tuple[torch.Tensor, ...]
-
-
-class Mixer(nn.Module):
-    """The part of a layer that lets tokens meet: what comes before, the call of the layer's past, what comes after."""
-
-    head_dim: int
-    pairing: str
-    out_proj: nn.Linear
-
-    def before(self, h: torch.Tensor | Rounded, rotation: torch.Tensor) -> tuple[Tensors, torch.Tensor | None]:
-        """h [B, T, d] -> what the past is given (q, k, v [B, T, H, D], g [B, T, H]: some of them), and the output's
-        gate [B, T, d], if there is one. rotation: [B or 1, T, D/2, 2]."""
-        raise NotImplementedError
-
-    def mix(self, inputs: Tensors, past: Any, batch: Batch) -> torch.Tensor:
-        """o [B, T, H, D]."""
-        raise NotImplementedError
-
-    def after(self, o: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:
-        """[B, T, d], to be added to the residual stream."""
-        raise NotImplementedError
-
-    def forward(self, h: torch.Tensor, rotation: torch.Tensor, past: Any, batch: Batch) -> torch.Tensor:
-        """The three in turn: h [B, T, d] -> [B, T, d], to be added to the residual stream."""
-        inputs, gate = self.before(h, rotation)
-        o = self.mix(inputs, past, batch)
-        del inputs
-        return self.after(o, gate)
-
-
-class GatedRetention(Mixer):
-    """Multi-head gated retention: rotate, retain, normalise each head, gate, project (section 3.1)."""
-
-    def __init__(self, config: YocoConfig) -> None:
-        super().__init__()
-        d, self.head_dim = config.hidden_size, config.self_head_dim
-        self.pairing, self.eps = config.rope_pairing, config.rms_norm_eps
-        self.gate_logit_normalizer = config.gate_logit_normalizer
-        self.q_proj = linear(d, d, xavier_gain=2**-2.5)
-        self.k_proj = linear(d, d, xavier_gain=2**-2.5)
-        self.v_proj = linear(d, d, xavier_gain=2**-2.5)
-        self.g_proj = linear(d, d, xavier_gain=2**-2.5)
-        self.gt_proj = linear(d, config.num_self_heads, xavier_gain=2**-2.5)
-        self.out_proj = linear(d, d, xavier_gain=2**-1)
-
-    def before(self, h: torch.Tensor | Rounded, rotation: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
-        *qkv, gate, decay = project(h, self.q_proj, self.k_proj, self.v_proj, self.g_proj, self.gt_proj)
-        q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in qkv)
-        # the log decay stays float32: it is summed over the whole sequence
-        g = F.logsigmoid(decay.float()) / self.gate_logit_normalizer
-        return (apply_rope(q, rotation, self.pairing), apply_rope(k, rotation, self.pairing), v, g), gate
-
-    def mix(self, inputs: Tensors, past: RetentionPast, batch: Batch) -> torch.Tensor:
-        q, k, v, g = inputs
-        return past.retain(q, k, v, g, batch)
-
-    def after(self, o: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:
-        assert gate is not None
-        return project(swiglu(gate, rms_norm(o, None, self.eps).flatten(2)), self.out_proj)[0]
-
-
-class SlidingWindowAttention(Mixer):
-    """Causal attention over the last `window_size` tokens (section 3.2)."""
-
-    def __init__(self, config: YocoConfig) -> None:
-        super().__init__()
-        d, self.head_dim = config.hidden_size, config.self_head_dim
-        self.pairing = config.rope_pairing
-        kv_dim = config.self_kv_heads * self.head_dim
-        self.q_proj = linear(d, d)
-        self.k_proj = linear(d, kv_dim)
-        self.v_proj = linear(d, kv_dim)
-        self.out_proj = linear(d, d)
-
-    def before(self, h: torch.Tensor | Rounded, rotation: torch.Tensor) -> tuple[Tensors, None]:
-        projected = project(h, self.q_proj, self.k_proj, self.v_proj)
-        q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in projected)
-        return (apply_rope(q, rotation, self.pairing), apply_rope(k, rotation, self.pairing), v), None
-
-    def mix(self, inputs: Tensors, past: WindowPast, batch: Batch) -> torch.Tensor:
-        q, k, v = inputs
-        return past.attend(q, k, v, batch)
-
-    def after(self, o: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:
-        return self.out_proj(o.flatten(2))
+from oncelm.models.yoco.mixers.base import Mixer, Tensors
+from oncelm.models.yoco.mixers.registry import mixers_of
+from oncelm.ops import apply_rope, rope_frequencies, rope_rotation, swiglu
 
 
 class CrossAttention(Mixer):
     """Causal attention over the shared keys and values; only the queries are this layer's own (section 2.2)."""
+
+    projections = {"q_proj": "rope"}  # noqa: RUF012
+    in_cuda_graphs = True
 
     def __init__(self, config: YocoConfig) -> None:
         super().__init__()
@@ -126,8 +43,12 @@ class CrossAttention(Mixer):
         self.out_proj = linear(d, d)
 
     def before(self, h: torch.Tensor | Rounded, rotation: torch.Tensor) -> tuple[Tensors, None]:
-        (q,) = project(h, self.q_proj)
-        return (apply_rope(q.unflatten(-1, (-1, self.head_dim)), rotation, self.pairing),), None
+        (q,), _ = self.arrange(*project(h, self.q_proj))
+        return (apply_rope(q, rotation, self.pairing),), None
+
+    def arrange(self, *projected: torch.Tensor) -> tuple[Tensors, None]:
+        (q,) = projected
+        return (q.unflatten(-1, (-1, self.head_dim)),), None
 
     def mix(self, inputs: Tensors, past: SharedPast, batch: Batch) -> torch.Tensor:
         (q,) = inputs
@@ -173,7 +94,7 @@ class DecoderLayer(GradientCheckpointingLayer):
         self,
         x: torch.Tensor,
         rotation: torch.Tensor,
-        past: RetentionPast | WindowPast | SharedPast,
+        past: Any,
         batch: Batch,
         parts: TokenParts,
     ) -> torch.Tensor:
@@ -191,14 +112,13 @@ class SelfDecoder(nn.Module):
 
     def __init__(self, config: YocoConfig) -> None:
         super().__init__()
-        mixer = GatedRetention if config.self_decoder == "gated_retention" else SlidingWindowAttention
-        self.layers = nn.ModuleList(DecoderLayer(config, mixer(config)) for _ in range(config.num_self_decoder_layers))
+        self.layers = nn.ModuleList(DecoderLayer(config, mixer(config)) for mixer in mixers_of(config))
 
     def forward(
         self,
         x: torch.Tensor,
         rotation: torch.Tensor,
-        pasts: Sequence[RetentionPast | WindowPast],
+        pasts: Sequence[Any],
         batch: Batch,
         parts: Callable[[torch.Tensor], TokenParts],
     ) -> torch.Tensor:
@@ -300,7 +220,7 @@ def run_layers(
 
     Args:
         embeddings: [B, T, d].
-        past: what came before, read and extended: a YocoCache, or a FreshPast for a pass on its own.
+        past: what came before, read and extended: a YocoCache, or fresh pasts for a pass on its own.
         wanted: positions whose hidden states are asked for; None for none, as in all chunks of a prefill but the last.
         parts: how to compute a layer's token-wise parts on x [B, T or P, d].
 

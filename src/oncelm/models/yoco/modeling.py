@@ -12,18 +12,7 @@ from torch.distributed.tensor import DTensor
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from oncelm.cache import (
-    FreshPast,
-    FreshRetention,
-    FreshWindow,
-    HeldPast,
-    RetentionState,
-    Selection,
-    SharedKV,
-    Snapshot,
-    WindowKV,
-    YocoCache,
-)
+from oncelm.cache import FreshShared, HeldPast, Pasts, Selection, SharedKV, Snapshot, YocoCache
 from oncelm.cache.yoco.shared_kv import STORED_DTYPES
 from oncelm.models import inputs as reading
 from oncelm.models.causal_lm import CausalLM, check_cache_size
@@ -33,6 +22,7 @@ from oncelm.models.head import head_loss
 from oncelm.models.rms_norm import RMSNorm
 from oncelm.models.yoco.config import YocoConfig
 from oncelm.models.yoco.execution import Execution
+from oncelm.models.yoco.mixers import Room, mixers_of
 from oncelm.models.yoco.model import CrossDecoder, SelfDecoder, run_layers
 from oncelm.models.yoco.stepper import Stepper, stepper
 from oncelm.ops import vocab_parallel_cross_entropy
@@ -99,35 +89,23 @@ class YocoForCausalLM(Execution, CausalLM):
         Args:
             batch_size: sequences.
             max_tokens: capacity of each sequence; None starts small and doubles as needed.
-            dtype: of keys and values; None means the model's. torch.float8_e4m3fn and torch.int8 store the shared ones
-                in 8 bits, with a float32 scale a token and head; windows then keep the model's dtype. Retention states
-                are always float32.
+            dtype: of keys and values; None means the model's. torch.float8_e4m3fn and torch.int8 store those of all
+                tokens in 8 bits, with a float32 scale a token and head; windows then keep the model's dtype. States are
+                always float32.
         """
         check_cache_size(batch_size, max_tokens)
         config, device = self.config, self.cache_device
         dtype = dtype or self.dtype
         check_choice("dtype of a cache", dtype, STORED_DTYPES)
-        window_dtype = dtype if dtype not in LARGEST else self.dtype
-        layers: list[RetentionState | WindowKV] = []
-        for _ in range(config.num_self_decoder_layers):
-            if config.self_decoder == "gated_retention":
-                head_dim = config.self_head_dim
-                layers.append(RetentionState(batch_size, config.num_self_heads, head_dim, head_dim, device))
-            else:
-                kv_heads, head_dim = config.self_kv_heads, config.self_head_dim
-                layers.append(WindowKV(batch_size, config.window_size, kv_heads, head_dim, window_dtype, device))
+        room = Room(batch_size, max_tokens, dtype, dtype if dtype not in LARGEST else self.dtype, device)
+        layers = [mixer.new_cache(config, room) for mixer in mixers_of(config)]
         shared = None
         if config.num_cross_decoder_layers:
             shared = SharedKV(batch_size, max_tokens, config.shared_kv_heads, config.head_dim, dtype, device)
         return YocoCache(layers, shared, batch_size, max_tokens, self._cache_settings())
 
-    def _fresh_past(self) -> FreshPast:
-        retention = self.config.self_decoder == "gated_retention"
-        layers = [
-            FreshRetention() if retention else FreshWindow(self.config.window_size)
-            for _ in range(self.config.num_self_decoder_layers)
-        ]
-        return FreshPast(layers)
+    def _fresh_past(self) -> Pasts:
+        return Pasts([mixer.fresh_past(self.config) for mixer in mixers_of(self.config)], FreshShared())
 
     def mark(self, cache: YocoCache) -> Snapshot:
         """A rewind point: shared keys and values stay where they are, and must not be overwritten."""
@@ -412,8 +390,7 @@ class YocoForCausalLM(Execution, CausalLM):
         if not self.use_cuda_graphs:
             return None
         cache.check_room((1,) * cache.batch_size)
-        if cache.shared is not None:
-            cache.shared.reserve(cache.num_tokens + 1)
+        cache.reserve(cache.num_tokens + 1)
         found = stepper(self, cache)
         return found if found.is_plain else None
 

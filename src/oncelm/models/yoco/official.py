@@ -15,10 +15,11 @@ import torch
 
 from oncelm.models.size import empty_model
 from oncelm.models.yoco.config import YocoConfig
+from oncelm.models.yoco.mixers import find_mixer
 from oncelm.models.yoco.modeling import YocoForCausalLM
 from oncelm.utils.checksums import write_checksums
 from oncelm.utils.device import DTYPES
-from oncelm.utils.errors import check_choice, is_out_of_memory, shown, unknown
+from oncelm.utils.errors import is_out_of_memory, shown, unknown
 from oncelm.utils.files import atomic_folder
 from oncelm.utils.settings import read_json
 
@@ -159,14 +160,12 @@ def fixed_keys(config: YocoConfig) -> dict[str, Any]:
 def write_official(model: YocoForCausalLM, path: str | os.PathLike[str]) -> None:
     """Save a model as an official folder; ValueError where the official code has no such model."""
     config = model.config
-    check_choice("self_decoder of the official format", config.self_decoder, ("gated_retention", "sliding_window"))
+    of_mixer = find_mixer(config.self_decoder).official_params(config)
     for key, value in fixed_keys(config).items():
         if getattr(config, key) != value:
             raise ValueError(f"the official format has only {key}={value!r}; this model has {getattr(config, key)!r}.")
     params = {official: getattr(config, ours) for official, ours in _KEYS.items()}
-    params["n_layers"] = config.num_hidden_layers
-    if config.self_decoder == "sliding_window":
-        params["sliding_window"] = config.window_size
+    params |= {"n_layers": config.num_hidden_layers, **of_mixer}
     with atomic_folder(path) as folder:
         torch.save({name: tensor.cpu().clone() for name, tensor in model.state_dict().items()}, folder / WEIGHTS)
         (folder / PARAMS).write_text(json.dumps(params, indent=2) + "\n")

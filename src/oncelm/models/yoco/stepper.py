@@ -13,27 +13,20 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from oncelm.cache import Batch, Selection, StepPast, YocoCache
+from oncelm.cache import Batch, Selection, YocoCache
 from oncelm.models.plain import Wiring
 from oncelm.models.rms_norm import RMSNorm
-from oncelm.models.yoco.model import (
-    CrossAttention,
-    CrossDecoder,
-    DecoderLayer,
-    FeedForward,
-    GatedRetention,
-    SelfDecoder,
-    SlidingWindowAttention,
-    run_layers,
-)
+from oncelm.models.yoco.mixers.registry import kinds_of
+from oncelm.models.yoco.model import CrossAttention, CrossDecoder, DecoderLayer, FeedForward, SelfDecoder, run_layers
 
 if TYPE_CHECKING:
+    from oncelm.models.yoco.config import YocoConfig
     from oncelm.models.yoco.modeling import YocoForCausalLM
 
-# modules whose `forward` a graph can stand for
+# modules whose `forward` a graph can stand for, beside mixers that say so
 PLAIN_MODULES = (
-    nn.Embedding, nn.Linear, nn.ModuleList, RMSNorm, SelfDecoder, CrossDecoder, DecoderLayer, GatedRetention,
-    SlidingWindowAttention, CrossAttention, FeedForward,
+    nn.Embedding, nn.Linear, nn.ModuleList, RMSNorm, SelfDecoder, CrossDecoder, DecoderLayer, CrossAttention,
+    FeedForward,
 )  # fmt: skip
 WARM_UP_STEPS = 1  # steps without a graph: they compile the kernels and allocate what libraries want
 
@@ -47,8 +40,8 @@ class Stepper:
     """
 
     def __init__(self, model: YocoForCausalLM, cache: YocoCache) -> None:
-        self.model, self.past = model, StepPast(cache)
-        self.wiring, self.key = Wiring(model, PLAIN_MODULES), _key(model, cache)
+        self.model, self.past = model, cache.step_form()
+        self.wiring, self.key = Wiring(model, plain_modules(model.config)), _key(model, cache)
         self.tokens = torch.zeros(cache.batch_size, 1, dtype=torch.long, device=model.device)
         self.positions = torch.zeros_like(self.tokens)
         self.reached: tuple[int, ...] | None = None  # where `positions` stands
@@ -100,6 +93,11 @@ class Stepper:
         assert x is not None
         self.logits = model.token_parts(x).head(x, model.layer_norm, model.output_projection)[:, -1]
         self.positions += 1
+
+
+def plain_modules(config: YocoConfig) -> tuple[type[nn.Module], ...]:
+    """The modules of a model whose `forward` a graph can stand for."""
+    return (*PLAIN_MODULES, *(mixer for mixer in kinds_of(config) if mixer.in_cuda_graphs))
 
 
 @cache

@@ -26,6 +26,8 @@ from torch.distributed.tensor.parallel import (
 from transformers import PreTrainedModel
 
 from oncelm.models.yoco import YocoForCausalLM
+from oncelm.models.yoco.mixers.base import COLUMNS, ROWS, Heads, Split
+from oncelm.models.yoco.mixers.registry import kinds_of, mixers_of
 
 
 def check_split(model: PreTrainedModel, ranks: int) -> None:
@@ -33,6 +35,8 @@ def check_split(model: PreTrainedModel, ranks: int) -> None:
     if not isinstance(model, YocoForCausalLM):
         raise ValueError(f"tensor_parallel is for YOCO models; this is a {type(model).__name__}: leave it at 1.")
     config = model.config
+    for mixer in kinds_of(config):
+        mixer.tensor_plan(config, ranks)
     for name in ("num_self_heads", "num_attention_heads", "intermediate_size", "vocab_size"):
         if getattr(config, name) % ranks:
             raise ValueError(f"{name} {getattr(config, name)} does not divide among tensor_parallel {ranks} ranks.")
@@ -54,21 +58,20 @@ def split_layers(model: PreTrainedModel, mesh: DeviceMesh) -> None:
     """
     config, ranks = model.config, mesh.size()
     check_split(model, ranks)
-    self_kv = _keys_or_values(config.self_kv_heads, config.self_head_dim, ranks)
-    shared_kv = _keys_or_values(config.shared_kv_heads, config.head_dim, ranks)
-    by_rows = ColwiseParallel()  # torch's names go by the transposed weight
-    by_columns = RowwiseParallel()
+    shared_kv = _style(Heads(config.shared_kv_heads, config.head_dim), ranks)
+    by_rows, by_columns = _style(ROWS, ranks), _style(COLUMNS, ranks)
     plan: dict[str, ParallelStyle] = {
         "embed_tokens": RowwiseParallel(input_layouts=Replicate()),
         "layer_norm": _Whole(use_local_output=True),
         "output_projection": ColwiseParallel(output_layouts=Replicate()),
     }
-    mixers = {"k_proj": self_kv, "v_proj": self_kv, "q_proj": by_rows, "g_proj": by_rows, "gt_proj": by_rows}
+    for number, mixer in enumerate(mixers_of(config)):
+        place = f"self_decoder.layers.{number}.mixer"
+        plan |= {f"{place}.{name}": _style(split, ranks) for name, split in mixer.tensor_plan(config, ranks).items()}
+    plan |= {"cross_decoder.layers.*.mixer.q_proj": by_rows, "cross_decoder.layers.*.mixer.out_proj": by_columns}
     for decoder in ("self_decoder", "cross_decoder"):
         layer = f"{decoder}.layers.*"
-        plan |= {f"{layer}.mixer.{name}": style for name, style in mixers.items()}
-        plan |= {f"{layer}.mixer.out_proj": by_columns, f"{layer}.ffn.fc2": by_columns}
-        plan |= {f"{layer}.ffn.fc1": by_rows, f"{layer}.ffn.gate": by_rows}
+        plan |= {f"{layer}.ffn.fc1": by_rows, f"{layer}.ffn.gate": by_rows, f"{layer}.ffn.fc2": by_columns}
         plan |= {f"{layer}.mixer_layer_norm": _Whole(), f"{layer}.final_layer_norm": _Whole()}
     plan |= {"cross_decoder.k_proj": shared_kv, "cross_decoder.v_proj": shared_kv}
     plan |= {"cross_decoder.kv_layer_norm": _Whole()}
@@ -78,8 +81,11 @@ def split_layers(model: PreTrainedModel, mesh: DeviceMesh) -> None:
     model.tie_weights()
 
 
-def _keys_or_values(num_heads: int, head_dim: int, ranks: int) -> ParallelStyle:
-    return ColwiseParallel() if num_heads % ranks == 0 else _OneHead(num_heads, head_dim)
+def _style(split: Split, ranks: int) -> ParallelStyle:
+    """torch's word for a way to split a layer; its names go by the transposed weight."""
+    if isinstance(split, Heads):
+        return ColwiseParallel() if split.num % ranks == 0 else _OneHead(split.num, split.dim)
+    return ColwiseParallel() if split == ROWS else RowwiseParallel()
 
 
 class _Whole(ParallelStyle):

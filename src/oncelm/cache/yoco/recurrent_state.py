@@ -1,0 +1,108 @@
+"""Layer caches of fixed size, and the one of recurrences: all that a layer remembers of a sequence is a few states."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+
+from oncelm.cache.batch import HISTORY, Batch
+from oncelm.cache.yoco.interface import Tensors
+from oncelm.utils.memory import checked_zeros
+
+
+class Recorded(NamedTuple):
+    """A forward pass: the tensors before it, and what redoes it for the first tokens of each sequence."""
+
+    batch: Batch
+    before: dict[str, torch.Tensor]
+    redo: list[Callable[[Batch, Batch], None]]
+
+
+class FixedSize:
+    """A LayerCache whose tensors [N, ...] do not grow. To undo a pass it copies them and takes some tokens in again."""
+
+    tensor_names: tuple[str, ...] = ()
+    grows = False
+
+    def __init__(self) -> None:
+        self.recording = False
+        self.history: deque[Recorded] = deque(maxlen=HISTORY)
+
+    def record(self, on: bool) -> None:
+        self.recording = on
+        self.history.clear()
+
+    def remember(self, batch: Batch, redo: Callable[[Batch, Batch], None]) -> None:
+        """To be called before a pass changes anything; `redo(batch, kept)` takes in the tokens `kept` of `batch`."""
+        if not self.history or self.history[-1].batch is not batch:
+            before = {name: getattr(self, name).clone() for name in self.tensor_names}
+            self.history.append(Recorded(batch, before, []))
+        self.history[-1].redo.append(redo)
+
+    def rewind(self, kept: Batch) -> None:
+        last = self.history.pop()
+        for name, tensor in last.before.items():
+            getattr(self, name).copy_(tensor)
+        for redo in last.redo:
+            redo(last.batch, kept)
+
+    def reserve(self, num_tokens: int) -> None:
+        """Nothing: the size is fixed."""
+
+    def select(self, index: torch.Tensor, num_tokens: int) -> None:
+        for name in self.tensor_names:
+            setattr(self, name, getattr(self, name)[index])
+
+    def step_form(self) -> Any:
+        return self
+
+
+class RecurrentState(FixedSize):
+    """States [N, ...] float32 for N sequences, by name; the `shapes` are without N."""
+
+    def __init__(self, batch_size: int, shapes: Mapping[str, tuple[int, ...]], device: torch.device) -> None:
+        super().__init__()
+        self.tensor_names = tuple(shapes)
+        for name, shape in shapes.items():
+            what = f"a state of {batch_size:,} sequences"
+            setattr(self, name, checked_zeros((batch_size, *shape), torch.float32, device, what))
+
+    def scan(
+        self,
+        name: str,
+        op: Callable[..., tuple[torch.Tensor, torch.Tensor | None]],
+        inputs: Tensors,
+        batch: Batch,
+        step: Callable[..., torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """As RecurrentPast.scan; the state moves past the batch's tokens. Nothing here waits for the device."""
+        if self.recording:
+            self.remember(batch, partial(self._redo, name, op, inputs))
+        state = getattr(self, name)
+        if step is not None and batch.cu_seqlens is None and inputs[0].shape[1] == 1:
+            return step(*inputs, state)
+        o, final_state = op(*inputs, initial_state=state, output_final_state=True, cu_seqlens=batch.cu_seqlens)
+        assert final_state is not None
+        state.copy_(final_state)
+        return o
+
+    def _redo(self, name: str, op: Callable, inputs: Tensors, batch: Batch, kept: Batch) -> None:
+        state = getattr(self, name)
+        for group, new in zip(batch.groups(), kept.groups(), strict=True):
+            if new.length:
+                first = (x[group.where][:, : new.length] for x in inputs)
+                state[group.rows] = op(
+                    *first, initial_state=state[group.rows], output_final_state=True, cu_seqlens=None
+                )[1]
+
+
+class FreshRecurrent:
+    """The past of a recurrence from zero states; gradients flow through all of it."""
+
+    def scan(self, name: str, op: Callable, inputs: Tensors, batch: Batch, step: Any = None) -> torch.Tensor:
+        """As RecurrentPast.scan."""
+        return op(*inputs, initial_state=None, output_final_state=False, cu_seqlens=batch.cu_seqlens)[0]
