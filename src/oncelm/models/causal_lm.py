@@ -1,127 +1,121 @@
-"""What the models have in common as Hugging Face causal language models whose caches are OnceLM's."""
+"""Every family's Hugging Face causal language model: logits, loss, generate."""
 
 from __future__ import annotations
 
-import copy
-import os
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
-from torch.utils.checkpoint import checkpoint
-from transformers import Cache, GenerationMixin, PreTrainedModel
+from transformers import GenerationMixin
 from transformers.generation.configuration_utils import GenerationMode
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from oncelm.cache.base import SequenceCache
-from oncelm.models.checks import refuse_incomplete
-from oncelm.models.family import Family
-from oncelm.models.headless import Headless
-from oncelm.utils.errors import check_whole, unknown
+from oncelm.models.base import BaseModel
+from oncelm.models.extras import one_of, read_extras
+from oncelm.models.head import head_loss
+from oncelm.models.inputs import NOTHING, read_targets
+from oncelm.models.wanted import Keep, Wanted, is_nothing
+from oncelm.utils.errors import unknown
 
 
-class CausalLM(Family, PreTrainedModel, GenerationMixin):
-    """A causal language model with a cache of its own kind.
+class CausalLM(BaseModel, GenerationMixin):
+    """A base model with a head that predicts the next token."""
 
-    Attributes:
-        cache_keys: keys of the configuration that a cache must agree in with the model.
-    """
-
-    main_input_name = "input_ids"
-    accepts_loss_kwargs = True  # Trainer then hands num_items_in_batch on: accumulated batches are one large batch
-    supports_gradient_checkpointing = True
-    _no_split_modules = ["DecoderLayer"]  # noqa: RUF012
-    _supports_sdpa = True
-    has_own_cache = True
-    cache_keys: tuple[str, ...]
-    new_cache: Callable[..., Any]  # (batch_size, max_tokens, dtype, ...)
     prefill: Callable[..., torch.Tensor]  # (input_ids [B, T], cache, ...) -> logits [B, V]
-    fingerprint: Callable[[], str]
+    accepts_loss_kwargs = True  # Trainer then hands num_items_in_batch on: accumulated batches are one large batch
 
-    def _cache_settings(self) -> dict[str, Any]:
-        """What a cache of this model is made for."""
-        return {key: getattr(self.config, key) for key in self.cache_keys}
+    def forward(  # type: ignore[override]
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: SequenceCache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: Keep = None,
+        cu_seqlens: torch.Tensor | None = None,
+        num_items_in_batch: int | torch.Tensor | None = None,
+        targets: torch.Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast | tuple:
+        """Logits, loss, or both, of the positions that they need.
 
-    def _check_cache(self, cache: object) -> None:
-        """ValueError unless `cache` was made by `new_cache` of a model of these sizes."""
-        if not isinstance(cache, SequenceCache):
-            prefix = "" if not isinstance(cache, Cache) else (
-                " (Keys and values of every layer, as prefix tuning learns them, are not what this model keeps: use "
-                "prompt tuning, p-tuning or LoRA.)"
-            )  # fmt: skip
-            raise ValueError(
-                "past_key_values, and what prefill fills, must be a cache of this model: "
-                f"model.new_cache(batch_size, max_tokens=...), got {type(cache).__name__}.{prefix}"
-            )
-        for key in self.cache_keys:
-            made_for, wanted = cache.made_for.get(key), getattr(self.config, key)
-            if made_for != wanted:
-                raise ValueError(
-                    f"the cache was made for a model with {key}={made_for}, this one has {wanted}: it belongs to "
-                    "another model."
-                )
+        Args:
+            input_ids: [B, T] token ids. Without padding, they, labels and cu_seqlens may be on the CPU while
+                the model is on a GPU: they are checked there, and nothing waits for the GPU.
+            attention_mask: [B, T], or [B, earlier + T] with a cache; 0 marks padding. Padding is left out of all
+                computation; positions count real tokens.
+            position_ids: [B or 1, T]; in one row of packed sequences each begins at 0. Otherwise they must be the
+                tokens' places, which the model knows by itself.
+            past_key_values: a cache from `new_cache` or an earlier call; the tokens are appended to it.
+            inputs_embeds: [B, T, d] instead of input_ids (of a YOCO before scaling by sqrt(d)).
+            labels: [B, T] targets as in Hugging Face: not shifted, -100 ignored. The loss is the mean over targets.
+            use_cache: return a cache; None means config.use_cache in evaluation without labels. A pass with a cache
+                computes no gradients.
+            logits_to_keep: which logits to return: None or 0 all (with labels in training mode, None means none), n the
+                last n columns, a vector the columns at these indices (an empty one: none), or a [B, T] mask of booleans
+                (logits [number of True, V]).
+            cu_seqlens: [N + 1] borders of N sequences packed into one row of input_ids.
+            num_items_in_batch: divide the summed loss by this instead of the number of targets (gradient accumulation).
+            targets: [B, T] labels that stand where they are predicted, for rows whose next token is elsewhere.
+            output_attentions, output_hidden_states: not offered; True is refused.
+            return_dict: False returns a tuple.
+            kwargs: the family's own arguments (`own_arguments`), and what Hugging Face tools pass along:
+                `cu_seq_lens_q` is cu_seqlens, `shift_labels` is targets; names that are no model's are refused.
 
-    @property
-    def cache_device(self) -> torch.device:
-        """Where this model computes, so where its caches are: with offloaded weights not where those are kept."""
-        if self.device.type != "meta":
-            return self.device
-        hooks = (getattr(module, "_hf_hook", None) for module in self.modules())
-        devices = (getattr(hook, "execution_device", None) for hook in hooks)
-        return torch.device(next((device for device in devices if device is not None), self.device))
+        Returns:
+            CausalLMOutputWithPast with `loss`, `logits` [B, P, V] (zeros at padding) and `past_key_values`.
 
-    # -- places in a text to return to ------------------------------------------------------------------------------
+        Raises:
+            ValueError: inputs that do not fit the model, the cache or each other; nothing has been changed then.
+        """
+        own = self._take_own(kwargs)
+        outputs = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
+        cu_seqlens, targets = read_extras(self, kwargs, cu_seqlens, targets, **outputs)
+        has_loss = one_of(labels=labels, targets=targets) is not None
+        if past_key_values is not None and input_ids is not None and not (has_loss or own or cu_seqlens is not None):
+            logits = self._quick_step(input_ids, attention_mask, position_ids, past_key_values, logits_to_keep)
+            if logits is not None:
+                return self._output(CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values), return_dict)
+        given = self._read(
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, cu_seqlens, own,
+            makes_cache=not has_loss,
+        )  # fmt: skip
+        if has_loss:
+            targets = read_targets(labels, targets, given.inputs, given.tokens.shape, self.config.vocab_size)
+            logits_to_keep = NOTHING if is_nothing(logits_to_keep, self.training) else logits_to_keep
+        wanted = Wanted(given.inputs, logits_to_keep, targets, self.config.vocab_size)
+        head, loss = self.get_output_embeddings(), None
+        # a cache holds values, not graphs: with gradients on, the earlier tokens' share would be missing silently
+        with torch.set_grad_enabled(torch.is_grad_enabled() and given.cache is None):
+            for columns, hidden in self._states(given, wanted):
+                if has_loss:
+                    part = head_loss(head, *wanted.learned(columns, hidden))
+                    loss = part if loss is None else loss + part
+                wanted.keep(columns, hidden)
+            if loss is not None:
+                loss = loss / (max(wanted.num_targets, 1) if num_items_in_batch is None else num_items_in_batch)
+            kept = wanted.hidden()
+            logits = None if kept is None else head(kept)
+        return self._output(CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=given.cache), return_dict)
 
-    def mark(self, cache: Any) -> Any:
-        """A place to return to with `rewind`, as often as needed, but never forward over an earlier one: a copy of the
-        cache, or less where the family knows how."""
-        return copy.deepcopy(cache)
-
-    def rewind(self, cache: Any, mark: Any) -> Any:
-        """The cache as it was at a mark; `cache` itself is of no use any more unless it is what is returned."""
-        return copy.deepcopy(mark)
-
-    def reuse(self, cache: Any) -> Any | None:
-        """The cache without its text, for another one; None where a new one has to be made."""
+    def _quick_step(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        cache: SequenceCache,
+        logits_to_keep: Keep,
+    ) -> torch.Tensor | None:
+        """Logits [B, 1, V] where a family has a quicker way for one new token a sequence, and this pass is that."""
         return None
 
-    # -- without the head -----------------------------------------------------------------------------------------
-
-    @property
-    def base_model(self) -> Headless:
-        view = self.__dict__.get("_headless")
-        if view is None:
-            view = self.__dict__["_headless"] = Headless(self)  # no child: its modules would be found twice
-        view.look_at(self)
-        return view
-
-    def get_decoder(self, *args: Any, **kwargs: Any) -> Headless:
-        return self.base_model
-
-    def hidden_states(
-        self, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, **kwargs: Any
-    ) -> BaseModelOutputWithPast | tuple:
-        """Final hidden states [B, T, d] of all positions; arguments as in `forward`."""
-        raise NotImplementedError
-
-    def _output(self, output: Any, return_dict: bool | None) -> Any:
-        """A forward pass's output, as a tuple where that is asked for."""
-        wants_dict = self.config.return_dict if return_dict is None else return_dict
-        return output if wants_dict else output.to_tuple()
-
-    # -- transformers' hooks --------------------------------------------------------------------------------------
-
-    def _set_gradient_checkpointing(
-        self, enable: bool = True, gradient_checkpointing_func: Any = None, **kwargs: Any
-    ) -> None:
-        """Memories reach the layers through objects, and the reentrant variant loses the gradients of whatever is not
-        an argument: it is refused, and not taken where nobody says which (torch's own default is the reentrant one)."""
-        run = gradient_checkpointing_func or checkpoint
-        options = getattr(run, "keywords", {})
-        if enable and options.get("use_reentrant"):
-            raise ValueError("gradient checkpointing of OnceLM's models needs use_reentrant=False (the default here).")
-        super()._set_gradient_checkpointing(enable, partial(run, use_reentrant=False), **kwargs)
+    # -- generate -------------------------------------------------------------------------------------------------
 
     def _prepare_position_ids_for_generation(self, inputs_tensor: torch.Tensor, model_kwargs: dict) -> None:
         """None: the model knows its tokens' places, and would have to check what generate says of them at each step."""
@@ -167,19 +161,3 @@ class CausalLM(Family, PreTrainedModel, GenerationMixin):
         if generation_config.is_assistant:  # a draft model's tokens are taken back when they are rejected
             cache.activate_past_recording()
         model_kwargs["past_key_values"] = cache
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike | None, *args: Any, **kwargs: Any) -> Any:
-        """As in Hugging Face, but a missing, unexpected or wrong-size tensor is an error, not a warning."""
-        wants_info = kwargs.pop("output_loading_info", False)
-        kwargs.setdefault("ignore_mismatched_sizes", True)  # they are listed in `info` instead, and refused below
-        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
-        refuse_incomplete(pretrained_model_name_or_path, info)
-        return (model, info) if wants_info else model
-
-
-def check_cache_size(batch_size: int, max_tokens: int | None) -> None:
-    """ValueError unless a cache can have these sizes."""
-    check_whole(1, batch_size=batch_size)
-    if max_tokens is not None:
-        check_whole(1, max_tokens=max_tokens)

@@ -1,10 +1,11 @@
-"""Arguments of a forward pass that Hugging Face tools pass under names of their own."""
+"""Arguments of a forward pass: a family's own, and those that Hugging Face tools pass under names of their own."""
 
 from __future__ import annotations
 
 import difflib
 import inspect
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from transformers import PreTrainedModel
@@ -14,6 +15,22 @@ _NOT_OURS = frozenset({
     "assistant_model", "assistant_tokenizer", "cache_position", "is_first_iteration", "max_length_k", "max_length_q",
     "token_type_ids", "tokenizer",
 })  # fmt: skip
+
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def with_arguments_of(general: Callable[..., Any]) -> Callable[[Method], Method]:
+    """A decorator for a method that passes all but its own keyword arguments on to `general`: its signature names both,
+    for Trainer, generate and PEFT, which look there for what a model takes."""
+
+    def decorate(method: Method) -> Method:
+        own = [x for x in inspect.signature(method).parameters.values() if x.kind == x.KEYWORD_ONLY]
+        *shared, others = inspect.signature(general).parameters.values()
+        method.__signature__ = inspect.Signature([*shared, *own, others])  # type: ignore[attr-defined]
+        return method
+
+    return decorate
 
 
 def read_extras(

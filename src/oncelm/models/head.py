@@ -7,10 +7,11 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from oncelm.models.plain import is_plain_linear
-from oncelm.ops import linear_cross_entropy
+from oncelm.ops import linear_cross_entropy, vocab_parallel_cross_entropy
 
 LOGITS_AT_ONCE = 2**26  # of a head that is called, not fused: 256 MB in float32
 
@@ -18,9 +19,12 @@ LOGITS_AT_ONCE = 2**26  # of a head that is called, not fused: 256 MB in float32
 def head_loss(head: nn.Module, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Summed cross-entropy of the logits `head(hidden)` of hidden [M, d] against targets [M], never all in memory.
 
-    A plain linear head is computed by the fused op from its weight. Any other (with an adapter, in 4 bits, offloaded,
-    with hooks) is called, a block of rows at a time.
+    A plain linear head is computed by the fused op from its weight, and one whose weight is split over ranks by its
+    own op. Any other (with an adapter, in 4 bits, offloaded, with hooks) is called, a block of rows at a time.
     """
+    weight = getattr(head, "weight", None)
+    if isinstance(weight, DTensor):
+        return vocab_parallel_cross_entropy(hidden, weight, targets)
     if isinstance(head, nn.Linear) and is_plain_linear(head):
         return linear_cross_entropy(hidden, head.weight, targets)
 

@@ -1,4 +1,4 @@
-"""From what a caller passes (padded, packed or plain ids; wanted logits; labels) to a Batch and a Selection."""
+"""From what a caller passes (padded, packed or plain ids; labels) to a Batch and targets."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from oncelm.cache import Batch, Selection
 
 IGNORE_INDEX = -100  # Hugging Face's mark of a target that does not count
+# `logits_to_keep` for no logits at all: an index tensor, so that callers can ask for it too
+NOTHING = torch.empty(0, dtype=torch.long)
 
 # A cache holds no padding, and what it has read cannot be taken back: a mask says of earlier columns what it said then
 HIDDEN_PAST = (
@@ -34,9 +36,29 @@ class Inputs:
     real: torch.Tensor | None
     columns: int
 
+    @classmethod
+    def of_rows(cls, starts: tuple[int, ...], real: torch.Tensor | None, T: int, device: torch.device) -> Inputs:
+        """B rows of T columns, of which `real` [B, T] are tokens (None: all), behind `starts` tokens each."""
+        if real is None:
+            return cls(Batch.dense(starts, T, device), None, T)
+        return cls(Batch.packed(starts, tuple(real.sum(1).tolist()), device), real, T)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """[B, T] of the caller's grid."""
+        if self.real is not None:
+            return len(self.real), self.columns
+        return (self.batch.num_sequences if self.batch.cu_seqlens is None else 1), self.columns
+
     def gather(self, x: torch.Tensor) -> torch.Tensor:
         """x [B, T, ...] on the caller's grid -> in the batch's layout."""
         return x if self.real is None else x[self.real][None]
+
+    def spread(self, x: torch.Tensor) -> torch.Tensor:
+        """x [1, total, d] or [B, T, d] in the batch's layout -> on the caller's grid, zeros at padding."""
+        if self.real is None:
+            return x
+        return x.new_zeros(*self.shape, x.shape[-1]).index_put((self.real,), x[0])
 
     def select(self, mask: torch.Tensor) -> Selection:
         """The Selection of the positions marked in mask [B, T] over the caller's grid."""
@@ -94,9 +116,7 @@ def read_inputs(
             real = None
     if position_ids is not None:
         _check_places(position_ids, real, starts, is_fresh)
-    if real is None:
-        return Inputs(Batch.dense(starts, T, device), None, T)
-    return Inputs(Batch.packed(starts, tuple(real.sum(1).tolist()), device), real, T)
+    return Inputs.of_rows(starts, real, T, device)
 
 
 def _read_packed(
@@ -215,17 +235,6 @@ def _check_places(
         )
 
 
-# `logits_to_keep` for no logits at all: an index tensor, so that callers can ask for it too
-NOTHING = torch.empty(0, dtype=torch.long)
-
-
-def is_nothing(logits_to_keep: int | torch.Tensor | None, training: bool) -> bool:
-    """Whether a pass with labels returns no logits: asked for, or in training, where nobody said otherwise."""
-    if isinstance(logits_to_keep, torch.Tensor):
-        return logits_to_keep.dim() == 1 and logits_to_keep.numel() == 0
-    return logits_to_keep is None and training
-
-
 def is_next_token(
     attention_mask: torch.Tensor | None,
     position_ids: torch.Tensor | None,
@@ -250,36 +259,6 @@ def is_next_token(
         said.append(position_ids[:, 0])
         expected.append(list(lengths))
     return not said or torch.stack([x.long() for x in said]).tolist() == expected
-
-
-def wanted_columns(logits_to_keep: int | torch.Tensor | None, T: int, device: torch.device) -> slice | torch.Tensor:
-    """`logits_to_keep` as columns: None or 0 all, n the last n, a vector of indices those (negative: from the end)."""
-    if logits_to_keep is None:
-        return slice(0, T)
-    if not isinstance(logits_to_keep, torch.Tensor):
-        if logits_to_keep < 0:
-            raise ValueError(f"logits_to_keep must be 0 (all), a count, or an index tensor, got {logits_to_keep}.")
-        return slice(max(0, T - logits_to_keep), T) if logits_to_keep else slice(0, T)
-    if logits_to_keep.dim() == 0:
-        return wanted_columns(int(logits_to_keep), T, device)
-    if logits_to_keep.dim() != 1 or logits_to_keep.dtype == torch.bool or logits_to_keep.is_floating_point():
-        raise ValueError(
-            "logits_to_keep must be an int, a vector of column indices or a [B, T] mask of booleans, got "
-            f"{logits_to_keep.dtype} of shape {list(logits_to_keep.shape)}."
-        )
-    index = logits_to_keep.to(device)
-    if index.numel() and (int(index.min()) < -T or int(index.max()) >= T):
-        raise ValueError(f"logits_to_keep has indices outside -{T}..{T - 1}: {index.tolist()[:8]}.")
-    return index % T
-
-
-def check_mask(mask: torch.Tensor, inputs: Inputs, shape: torch.Size) -> torch.Tensor:
-    """A [B, T] boolean `logits_to_keep`, refused where it asks for padding."""
-    if mask.shape != shape[:2]:
-        raise ValueError(f"a boolean logits_to_keep must be [B, T] = {list(shape[:2])}, got {list(mask.shape)}.")
-    if inputs.real is not None and bool((mask & ~inputs.real).any()):
-        raise ValueError("logits_to_keep asks for positions that attention_mask says are padding.")
-    return mask
 
 
 def outside(targets: torch.Tensor, vocab_size: int) -> torch.Tensor:

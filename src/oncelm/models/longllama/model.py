@@ -121,7 +121,7 @@ def compiled_parts(gradients: bool) -> Parts:
     return Parts(part(DecoderLayer.before), part(DecoderLayer.after))
 
 
-class LongLlamaModel(nn.Module):
+class Backbone(nn.Module):
     """Embeddings, layers and final norm: one window at a time."""
 
     def __init__(self, config: LongLlamaConfig) -> None:
