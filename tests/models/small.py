@@ -13,6 +13,7 @@ VOCAB = 61
 KINDS: dict[str, dict[str, Any]] = {
     "retention": {},
     "window": {"self_decoder": "sliding_window", "window_size": 7, "num_self_key_value_heads": 1},
+    "delta": {"self_decoder": "gated_delta"},
     "unstacked": {"layout": "unstacked"},
     "interleaved": {"layout": "interleaved"},
     "window-interleaved": {"layout": "interleaved", "self_decoder": "sliding_window", "window_size": 5},

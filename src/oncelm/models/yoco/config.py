@@ -49,6 +49,7 @@ class YocoConfig(OwnConfig):
         num_attention_heads: query heads of a cross-decoder layer.
         num_key_value_heads: heads of the shared K/V cache; None means num_attention_heads.
         window_size: keys that a sliding-window query sees, itself included.
+        conv_size: tokens that the short convolution of a gated-delta layer sees, the own included.
         layout: "stacked" (the cross-decoder continues from the self-decoder's output), "unstacked" (it starts from the
             embeddings and meets the self-decoder only in the cache), "interleaved" (self and cross layers alternate;
             the cache is written after the first self layer). The paper's ablation of layouts.
@@ -81,6 +82,7 @@ class YocoConfig(OwnConfig):
     num_attention_heads: Heads = 12
     num_key_value_heads: Heads | None = None
     window_size: Count = 1024
+    conv_size: Annotated[int, Whole(1, 64)] = 4
     layout: Annotated[str, OneOf(LAYOUTS)] = "stacked"
     rope_theta: Positive = 10000.0
     rope_pairing: Annotated[str, OneOf(PAIRINGS)] = "interleaved"

@@ -24,7 +24,7 @@ from oncelm.models.rms_norm import RMSNorm
 from oncelm.models.wanted import Keep, Wanted
 from oncelm.models.yoco.config import YocoConfig
 from oncelm.models.yoco.execution import Execution
-from oncelm.models.yoco.mixers import Room, mixers_of
+from oncelm.models.yoco.mixers import Mixer, Room, mixers_of
 from oncelm.models.yoco.model import CrossDecoder, SelfDecoder, run_layers
 from oncelm.models.yoco.stepper import Stepper, stepper
 from oncelm.ops.quantize import LARGEST
@@ -66,6 +66,8 @@ class YocoModel(Execution, BaseModel):
             init.normal_(module.weight, std=module.weight.shape[1] ** -0.5)
         elif isinstance(module, RMSNorm):
             init.ones_(module.weight)
+        elif isinstance(module, Mixer):
+            module.init_weights()
 
     # -- caches ---------------------------------------------------------------------------------------------------
 

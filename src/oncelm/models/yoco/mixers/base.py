@@ -128,6 +128,9 @@ class Mixer(nn.Module):
         del inputs
         return self.after(o, gate)
 
+    def init_weights(self) -> None:
+        """Draw the parameters that are the mixer's own; those of its layers are drawn as everywhere."""
+
     # -- what came before -----------------------------------------------------------------------------------------
 
     @classmethod

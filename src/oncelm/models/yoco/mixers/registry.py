@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 Class = TypeVar("Class", bound="type[Mixer]")
 
 CROSS_ATTENTION = "cross_attention"  # what a layer of the cross-decoder is called among them
-BUILT_IN = ("gated_retention", "sliding_window")  # each in a file of that name, imported when it is asked for
+# each in a file of that name, imported when it is asked for
+BUILT_IN = ("gated_retention", "sliding_window", "gated_delta")
 MIXERS: dict[str, type[Mixer]] = {}
 
 
