@@ -18,7 +18,7 @@ from oncelm.data.dataset import TokenDataset
 from oncelm.data.tokenizers import load_tokenizer
 from oncelm.data.tokens import open_tokens
 from oncelm.eval.tasks.cities import CITIES
-from oncelm.train.config import load_config
+from oncelm.train.config import TrainConfig
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "needles"
 TEXT = "It was a bright cold day in April. Winston Smith slipped through the doors of Victory Mansions! Was it London? "
@@ -213,7 +213,7 @@ def test_the_run_measures_what_it_trains(recipe, text, tmp_path) -> None:
     built = " ".join(build_)
     before = None
     for (stage, (kind, length, *_)), command, limit in zip(run.STAGES.items(), trained, seconds, strict=True):
-        config = load_config(option(command, "--config"), settings_of(command), {"data": command[4], "out": "out"})
+        config = TrainConfig.from_yaml(option(command, "--config"), settings_of(command), data=command[4], out="out")
         rows = f"drill-{length}" if kind == "drill" else str(length)
         assert command[4] == str(out / "data" / rows)
         assert option(command, "--out") == str(out / stage)

@@ -16,7 +16,7 @@ from oncelm.cli import main
 from oncelm.data import tokenizers
 from oncelm.models import build_model
 from oncelm.models.yoco.presets import PRESETS
-from oncelm.train.config import load_config
+from oncelm.train.config import TrainConfig
 from tests.models.test_longllama import make_llama
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -63,7 +63,7 @@ def test_the_3b_run(capsys, book) -> None:
     shown = dry_run(capsys, book, RECIPES / "yoco-3b.yaml", "--processes", "64")
     assert "(2,829,133,824 without embeddings)" in shown
     assert "tokens per step  4,194,304" in shown
-    config = load_config(RECIPES / "yoco-3b.yaml", values={"data": "a", "out": "b"})
+    config = TrainConfig.from_yaml(RECIPES / "yoco-3b.yaml", data="a", out="b")
     assert config.end_lr_ratio == pytest.approx(0.04)
     assert config.schedule_steps * config.tokens_per_step == pytest.approx(5e12, rel=1e-6)
 

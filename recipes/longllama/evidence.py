@@ -41,7 +41,7 @@ from oncelm.eval.documents import read_documents
 from oncelm.eval.model import Codec
 from oncelm.eval.task import parse_tokens
 from oncelm.eval.tasks.passkey import Passkey
-from oncelm.train.config import load_config
+from oncelm.train.config import TrainConfig
 from oncelm.utils.device import resolve_device
 from oncelm.utils.environment import environment_report
 from oncelm.utils.files import atomic_file, atomic_folder
@@ -84,7 +84,7 @@ class Evidence:
 
     def before(self) -> None:
         if not self.untrained.exists():
-            settings = load_config(RECIPE, self.args.set, {"data": "-", "out": "-"}).model_overrides
+            settings = TrainConfig.from_yaml(RECIPE, self.args.set, data="-", out="-").model_overrides
             keys = ("mem_layers", "max_position_embeddings", "last_context_length")
             model = oncelm.load(self.args.model, "cpu", **{key: settings[key] for key in keys})
             with atomic_folder(self.untrained) as folder:
@@ -114,7 +114,7 @@ class Evidence:
     def facts(self) -> None:
         if not self.trained.is_dir():
             raise ValueError(f"{self.trained} is not there; it is what `train` makes.")
-        settings = load_config(RECIPE, [*LONG_MEMORY, *self.args.set], {"data": "-", "out": "-"})
+        settings = TrainConfig.from_yaml(RECIPE, [*LONG_MEMORY, *self.args.set], data="-", out="-")
         length = settings.packing * (settings.seq_len - 1) + 1  # of a piece: a row is one, without the token they share
         rows = self.out / "rows"
         options = ("--tokenizer", self.args.model, "--leave-out", "pass key", "--drill")

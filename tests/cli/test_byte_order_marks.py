@@ -16,7 +16,7 @@ from oncelm.eval.documents import read_utf8
 from oncelm.eval.harness.folder import read_questions
 from oncelm.eval.tasks.in_context import Trec, WebQs, read_jsonl
 from oncelm.models.yoco.official import read_params
-from oncelm.train.config import load_config
+from oncelm.train.config import TrainConfig
 
 RECORD = '{"question": "Who?", "answers": ["I"]}\n'
 MESSAGES = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
@@ -44,7 +44,7 @@ def read_tokens(file: Path) -> list[int]:
 READERS = {
     "text": ("a.txt", "text\n", read_text),
     "utf-8": ("a.txt", "text\n", read_utf8),
-    "recipe": ("recipe.yaml", "data: here\nsteps: 5\n", load_config),
+    "recipe": ("recipe.yaml", "data: here\nsteps: 5\n", TrainConfig.from_yaml),
     "conversations": ("a.jsonl", MESSAGES, read_tokens),
     "corpus": ("json/train.json", '[{"name": "a", "weight": 1}]', read_corpus),
     "in context": ("a.jsonl", RECORD, read_jsonl),

@@ -14,7 +14,7 @@ import pytest
 from pyarrow import parquet
 
 from oncelm.cli import main
-from oncelm.cli.data import choose_tokenizer
+from oncelm.data.bpe import corpus_tokenizer
 from oncelm.data.layout import find_corpus
 from oncelm.data.tokenizers import load_tokenizer
 from oncelm.data.tokens import open_tokens
@@ -196,4 +196,4 @@ def test_who_comes_second_uses_the_tokenizer_that_was_made_meanwhile(corpus, tmp
         load_tokenizer("bytes").save_pretrained(kept)
 
     monkeypatch.setattr("oncelm.data.bpe.make_place", made_by_another)
-    assert len(choose_tokenizer("bpe:300", find_corpus(corpus), str(tmp_path / "tokens"))) == 260
+    assert len(corpus_tokenizer("bpe:300", find_corpus(corpus), tmp_path / "tokens")) == 260

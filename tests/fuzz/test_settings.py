@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from oncelm.cli.train import describe
-from oncelm.train.config import CONSTRAINTS, TrainConfig, load_config
+from oncelm.train.config import CONSTRAINTS, TrainConfig
+from oncelm.train.setup import describe_run
 from oncelm.utils.settings import parse_yaml
 from tests.fuzz.guard import JUNK, NUMBERS, WORDS, damaged_dict, damaged_text, draws, guarded
 
@@ -37,7 +37,7 @@ def test_overrides(data) -> None:
     words = st.sampled_from([*map(str, NUMBERS), *WORDS, "[", "{", "&a [*a]", "!!bool x", "1:9", "0x", "~", "? a"])
     override = st.builds("{}={}".format, st.sampled_from(names), words | st.text(max_size=9)) | st.text(max_size=12)
     with guarded():
-        load_config(None, data.draw(st.lists(override, max_size=3)), PLACES)
+        TrainConfig.from_yaml(None, data.draw(st.lists(override, max_size=3)), **PLACES)
 
 
 @draws(300)
@@ -45,7 +45,7 @@ def test_overrides(data) -> None:
 def test_recipes(recipe) -> None:
     (FOLDER / "recipe.yaml").write_bytes(recipe)
     with guarded():
-        load_config(FOLDER / "recipe.yaml", [], PLACES)
+        TrainConfig.from_yaml(FOLDER / "recipe.yaml", **PLACES)
 
 
 @draws(300)
@@ -64,10 +64,10 @@ def test_what_a_run_would_do(data) -> None:
     with guarded():
         overrides = data.draw(damaged_dict(shape, ["layout", "self_decoder", "num_self_decoder_layers", "dtype"]))
         values = PLACES | sizes | data.draw(damaged_dict(sizes, [], 2)) | {"model_overrides": overrides}
-        describe(load_config(None, [], values), 1)
+        describe_run(TrainConfig.from_yaml(None, **values))
 
 
 def test_the_recipe_itself_is_sound() -> None:
     assert json.dumps(parse_yaml(RECIPE, "x"))
     (FOLDER / "recipe.yaml").write_text(RECIPE)
-    assert load_config(FOLDER / "recipe.yaml").seq_len == 512
+    assert TrainConfig.from_yaml(FOLDER / "recipe.yaml").seq_len == 512

@@ -15,7 +15,7 @@ import torch
 # processes are forked from one that has imported these once, which takes seconds; it has started no thread
 KILLED = "killed"
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["oncelm.train.trainer", "oncelm.cli.train", "tests.train.parallel.cases"])
+_context.set_forkserver_preload(["oncelm.train.trainer", "oncelm.train.setup", "tests.train.parallel.cases"])
 
 
 def run_ranks(size: int, function: Callable[..., Any], *arguments: Any, timeout: float = 120) -> list[Any]:

@@ -12,11 +12,10 @@ import torch
 
 import oncelm
 from oncelm.cli import main
-from oncelm.cli.train import make_dataset, make_model, make_tokenizer
 from oncelm.data.read_ahead import ReadAhead
 from oncelm.models import build_model
-from oncelm.train.config import load_config
-from oncelm.train.parallel.ranks import Ranks
+from oncelm.train.config import TrainConfig
+from oncelm.train.setup import make_trainer
 from oncelm.train.trainer import Trainer
 from tests.models.test_longllama import make_llama
 
@@ -72,14 +71,13 @@ def test_a_llama_becomes_a_longllama(books, llama, tmp_path, capsys) -> None:
     assert oncelm.load(tmp_path / "more" / "model").config.cross_batch_range == 7
 
 
-def make_trainer(books: str, llama: str, out: Path, *settings: str) -> Trainer:
-    config = load_config(None, [*SETTINGS, *settings], {"data": books, "model": llama, "out": str(out), "steps": 4})
-    ranks, tokenizer = Ranks(torch.device("cpu")), make_tokenizer(config)
-    return Trainer(make_model(config, 260), make_dataset(config, ranks, tokenizer)[0], config, tokenizer, ranks)
+def trainer_of(books: str, llama: str, out: Path, *settings: str) -> Trainer:
+    options = {"data": books, "model": llama, "out": str(out), "steps": 4, "device": "cpu"}
+    return make_trainer(TrainConfig.from_yaml(None, [*SETTINGS, *settings], **options))
 
 
 def test_a_step_is_its_forward_passes_and_validation_reads_with_memory(books, llama, tmp_path) -> None:
-    trainer = make_trainer(books, llama, tmp_path / "run")
+    trainer = trainer_of(books, llama, tmp_path / "run")
     model = oncelm.load(llama, device="cpu", mem_layers=[1], max_position_embeddings=16).train()
     options = {"cross_batch_range": 3, "cross_batch_stepping": True, "dataset_packing": 4}
     batch = trainer.dataset.batch(0, 16).tokens
@@ -92,20 +90,20 @@ def test_a_step_is_its_forward_passes_and_validation_reads_with_memory(books, ll
         losses = [model(part, labels=part).loss.item() * count for part, count in zip(whole, targets, strict=True)]
     assert trainer.evaluate() == pytest.approx(sum(losses) / sum(targets), rel=1e-5)
     trainer.config.__dict__["steps"] = 1
-    assert trainer.fit().loss == pytest.approx(torch.stack(passes).mean().item(), rel=1e-5)
+    assert trainer.train().loss == pytest.approx(torch.stack(passes).mean().item(), rel=1e-5)
 
 
 def test_checkpointing_changes_nothing(books, llama, tmp_path) -> None:
     """The memory layers' share of the gradients, through rows before, included."""
     for name, settings in (("plain", ()), ("checkpointing", ("activation_checkpointing=true",))):
-        make_trainer(books, llama, tmp_path / name, *settings).fit()
+        trainer_of(books, llama, tmp_path / name, *settings).train()
     for value in ("loss", "grad_norm"):
         plain = logged(tmp_path / "plain", value)
         assert logged(tmp_path / "checkpointing", value) == pytest.approx(plain, rel=1e-5)
 
 
 def test_stopped_and_resumed_it_repeats_the_losses(books, llama, tmp_path, monkeypatch) -> None:
-    make_trainer(books, llama, tmp_path / "whole").fit()
+    trainer_of(books, llama, tmp_path / "whole").train()
     batch = ReadAhead.batch
 
     def stop_in_step_3(self, step: int, batch_size: int, rows: slice | None = None):
@@ -114,7 +112,7 @@ def test_stopped_and_resumed_it_repeats_the_losses(books, llama, tmp_path, monke
         return batch(self, step, batch_size, rows)
 
     monkeypatch.setattr(ReadAhead, "batch", stop_in_step_3)
-    assert make_trainer(books, llama, tmp_path / "parts").fit().interrupted
+    assert trainer_of(books, llama, tmp_path / "parts").train().interrupted
     monkeypatch.undo()
     assert main(["train", "--out", str(tmp_path / "parts"), "--resume"]) == 0
     for value in ("loss", "grad_norm", "validation_loss"):

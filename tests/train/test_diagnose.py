@@ -76,7 +76,7 @@ def test_a_run_names_the_layer_and_the_sequences(make_model, dataset, make_confi
         r"0 \(tokens .* of source 'text'\), 1 \(tokens .*\) of the step; the last checkpoint is .*step-000002"
     )
     with pytest.raises(FloatingPointError, match=pattern):
-        trainer.fit()
+        trainer.train()
 
 
 @pytest.mark.parametrize(

@@ -47,12 +47,12 @@ def test_muon_learns_and_resumes_bitwise(make_model, dataset, make_config, tmp_p
     options = {"optimizer": "muon", "schedule": "constant", "weight_decay": 0.01}
     whole = make_config(out=str(tmp_path / "whole"), steps=20, **options)
     trainer = Trainer(make_model(), dataset, whole)
-    trainer.fit()
+    trainer.train()
     assert [type(part) for part in trainer.optimizers] == [Muon, AdamW]
     assert losses(whole.out)[-1] < 0.8 * losses(whole.out)[0]
-    Trainer(make_model(), dataset, make_config(steps=8, **options)).fit()
+    Trainer(make_model(), dataset, make_config(steps=8, **options)).train()
     parts = make_config(steps=20, resume=True, **options)
-    Trainer(make_model(), dataset, parts).fit()
+    Trainer(make_model(), dataset, parts).train()
     assert losses(parts.out) == losses(whole.out)
 
 

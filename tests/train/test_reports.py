@@ -32,8 +32,8 @@ class FakeWandb(types.ModuleType):
 def test_wandb_gets_every_value_and_a_resumed_run_goes_on(make_model, dataset, make_config, monkeypatch) -> None:
     wandb = FakeWandb()
     monkeypatch.setitem(sys.modules, "wandb", wandb)
-    Trainer(make_model(), dataset, make_config(report=["wandb"], steps=2)).fit()
-    Trainer(make_model(), dataset, make_config(report=["wandb"], steps=3, resume=True)).fit()
+    Trainer(make_model(), dataset, make_config(report=["wandb"], steps=2)).train()
+    Trainer(make_model(), dataset, make_config(report=["wandb"], steps=3, resume=True)).train()
     assert [step for step, values in wandb.logged if "loss" in values] == [1, 2, 3]
     assert any("validation_loss" in values for _, values in wandb.logged)
     assert wandb.finished == 2

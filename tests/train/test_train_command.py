@@ -13,11 +13,11 @@ import torch
 
 import oncelm.models
 from oncelm.cli import main
-from oncelm.cli.train import digest_conversations
 from oncelm.data.conversations import Conversation
 from oncelm.data.read_ahead import ReadAhead
 from oncelm.data.tokenizers import load_tokenizer
 from oncelm.train.checkpoint import list_checkpoints
+from oncelm.train.setup.dataset import digest_conversations
 from oncelm.train.trainer import Trainer
 
 QUICK = ("--set", "seq_len=16", "batch_size=2", "log_every=1", "warmup_steps=1")
@@ -41,7 +41,7 @@ def test_text_to_model_and_on_from_that_model(book, tmp_path, capsys) -> None:
     assert main([*more, *QUICK, "--dry-run"]) == 0
     assert main([*more, *QUICK]) == 0  # with the tokenizer in the model's folder
     assert main([*more, *QUICK, "model_overrides.hidden_size=64", f"out={tmp_path / 'wide'}"]) == 2
-    assert "do not fit the weights of the folder given: size mismatch" in capsys.readouterr().err
+    assert "(Read with {'hidden_size': 64}, which its weights have to fit.)" in capsys.readouterr().err
     longer = ["train", book, "--out", str(tmp_path / "longer"), "--model", str(out / "model"), "--steps", "1"]
     assert main([*longer, *QUICK, "model_overrides.rope_theta=640000"]) == 0
     assert oncelm.models.load(tmp_path / "longer" / "model").config.rope_theta == 640_000
@@ -87,7 +87,7 @@ def test_memory_that_is_too_small_is_one_line(book, tmp_path, capsys, monkeypatc
     def fit(self):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has ...")
 
-    monkeypatch.setattr(Trainer, "fit", fit)
+    monkeypatch.setattr(Trainer, "train", fit)
     assert main(["train", book, "--out", str(tmp_path / "run"), *QUICK]) == 1
     error = capsys.readouterr().err
     assert error.startswith("oncelm: CUDA out of memory. Tried to allocate 2.00 GiB.")

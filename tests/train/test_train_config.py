@@ -7,20 +7,20 @@ import math
 
 import pytest
 
-from oncelm.train.config import CONSTRAINTS, TrainConfig, load_config
+from oncelm.train.config import CONSTRAINTS, TrainConfig
 from oncelm.utils.constraints import Number, Text, check_all
 
 PLACES = {"data": "books", "out": "run"}
 
 
 def load(*overrides: str):
-    return load_config(None, overrides, PLACES)
+    return TrainConfig.from_yaml(None, overrides, **PLACES)
 
 
 def test_recipe_then_values_then_overrides(tmp_path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("steps: 10\nlr: 3e-4\nbatch_size: 4\nmodel_overrides: {window_size: 64}\n")
-    config = load_config(recipe, ["batch_size=16", "model_overrides.rope_theta=1e6"], PLACES | {"steps": 20})
+    config = TrainConfig.from_yaml(recipe, ["batch_size=16", "model_overrides.rope_theta=1e6"], **PLACES, steps=20)
     assert (config.steps, config.lr, config.batch_size) == (20, 3e-4, 16)
     assert config.model_overrides == {"window_size": 64, "rope_theta": 1e6}
 
@@ -30,7 +30,7 @@ def test_written_settings_read_back_the_same(tmp_path) -> None:
     assert config.lr == 1.0
     assert config.grad_clip is None
     (tmp_path / "config.yaml").write_text(config.to_yaml())
-    assert load_config(tmp_path / "config.yaml") == config
+    assert TrainConfig.from_yaml(tmp_path / "config.yaml") == config
 
 
 @pytest.mark.parametrize(
@@ -113,10 +113,10 @@ def test_a_whole_number_may_be_written_as_a_float() -> None:
 
 def test_data_is_needed_and_names_the_run() -> None:
     with pytest.raises(ValueError, match="data is missing"):
-        load_config(None, ["out=x"])
+        TrainConfig.from_yaml(None, ["out=x"])
     for data in ("book", "some/book/", "some/book.txt", "/some/other/../book.txt"):
-        assert load_config(None, [f"data={data}"]).out == "runs/book"
-    assert load_config(None, ["data=book.txt", "out=here"]).out == "here"
+        assert TrainConfig.from_yaml(None, [f"data={data}"]).out == "runs/book"
+    assert TrainConfig.from_yaml(None, ["data=book.txt", "out=here"]).out == "here"
 
 
 @pytest.mark.parametrize("text", ["", "- a\n- b\n", "just text", "a: [1"])
@@ -124,7 +124,7 @@ def test_a_recipe_that_is_no_mapping_is_named(tmp_path, text: str) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(text)
     with pytest.raises(ValueError, match=r"recipe .*recipe\.yaml"):
-        load_config(recipe, [], PLACES)
+        TrainConfig.from_yaml(recipe, **PLACES)
 
 
 def test_planned_steps_follow_the_count_and_the_clock() -> None:

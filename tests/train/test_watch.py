@@ -21,7 +21,7 @@ CPU = Ranks(torch.device("cpu"))
 
 def test_a_run_logs_them(make_model, dataset, make_config) -> None:
     config = make_config(peak_tflops=1e-3)
-    Trainer(make_model(), dataset, config).fit()
+    Trainer(make_model(), dataset, config).train()
     lines = map(json.loads, (Path(config.out) / "metrics.jsonl").read_text().splitlines())
     logged = [line for line in lines if "loss" in line]
     assert len(logged) == 6

@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from oncelm.cli.output import check_place, print_tables
+from oncelm.cli.output import print_tables
+from oncelm.utils.place import check_place
 
 if TYPE_CHECKING:
     import torch

@@ -8,11 +8,10 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from oncelm.cli.output import check_place, print_tables
+from oncelm.cli.output import print_tables
+from oncelm.utils.place import check_place
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from oncelm.data.layout import Corpus
     from oncelm.data.tokens import ShardStream, TokenFolder
 
@@ -102,9 +101,8 @@ def run_prepare(args: argparse.Namespace) -> int:
         raise ValueError(f"{args.data!r} holds tokens already; give the text that they were made of.")
     corpus = find_corpus(args.data)
     check_place(args.out or hidden_folder(corpus), "--out")
-    tokenizer = choose_tokenizer(args.tokenizer or "bytes", corpus, args.out)
     options = {"bos": args.bos, "strict": args.strict, "workers": args.workers, "check": True}
-    folder = prepare(corpus, tokenizer, args.out, **options)
+    folder = prepare(corpus, args.tokenizer or "bytes", args.out, **options)
     tokens = open_tokens(folder)
     report_malformed(tokens)
     report_left_out(corpus)
@@ -113,20 +111,6 @@ def run_prepare(args: argparse.Namespace) -> int:
     count = sum(source.stream.num_tokens for source in (*tokens.train, *tokens.valid))
     print(f"{count:,} tokens in {folder}. Next: oncelm train {folder} --out runs/first")
     return 0
-
-
-def choose_tokenizer(name: str, corpus: Corpus, out: str | None) -> PreTrainedTokenizerBase:
-    """The tokenizer of that name; one made from the text ("bpe:SIZE") is kept beside the tokens and used again."""
-    from oncelm.data.bpe import keep_bpe
-    from oncelm.data.place import hidden_folder
-    from oncelm.data.tokenizers import load_tokenizer
-    from oncelm.train.config import bpe_vocab_size
-
-    if not name.startswith("bpe:"):
-        return load_tokenizer(name)
-    kept = (Path(out) if out else hidden_folder(corpus)) / name.replace(":", "-")
-    keep_bpe(kept, corpus, bpe_vocab_size(name))
-    return load_tokenizer(kept)
 
 
 def report_malformed(tokens: TokenFolder, shown: int = 5) -> None:
@@ -274,8 +258,9 @@ def run_sample(args: argparse.Namespace) -> int:
     else:
         corpus = find_corpus(args.data)
         check_place(args.out or hidden_folder(corpus), "--out")
-        tokenizer = choose_tokenizer(args.tokenizer or "bytes", corpus, args.out)
-        folder = prepare(corpus, tokenizer, args.out, bos=args.bos, strict=args.strict, workers=args.workers)
+        folder = prepare(
+            corpus, args.tokenizer or "bytes", args.out, bos=args.bos, strict=args.strict, workers=args.workers
+        )
     tokens = open_tokens(folder)
     tokenizer = load_tokenizer(folder / "tokenizer")
     dataset = TokenDataset(

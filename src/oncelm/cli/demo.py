@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from oncelm.cli.output import check_place, print_tables
+from oncelm.cli.output import print_tables
+from oncelm.utils.place import check_place
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -155,7 +156,7 @@ def _train_both(out: Path, seconds: float) -> tuple[PreTrainedTokenizerBase, Yoc
         count = sum(parameter.numel() for parameter in model.parameters())
         print(f"\n{type(model).__name__}, {count / 1e6:.1f}M parameters, {seconds / len(models):.0f} s", flush=True)
         dataset = TokenDataset(tokens.train, config.seq_len, seed=config.seed, validation_share=0.02)
-        result = Trainer(model, dataset, config, tokenizer).fit()
+        result = Trainer(model, dataset, config, tokenizer).train()
         if result.interrupted:
             raise KeyboardInterrupt
         print(f"{result.tokens:,} tokens in {result.seconds:.0f} s; loss on held-out text {result.validation_loss:.3f}")

@@ -8,7 +8,8 @@ from pathlib import Path
 from types import UnionType
 from typing import TYPE_CHECKING, Any, get_args
 
-from oncelm.cli.output import check_place, print_tables
+from oncelm.cli.output import print_tables
+from oncelm.utils.place import check_place
 
 if TYPE_CHECKING:
     from oncelm.eval import LanguageModel, Run, Table, Task

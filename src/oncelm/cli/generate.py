@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from oncelm.cli.output import check_place
+from oncelm.utils.place import check_place
 
 if TYPE_CHECKING:
     import torch

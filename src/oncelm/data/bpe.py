@@ -1,15 +1,18 @@
-"""A BPE made from a corpus, kept in a folder."""
+"""A tokenizer by its name, where that may be one that is made from the text and kept."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from transformers import PreTrainedTokenizerBase
+
 from oncelm.data.checksums import damaged_files, write_listing
 from oncelm.data.layout import Corpus
 from oncelm.data.place import make_place, turn
 from oncelm.data.reading import sample_texts
-from oncelm.data.tokenizers import train_bpe
+from oncelm.data.tokenizers import load_tokenizer, train_bpe
 from oncelm.utils.files import atomic_folder
+from oncelm.utils.vocabulary import bpe_size
 
 
 def make_bpe(folder: Path, corpus: Corpus, vocab_size: int) -> None:
@@ -34,3 +37,13 @@ def keep_bpe(folder: Path, corpus: Corpus, vocab_size: int) -> None:
                 make_bpe(folder, corpus, vocab_size)
     if damaged := damaged_files(folder):
         raise ValueError(f"{damaged[0]} is damaged; delete {str(folder)!r} to have it made from the text again.")
+
+
+def corpus_tokenizer(name: str, corpus: Corpus, folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of that name (`load_tokenizer`); "bpe:SIZE" is made from the corpus once, and kept in `folder`."""
+    size = bpe_size(name)
+    if size is None:
+        return load_tokenizer(name)
+    kept = folder / f"bpe-{size}"
+    keep_bpe(kept, corpus, size)
+    return load_tokenizer(kept)

@@ -24,10 +24,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
+from oncelm.data.bpe import corpus_tokenizer
 from oncelm.data.checksums import DamagedFile, damaged_files, write_listing, write_sealed
 from oncelm.data.encoding import Encoder
-from oncelm.data.layout import Corpus, Source
-from oncelm.data.place import default_folder, make_place, turn
+from oncelm.data.layout import Corpus, Source, find_corpus
+from oncelm.data.place import default_folder, hidden_folder, make_place, turn
 from oncelm.data.progress import progress_bar
 from oncelm.data.reading import Document, Piece, is_text, read, scan
 from oncelm.data.shards import (
@@ -98,8 +99,8 @@ class MalformedLine(ValueError):
 
 
 def prepare(
-    corpus: Corpus,
-    tokenizer: PreTrainedTokenizerBase,
+    corpus: Corpus | str | Path,
+    tokenizer: PreTrainedTokenizerBase | str,
     folder: str | Path | None = None,
     *,
     bos: bool = False,
@@ -113,8 +114,9 @@ def prepare(
     Progress bars appear when it takes longer than two seconds.
 
     Args:
-        corpus: from `find_corpus`.
-        tokenizer: any of Hugging Face's, with an eos token.
+        corpus: text: a file, a folder, a corpus with json/train.json (`find_corpus`).
+        tokenizer: any of Hugging Face's, with an eos token, or its name; "bpe:4096" is made from the text, and kept
+            beside its tokens.
         folder: of the result; None: `.oncelm/<tokenizer>` beside the text.
         bos: start every document with the tokenizer's bos token.
         strict: a malformed line is an error (the first in the corpus's order), instead of counted and left out.
@@ -127,6 +129,9 @@ def prepare(
             that is the text's.
         OSError: a file cannot be written. Complete shards are kept.
     """
+    corpus = corpus if isinstance(corpus, Corpus) else find_corpus(corpus)
+    if isinstance(tokenizer, str):
+        tokenizer = corpus_tokenizer(tokenizer, corpus, hidden_folder(corpus) if folder is None else Path(folder))
     encoder = Encoder(tokenizer)
     if tokenizer.eos_token_id is None:
         raise ValueError("tokenizer has no eos token to end every document with; set tokenizer.eos_token.")

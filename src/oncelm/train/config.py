@@ -1,16 +1,17 @@
-"""What a training run is told: one frozen dataclass, read from a recipe (YAML) and `key=value` overrides."""
+"""What a training run is told: one frozen dataclass, whose settings are checked when it is made."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
 
+from oncelm.train.recipe import override, read_recipe
 from oncelm.train.reports import REPORTS
 from oncelm.train.schedule import SCHEDULES
 from oncelm.utils.constraints import (
@@ -28,8 +29,7 @@ from oncelm.utils.constraints import (
     constraints_of,
 )
 from oncelm.utils.errors import unknown
-from oncelm.utils.settings import parse_yaml
-from oncelm.utils.vocabulary import check_bpe_size
+from oncelm.utils.vocabulary import bpe_size
 
 OPTIMIZERS, DTYPES = ("adamw", "muon"), ("float32", "bfloat16")
 MOST_TOKENS = 2**28  # in a step: more than any published run has, and 2 GiB of ids
@@ -128,8 +128,8 @@ class TrainConfig:
             raise ValueError("target_loss is looked at in evaluations, and eval_every is None; set it too.")
         if self.compile and self.tensor_parallel > 1:
             raise ValueError("compile does not go with tensor_parallel: torch's compiler fails on its DTensors.")
-        if self.tokenizer is not None and self.tokenizer.startswith("bpe:"):
-            bpe_vocab_size(self.tokenizer)
+        if self.tokenizer is not None:
+            bpe_size(self.tokenizer)
 
     def _check_packing(self) -> None:
         """What crossbatch does not go with; `oncelm.train.crossbatch` looks at the model."""
@@ -200,8 +200,28 @@ class TrainConfig:
             return by_count
         return min(by_count, step * self.max_seconds / seconds)
 
+    @classmethod
+    def from_yaml(cls, recipe: str | Path | None, overrides: Iterable[str] = (), **values: Any) -> TrainConfig:
+        """The settings of a recipe, replaced by `values`, replaced by `overrides` ("key=value").
+
+        Without `out` it is `default_out(data)`.
+
+        Args:
+            recipe: a YAML file; None for none.
+            overrides: a dotted key reaches into a dictionary: `model_overrides.window_size=256`.
+        """
+        merged = override(({} if recipe is None else read_recipe(recipe)) | values, overrides)
+        for name in merged:
+            if name not in CONSTRAINTS:
+                raise unknown("setting", name, CONSTRAINTS)
+        if merged.get("data") is None:
+            raise ValueError("data is missing; give it on the command line or in the recipe.")
+        if merged.get("out") is None:
+            merged["out"] = default_out(str(merged["data"]))
+        return cls(**merged)
+
     def to_yaml(self) -> str:
-        """The settings as a recipe that `load_config` reads back."""
+        """The settings as a recipe that `from_yaml` reads back."""
         values = {name: list(v) if isinstance(v, tuple) else v for name, v in dataclasses.asdict(self).items()}
         return yaml.safe_dump(values, sort_keys=False)
 
@@ -209,72 +229,9 @@ class TrainConfig:
 CONSTRAINTS = constraints_of(TrainConfig)
 
 
-def field_names() -> list[str]:
-    return list(CONSTRAINTS)
-
-
-def bpe_vocab_size(tokenizer: str) -> int:
-    """The vocabulary size in "bpe:SIZE"."""
-    size = tokenizer.removeprefix("bpe:")
-    if not size.isdecimal():
-        raise ValueError(f"tokenizer {tokenizer!r}: after 'bpe:' comes the vocabulary size, as in 'bpe:4096'.")
-    return check_bpe_size(f"tokenizer {tokenizer!r}: the vocabulary size", size)
-
-
 def default_out(data: str) -> str:
     """The folder of a run that names none: runs/books for books/ and books.txt."""
     return str(Path("runs", Path(data).absolute().stem))
-
-
-def load_config(
-    recipe: str | Path | None = None,
-    overrides: Iterable[str] = (),
-    values: Mapping[str, object] | None = None,
-) -> TrainConfig:
-    """The settings of a recipe (YAML), replaced by `values`, replaced by `overrides` ("key=value").
-
-    A dotted key reaches into a dictionary: `model_overrides.window_size=256`. Without `out` it is `default_out(data)`.
-    """
-    merged: dict[str, Any] = {}
-    if recipe is not None:
-        try:
-            text = Path(recipe).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or "it is not UTF-8"
-            raise ValueError(
-                f"recipe {str(recipe)!r} (--config) cannot be read: {reason}; give a YAML file of settings, as in "
-                "recipes/."
-            ) from None
-        merged |= _mapping(text, f"recipe {str(recipe)!r}")
-    merged |= values or {}
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals or not key:
-            raise ValueError(f"override {override!r} must have the form key=value, as in lr=3e-4.")
-        name, dot, inner = key.partition(".")
-        value = parse_yaml(text, f"override {override!r}")
-        if dot:
-            before = merged.get(name) or {}
-            if name != "model_overrides" or not isinstance(before, dict):
-                raise ValueError(f"override {override!r}: only model_overrides has inner keys.")
-            merged[name] = before | {inner: value}
-        else:
-            merged[name] = value
-    for name in merged:
-        if name not in field_names():
-            raise unknown("setting", name, field_names())
-    if merged.get("data") is None:
-        raise ValueError("data is missing; give it on the command line or in the recipe.")
-    if merged.get("out") is None:
-        merged["out"] = default_out(str(merged["data"]))
-    return TrainConfig(**merged)
-
-
-def _mapping(text: str, source: str) -> dict[str, Any]:
-    parsed = parse_yaml(text, source)
-    if not isinstance(parsed, dict):
-        raise ValueError(f"{source} must hold `key: value` lines, got {type(parsed).__name__}.")
-    return parsed
 
 
 def _as_meant(name: str, value: Any) -> Any:

@@ -118,7 +118,7 @@ class Trainer:
         self.step = 0  # optimizer steps done
         self.seconds = 0.0  # the run has taken, earlier parts included
 
-    def fit(self) -> TrainResult:
+    def train(self) -> TrainResult:
         """Train to the end, or until SIGTERM or Ctrl-C, which saves a checkpoint and returns.
 
         A file `out/export` asks for an export behind the step that is being computed; it is deleted then. A file
@@ -132,11 +132,11 @@ class Trainer:
         lock = run_lock(self.out)
         self.ranks.on_main(partial(claim, lock))
         try:
-            return self._fit()
+            return self._train()
         finally:
             lock.release()
 
-    def _fit(self) -> TrainResult:
+    def _train(self) -> TrainResult:
         self._start_or_resume()
         loss = validation_loss = model_path = None
         metrics: Metrics = NoMetrics()

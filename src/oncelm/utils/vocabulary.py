@@ -19,3 +19,17 @@ def check_bpe_size(name: str, size: int | str) -> int:
             f"got {digits[:20]}{'...' if len(digits) > 20 else ''}."
         )
     return int(digits)
+
+
+def bpe_size(tokenizer: str) -> int | None:
+    """The vocabulary size of a tokenizer that is to be made from text, "bpe:SIZE"; None for another name.
+
+    >>> bpe_size("bpe:4096")
+    4096
+    """
+    if not tokenizer.startswith("bpe:"):
+        return None
+    size = tokenizer.removeprefix("bpe:")
+    if not size.isdecimal():
+        raise ValueError(f"tokenizer {tokenizer!r}: after 'bpe:' comes the vocabulary size, as in 'bpe:4096'.")
+    return check_bpe_size(f"tokenizer {tokenizer!r}: the vocabulary size", size)

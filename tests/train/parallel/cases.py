@@ -137,7 +137,7 @@ def train(options: dict, shape: dict, rank: int = -1, step: int = 0, event: Call
                     batch(self, asked, *rest),
                 )[1]
             running.append(Trainer(model, dataset, config, ranks=ranks))
-            result = running[-1].fit()
+            result = running[-1].train()
     except (OSError, ValueError, FloatingPointError, SystemExit) as error:
         return f"{type(error).__name__}: {error}"
     return f"{'stopped' if result.interrupted else 'ended'} at {result.step}"

@@ -1,0 +1,35 @@
+"""The model that a run's settings name."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from oncelm.models.llama import LLAMA_PRESETS
+from oncelm.models.resolve import build
+from oncelm.models.yoco.presets import PRESETS
+from oncelm.train.config import TrainConfig
+from oncelm.train.crossbatch import check_crossbatch
+from oncelm.utils.errors import check_choice
+
+
+def make_model(config: TrainConfig, vocab_size: int, *, weights: bool = True) -> PreTrainedModel:
+    """The model that the settings name, on the CPU: a folder's, or a new one of a preset, of YOCO or Llama.
+
+    Args:
+        vocab_size: of a new one, where the settings' `model_overrides` name no other.
+        weights: False makes it without values, on the meta device, and reads none.
+    """
+    overrides = config.model_overrides | ({} if config.packing is None else {"dataset_packing": config.packing})
+    if not Path(config.model).is_dir():
+        check_choice("model", config.model, (*PRESETS, *LLAMA_PRESETS))
+        overrides = {"vocab_size": vocab_size} | overrides
+    return build(config.model, "cpu", weights=weights, seed=config.seed, **overrides)
+
+
+def check_model(config: TrainConfig) -> None:
+    """ValueError unless the model that the settings name fits their packing; nothing is read but its configuration."""
+    if config.packing is not None or "mem_layers" in config.model_overrides or Path(config.model).is_dir():
+        check_crossbatch(config, make_model(replace(config, packing=None), vocab_size=1024, weights=False).config)
