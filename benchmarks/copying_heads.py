@@ -21,7 +21,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import oncelm
-from oncelm.cli.generate import parse_layers
+from oncelm.cli.options import layers as parse_layers
 from oncelm.eval.tasks.passkey import FILLER, KEY, QUESTION, TASK
 from oncelm.utils.environment import environment_report
 

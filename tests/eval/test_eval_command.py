@@ -107,7 +107,7 @@ def test_help_teaches(task, capsys) -> None:
         (["needle", "MODEL", "--out", "."], "--out . is a folder"),
         (["longppl", "MODEL"], "needs a folder of questions: --data DIR"),
         (["needle", "yoco-tiny"], "has no tokenizer; name one"),
-        (["needle", "yoco-tiny", "--tokenizer", "bytes", "--memory", "cpu"], "preset yoco-tiny is a YOCO"),
+        (["needle", "yoco-tiny", "--tokenizer", "bytes", "--memory", "cpu"], "--memory is for LongLLaMA models"),
         (["needle", "MODEL", "--memory", "cpu"], "--memory is for LongLLaMA models"),
         (["report"], "required: FILE"),
         (["report", "no.jsonl"], "No such file"),

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from oncelm.cli.options import add_options, find_tokenizer, model_keys, token_counts
 from oncelm.cli.output import print_tables
 from oncelm.utils.place import check_place
 
@@ -83,7 +84,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="a preset, or the folder of a YOCO or LongLLaMA; harness: of any causal model (default: the shape below)",
     )
-    shape.add_argument("--mem-layers", metavar="I,J,...", help="read the folder of a LLaMA-family model as a LongLLaMA")
+    add_options(shape, "mem_layers")
     shape.add_argument("--hidden-size", type=int, metavar="D", help="width (512)")
     shape.add_argument("--layers", type=int, metavar="L", help="layers, half of them self-decoder (12)")
     shape.add_argument("--self-decoder", metavar="KIND", help="mixer of the self-decoder (gated_retention)")
@@ -101,7 +102,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DTYPE",
         help="YOCO's global cache: auto (--dtype), bfloat16, float8, int8",
     )
-    run.add_argument("--device", help="cpu, cuda, ... (a GPU if there is one)")
+    add_options(run, "device")
     run.add_argument("--repeats", type=int, default=3, metavar="N", help="timed calls; their median counts (3)")
     run.add_argument("--prefill-chunk-size", type=int, metavar="N", help="tokens YOCO's prefill reads at a time")
     run.add_argument(
@@ -118,7 +119,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out", "--output", metavar="FILE", help="append every measurement to this file, as a line of JSON"
     )
     asked = parser.add_argument_group("harness and needle")
-    asked.add_argument("--tokenizer", metavar="NAME", help="bytes, cl100k_base or a path (the model's)")
+    add_options(asked, "tokenizer")
     asked.add_argument("--data", metavar="DIR", help="harness: folder of questions (recipes/eval_data.py harness)")
     asked.add_argument("--tasks", metavar="A,B", help="harness: folders in it (arc_challenge,hellaswag)")
     asked.add_argument("--questions", type=int, metavar="N", help="harness: of each task (8)")
@@ -136,7 +137,7 @@ def run(args: argparse.Namespace) -> int:
 
     check_choice("benchmark", args.benchmark, BENCHMARKS)
     check_options(args)
-    lengths = parse_lengths(args.lengths or LENGTHS.get(args.benchmark, DEFAULT_LENGTHS))
+    lengths = token_counts(args.lengths or LENGTHS.get(args.benchmark, DEFAULT_LENGTHS))
     device = resolve_device(args.device)
     dtype = resolve_dtype(args.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
     if args.out:
@@ -220,7 +221,6 @@ def run_needle(
 
 def make_language_model(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> LanguageModel:
     """The model of the command line with its tokenizer, of as many tokens as that knows."""
-    from oncelm.cli.generate import find_tokenizer
     from oncelm.eval import LanguageModel
 
     is_folder = args.model is not None and Path(args.model).is_dir()
@@ -231,22 +231,13 @@ def make_language_model(args: argparse.Namespace, device: torch.device, dtype: t
     return LanguageModel(model, tokenizer, (args.model and Path(args.model).name) or "default shape")
 
 
-def parse_lengths(text: str) -> list[int]:
-    """ "4096,16K" as numbers."""
-    from oncelm.eval.task import parse_tokens
-
-    try:
-        return [parse_tokens(part) for part in text.split(",")]
-    except ValueError as error:
-        raise ValueError(f"--lengths {text!r}: each of them {error}") from error
-
-
 def make_subjects(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> list[Subject]:
     """The YOCO of the command line and, unless --no-peer, its Llama."""
     import torch
 
     from oncelm import bench
     from oncelm.models import LongLlamaForCausalLM
+    from oncelm.models.resolve import fresh
 
     kept = torch.float32 if args.benchmark == "train" else dtype  # training computes in dtype, on float32 weights
     model = make_model(args, device, kept)
@@ -256,12 +247,12 @@ def make_subjects(args: argparse.Namespace, device: torch.device, dtype: torch.d
         form = "norms and feed-forward layers" if long.compiled else ""
         if args.no_peer:
             return [long]
-        return [long, bench.Llama(fresh(bench.plain_config(model.config), device, kept), compile=form)]
+        return [long, bench.Llama(fresh(bench.plain_config(model.config), device, kept).eval(), compile=form)]
     yoco = make_yoco(args, model)
     subjects: list[Subject] = [yoco]
     if not args.no_peer:
         form = "model" if args.benchmark == "train" else "norms and feed-forward layers"
-        peer = fresh(bench.llama_config(model.config), device, kept)
+        peer = fresh(bench.llama_config(model.config), device, kept).eval()
         subjects.append(bench.Llama(peer, compile=form if yoco.compiled else ""))
     return subjects
 
@@ -285,15 +276,14 @@ def make_model(args: argparse.Namespace, device: torch.device, dtype: torch.dtyp
     """The folder's, or one with random weights: the preset or the default shape, with the command line's changes."""
     import torch
 
-    from oncelm.cli.generate import parse_layers
     from oncelm.models import LongLlamaForCausalLM, YocoForCausalLM, load
+    from oncelm.models.resolve import fresh
 
     torch.manual_seed(0)
     if args.model is None or not Path(args.model).is_dir():
-        return fresh(make_config(args, **changes), device, dtype)
+        return fresh(make_config(args, **changes), device, dtype).eval()
     refuse_shape_options(args, but=())
-    memory: dict[str, Any] = {} if args.mem_layers is None else {"mem_layers": parse_layers(args.mem_layers)}
-    model = load(args.model, device, dtype, **memory)
+    model = load(args.model, device, dtype, **model_keys(args))
     read_by_windows = isinstance(model, LongLlamaForCausalLM) and args.benchmark in GOES_WITH["mem_layers"]
     if not isinstance(model, YocoForCausalLM) and not read_by_windows and args.benchmark != "harness":
         raise ValueError(
@@ -302,17 +292,6 @@ def make_model(args: argparse.Namespace, device: torch.device, dtype: torch.dtyp
             "harness any causal model)."
         )
     return model
-
-
-def fresh(config: Any, device: torch.device, dtype: torch.dtype) -> Any:
-    """A model with random weights."""
-    from transformers import AutoModelForCausalLM
-
-    from oncelm.models.size import check_fits
-
-    check_fits(config, dtype, device)
-    with device:
-        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
 def make_config(args: argparse.Namespace, **changes: Any) -> YocoConfig:

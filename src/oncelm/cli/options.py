@@ -1,0 +1,90 @@
+"""Options that several verbs share: which model, with what memory, on which device; and what can be told from them."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+DTYPE_HELP = "float32, bfloat16 or float16 (as the weights are stored)"
+
+
+def layers(text: str) -> list[int]:
+    """The layers in "8,16,24", as argparse's `type`."""
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() for part in parts):
+        raise argparse.ArgumentTypeError(f"layer numbers with commas between, as in 8,16,24; got {text!r}")
+    return [int(part) for part in parts]
+
+
+SHARED: dict[str, dict[str, Any]] = {
+    "tokenizer": {"metavar": "NAME", "help": "bytes, cl100k_base or a path (the model's; cl100k_base if official)"},
+    "mem_layers": {
+        "type": layers,
+        "metavar": "I,J,...",
+        "help": "read a LLaMA-family model as a LongLLaMA with memory in these layers",
+    },
+    "memory": {"metavar": "KIND", "help": "LongLLaMA: exact, cpu, disk or knn (exact: on the device)"},
+    "last_context_length": {
+        "type": int,
+        "metavar": "N",
+        "help": "LongLLaMA: tokens at the end that stay out of memory",
+    },
+    "device": {"help": "cpu, cuda, cuda:1, ... (a GPU if there is one)"},
+    "dtype": {"help": DTYPE_HELP},
+}
+
+
+def add_options(parser: Any, *names: str) -> None:
+    """Add some of SHARED to a parser, or a group of one."""
+    for name in names:
+        parser.add_argument(f"--{name.replace('_', '-')}", **SHARED[name])
+
+
+def model_keys(args: argparse.Namespace) -> dict[str, Any]:
+    """The keys of the model's configuration that the command line changes."""
+    return {} if args.mem_layers is None else {"mem_layers": args.mem_layers}
+
+
+def check_memory_options(config: PreTrainedConfig, args: argparse.Namespace) -> None:
+    """Refuse options that a model of this configuration does not take."""
+    from oncelm.models.registry import family
+
+    able = family(config)
+    for name, taken in (("memory", able.cache_options), ("last_context_length", able.read_options)):
+        if getattr(args, name) is not None and name not in taken:
+            raise ValueError(
+                f"--{name.replace('_', '-')} is for LongLLaMA models, {args.model} is a model of type "
+                f"{config.model_type}; with --mem-layers a LLaMA-family model becomes one."
+            )
+    given = args.last_context_length
+    if given is not None and not 1 <= given <= config.max_position_embeddings:
+        window = config.max_position_embeddings
+        raise ValueError(f"--last-context-length must be from 1 to the model's window of {window}, got {given}.")
+
+
+def find_tokenizer(model: str, tokenizer: str | None) -> PreTrainedTokenizerBase:
+    """The tokenizer named, or else the model's own."""
+    from oncelm.data.tokenizers import load_tokenizer
+    from oncelm.models.resolve import is_preset
+
+    if tokenizer is not None:
+        return load_tokenizer(tokenizer)
+    if is_preset(model):
+        raise ValueError(f"preset {model} has no tokenizer; name one, such as --tokenizer bytes.")
+    try:
+        return load_tokenizer(model)
+    except ValueError as error:
+        raise ValueError(f"{error} Name one with --tokenizer.") from error
+
+
+def token_counts(text: str) -> list[int]:
+    """ "4096,16K" as numbers."""
+    from oncelm.eval.task import parse_tokens
+
+    try:
+        return [parse_tokens(part) for part in text.split(",")]
+    except ValueError as error:
+        raise ValueError(f"--lengths {text!r}: each of them {error}") from error
