@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import multiprocessing
 import os
 import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -184,12 +186,13 @@ def test_errors_are_one_line(recipe, text, tmp_path, capsys) -> None:
         module.main([text, str(tmp_path / "a"), "--tokens", "512"])
     assert "'512' must be LENGTH:TOKENS" in capsys.readouterr().err
     build(text, tmp_path / "a")
+    options = ("--drill", "--tokenizer", "bytes", "--workers", "1")
     with pytest.raises(ValueError, match="choose another folder"):
         module.main([text, str(tmp_path / "a"), "--tokens", "512:5K", "--tokenizer", "cl100k_base"])
     with pytest.raises(ValueError, match="rows must have at least 128 tokens, got 16"):
-        module.main([text, str(tmp_path / "a"), "--tokens", "16:5K", "--tokenizer", "bytes", "--workers", "1"])
+        module.main([text, str(tmp_path / "a"), "--tokens", "16:5K", *options])
     with pytest.raises(ValueError, match="not enough for one row of 1048576; give more text"):
-        module.main([text, str(tmp_path / "a"), "--tokens", "1024K:5M", "--tokenizer", "bytes", "--workers", "1"])
+        module.main([text, str(tmp_path / "a"), "--tokens", "1024K:5M", *options])
 
 
 def commands(text: str, out: Path, *options: str) -> list[tuple[str, ...]]:
@@ -249,18 +252,24 @@ def test_a_drill_ends_where_only_a_reader_who_looks_back_gets(recipe) -> None:
         assert 1.2 * first_round < target < math.log(symbols)
 
 
-def test_a_stopped_build_leaves_no_worker(text, tmp_path) -> None:
-    command = [sys.executable, str(RECIPE / "build.py"), text, str(tmp_path / "data"), "--drill"]
-    command += ["--tokens", "16384:200M", "--tokenizer", "bytes", "--workers", "2"]
-    build = subprocess.Popen(command, env=environment(), stderr=subprocess.DEVNULL, start_new_session=True)
+def test_a_stopped_build_leaves_no_worker(recipe, text, tmp_path) -> None:
+    options = ("--drill", "--tokens", "16384:200M", "--plain-share", "0.9", "--tokenizer", "bytes", "--workers", "2")
+
+    def start() -> None:
+        os.setsid()
+        sys.argv = ["build.py", text, str(tmp_path / "data"), *options]
+        runpy.run_path(str(RECIPE / "build.py"), run_name="__main__")
+
+    build = multiprocessing.get_context("fork").Process(target=start)
+    build.start()
     while not list(tmp_path.glob("data/16384/shards/*.json")):
-        assert build.poll() is None
-        time.sleep(0.05)
+        assert build.is_alive()
+        time.sleep(0.01)
     build.terminate()
-    status = build.wait()
+    build.join()
     with pytest.raises(ProcessLookupError):
         os.killpg(build.pid, signal.SIGKILL)  # ends them, should there be any
-    assert status == 143
+    assert build.exitcode == 143
 
 
 SAVES_WHEN_STOPPED = """

@@ -202,8 +202,8 @@ def main() -> None:
         concurrent.futures.ProcessPoolExecutor(args.workers) as pool,
         tqdm(total=len(chosen), initial=len(done), desc="packages", unit="package") as bar,
     ):
-        tasks = {pool.submit(build, package, args.corpus): package for package in missing}
         try:
+            tasks = {pool.submit(build, package, args.corpus): package for package in missing}
             for task in concurrent.futures.as_completed(tasks):
                 known[tasks[task].name] = done[tasks[task].name] = task.result()
                 bar.update()

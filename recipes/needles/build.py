@@ -214,8 +214,8 @@ def make_rows(args: argparse.Namespace) -> None:
         concurrent.futures.ProcessPoolExecutor(args.workers, initializer=without_threads) as pool,
         tqdm(total=len(missing), desc="rows", unit=" shards") as bar,
     ):
-        tasks = [pool.submit(make_shard, *shard) for shard in missing]
         try:
+            tasks = [pool.submit(make_shard, *shard) for shard in missing]
             for task in concurrent.futures.as_completed(tasks):
                 task.result()
                 bar.update()
