@@ -12,12 +12,14 @@ from pathlib import Path
 
 import pytest
 
+from oncelm.bench import Ceilings
+
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-def code_blocks(language: str) -> list[str]:
-    text = (ROOT / "README.md").read_text()
+def code_blocks(language: str, page: str = "README.md") -> list[str]:
+    text = (ROOT / page).read_text()
     return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
 
 
@@ -37,6 +39,19 @@ def test_examples_in_docstrings(path: Path) -> None:
     failed, tried = doctest.testmod(module)
     assert tried > 0
     assert failed == 0
+
+
+def test_each_verb_from_python(tmp_path: Path, monkeypatch) -> None:
+    """The blocks of docs/python.md, one after the other."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("oncelm.bench.runner.measure_ceilings", lambda *_: Ceilings(1e11, 1e10))  # takes seconds
+    Path("books").mkdir()
+    Path("books", "a.txt").write_text("It was the best of times, it was the worst of times.\n" * 200)
+    names: dict[str, object] = {}
+    for block in code_blocks("python", "docs/python.md"):
+        assert len([line for line in block.splitlines() if line and "import" not in line]) <= 5
+        exec(block, names)
+    assert Path("report.html").exists()
 
 
 @pytest.mark.slow
