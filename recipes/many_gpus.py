@@ -32,11 +32,11 @@ WINDOW = ["model_overrides.self_decoder=sliding_window", "model_overrides.window
 RUNS: dict[str, tuple[str | None, list[str]]] = {
     "one": (None, []),
     "data": ("one", []),
-    "chunk": ("one", ["chunk_parallel=N"]),
+    "chunk": ("one", ["context_parallel=N"]),
     "tensor": ("one", ["tensor_parallel=N", "compile=false"]),
     "resumed": ("one", []),  # half of it on N processes, the rest on one
     "window-one": (None, WINDOW),
-    "window-chunk": ("window-one", [*WINDOW, "chunk_parallel=N"]),
+    "window-chunk": ("window-one", [*WINDOW, "context_parallel=N"]),
 }
 
 

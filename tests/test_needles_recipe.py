@@ -62,7 +62,7 @@ def build(text: str, data: Path, *options: str) -> Path:
 def rows_of(folder: Path) -> list[str]:
     """The rows as the trainer cuts them, without their last token, as text."""
     source = open_tokens(folder).train
-    dataset = TokenDataset(source, seq_len=LENGTH, seed=0, validation_share=0)
+    dataset = TokenDataset(source, seq_len=LENGTH, seed=0, validation_fraction=0)
     tokenizer = load_tokenizer(folder / "tokenizer")
     batches = dataset.batch(0, 60).tokens
     for row in batches.tolist():
@@ -104,7 +104,7 @@ def test_drills_tell_a_few_facts_again_in_other_orders(recipe, text, tmp_path, l
     amount = f"{length}:{100 * length}"
     module.main([text, str(data), "--drill", amount, "--tokens", "--tokenizer", "bytes", "--workers", "1"])
     source = open_tokens(data / f"drill-{length}").train
-    rows = TokenDataset(source, seq_len=length, seed=0, validation_share=0).batch(0, 90).tokens.tolist()
+    rows = TokenDataset(source, seq_len=length, seed=0, validation_fraction=0).batch(0, 90).tokens.tolist()
     known = []
     for row in rows:
         assert row[length - 2] == EOS

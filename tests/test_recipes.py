@@ -101,7 +101,7 @@ def test_the_stages_of_length_extension_follow_each_other(book, tmp_path) -> Non
     build_model("yoco-tiny", vocab_size=260).save_pretrained(tmp_path / "model")
     tokenizers.load_tokenizer("bytes").save_pretrained(tmp_path / "model")
     script, out = RECIPES / "length-extension" / "run.sh", tmp_path / "out"
-    settings = [*SMALL, "long_documents=null", "validation_share=0"]
+    settings = [*SMALL, "long_documents=null", "validation_fraction=0"]
     command = [str(script), book, str(tmp_path / "model"), str(out), "--set", *settings]
     variables = environment() | {"TRAIN": f"{sys.executable} -m oncelm train", "STAGES": "64k 1m"}
     subprocess.run(command, env=variables, check=True, capture_output=True)
@@ -185,7 +185,15 @@ def test_the_evidence_of_longllama_is_gathered_and_goes_on(book, tmp_path, monke
     model, out = tmp_path / "model", tmp_path / "out"
     make_llama(vocab_size=260, num_hidden_layers=24, hidden_size=16).save_pretrained(model)
     tokenizers.load_tokenizer("bytes").save_pretrained(model)
-    small = ["dtype=float32", "seq_len=64", "packing=4", "batch_size=8", "min_tokens=100", "steps=2", "eval_batches=1"]
+    small = [
+        "dtype=float32",
+        "seq_len=64",
+        "crossbatch_rows=4",
+        "batch_size=8",
+        "min_tokens=100",
+        "steps=2",
+        "eval_batches=1",
+    ]
     small += ["model_overrides.max_position_embeddings=128", "model_overrides.last_context_length=64"]
     command = [str(model), book, str(out), "--trials", "1", "--contexts", "300", "--device", "cpu"]
     command += ["--lengths", "500", "--plain-lengths", "450", "--facts-tokens", "20K"]

@@ -48,7 +48,7 @@ from oncelm.utils.files import atomic_file, atomic_folder
 
 RECIPE = Path(__file__).with_name("small.yaml")
 FIRST = 1 / 8  # of the time, with short memories
-LONG_MEMORY = ("packing=64", "model_overrides.cross_batch_range=63", "batch_size=64")  # see docs/longllama.md
+LONG_MEMORY = ("crossbatch_rows=64", "model_overrides.cross_batch_range=63", "batch_size=64")  # see docs/longllama.md
 LONG_LR, FACTS_LR = "lr=3e-4", "lr=1e-4"
 TOKENS_A_FACT = 341  # of a row, at least
 BUILD_FACTS = Path(__file__).parents[1] / "needles" / "build.py"
@@ -115,7 +115,7 @@ class Evidence:
         if not self.trained.is_dir():
             raise ValueError(f"{self.trained} is not there; it is what `train` makes.")
         settings = TrainConfig.from_yaml(RECIPE, [*LONG_MEMORY, *self.args.set], data="-", out="-")
-        length = settings.packing * (settings.seq_len - 1) + 1  # of a piece: a row is one, without the token they share
+        length = settings.crossbatch_rows * (settings.seq_len - 1) + 1  # of a piece; rows share a token
         rows = self.out / "rows"
         options = ("--tokenizer", self.args.model, "--leave-out", "pass key", "--drill")
         options += ("--tokens", f"{length}:{self.args.facts_tokens}", "--facts", str(-(-length // TOKENS_A_FACT)))

@@ -57,7 +57,7 @@ def test_prepare_info_sample_and_train(corpus, tmp_path, capsys) -> None:
     assert "--- step 5, row 1: " in shown
     assert "in April" in shown
     out = tmp_path / "run"
-    assert main(["train", str(tokens), "--out", str(out), *QUICK, "within_documents=true"]) == 0
+    assert main(["train", str(tokens), "--out", str(out), *QUICK, "document_masking=true"]) == 0
     assert "validation loss" in capsys.readouterr().out
     assert json.loads((out / "model" / "config.json").read_text())["vocab_size"] <= 300
 

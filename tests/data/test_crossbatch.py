@@ -18,24 +18,24 @@ from oncelm.data.read_ahead import ReadAhead
 from oncelm.data.tokens import open_tokens
 
 
-def make_dataset(seq_len: int, packing: int, tokens: int = 4000, **options) -> CrossbatchDataset:
+def make_dataset(seq_len: int, parts: int, tokens: int = 4000, **options) -> CrossbatchDataset:
     """Tokens say where they stand."""
-    sequences = TokenDataset(np.arange(tokens, dtype=np.uint32), sequence_tokens(seq_len, packing), **options)
-    return CrossbatchDataset(sequences, packing)
+    sequences = TokenDataset(np.arange(tokens, dtype=np.uint32), sequence_tokens(seq_len, parts), **options)
+    return CrossbatchDataset(sequences, parts)
 
 
 @settings(deadline=None, max_examples=40)
-@given(seq_len=st.integers(2, 9), packing=st.integers(1, 5), lanes=st.integers(1, 3), seed=st.integers(0, 3))
-def test_packing_rows_in_a_row_are_one_piece_of_text(seq_len, packing, lanes, seed) -> None:
-    data = make_dataset(seq_len, packing, seed=seed)
+@given(seq_len=st.integers(2, 9), parts=st.integers(1, 5), lanes=st.integers(1, 3), seed=st.integers(0, 3))
+def test_the_parts_of_a_sequence_are_one_piece_of_text(seq_len, parts, lanes, seed) -> None:
+    data = make_dataset(seq_len, parts, seed=seed)
     targets = Counter()
     for step in range(5):
-        batch = data.batch(step, packing * lanes).tokens
-        assert batch.shape == (packing * lanes, seq_len)
+        batch = data.batch(step, parts * lanes).tokens
+        assert batch.shape == (parts * lanes, seq_len)
         assert batch.dtype == torch.int64
-        for piece in batch.view(lanes, packing, seq_len):
+        for piece in batch.view(lanes, parts, seq_len):
             first = int(piece[0, 0])
-            expected = first + np.arange(packing)[:, None] * (seq_len - 1) + np.arange(seq_len)
+            expected = first + np.arange(parts)[:, None] * (seq_len - 1) + np.arange(seq_len)
             assert piece.tolist() == expected.tolist()  # rows overlap by one token
         targets.update(batch[:, 1:].flatten().tolist())
     assert set(targets.values()) == {1}  # no target twice in the first epoch
@@ -58,7 +58,7 @@ def test_a_step_depends_on_its_number_alone_and_parts_of_it_are_parts() -> None:
 
 
 def test_what_is_held_out_stays_whole() -> None:
-    data = make_dataset(6, 2, tokens=501, validation_share=0.2)
+    data = make_dataset(6, 2, tokens=501, validation_fraction=0.2)
     held_out = torch.cat([batch.tokens for batch in data.validation_batches(4)])
     assert [len(batch.tokens) for batch in data.validation_batches(4)] == [2] * 5
     assert held_out.shape == (10, 11)
@@ -72,7 +72,7 @@ def test_sources_have_their_weights_and_short_documents_are_left_out(tmp_path, w
     texts = {"a": ["a" * 100, "A" * 20, "b" * 90], "c": ["c" * 500, "C" * 30]}
     corpus = write_corpus(tmp_path / "corpus", {name: (weight, texts[name]) for name, weight in (("a", 3), ("c", 1))})
     tokens = open_tokens(prepare(find_corpus(corpus), byte_tokenizer, tmp_path / "tokens"))
-    sequences = TokenDataset(tokens.train, sequence_tokens(4, 3), validation_share=0.1, min_tokens=50)
+    sequences = TokenDataset(tokens.train, sequence_tokens(4, 3), validation_fraction=0.1, min_tokens=50)
     data = CrossbatchDataset(sequences, 3)
     batch = data.batch(0, 3 * 400).tokens
     shown = "".join(byte_tokenizer.decode(row, skip_special_tokens=True) for row in batch)
@@ -87,9 +87,9 @@ def test_sources_have_their_weights_and_short_documents_are_left_out(tmp_path, w
 
 
 def test_mistakes() -> None:
-    with pytest.raises(ValueError, match="a batch of 3 is not divisible by packing 2"):
+    with pytest.raises(ValueError, match="a batch of 3 is not divisible by parts 2"):
         make_dataset(5, 2).batch(0, 3)
     sequences = TokenDataset(np.arange(100, dtype=np.uint32), 10)
-    for packing in (0, 2, 10):
-        with pytest.raises(ValueError, match=f"got packing {packing} and sequences of 10"):
-            CrossbatchDataset(sequences, packing)
+    for parts in (0, 2, 10):
+        with pytest.raises(ValueError, match=f"got parts {parts} and sequences of 10"):
+            CrossbatchDataset(sequences, parts)

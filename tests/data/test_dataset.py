@@ -43,9 +43,9 @@ def test_the_batch_size_only_cuts_the_same_sequence() -> None:
 @settings(max_examples=60, deadline=None)
 @given(st.integers(2, 12), st.integers(0, 120), st.integers(1, 7), st.integers(0, 3), st.floats(0, 0.5))
 def test_an_epoch_sees_every_block_once(
-    seq_len: int, more_tokens: int, batch_size: int, epoch: int, validation_share: float
+    seq_len: int, more_tokens: int, batch_size: int, epoch: int, validation_fraction: float
 ) -> None:
-    dataset = make_dataset(2 * seq_len + more_tokens, seq_len, validation_share=validation_share)
+    dataset = make_dataset(2 * seq_len + more_tokens, seq_len, validation_fraction=validation_fraction)
     num_blocks = dataset.num_train_blocks
     first, last = epoch * num_blocks // batch_size, -(-(epoch + 1) * num_blocks // batch_size)
     seen = [start for step in range(first, last) for start in starts(dataset.batch(step, batch_size).tokens)]
@@ -56,9 +56,9 @@ def test_an_epoch_sees_every_block_once(
 @settings(max_examples=60, deadline=None)
 @given(st.integers(2, 12), st.integers(0, 120), st.floats(0, 0.5))
 def test_every_token_is_a_target_once_in_training_or_validation(
-    seq_len: int, more_tokens: int, validation_share: float
+    seq_len: int, more_tokens: int, validation_fraction: float
 ) -> None:
-    dataset = make_dataset(2 * seq_len + more_tokens, seq_len, validation_share=validation_share)
+    dataset = make_dataset(2 * seq_len + more_tokens, seq_len, validation_fraction=validation_fraction)
     train = dataset.batch(0, dataset.num_train_blocks).tokens
     validation = [row for batch in dataset.validation_batches(3) for row in batch.tokens]
     targets = [token for row in [*train, *validation] for token in row[1:].tolist()]
@@ -68,7 +68,7 @@ def test_every_token_is_a_target_once_in_training_or_validation(
 
 
 def test_epochs_are_shuffled_differently() -> None:
-    dataset = make_dataset(validation_share=0)
+    dataset = make_dataset(validation_fraction=0)
     first, second = (starts(dataset.batch(epoch, dataset.num_train_blocks).tokens) for epoch in range(2))
     assert first != second
     assert first != sorted(first)
@@ -92,17 +92,17 @@ def test_a_batch_is_int64_rows_of_consecutive_tokens() -> None:
 )
 def test_too_little_text_says_what_would_fit(num_tokens: int, share: float, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        make_dataset(num_tokens, validation_share=share)
+        make_dataset(num_tokens, validation_fraction=share)
     if "at most" in message:
         fits = int(message.split("at most ")[1].split()[0])
-        make_dataset(num_tokens, fits, validation_share=share)
+        make_dataset(num_tokens, fits, validation_fraction=share)
 
 
 def test_wrong_sizes_are_refused() -> None:
     with pytest.raises(ValueError, match="seq_len must be at least 2"):
         make_dataset(seq_len=1)
-    with pytest.raises(ValueError, match="validation_share must be"):
-        make_dataset(validation_share=1.0)
+    with pytest.raises(ValueError, match="validation_fraction must be"):
+        make_dataset(validation_fraction=1.0)
 
 
 # -- several sources, prepared ----------------------------------------------------------------------------------------
@@ -125,7 +125,7 @@ def source_names(dataset: TokenDataset, rows: range) -> list[str]:
 
 
 def test_sources_are_mixed_by_weight_and_seen_once_an_epoch_each(tokens) -> None:
-    dataset = TokenDataset(tokens.train, 32, seed=1, validation_share=0.1)
+    dataset = TokenDataset(tokens.train, 32, seed=1, validation_fraction=0.1)
     counts = Counter(source_names(dataset, range(7, 1007)))
     assert {name: round(count / 100) for name, count in counts.items()} == {"a": 5, "b": 3, "c": 2}
     drawn: dict[str, list[int]] = {}
@@ -179,7 +179,7 @@ def test_with_document_masking_the_model_sees_each_document_alone(tokens) -> Non
 
 
 def test_held_out_sources_replace_the_share_and_their_order_is_mixed(tokens) -> None:
-    dataset = TokenDataset(tokens.train, 32, validation=tokens.valid, validation_share=0.5, document_masking=True)
+    dataset = TokenDataset(tokens.train, 32, validation=tokens.valid, validation_fraction=0.5, document_masking=True)
     assert dataset.num_train_blocks == sum((s.stream.num_tokens - 1) // 31 for s in tokens.train)
     assert dataset.num_validation_blocks == sum((s.stream.num_tokens - 1) // 31 for s in tokens.valid)
     batches = list(dataset.validation_batches(4))
@@ -197,8 +197,8 @@ def test_held_out_sources_replace_the_share_and_their_order_is_mixed(tokens) -> 
 
 
 def test_long_documents_are_seen_more_often_by_the_factor(tokens) -> None:
-    plain = TokenDataset(tokens.train, 32, validation_share=0)
-    dataset = TokenDataset(tokens.train, 32, validation_share=0, long_documents=300, long_factor=3.0)
+    plain = TokenDataset(tokens.train, 32, validation_fraction=0)
+    dataset = TokenDataset(tokens.train, 32, validation_fraction=0, long_documents=300, long_factor=3.0)
     rows = range(20_000)
     counts = Counter(source_names(dataset, rows))
     shares = Counter(source_names(plain, rows))

@@ -60,7 +60,7 @@ def test_yaml(text) -> None:
 def test_what_a_run_would_do(data) -> None:
     """--dry-run with shapes and sizes of all kinds."""
     shape = {"hidden_size": 128, "window_size": 64, "num_self_heads": 2, "rope_theta": 1e4, "vocab_size": 300}
-    sizes = {"batch_size": 8, "seq_len": 64, "grad_accumulation": 1, "tensor_parallel": 1, "chunk_parallel": 1}
+    sizes = {"batch_size": 8, "seq_len": 64, "grad_accumulation": 1, "tensor_parallel": 1, "context_parallel": 1}
     with guarded():
         overrides = data.draw(damaged_dict(shape, ["layout", "self_decoder", "num_self_decoder_layers", "dtype"]))
         values = PLACES | sizes | data.draw(damaged_dict(sizes, [], 2)) | {"model_overrides": overrides}

@@ -22,7 +22,7 @@ from tests.models.test_longllama import make_llama
 LONG = ["mem_layers=[1]", "max_position_embeddings=16", "cross_batch_range=3", "cross_batch_stepping=true"]
 SETTINGS = [
     *(f"model_overrides.{setting}" for setting in LONG),
-    *("packing=4", "seq_len=16", "batch_size=8", "grad_accumulation=2", "min_tokens=100", "eval_batches=3"),
+    *("crossbatch_rows=4", "seq_len=16", "batch_size=8", "grad_accumulation=2", "min_tokens=100", "eval_batches=3"),
     *("log_every=1", "eval_every=null", "warmup_steps=1", "lr=1e-2", "device=cpu", "report=[]"),
 ]
 
@@ -64,8 +64,8 @@ def test_a_llama_becomes_a_longllama(books, llama, tmp_path, capsys) -> None:
     assert isinstance(trained, oncelm.LongLlamaForCausalLM)
     assert (trained.config.mem_layers, trained.config.dataset_packing) == ([1], 4)
     assert main([*command[:1], books, "--model", str(tmp_path / "run" / "model"), "--out", str(tmp_path / "b")]) == 2
-    assert "this LongLLaMA trains with crossbatch (cross_batch_range 3): set packing" in capsys.readouterr().err
-    more = ["packing=4", "model_overrides.cross_batch_range=7", *SETTINGS[5:]]  # more negatives, on from there
+    assert "this LongLLaMA trains with crossbatch (cross_batch_range 3): set crossbatch_rows" in capsys.readouterr().err
+    more = ["crossbatch_rows=4", "model_overrides.cross_batch_range=7", *SETTINGS[5:]]  # more negatives, on from there
     command = ["train", books, "--model", str(tmp_path / "run" / "model"), "--out", str(tmp_path / "more")]
     assert main([*command, "--steps", "1", "--set", *more, "batch_size=8"]) == 0
     assert oncelm.load(tmp_path / "more" / "model").config.cross_batch_range == 7
@@ -122,21 +122,27 @@ def test_stopped_and_resumed_it_repeats_the_losses(books, llama, tmp_path, monke
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (["batch_size=6"], "batch_size 6 is not divisible by packing 4"),
+        (["batch_size=6"], "batch_size 6 is not divisible by crossbatch_rows 4"),
         (["model_overrides.mem_layers=[1, 3]"], "mem_layers must be layers of the model, 0..2, got [1, 3]"),
-        (["model_overrides.mem_layers=[]"], "packing is for LongLLaMA models"),
-        (["model_overrides.cross_batch_range=0"], "packing needs model_overrides.cross_batch_range"),
-        (["model_overrides.dataset_packing=2"], "model_overrides.dataset_packing 2 contradicts packing 4"),
+        (["model_overrides.mem_layers=[]"], "crossbatch_rows is for LongLLaMA models"),
+        (["model_overrides.cross_batch_range=0"], "crossbatch_rows needs model_overrides.cross_batch_range"),
+        (["model_overrides.dataset_packing=2"], "model_overrides.dataset_packing 2 contradicts crossbatch_rows 4"),
         (["model_overrides.mem_layer=[1]"], "did you mean 'mem_layers'"),
         (["seq_len=32"], "at most max_position_embeddings = 16 tokens; got seq_len 32"),
-        (["packing=null"], "trains with crossbatch (cross_batch_range 3): set packing"),
-        (["within_documents=true"], "packing does not go with within_documents"),
-        (["chunk_parallel=2"], "packing does not go with chunk_parallel"),
-        (["tensor_parallel=2"], "packing does not go with tensor_parallel"),
-        (["task=sft", "min_tokens=null"], 'packing is for task "pretrain"'),
+        (["crossbatch_rows=null"], "trains with crossbatch (cross_batch_range 3): set crossbatch_rows"),
+        (["document_masking=true"], "crossbatch_rows does not go with document_masking"),
+        (["context_parallel=2"], "crossbatch_rows does not go with context_parallel"),
+        (["tensor_parallel=2"], "crossbatch_rows does not go with tensor_parallel"),
+        (["task=sft", "min_tokens=null"], 'crossbatch_rows is for task "pretrain"'),
         (["min_tokens=0"], "min_tokens must be"),
-        (["model=yoco-tiny", "model_overrides={}"], "packing is for LongLLaMA models; 'yoco-tiny' has no memory"),
-        (["model=llama-tiny", "model_overrides={}"], "packing is for LongLLaMA models; 'llama-tiny' has no memory"),
+        (
+            ["model=yoco-tiny", "model_overrides={}"],
+            "is for LongLLaMA models; 'yoco-tiny' has no memory",
+        ),
+        (
+            ["model=llama-tiny", "model_overrides={}"],
+            "is for LongLLaMA models; 'llama-tiny' has no memory",
+        ),
         (["--processes", "4", "--dry-run"], "the 2 of a step (grad_accumulation) do not divide among 4 processes"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
@@ -155,8 +161,8 @@ def test_documents_too_short_for_the_packing(books, llama, tmp_path, capsys) -> 
     command = ["train", books, "--model", llama, "--out", str(tmp_path / "run"), "--set", *SETTINGS]
     assert main([*command, "min_tokens=5000"]) == 2
     assert "has no document of min_tokens = 5000 tokens" in capsys.readouterr().err
-    assert main([*command, "packing=200", "batch_size=200"]) == 2
-    assert "packing 200 rows of 16 takes sequences of 3001: source 'books' has" in capsys.readouterr().err
+    assert main([*command, "crossbatch_rows=200", "batch_size=200"]) == 2
+    assert "crossbatch_rows 200 of 16 tokens take 3001: source 'books' has" in capsys.readouterr().err
 
 
 def test_a_preset_with_memory_layers_is_a_longllama() -> None:

@@ -60,7 +60,7 @@ def test_muon_learns_and_resumes_bitwise(make_model, dataset, make_config, tmp_p
     "split",
     [
         {},
-        pytest.param({"chunk_parallel": 2}, marks=pytest.mark.slow),
+        pytest.param({"context_parallel": 2}, marks=pytest.mark.slow),
         pytest.param({"tensor_parallel": 2}, marks=pytest.mark.slow),
     ],
     ids=str,

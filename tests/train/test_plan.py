@@ -115,7 +115,7 @@ def test_processes_share(make_config) -> None:
     accumulated = estimate_memory(model, make_config(batch_size=2, grad_accumulation=4), 2)
     assert accumulated.gradients == 3 * one.gradients // 2  # its part, and the whole model's until they are summed
     with pytest.raises(ValueError, match="must divide the number of processes, 3"):
-        estimate_memory(model, make_config(chunk_parallel=2), 3)
+        estimate_memory(model, make_config(context_parallel=2), 3)
     with pytest.raises(ValueError, match="do not divide among 3 processes"):
         estimate_memory(model, make_config(batch_size=4), 3)
 
@@ -123,7 +123,7 @@ def test_processes_share(make_config) -> None:
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("llama", {"chunk_parallel": 2}, "chunk_parallel is for YOCO models"),
+        ("llama", {"context_parallel": 2}, "context_parallel is for YOCO models"),
         ("llama", {"tensor_parallel": 2}, "tensor_parallel is for YOCO models"),
         ("window", {"tensor_parallel": 8}, "num_self_heads 4 does not divide"),
     ],

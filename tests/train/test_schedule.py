@@ -41,7 +41,7 @@ def test_polynomial_has_linear_as_its_first_power() -> None:
 
 
 def test_warmup_stable_decay_is_flat_but_for_its_share_at_the_end() -> None:
-    values = factors("warmup_stable_decay", decay_share=0.2)  # 18 of the 90 steps behind the warm-up
+    values = factors("warmup_stable_decay", decay_fraction=0.2)  # 18 of the 90 steps behind the warm-up
     assert values[10:83] == pytest.approx([1.0] * 73)
     assert values[91] == pytest.approx(0.1 + 0.9 * 0.5)
 

@@ -19,6 +19,7 @@ from oncelm.data.tokenizers import load_tokenizer
 from oncelm.train.checkpoint import list_checkpoints
 from oncelm.train.setup.dataset import digest_conversations
 from oncelm.train.trainer import Trainer
+from oncelm.utils.checksums import checksums
 
 QUICK = ("--set", "seq_len=16", "batch_size=2", "log_every=1", "warmup_steps=1")
 
@@ -126,6 +127,22 @@ def test_a_run_that_made_its_tokenizer_is_not_resumed_with_another(book, tmp_pat
         assert f"tokenizer '{other}' is not that of the run in" in capsys.readouterr().err
     assert (out / "config.yaml").read_bytes() == before
     assert main(["train", "--out", str(out), "--resume", "--steps", "2"]) == 0
+
+
+def test_a_run_that_has_settings_of_before_goes_on(book, tmp_path, caplog) -> None:
+    out = tmp_path / "run"
+    assert main(["train", book, "--out", str(out), "--steps", "1", *QUICK, "decay_fraction=0.3"]) == 0
+    for file in (out / "config.yaml", out / "checkpoints" / "step-000001" / "trainer.json"):
+        text = file.read_text().replace("decay_fraction", "decay_share").replace("context_parallel", "chunk_parallel")
+        file.write_text(text)
+    manifest = out / "checkpoints" / "step-000001" / "manifest.json"
+    files = json.loads(manifest.read_text())
+    files["files"]["trainer.json"] = checksums(manifest.parent)["trainer.json"]
+    manifest.write_text(json.dumps(files))
+    assert main(["train", "--out", str(out), "--resume", "--steps", "2"]) == 0
+    assert "decay_share is now called decay_fraction" in caplog.text
+    assert "with another" not in caplog.text
+    assert "decay_fraction: 0.3" in (out / "config.yaml").read_text()
 
 
 def test_a_run_that_is_resumed_on_changed_text_says_so(book, tmp_path, caplog) -> None:

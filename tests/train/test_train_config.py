@@ -53,12 +53,12 @@ def test_written_settings_read_back_the_same(tmp_path) -> None:
         ("lr=.nan", "lr must be a number above 0, got nan"),
         ("weight_decay=1e999", "weight_decay must be a number of at least 0, got inf"),
         ("seq_len=1", "seq_len must be a whole number of at least 2"),
-        ("validation_share=0.9", "validation_share must be a number from 0 to 0.5"),
+        ("validation_fraction=0.9", "validation_fraction must be a number from 0 to 0.5"),
         ("schedule=cosin", "unknown schedule 'cosin'; did you mean 'cosine'"),
         ("dtype=float16", "unknown dtype 'float16'"),
         ("steps=null", "steps and max_seconds are both None"),
         ("target_loss=0", "target_loss must be a number above 0"),
-        ("chunk_parallel=0", "chunk_parallel must be a whole number of at least 1"),
+        ("context_parallel=0", "context_parallel must be a whole number of at least 1"),
         ("tokenizer=bpe:big", "after 'bpe:' comes the vocabulary size"),
         ("batch_size=1e15", "are 512,000,000,000,000,000 tokens in one step; at most 268,435,456 are allowed"),
         ("grad_accumulation=1e9", "grad_accumulation 1000000000 times seq_len 512 are"),
@@ -76,6 +76,8 @@ def test_written_settings_read_back_the_same(tmp_path) -> None:
         ("tokenizer=bpe:99999999999", r"at least 260 \(4 specials, 256 bytes\) and at most 1,048,576, got 99999999999"),
         ("tokenizer=bpe:" + "9" * 5000, r"at most 1,048,576, got 9{20}\.\.\."),
         ("tokenizer=bpe:259", "the vocabulary size must be at least 260"),
+        ("packing=4", "setting 'packing' is now called 'crossbatch_rows'"),
+        ("chunk_parallel=2", "setting 'chunk_parallel' is now called 'context_parallel'"),
         ("lr", "must have the form key=value"),
         ("lr.x=1", "only model_overrides has inner keys"),
         ("lr=[", "override 'lr=\\[' is not valid YAML"),
@@ -117,6 +119,21 @@ def test_data_is_needed_and_names_the_run() -> None:
     for data in ("book", "some/book/", "some/book.txt", "/some/other/../book.txt"):
         assert TrainConfig.from_yaml(None, [f"data={data}"]).out == "runs/book"
     assert TrainConfig.from_yaml(None, ["data=book.txt", "out=here"]).out == "here"
+
+
+def test_a_setting_in_python_is_checked_by_name_too() -> None:
+    with pytest.raises(ValueError, match="setting 'within_documents' is now called 'document_masking'"):
+        TrainConfig(**PLACES, within_documents=True)
+    with pytest.raises(ValueError, match="did you mean 'seq_len'"):
+        TrainConfig(**PLACES, seq_lens=8)
+
+
+def test_a_recipe_of_before_is_read_with_a_warning(tmp_path, caplog) -> None:
+    recipe = tmp_path / "config.yaml"
+    recipe.write_text("validation_share: 0.1\ndecay_share: 0.3\nwithin_documents: true\n")
+    config = TrainConfig.from_yaml(recipe, **PLACES)
+    assert (config.validation_fraction, config.decay_fraction, config.document_masking) == (0.1, 0.3, True)
+    assert "validation_share is now called validation_fraction, decay_share is" in caplog.text
 
 
 @pytest.mark.parametrize("text", ["", "- a\n- b\n", "just text", "a: [1"])

@@ -61,7 +61,7 @@ def test_flops_are_left_out_where_they_are_not_known(make_config, model_config) 
 
     always = {"tokens_per_second", "data_wait", "memory_gib"}
     assert keys() == always | {"tflops"}  # the peak of a CPU is not
-    assert keys(within_documents=True) == always
+    assert keys(document_masking=True) == always
 
 
 @pytest.mark.parametrize(

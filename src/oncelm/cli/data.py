@@ -64,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sample.add_argument("--step", type=int, default=0, metavar="N", help="step to look at (0)")
     sample.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the run (0)")
     sample.add_argument("--count", type=int, default=3, metavar="N", help="sequences to print, from the first (3)")
-    sample.add_argument("--validation-share", type=float, default=0.05, metavar="X", help="held out (0.05)")
+    sample.add_argument("--validation-fraction", type=float, default=0.05, metavar="X", help="held out (0.05)")
     sample.add_argument("--long-documents", type=int, metavar="T", help="as the setting of the same name")
     sample.add_argument("--long-factor", type=float, default=1.0, metavar="X", help="as the setting of the same name")
 
@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
             **dict.fromkeys(("long_documents", "workers"), allowed.Whole(1)),
             **dict.fromkeys(("step", "seed"), allowed.Whole(0)),
             "seq_len": allowed.Whole(2, 2**31),
-            "validation_share": allowed.Number(0, 1, open_high=True),
+            "validation_fraction": allowed.Number(0, 1, open_high=True),
             "long_factor": allowed.Number(0, 1e6, open_low=True),
         },
     )
@@ -266,7 +266,7 @@ def run_sample(args: argparse.Namespace) -> int:
         args.seq_len,
         seed=args.seed,
         validation=tokens.valid,
-        validation_share=args.validation_share,
+        validation_fraction=args.validation_fraction,
         long_documents=args.long_documents,
         long_factor=args.long_factor,
         document_masking=True,  # says where documents begin

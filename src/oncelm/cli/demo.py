@@ -154,7 +154,7 @@ def _train_both(out: Path, seconds: float) -> tuple[PreTrainedTokenizerBase, Yoc
         )
         count = sum(parameter.numel() for parameter in model.parameters())
         print(f"\n{type(model).__name__}, {count / 1e6:.1f}M parameters, {seconds / len(models):.0f} s", flush=True)
-        dataset = TokenDataset(tokens.train, config.seq_len, seed=config.seed, validation_share=0.02)
+        dataset = TokenDataset(tokens.train, config.seq_len, seed=config.seed, validation_fraction=0.02)
         result = Trainer(model, dataset, config, tokenizer).train()
         if result.interrupted:
             raise KeyboardInterrupt

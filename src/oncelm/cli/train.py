@@ -35,7 +35,7 @@ examples:
       supervised fine-tuning on conversations: only the assistant's tokens are learned
   oncelm train books/ --out runs/long --model path/to/llama --config recipes/longllama/small.yaml
       a LLaMA-family folder gets memory: a LongLLaMA, trained with crossbatch
-  torchrun --nproc-per-node 8 -m oncelm train books/ --out runs/books --set chunk_parallel=2
+  torchrun --nproc-per-node 8 -m oncelm train books/ --out runs/books --set context_parallel=2
       on 8 GPUs, each sequence split over 2 of them; the same batches, and so the same losses, as on one
   oncelm train books/ --dry-run
       print what would be done: every setting, parameters, memory, tokens (of N processes: --processes N)
@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
         print(describe_run(config, args.processes or int(os.environ.get("WORLD_SIZE", "1"))))
         return 0
     try:
-        with join_ranks(config.device, tensor=config.tensor_parallel, chunk=config.chunk_parallel) as ranks:
+        with join_ranks(config.device, tensor=config.tensor_parallel, chunk=config.context_parallel) as ranks:
             result = make_trainer(config, ranks).train()
     except FloatingPointError as error:
         print(f"oncelm: training stopped: {error}", file=sys.stderr)

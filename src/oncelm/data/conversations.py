@@ -134,7 +134,7 @@ class ConversationDataset:
         conversations: held in memory, 5 bytes a token.
         seq_len: tokens in a row; at least as many as the longest conversation.
         pad_id: what rows are filled up with.
-        validation_share: of the conversations, from their end, that are held out.
+        validation_fraction: of the conversations, from their end, that are held out.
     """
 
     def __init__(
@@ -144,11 +144,11 @@ class ConversationDataset:
         *,
         pad_id: int = 0,
         seed: int = 0,
-        validation_share: float = 0.05,
+        validation_fraction: float = 0.05,
     ) -> None:
-        num_train = len(conversations) - int(np.ceil(validation_share * len(conversations)))
+        num_train = len(conversations) - int(np.ceil(validation_fraction * len(conversations)))
         if num_train < 1:
-            raise ValueError(f"{len(conversations)} conversation(s) are too few to hold {validation_share:.0%} out.")
+            raise ValueError(f"{len(conversations)} conversation(s) are too few to hold {validation_fraction:.0%} out.")
         self.conversations, self.seq_len, self.pad_id, self.seed = conversations, seq_len, pad_id, seed
         lengths = [len(conversation.tokens) for conversation in conversations]
         self._num_targets = [int(one.answer[1:].sum()) for one in conversations]

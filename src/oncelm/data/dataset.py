@@ -58,7 +58,7 @@ class TokenDataset:
         seq_len: tokens in a sequence, at least 2.
         seed: of the mixture and the shuffles.
         validation: sources that are held out (`open_tokens(folder).valid`).
-        validation_share: where there are none: the share of every source's blocks, from its end, rounded up to a
+        validation_fraction: where there are none: the share of every source's blocks, from its end, rounded up to a
             whole block, that is held out; 0 for none.
         long_documents: documents of at least so many tokens are seen `long_factor` times as often as the others
             of their source; the shares of the sources stay. Needs prepared sources. None: all alike.
@@ -74,7 +74,7 @@ class TokenDataset:
         *,
         seed: int = 0,
         validation: Sequence[TokenSource[Stream]] = (),
-        validation_share: float = 0.05,
+        validation_fraction: float = 0.05,
         long_documents: int | None = None,
         long_factor: float = 1.0,
         min_tokens: int | None = None,
@@ -82,8 +82,8 @@ class TokenDataset:
     ) -> None:
         if seq_len < 2:
             raise ValueError(f"seq_len must be at least 2 (one token and the next), got {seq_len}.")
-        if not 0 <= validation_share < 1:
-            raise ValueError(f"validation_share must be at least 0 and below 1, got {validation_share}.")
+        if not 0 <= validation_fraction < 1:
+            raise ValueError(f"validation_fraction must be at least 0 and below 1, got {validation_fraction}.")
         if long_factor <= 0:
             raise ValueError(f"long_factor must be above 0, got {long_factor}.")
         self.seq_len, self.seed, self.document_masking = seq_len, seed, document_masking
@@ -93,10 +93,10 @@ class TokenDataset:
             sources = [_without_short(source, min_tokens) for source in sources]
             validation = [_without_short(source, min_tokens) for source in validation]
         if validation:
-            validation_share = 0.0
+            validation_fraction = 0.0
         train, held_out, weights = [], [], []
         for source in sources:
-            blocks, rest = self._hold_out(source, validation_share)
+            blocks, rest = self._hold_out(source, validation_fraction)
             held_out.append(rest)
             parts = [(blocks, 1.0)]
             if long_documents is not None and long_factor != 1:

@@ -7,11 +7,11 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 import yaml
 
-from oncelm.train.recipe import override, read_recipe
+from oncelm.train.recipe import check_names, override, read_recipe
 from oncelm.train.reports import REPORTS
 from oncelm.train.schedule import SCHEDULES
 from oncelm.utils.constraints import (
@@ -28,7 +28,6 @@ from oncelm.utils.constraints import (
     check_all,
     constraints_of,
 )
-from oncelm.utils.errors import unknown
 from oncelm.utils.vocabulary import bpe_size
 
 OPTIMIZERS, DTYPES = ("adamw", "muon"), ("float32", "bfloat16")
@@ -55,16 +54,16 @@ class TrainConfig:
     model_overrides: Overrides = field(default_factory=dict)  # keys that replace the preset's or folder's
     tokens: Name | None = None  # where the text's tokens are kept; None: .oncelm beside the text
     bos: bool = False  # start every document with the tokenizer's bos token
-    validation_share: HeldOut = 0.05  # of the data, from its end, never trained on; unused with a json/valid.json
-    within_documents: bool = False  # attend within documents only, though several are packed into a sequence
+    validation_fraction: HeldOut = 0.05  # of the data, from its end, never trained on; unused with a json/valid.json
+    document_masking: bool = False  # attend within documents only, though several are packed into a sequence
     long_documents: Count | None = None  # documents of so many tokens are seen `long_factor` times as often
     long_factor: Annotated[float, Number(0, 1e6, open_low=True)] = 1.0
     min_tokens: Count | None = None  # documents of fewer tokens are left out
 
     seq_len: Annotated[int, Whole(2)] = 512  # tokens in a sequence
-    batch_size: Count = 8  # sequences in one forward pass of one process, at most; with packing, exactly
+    batch_size: Count = 8  # sequences in one forward pass of one process, at most; with crossbatch_rows, exactly
     grad_accumulation: Count = 1  # a step is this many times batch_size sequences, however many processes share them
-    packing: Count | None = None  # LongLLaMA's crossbatch: rows, one after the other, of one piece of a document
+    crossbatch_rows: Count | None = None  # LongLLaMA's crossbatch: rows in a row that hold one piece of a document
     steps: Count | None = 1000  # optimizer steps; None: until max_seconds
     max_seconds: Positive | None = None  # stop here too, the schedule shortened to fit
     target_loss: Positive | None = None  # stop here too: once an evaluation's validation loss is no more than this
@@ -76,7 +75,9 @@ class TrainConfig:
     schedule: Schedule = "cosine"  # or "linear", "polynomial", "warmup_stable_decay", "constant"
     schedule_steps: Count | None = None  # where the schedule ends; None: with the run. More than steps: stopped early
     power: Positive = 1.0  # of schedule "polynomial"
-    decay_share: Decay = 0.2  # of the steps behind the warm-up, their last ones, that "warmup_stable_decay" decays in
+    decay_fraction: Decay = (
+        0.2  # of the steps behind the warm-up, their last ones, that "warmup_stable_decay" decays in
+    )
     optimizer: Annotated[str, OneOf(OPTIMIZERS)] = "adamw"  # or "muon", for the matrices of the layers
     momentum: Share = 0.95  # of "muon"
     betas: Betas = (0.9, 0.95)
@@ -90,7 +91,7 @@ class TrainConfig:
     compile: bool = False  # the layers, by torch.compile: a GPU's steps get much faster, the first one takes a minute
 
     tensor_parallel: Count = 1  # processes that split each layer's heads and units
-    chunk_parallel: Count = 1  # processes that split each sequence; all others split the sequences of a step
+    context_parallel: Count = 1  # processes that split each sequence; all others split the sequences of a step
     activation_checkpointing: bool = False  # compute layers again in the backward pass instead of keeping activations
 
     log_every: Count = 10  # steps between lines in metrics.jsonl
@@ -101,6 +102,10 @@ class TrainConfig:
     peak_tflops: Positive | None = None  # of one device, for MFU; None: as known of GPUs in bfloat16
     keep_checkpoints: Count = 2  # the newest ones kept
     resume: bool = False  # continue from the newest intact checkpoint in `out`, if there is one
+
+    def __new__(cls, **settings: Any) -> Self:
+        check_names(settings, CONSTRAINTS)
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         values = {name: _as_meant(name, getattr(self, name)) for name in CONSTRAINTS}
@@ -117,7 +122,7 @@ class TrainConfig:
             raise ValueError('long_documents is for task "pretrain": conversations are all seen alike.')
         if self.task == "sft" and self.min_tokens is not None:
             raise ValueError('min_tokens is for task "pretrain": conversations are all kept.')
-        self._check_packing()
+        self._check_crossbatch()
         if self.task == "sft" and self.tokenizer is not None and self.tokenizer.startswith("bpe:"):
             raise ValueError(
                 f"tokenizer {self.tokenizer!r} is made from text; name the one that the model was made with."
@@ -131,27 +136,29 @@ class TrainConfig:
         if self.tokenizer is not None:
             bpe_size(self.tokenizer)
 
-    def _check_packing(self) -> None:
+    def _check_crossbatch(self) -> None:
         """What crossbatch does not go with; `oncelm.train.crossbatch` looks at the model."""
-        if self.packing is None:
+        if self.crossbatch_rows is None:
             return
         if self.task == "sft":
-            raise ValueError('packing is for task "pretrain": the rows of a conversation see no others.')
-        if self.within_documents:
-            raise ValueError("packing does not go with within_documents: rows see each other's documents on purpose.")
-        for name in ("tensor_parallel", "chunk_parallel"):
-            if getattr(self, name) > 1:
-                raise ValueError(f"packing does not go with {name}, which is for YOCO models; leave it at 1.")
-        if self.batch_size % self.packing:
+            raise ValueError('crossbatch_rows is for task "pretrain": the rows of a conversation see no others.')
+        if self.document_masking:
             raise ValueError(
-                f"batch_size {self.batch_size} is not divisible by packing {self.packing}: the rows of one piece of a "
-                f"document see each other, so they are in one forward pass; try {-(-self.batch_size // self.packing)} "
-                f"times {self.packing}."
+                "crossbatch_rows does not go with document_masking: rows see each other's documents on purpose."
             )
-        if self.model_overrides.get("dataset_packing", self.packing) != self.packing:
+        for name in ("tensor_parallel", "context_parallel"):
+            if getattr(self, name) > 1:
+                raise ValueError(f"crossbatch_rows does not go with {name}, which is for YOCO models; leave it at 1.")
+        if self.batch_size % self.crossbatch_rows:
             raise ValueError(
-                f"model_overrides.dataset_packing {self.model_overrides['dataset_packing']} contradicts packing "
-                f"{self.packing}, which sets it; leave it out."
+                f"batch_size {self.batch_size} is not divisible by crossbatch_rows {self.crossbatch_rows}: the rows of "
+                "one piece of a document see each other, so they are in one forward pass; try "
+                f"{-(-self.batch_size // self.crossbatch_rows)} times {self.crossbatch_rows}."
+            )
+        if self.model_overrides.get("dataset_packing", self.crossbatch_rows) != self.crossbatch_rows:
+            raise ValueError(
+                f"model_overrides.dataset_packing {self.model_overrides['dataset_packing']} contradicts "
+                f"crossbatch_rows {self.crossbatch_rows}, which sets it; leave it out."
             )
 
     @property
@@ -160,9 +167,9 @@ class TrainConfig:
         return self.min_lr_ratio if self.min_lr is None else self.min_lr / self.lr
 
     @property
-    def attends_within(self) -> bool:
+    def masks_documents(self) -> bool:
         """Whether a packed row's documents, or conversations, attend to themselves only."""
-        return self.within_documents or self.task == "sft"
+        return self.document_masking or self.task == "sft"
 
     @property
     def sequences_per_step(self) -> int:
@@ -176,11 +183,11 @@ class TrainConfig:
         """The sequences of a step that each of the processes that share them takes.
 
         Raises:
-            ValueError: they do not divide; or with packing, a process would not get whole forward passes.
+            ValueError: they do not divide; or with crossbatch_rows, a process would not get whole forward passes.
         """
-        if self.packing is not None and self.grad_accumulation % processes:
+        if self.crossbatch_rows is not None and self.grad_accumulation % processes:
             raise ValueError(
-                f"with packing, the rows of a forward pass see each other, so each process takes whole ones: the "
+                "with crossbatch_rows the rows of a forward pass see each other, so each process takes whole ones: the "
                 f"{self.grad_accumulation} of a step (grad_accumulation) do not divide among {processes} processes; "
                 f"try a multiple, with a smaller batch_size."
             )
@@ -188,7 +195,7 @@ class TrainConfig:
             raise ValueError(
                 f"the {self.sequences_per_step} sequences of a step (batch_size {self.batch_size} times "
                 f"grad_accumulation {self.grad_accumulation}) do not divide among {processes} processes; change one "
-                "of these numbers, or split each sequence as well (chunk_parallel)."
+                "of these numbers, or split each sequence as well (context_parallel)."
             )
         return self.sequences_per_step // processes
 
@@ -211,9 +218,7 @@ class TrainConfig:
             overrides: a dotted key reaches into a dictionary: `model_overrides.window_size=256`.
         """
         merged = override(({} if recipe is None else read_recipe(recipe)) | values, overrides)
-        for name in merged:
-            if name not in CONSTRAINTS:
-                raise unknown("setting", name, CONSTRAINTS)
+        check_names(merged, CONSTRAINTS)
         if merged.get("data") is None:
             raise ValueError("data is missing; give it on the command line or in the recipe.")
         if merged.get("out") is None:

@@ -1,4 +1,4 @@
-"""What a run with `packing` asks of its model, and what its rows see: LongLLaMA's crossbatch (arXiv 2307.03170)."""
+"""What a run with LongLLaMA's crossbatch (arXiv 2307.03170) asks of its model, and what its rows see."""
 
 from __future__ import annotations
 
@@ -12,34 +12,34 @@ from oncelm.train.config import TrainConfig
 def check_crossbatch(config: TrainConfig, model: PreTrainedConfig) -> None:
     """ValueError unless the data's rows and the model's crossbatch fit each other."""
     trains_crossbatch = isinstance(model, LongLlamaConfig) and model.cross_batch_range
-    if config.packing is None:
+    if config.crossbatch_rows is None:
         if trains_crossbatch:
             raise ValueError(
-                f"this LongLLaMA trains with crossbatch (cross_batch_range {model.cross_batch_range}): set packing, "
-                f"the rows that hold one piece of a document (it had {model.dataset_packing}), or "
+                f"this LongLLaMA trains with crossbatch (cross_batch_range {model.cross_batch_range}): set "
+                f"crossbatch_rows, those that hold one piece of a document (it had {model.dataset_packing}), or "
                 "model_overrides.cross_batch_range=0 to train without."
             )
         return
     if not isinstance(model, LongLlamaConfig) or not model.mem_layers:
         hint = "name layers of a LLaMA-family model with model_overrides.mem_layers=[...]"
-        raise ValueError(f"packing is for LongLLaMA models; {config.model!r} has no memory layers: {hint}.")
+        raise ValueError(f"crossbatch_rows is for LongLLaMA models; {config.model!r} has no memory layers: {hint}.")
     if not model.cross_batch_range:
         raise ValueError(
-            "packing needs model_overrides.cross_batch_range: how many rows before it a row sees at most "
-            "(the paper: 3, with packing 4 and cross_batch_stepping)."
+            "crossbatch_rows needs model_overrides.cross_batch_range: how many rows before it a row sees at most "
+            "(the paper: 3, with crossbatch_rows 4 and cross_batch_stepping)."
         )
     if config.seq_len > model.max_position_embeddings:
         raise ValueError(
-            f"with packing a row is one window, of at most max_position_embeddings = {model.max_position_embeddings} "
-            f"tokens; got seq_len {config.seq_len}."
+            "with crossbatch_rows a row is one window, of at most max_position_embeddings = "
+            f"{model.max_position_embeddings} tokens; got seq_len {config.seq_len}."
         )
 
 
 def describe_crossbatch(config: TrainConfig, model: LongLlamaConfig) -> list[tuple[str, str]]:
     """Lines of a plan: what a row of the last piece of a document in a forward pass sees."""
-    assert config.packing is not None
+    assert config.crossbatch_rows is not None
     assert model.cross_batch_range
-    k = config.packing
+    k = config.crossbatch_rows
     counts = earlier_contexts(config.batch_size, model.cross_batch_range, model.cross_batch_stepping, k)[-k:]
     seen = [(min(count, row), max(count - row, 0)) for row, count in enumerate(counts)]
     layers = ", ".join(map(str, model.mem_layers))

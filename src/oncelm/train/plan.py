@@ -42,8 +42,8 @@ class Memory:
 
 def check_model(model: PreTrainedModel, config: TrainConfig) -> None:
     """ValueError for a model that the settings cannot split."""
-    if config.chunk_parallel > 1 and not isinstance(model, YocoForCausalLM):
-        raise ValueError(f"chunk_parallel is for YOCO models; this is a {type(model).__name__}: leave it at 1.")
+    if config.context_parallel > 1 and not isinstance(model, YocoForCausalLM):
+        raise ValueError(f"context_parallel is for YOCO models; this is a {type(model).__name__}: leave it at 1.")
     if config.tensor_parallel > 1:
         check_split(model, config.tensor_parallel)
 
@@ -54,10 +54,10 @@ def estimate_memory(model: PreTrainedModel, config: TrainConfig, processes: int)
     Raises:
         ValueError: the settings do not divide among so many processes, or the model cannot be split so.
     """
-    tensor, chunk = config.tensor_parallel, config.chunk_parallel
+    tensor, chunk = config.tensor_parallel, config.context_parallel
     if processes % (tensor * chunk):
         raise ValueError(
-            f"tensor_parallel {tensor} times chunk_parallel {chunk} must divide the number of processes, {processes}."
+            f"tensor_parallel {tensor} times context_parallel {chunk} must divide the number of processes, {processes}."
         )
     check_model(model, config)
     sequences = config.sequences_of_each(processes // (tensor * chunk))
@@ -140,7 +140,7 @@ def describe_plan(config: TrainConfig, model: PreTrainedModel, data: str, proces
     lines = [
         ("data", data),
         ("parameters", f"{parameters:,} ({without:,} without embeddings)"),
-        *(describe_crossbatch(config, model.config) if config.packing is not None else ()),
+        *(describe_crossbatch(config, model.config) if config.crossbatch_rows is not None else ()),
         ("tokens per step", f"{config.tokens_per_step:,}"),
         ("steps", f"{steps}{limit}{total}"),
         ("processes", f"{processes}"),

@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import logging
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
+from oncelm.utils.errors import renamed, unknown
 from oncelm.utils.settings import parse_yaml
+
+logger = logging.getLogger(__name__)
+
+# What settings were called: answered with their name of today, but in files, which may be those of a run that goes on
+RENAMED = {
+    "chunk_parallel": "context_parallel",
+    "within_documents": "document_masking",
+    "validation_share": "validation_fraction",
+    "decay_share": "decay_fraction",
+    "packing": "crossbatch_rows",
+}
 
 
 def read_recipe(recipe: str | Path) -> dict[str, Any]:
@@ -21,7 +34,24 @@ def read_recipe(recipe: str | Path) -> dict[str, Any]:
     parsed = parse_yaml(text, f"recipe {str(recipe)!r}")
     if not isinstance(parsed, dict):
         raise ValueError(f"recipe {str(recipe)!r} must hold `key: value` lines, got {type(parsed).__name__}.")
-    return parsed
+    if old := [name for name in parsed if name in RENAMED]:
+        told = ", ".join(f"{name} is now called {RENAMED[name]}" for name in old)
+        logger.warning("recipe %r: %s", str(recipe), told)
+    return with_new_names(parsed)
+
+
+def with_new_names(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings that an earlier version wrote, by their names of today."""
+    return {RENAMED.get(name, name): value for name, value in settings.items()}
+
+
+def check_names(settings: Collection[str], known: Collection[str]) -> None:
+    """ValueError for a setting that there is not, with the one that may be meant."""
+    for name in settings:
+        if name in RENAMED:
+            raise renamed("setting", name, RENAMED[name])
+        if name not in known:
+            raise unknown("setting", name, known)
 
 
 def override(settings: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:

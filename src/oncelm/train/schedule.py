@@ -15,7 +15,7 @@ def lr_factor(
     warmup_steps: int,
     min_lr_ratio: float,
     power: float = 1.0,
-    decay_share: float = 0.2,
+    decay_fraction: float = 0.2,
 ) -> float:
     """What the peak learning rate is multiplied by at `step`, counted from 0.
 
@@ -26,16 +26,16 @@ def lr_factor(
 
     Args:
         power: of "polynomial".
-        decay_share: of "warmup_stable_decay": the share of the steps after the warm-up, at their end, that decay.
+        decay_fraction: of "warmup_stable_decay": the share of the steps after the warm-up, at their end, that decay.
     """
     if step < warmup_steps:
         return (step + 1) / warmup_steps
     progress = min(1.0, (step - warmup_steps) / max(1.0, total_steps - warmup_steps))
-    shape = _shape(schedule, progress, power, decay_share)
+    shape = _shape(schedule, progress, power, decay_fraction)
     return min_lr_ratio + (1.0 - min_lr_ratio) * shape
 
 
-def _shape(schedule: str, progress: float, power: float, decay_share: float) -> float:
+def _shape(schedule: str, progress: float, power: float, decay_fraction: float) -> float:
     """From progress after the warm-up, 0 to 1, to the share of the way still above the minimum, 1 to 0."""
     match schedule:
         case "constant":
@@ -47,5 +47,5 @@ def _shape(schedule: str, progress: float, power: float, decay_share: float) -> 
         case "polynomial":  # linear is its power 1
             return (1.0 - progress) ** power
         case "warmup_stable_decay":  # constant, then linear (arXiv 2404.06395 found its exact shape to matter little)
-            return min(1.0, (1.0 - progress) / decay_share)
+            return min(1.0, (1.0 - progress) / decay_fraction)
     raise ValueError(f"unknown schedule {schedule!r}; allowed: {', '.join(SCHEDULES)}.")

@@ -46,6 +46,7 @@ from oncelm.train.parallel.chunk import chunk_inputs
 from oncelm.train.parallel.ranks import Ranks
 from oncelm.train.parallel.shard import keep_on_host, shard_model
 from oncelm.train.plan import check_model
+from oncelm.train.recipe import with_new_names
 from oncelm.train.reports import open_reports
 from oncelm.train.saving import Saver, read_tensors, tensors_to_save
 from oncelm.train.schedule import lr_factor
@@ -62,7 +63,7 @@ logger = logging.getLogger(__name__)
 # Settings that say where a run is, how long it lasts and what it reports: free to change on resume.
 _FREE_TO_CHANGE = {
     *("out", "steps", "max_seconds", "target_loss", "device", "compile", "resume", "tokens"),
-    *("tensor_parallel", "chunk_parallel", "activation_checkpointing"),
+    *("tensor_parallel", "context_parallel", "activation_checkpointing"),
     *("log_every", "eval_every", "eval_batches", "save_every", "keep_checkpoints", "report", "peak_tflops"),
 }
 
@@ -204,7 +205,7 @@ class Trainer:
             warmup_steps=config.warmup_steps,
             min_lr_ratio=config.end_lr_ratio,
             power=config.power,
-            decay_share=config.decay_share,
+            decay_fraction=config.decay_fraction,
         )
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
@@ -368,10 +369,10 @@ class Trainer:
                 *(folder, self.config.data),
             )
         now = json.loads(json.dumps(asdict(self.config)))  # as the checkpoint's went through JSON
+        before = with_new_names(state["config"])
         for name, value in now.items():
-            if name not in _FREE_TO_CHANGE and state["config"].get(name) != value:
-                before = state["config"].get(name)
-                logger.warning("resuming %s with another %s: %r, was %r", folder, name, value, before)
+            if name not in _FREE_TO_CHANGE and before.get(name) != value:
+                logger.warning("resuming %s with another %s: %r, was %r", folder, name, value, before.get(name))
 
     def _finished(self) -> bool:
         out_of_time = self.config.max_seconds is not None and self.seconds >= self.config.max_seconds

@@ -33,7 +33,7 @@ class Watch:
         self.peak = config.peak_tflops or peak_tflops(ranks.device, config.dtype)
         work = count_work(model_config, element_size=4)
         # of whole rows: documents that attend to themselves only, and masked targets, take fewer
-        counted = work is not None and not config.attends_within
+        counted = work is not None and not config.masks_documents
         self.flops_per_step = None
         if work is not None and counted:  # pass by pass: the rows of a pass may see each other
             self.flops_per_step = config.grad_accumulation * work.train(config.batch_size, config.seq_len).flops

@@ -52,6 +52,15 @@ def unknown(kind: str, value: object, allowed: Iterable[object]) -> ValueError:
     return ValueError(f"unknown {kind} {shown(value)};{hint} Allowed: {', '.join(names)}.")
 
 
+def renamed(kind: str, old: str, new: str) -> ValueError:
+    """The error for a name of an earlier version.
+
+    >>> str(renamed("setting", "packing", "crossbatch_rows"))
+    "setting 'packing' is now called 'crossbatch_rows'."
+    """
+    return ValueError(f"{kind} {old!r} is now called {new!r}.")
+
+
 def nearest(name: str, names: Iterable[str], likeness: float) -> str | None:
     """The one of `names` that is most like `name`, from 0 (nothing in common) to 1; None if none is so like it.
 

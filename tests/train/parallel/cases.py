@@ -106,10 +106,12 @@ def sharded(tokens: torch.Tensor, labels: torch.Tensor, options: dict, tensor: i
         return ranks.sum(loss.detach()).item() / ranks.shards, gradients(model), norm.item()
 
 
-def make_dataset(packing: int | None = None) -> TokenDataset | CrossbatchDataset:
+def make_dataset(crossbatch_rows: int | None = None) -> TokenDataset | CrossbatchDataset:
     tokens = np.arange(1000, dtype=np.uint32) ** 2 % 31
-    if packing is not None:
-        return CrossbatchDataset(TokenDataset(tokens, seq_len=sequence_tokens(16, packing), seed=1), packing)
+    if crossbatch_rows is not None:
+        return CrossbatchDataset(
+            TokenDataset(tokens, seq_len=sequence_tokens(16, crossbatch_rows), seed=1), crossbatch_rows
+        )
     return TokenDataset(tokens, seq_len=16, seed=1)
 
 
@@ -126,10 +128,10 @@ def train(options: dict, shape: dict, rank: int = -1, step: int = 0, event: Call
     """Train; rank `rank` does `event` when it asks for the batch of `step`. Returns how it ended, in a few words."""
     try:
         config = TrainConfig(**options)
-        with join_ranks("cpu", tensor=config.tensor_parallel, chunk=config.chunk_parallel) as ranks:
+        with join_ranks("cpu", tensor=config.tensor_parallel, chunk=config.context_parallel) as ranks:
             with torch.device("cpu" if ranks.is_main else "meta"):
                 model = make_model(torch.float32, **shape)
-            dataset = make_conversations() if config.task == "sft" else make_dataset(config.packing)
+            dataset = make_conversations() if config.task == "sft" else make_dataset(config.crossbatch_rows)
             if event is not None and ranks.rank.index == rank:
                 batch = ReadAhead.batch
                 ReadAhead.batch = lambda self, asked, *rest: (

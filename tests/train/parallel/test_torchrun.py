@@ -93,7 +93,12 @@ def test_a_folder_as_a_longllama_has_the_losses_of_one_process(book, tmp_path) -
     build_model("llama-tiny", vocab_size=260).save_pretrained(tmp_path / "llama")
     load_tokenizer("bytes").save_pretrained(tmp_path / "llama")
     long = ["mem_layers=[1, 3]", "max_position_embeddings=16", "cross_batch_range=3", "cross_batch_stepping=true"]
-    settings = [*SETTINGS, *(f"model_overrides.{setting}" for setting in long), "packing=2", "grad_accumulation=2"]
+    settings = [
+        *SETTINGS,
+        *(f"model_overrides.{setting}" for setting in long),
+        "crossbatch_rows=2",
+        "grad_accumulation=2",
+    ]
     arguments = [book, "--model", str(tmp_path / "llama"), "--steps", "3", "--set", *settings]
     run = start(tmp_path / "two", *arguments)
     output, _ = run.communicate(timeout=120)

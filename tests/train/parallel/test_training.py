@@ -51,16 +51,16 @@ def run(size: int, options: dict, shape: str = "retention", *event) -> list[str]
     [
         ("retention", {}),
         ("llama", {}),
-        ("long", {"packing": 2}),
-        ("window", {"chunk_parallel": 2}),
-        pytest.param("retention", {"chunk_parallel": 2}, marks=pytest.mark.slow),
+        ("long", {"crossbatch_rows": 2}),
+        ("window", {"context_parallel": 2}),
+        pytest.param("retention", {"context_parallel": 2}, marks=pytest.mark.slow),
         pytest.param("retention", {"tensor_parallel": 2}, marks=pytest.mark.slow),
         pytest.param("window", {"tensor_parallel": 2}, marks=pytest.mark.slow),
     ],
     ids=str,
 )
 def test_losses_norms_and_evaluations_of_one_rank(options, shape: str, split: dict) -> None:
-    one = options("one", grad_accumulation=2, grad_clip=0.5, packing=split.get("packing"))
+    one = options("one", grad_accumulation=2, grad_clip=0.5, crossbatch_rows=split.get("crossbatch_rows"))
     two = options("two", grad_accumulation=2, grad_clip=0.5, activation_checkpointing=True, **split)
     assert run(1, one, shape) == ["ended at 6"]
     assert run(2, two, shape) == ["ended at 6"] * 2
@@ -73,11 +73,11 @@ def test_losses_norms_and_evaluations_of_one_rank(options, shape: str, split: di
 def test_all_three_ways_together_in_bfloat16(options) -> None:
     one, eight = (options(name, dtype="bfloat16") for name in ("one", "eight"))
     run(1, one)
-    assert run(8, eight | {"tensor_parallel": 2, "chunk_parallel": 2}) == ["ended at 6"] * 8
+    assert run(8, eight | {"tensor_parallel": 2, "context_parallel": 2}) == ["ended at 6"] * 8
     assert logged(eight) == pytest.approx(logged(one), rel=0.02)
 
 
-@pytest.mark.parametrize("split", [{}, {"chunk_parallel": 2}], ids=str)
+@pytest.mark.parametrize("split", [{}, {"context_parallel": 2}], ids=str)
 def test_conversations_have_the_losses_of_one_rank(options, split: dict) -> None:
     one, two = (options(name, task="sft", grad_accumulation=2, batch_size=2) for name in ("one", "two"))
     assert run(1, one) == ["ended at 6"]
@@ -88,7 +88,7 @@ def test_conversations_have_the_losses_of_one_rank(options, split: dict) -> None
 
 def test_crossbatch_is_not_split_inside_a_forward_pass(options) -> None:
     """Its rows see each other: on two ranks they would see fewer."""
-    (one, other) = run(2, options(batch_size=8, packing=2), "long")
+    (one, other) = run(2, options(batch_size=8, crossbatch_rows=2), "long")
     assert "each process takes whole ones: the 1 of a step (grad_accumulation) do not divide among 2" in one
     assert other == one
 
@@ -106,7 +106,7 @@ def test_one_two_and_one_rank_in_turn_see_the_same_batches(options) -> None:
     "split",
     [
         {},
-        pytest.param({"chunk_parallel": 2}, marks=pytest.mark.slow),
+        pytest.param({"context_parallel": 2}, marks=pytest.mark.slow),
         pytest.param({"tensor_parallel": 2}, marks=pytest.mark.slow),
     ],
     ids=str,
@@ -176,7 +176,7 @@ def test_the_first_rank_says_what_is_wrong(options) -> None:
     assert "already holds checkpoints" in first
     assert second == "SystemExit: 2"
     assert "do not divide among 2 processes" in run(2, options(batch_size=3))[1]
-    for split in ("tensor_parallel", "chunk_parallel"):
+    for split in ("tensor_parallel", "context_parallel"):
         assert f"{split} is for YOCO models" in run(2, options(split, **{split: 2}), "llama")[1]
     assert "must divide the number of processes, 2" in run(2, options(tensor_parallel=3))[1]
 

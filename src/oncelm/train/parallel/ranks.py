@@ -147,7 +147,7 @@ def join_ranks(device: str, *, tensor: int = 1, chunk: int = 1) -> Iterator[Rank
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size % (tensor * chunk):
         raise ValueError(
-            f"tensor_parallel {tensor} times chunk_parallel {chunk} must divide the number of processes, {size}; "
+            f"tensor_parallel {tensor} times context_parallel {chunk} must divide the number of processes, {size}; "
             f"start a multiple of {tensor * chunk} with torchrun --nproc-per-node, or set them lower."
         )
     resolved = resolve_device(None if device == "auto" else device)

@@ -50,8 +50,8 @@ def make_trainer(config: TrainConfig, ranks: Ranks | None = None) -> Trainer:
             f"tokenizer {config.tokenizer!r} gives token {largest_id}, but model {config.model!r} knows "
             f"{vocab_size} tokens only; use the tokenizer it was made with."
         )
-    if config.attends_within and "cu_seqlens" not in inspect.signature(model.forward).parameters:
-        setting = 'task "sft"' if config.task == "sft" else "within_documents"
+    if config.masks_documents and "cu_seqlens" not in inspect.signature(model.forward).parameters:
+        setting = 'task "sft"' if config.task == "sft" else "document_masking"
         raise ValueError(f"{setting} needs a model that takes cu_seqlens; {type(model).__name__} does not.")
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):  # for `generate`, once it is trained
         setattr(model.config, name, getattr(tokenizer, name))

@@ -34,28 +34,28 @@ def make_dataset(config: TrainConfig, ranks: Ranks, tokenizer: PreTrainedTokeniz
             config.seq_len,
             pad_id=tokenizer.pad_token_id or 0,
             seed=config.seed,
-            validation_share=config.validation_share,
+            validation_fraction=config.validation_fraction,
         )
         return conversations, conversations.largest_id, digest_conversations(read)
     tokens = ranks.main_first(lambda: open_data(config, tokenizer))
     options: dict[str, Any] = {
         "seed": config.seed,
         "validation": tokens.valid,
-        "validation_share": config.validation_share,
+        "validation_fraction": config.validation_fraction,
         "long_documents": config.long_documents,
         "long_factor": config.long_factor,
         "min_tokens": config.min_tokens,
-        "document_masking": config.within_documents,
+        "document_masking": config.document_masking,
     }
-    if config.packing is None:
+    if config.crossbatch_rows is None:
         dataset: TrainData = TokenDataset(tokens.train, config.seq_len, **options)
     else:
-        length = sequence_tokens(config.seq_len, config.packing)
+        length = sequence_tokens(config.seq_len, config.crossbatch_rows)
         try:
-            dataset = CrossbatchDataset(TokenDataset(tokens.train, length, **options), config.packing)
+            dataset = CrossbatchDataset(TokenDataset(tokens.train, length, **options), config.crossbatch_rows)
         except ValueError as error:
             raise ValueError(
-                f"packing {config.packing} rows of {config.seq_len} takes sequences of {length}: {error}"
+                f"crossbatch_rows {config.crossbatch_rows} of {config.seq_len} tokens take {length}: {error}"
             ) from error
     return dataset, tokens.largest_id, digest_tokens(tokens)
 

@@ -22,7 +22,9 @@ def make_model(config: TrainConfig, vocab_size: int, *, weights: bool = True) ->
         vocab_size: of a new one, where the settings' `model_overrides` name no other.
         weights: False makes it without values, on the meta device, and reads none.
     """
-    overrides = config.model_overrides | ({} if config.packing is None else {"dataset_packing": config.packing})
+    overrides = dict(config.model_overrides)
+    if config.crossbatch_rows is not None:
+        overrides["dataset_packing"] = config.crossbatch_rows
     if not Path(config.model).is_dir():
         check_choice("model", config.model, (*PRESETS, *LLAMA_PRESETS))
         overrides = {"vocab_size": vocab_size} | overrides
@@ -30,6 +32,7 @@ def make_model(config: TrainConfig, vocab_size: int, *, weights: bool = True) ->
 
 
 def check_model(config: TrainConfig) -> None:
-    """ValueError unless the model that the settings name fits their packing; nothing is read but its configuration."""
-    if config.packing is not None or "mem_layers" in config.model_overrides or Path(config.model).is_dir():
-        check_crossbatch(config, make_model(replace(config, packing=None), vocab_size=1024, weights=False).config)
+    """ValueError unless the model that the settings name fits their crossbatch; only its configuration is read."""
+    if config.crossbatch_rows is not None or "mem_layers" in config.model_overrides or Path(config.model).is_dir():
+        model = make_model(replace(config, crossbatch_rows=None), vocab_size=1024, weights=False)
+        check_crossbatch(config, model.config)
