@@ -10,7 +10,7 @@ import torch
 
 from oncelm.cache.longllama.memory_kv import MemoryKV
 from oncelm.eval.examples import Generate
-from oncelm.eval.model import Codec
+from oncelm.eval.codec import Codec
 from oncelm.models import LongLlamaForCausalLM
 
 

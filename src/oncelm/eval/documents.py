@@ -17,7 +17,7 @@ from oncelm.data.reading import DamagedText, Malformed, Piece, is_text, read, sc
 from oncelm.utils.errors import unknown
 
 if TYPE_CHECKING:
-    from oncelm.eval.model import Codec
+    from oncelm.eval.codec import Codec
 
 logger = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ from oncelm.eval.task import Task, option
 from oncelm.eval.views import Sample, Table, View, plain
 
 if TYPE_CHECKING:
-    from oncelm.eval.model import Codec
+    from oncelm.eval.codec import Codec
 
 
 def completes_seen_bigram(ids: np.ndarray) -> np.ndarray:

@@ -18,7 +18,7 @@ from oncelm.eval.tasks.nll import first_ids
 from oncelm.eval.views import Curves, View, by_column, exponential, group, perplexity, tokens
 
 if TYPE_CHECKING:
-    from oncelm.eval.model import Codec
+    from oncelm.eval.codec import Codec
 
 
 @dataclass(frozen=True)

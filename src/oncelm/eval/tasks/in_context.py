@@ -25,7 +25,7 @@ from oncelm.eval.views import Curves, View, by_column, group, tokens
 from oncelm.utils.settings import parse_json
 
 if TYPE_CHECKING:
-    from oncelm.eval.model import Codec
+    from oncelm.eval.codec import Codec
 
 logger = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ from oncelm.eval.tasks.questions import Question, read_questions
 from oncelm.eval.views import Curves, Table, View, exponential, group, perplexity, tokens
 
 if TYPE_CHECKING:
-    from oncelm.eval.model import Codec
+    from oncelm.eval.codec import Codec
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from oncelm.eval.tasks.cities import CITIES
 from oncelm.eval.views import Table, View, by_column, heatmap, tokens
 
 if TYPE_CHECKING:
-    from oncelm.eval.model import Codec
+    from oncelm.eval.codec import Codec
 
 NEEDLE = "The special magic {city} number is {number} . "
 QUESTION = "\nWhat is the special magic {city} number? The special magic {city} number is "

@@ -18,7 +18,7 @@ from oncelm.eval.task import Task, option
 from oncelm.eval.views import Curves, Sample, Table, View, plain, show_perplexity, tokens
 
 if TYPE_CHECKING:
-    from oncelm.eval.model import Codec
+    from oncelm.eval.codec import Codec
 
 STEPS_AN_OCTAVE = 2
 

@@ -22,7 +22,7 @@ from oncelm.eval.task import COUNTED, Task, option
 from oncelm.eval.views import Curves, View, by_column, group, heatmap, tokens
 
 if TYPE_CHECKING:
-    from oncelm.eval.model import Codec
+    from oncelm.eval.codec import Codec
 
 TASK = (
     "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. "

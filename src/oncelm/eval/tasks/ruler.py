@@ -24,7 +24,7 @@ from oncelm.eval.views import Sample, Table, View, group, percent, tokens
 from oncelm.utils.errors import unknown
 
 if TYPE_CHECKING:
-    from oncelm.eval.model import Codec
+    from oncelm.eval.codec import Codec
 
 DRAWS = 64  # of a sample, until one fits the context
 BISECT_AFTER = 6  # guesses
