@@ -62,8 +62,8 @@ def in_turns(model: YocoForCausalLM, length: int, write: Callable) -> None:
     runs: dict[str, list[float]] = {name: [] for name in FORMS}
     for _ in range(TURNS):
         for name, options in FORMS.items():
-            subject = bench.Yoco(model, length, **options)
-            runs[name] += measure(lambda: subject.prefill(ids), 3, model.device).runs  # noqa: B023
+            target = bench.OwnTarget(model, length, **options)
+            runs[name] += measure(lambda: target.prefill(ids), 3, model.device).runs  # noqa: B023
     for name, found in runs.items():
         write("prefill in turns", form=name, length=length, chunk=length, runs=found)
 
@@ -115,33 +115,33 @@ def by_chunk(model: YocoForCausalLM, length: int, write: Callable) -> None:
     """Seconds and memory of a longer prefill, compiled, in chunks of several sizes."""
     ids = draw(model, length)
     for chunk in CHUNKS:
-        subject = bench.Yoco(model, chunk, compile=True)
-        cache_bytes = subject.prefill(ids)[1].nbytes()
+        target = bench.OwnTarget(model, chunk, compile=True)
+        cache_bytes = target.prefill(ids)[1].nbytes()
         with PeakMemory(model.device) as peak:
-            timing = measure(lambda: subject.prefill(ids), 2, model.device)  # noqa: B023
+            timing = measure(lambda: target.prefill(ids), 2, model.device)  # noqa: B023
         extra = {"peak_bytes_above_weights_and_cache": peak.bytes - cache_bytes}
         write("prefill by chunk", form="compiled", length=length, chunk=chunk, runs=list(timing.runs), **extra)
 
 
 def profile(model: YocoForCausalLM, name: str, options: dict[str, Any], length: int, write: Callable) -> None:
     """Milliseconds of each kernel in one chunk."""
-    ids, subject = draw(model, length), bench.Yoco(model, length, **options)
-    subject.prefill(ids)
-    write("profile", form=name, length=length, chunk=length, **kernel_times(lambda: subject.prefill(ids), model.device))
+    ids, target = draw(model, length), bench.OwnTarget(model, length, **options)
+    target.prefill(ids)
+    write("profile", form=name, length=length, chunk=length, **kernel_times(lambda: target.prefill(ids), model.device))
 
 
-def by_length(subject: bench.Subject, lengths: list[int], out: Path, benchmark: str = "prefill") -> list[dict]:
+def by_length(target: bench.Target, lengths: list[int], out: Path, benchmark: str = "prefill") -> list[dict]:
     """`oncelm bench`'s own records."""
 
     def keep(record: dict[str, Any]) -> None:
         bench.append_record(out, record)
 
-    return bench.run(benchmark, [subject], lengths, dtype=torch.bfloat16, repeats=2, on_record=keep)
+    return bench.run(benchmark, [target], lengths, dtype=torch.bfloat16, repeats=2, on_record=keep)
 
 
 def beside_llama(config: YocoConfig, lengths: list[int], out: Path) -> list[dict]:
     llama = make(AutoModelForCausalLM.from_config, bench.llama_config(config))
-    return by_length(bench.Llama(llama, compile="norms and feed-forward layers"), lengths, out)
+    return by_length(bench.PeerTarget(llama, compile="norms and feed-forward layers"), lengths, out)
 
 
 def main() -> None:
@@ -169,10 +169,12 @@ def main() -> None:
         print(record, flush=True)
 
     parts: dict[str, Callable[[], object]] = {
-        "lengths": lambda: rows.extend(by_length(bench.Yoco(model, compile=True), lengths, args.out)),
-        "memory": lambda: by_length(bench.Yoco(model, 8192, compile=True), lengths[-1:], args.out, "memory"),
+        "lengths": lambda: rows.extend(by_length(bench.OwnTarget(model, compile=True), lengths, args.out)),
+        "memory": lambda: by_length(bench.OwnTarget(model, 8192, compile=True), lengths[-1:], args.out, "memory"),
         "turns": lambda: in_turns(model, chunk, write),
-        "float8": lambda: by_length(bench.Yoco(model, **FLOAT8), [n for n in lengths[1:] if n <= 524288], args.out),
+        "float8": lambda: by_length(
+            bench.OwnTarget(model, **FLOAT8), [n for n in lengths[1:] if n <= 524288], args.out
+        ),
         "rounding": lambda: rounding(config, chunk, write),
         "chunks": lambda: by_chunk(model, min(131072, lengths[-1]), write),
         "profile": lambda: [profile(model, name, FORMS[name], chunk, write) for name in ("compiled", "float8")],
@@ -194,7 +196,7 @@ def main() -> None:
             Panel("seconds", "prefill, seconds"),
             Panel("peak_bytes_above_weights", "peak memory above the weights, GiB", 2**-30),
         )
-        named = [{**row, "model": row["subject"]} for row in rows if "error" not in row]
+        named = [{**row, "model": row["target"]} for row in rows if "error" not in row]
         plot_by_length(named, args.plot, f"prefill of {args.model}, bfloat16", panels)
     if failed:
         sys.exit(f"failed: {', '.join(failed)}")

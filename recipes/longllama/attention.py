@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 from oncelm.cache.longllama.memory_kv import MemoryKV
-from oncelm.eval.examples import Generate
 from oncelm.eval.codec import Codec
+from oncelm.eval.examples import Generate
 from oncelm.models import LongLlamaForCausalLM
 
 

@@ -37,8 +37,8 @@ from attention import key_attention
 import oncelm
 from oncelm.data.layout import find_corpus
 from oncelm.data.tokens import is_token_folder
-from oncelm.eval.documents import read_documents
 from oncelm.eval.codec import Codec
+from oncelm.eval.documents import read_documents
 from oncelm.eval.task import parse_tokens
 from oncelm.eval.tasks.passkey import Passkey
 from oncelm.train.config import TrainConfig

@@ -1,4 +1,4 @@
-"""Tiny subjects of both kinds."""
+"""Tiny targets of both kinds."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from oncelm.bench import Ceilings, Llama, LongLlama, Yoco, llama_config, runner
-from oncelm.bench.subjects import default_config
+from oncelm.bench import Ceilings, OwnTarget, PeerTarget, llama_config, runner
+from oncelm.bench.targets import default_config
 from oncelm.models import YocoConfig, YocoForCausalLM
 from tests.models.small import make_long
 
@@ -16,18 +16,18 @@ def tiny_config(**changes) -> YocoConfig:
     return default_config(64, 4, **{"vocab_size": 97, "num_attention_heads": 4, "num_key_value_heads": 2, **changes})
 
 
-def tiny_yoco(**changes) -> Yoco:
+def tiny_yoco(**changes) -> OwnTarget:
     torch.manual_seed(0)
-    return Yoco(YocoForCausalLM(tiny_config(**changes)).eval())
+    return OwnTarget(YocoForCausalLM(tiny_config(**changes)).eval())
 
 
-def tiny_llama(**changes) -> Llama:
+def tiny_llama(**changes) -> PeerTarget:
     torch.manual_seed(0)
-    return Llama(LlamaForCausalLM(llama_config(tiny_config(**changes))).eval())
+    return PeerTarget(LlamaForCausalLM(llama_config(tiny_config(**changes))).eval())
 
 
-def tiny_long(**changes) -> LongLlama:
-    return LongLlama(make_long(**{"max_position_embeddings": 96, "last_context_length": 32, **changes}))
+def tiny_long(**changes) -> OwnTarget:
+    return OwnTarget(make_long(**{"max_position_embeddings": 96, "last_context_length": 32, **changes}))
 
 
 @pytest.fixture

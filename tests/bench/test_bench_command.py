@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 
+from oncelm import bench
 from oncelm.bench import CASES, append_record, read_records, table
 from oncelm.cache import SharedKV
 from oncelm.cli import main
@@ -81,13 +82,18 @@ def test_a_llama_folder_as_a_longllama_beside_itself(benchmark, tmp_path, quick_
     assert (long["subject"], plain["subject"]) == ("LongLLaMA", "Llama")
     assert long["parameters"] == plain["parameters"]
     assert long["shape"]["mem_layers"] == [1]
-    assert main([*command, "--kv-dtype", "int8"]) == 2
-    assert "--kv-dtype is for YOCO models" in capsys.readouterr().err
+    assert main([*command, "--kv-dtype", "float8"]) == 2
+    assert "--kv-dtype float8 is not for LongLLaMA models: auto, bfloat16 or int8" in capsys.readouterr().err
+    assert main([*command, "--prefill-chunk-size", "8"]) == 2
+    assert "--prefill-chunk-size is not for LongLLaMA models" in capsys.readouterr().err
+    for old, new in (("Yoco", "OwnTarget"), ("Llama", "PeerTarget")):
+        with pytest.raises(ImportError, match=f"oncelm.bench.{old} is oncelm.bench.{new} now"):
+            getattr(bench, old)
     assert main(["bench", "train", *command[2:]]) == 2
     assert "--mem-layers does not go with `oncelm bench train`" in capsys.readouterr().err
 
 
-def test_a_subject_out_of_memory_is_a_record(monkeypatch, tmp_path, quick_ceilings, capsys):
+def test_a_target_out_of_memory_is_a_record(monkeypatch, tmp_path, quick_ceilings, capsys):
     def full(*_):
         raise torch.OutOfMemoryError("full")
 

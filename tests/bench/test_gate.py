@@ -1,4 +1,4 @@
-"""A subject that computes the wrong thing is refused."""
+"""A target that computes the wrong thing is refused."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from tests.bench.conftest import tiny_llama, tiny_long, tiny_yoco
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("make", [tiny_yoco, tiny_llama, tiny_long])
-def test_sound_subjects_pass(make, dtype):
-    subject = make()
-    subject.model.to(dtype)
-    assert set(check(subject, dtype)) == {"prefill", "decode", "loss"}
+def test_sound_targets_pass(make, dtype):
+    target = make()
+    target.model.to(dtype)
+    assert set(check(target, dtype)) == {"prefill", "decode", "loss"}
 
 
 def test_a_cache_that_loses_tokens_is_refused(monkeypatch):

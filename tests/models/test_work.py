@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from oncelm.bench import Ceilings
 from oncelm.bench.peer import llama_config
-from oncelm.bench.subjects import default_config
+from oncelm.bench.targets import default_config
 from oncelm.models import work
 from oncelm.models.longllama import work as long_work
 from oncelm.models.work import Work
@@ -71,11 +71,11 @@ def test_llama_prefill_decode_and_training(every_pair):
     ids = torch.zeros(B, T, dtype=torch.long)
 
     with torch.no_grad():
-        cache = llama.prefill(ids)[1]
-        assert llama.cache_bytes(cache) == B * T * llama.model.config.num_hidden_layers * llama.work.cached * 4
+        session = llama.prefill(ids)[1]
+        assert session.nbytes() == B * T * llama.model.config.num_hidden_layers * llama.work.cached * 4
         for run, expected in (
             (lambda: llama.prefill(ids), llama.work.prefill(B, T)),
-            (lambda: llama.step(ids[:, :1], cache), llama.work.decode(B, T)),
+            (lambda: session.step(ids[:, :1]), llama.work.decode(B, T)),
         ):
             assert counted(run) == (expected.linear, expected.mixing)
     expected = llama.work.train(B, T)
@@ -85,8 +85,8 @@ def test_llama_prefill_decode_and_training(every_pair):
 def test_yoco_decode():
     yoco = tiny_yoco(self_decoder="sliding_window", window_size=30, num_self_heads=4)
     with torch.no_grad():
-        cache = yoco.context(B, T, room=1)
-        linear, mixing = counted(lambda: yoco.step(torch.zeros(B, 1, dtype=torch.long), cache))
+        session = yoco.context(B, T, room=1)
+        linear, mixing = counted(lambda: session.step(torch.zeros(B, 1, dtype=torch.long)))
     expected = yoco.work.decode(B, T)
     assert (linear, mixing) == (expected.linear, expected.mixing)
 

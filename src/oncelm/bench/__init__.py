@@ -1,6 +1,6 @@
 """Measuring prefill, decoding, memory and training, beside a Llama of the same shape, in one run.
 
-llama, yoco = Llama(...), Yoco(...)
+yoco, llama = OwnTarget(...), PeerTarget(...)
 records = run("prefill", [yoco, llama], [4096, 16384], dtype=torch.float32)
 rich.print(table(records))
 """
@@ -8,18 +8,18 @@ rich.print(table(records))
 from oncelm.bench.cases import CASES
 from oncelm.bench.gate import GateError, check
 from oncelm.bench.harness import HARNESS_TASKS, harness_table, run_harness
-from oncelm.bench.long import LongLlama, plain_config
 from oncelm.bench.measure import PeakMemory, Timing, measure
 from oncelm.bench.needle import needle_table, run_needle
 from oncelm.bench.ops import ops_table, run_ops
 from oncelm.bench.ops_cases import OPS
-from oncelm.bench.peer import Llama, llama_config
+from oncelm.bench.peer import PeerTarget, llama_config, plain_config
 from oncelm.bench.report import append_record, read_records, table
 from oncelm.bench.roofline import Ceilings, measure_ceilings
 from oncelm.bench.runner import run
-from oncelm.bench.subjects import Subject, Yoco
+from oncelm.bench.targets import OwnTarget, Target
 from oncelm.models.work import LlamaWork, Work
 from oncelm.models.yoco.work import YocoWork
+from oncelm.utils.lazy import renamed
 
 __all__ = [
     "CASES",
@@ -27,14 +27,13 @@ __all__ = [
     "OPS",
     "Ceilings",
     "GateError",
-    "Llama",
     "LlamaWork",
-    "LongLlama",
+    "OwnTarget",
     "PeakMemory",
-    "Subject",
+    "PeerTarget",
+    "Target",
     "Timing",
     "Work",
-    "Yoco",
     "YocoWork",
     "append_record",
     "check",
@@ -52,3 +51,7 @@ __all__ = [
     "run_ops",
     "table",
 ]
+
+__getattr__ = renamed(
+    __name__, {"Subject": "Target", "Yoco": "OwnTarget", "LongLlama": "OwnTarget", "Llama": "PeerTarget"}
+)

@@ -1,4 +1,4 @@
-"""The four measurements. Each takes a subject and a length, and returns what was seen as plain JSON values."""
+"""The four measurements. Each takes a target and a length, and returns what was seen as plain JSON values."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from oncelm.bench.gate import check_step
 from oncelm.bench.measure import PeakMemory, Timing, kernel_times, measure
 from oncelm.bench.roofline import Ceilings
-from oncelm.bench.subjects import Subject, Yoco
+from oncelm.bench.targets import Target
 from oncelm.models.work import Work
 from oncelm.utils.memory import check_memory
 
@@ -42,54 +42,54 @@ class Conditions:
 
 
 @torch.no_grad()
-def prefill(subject: Subject, length: int, at: Conditions) -> dict[str, Any]:
+def prefill(target: Target, length: int, at: Conditions) -> dict[str, Any]:
     """Time from `length` tokens to the logits of the last one and a cache to go on with."""
-    ids, device = random_ids(subject, at.batch_size, length), subject.model.device
+    ids, device = random_ids(target, at.batch_size, length), target.model.device
 
     def run() -> object:
-        return subject.prefill(ids)
+        return target.prefill(ids)
 
-    subject.prefill(ids[:, :WARM_UP_TOKENS])
+    target.prefill(ids[:, :WARM_UP_TOKENS])
     with PeakMemory(device) as peak:
         timing = measure(run, at.repeats, device)
-    figures = _timed(timing, 1, at.batch_size * length, subject.work.prefill(at.batch_size, length), at)
+    figures = _timed(timing, 1, at.batch_size * length, target.work.prefill(at.batch_size, length), at)
     return {**figures, **peak.figures(), **at.profiled(run, device)}
 
 
 @torch.no_grad()
-def decode(subject: Subject, length: int, at: Conditions) -> dict[str, Any]:
+def decode(target: Target, length: int, at: Conditions) -> dict[str, Any]:
     """Time of one token of each sequence behind `length` cached ones."""
-    cache = subject.context(at.batch_size, length, room=DECODED_TOKENS * (at.repeats + 2))
-    device = subject.model.device
+    session = target.context(at.batch_size, length, room=DECODED_TOKENS * (at.repeats + 2))
+    device = target.model.device
     token = torch.zeros(at.batch_size, 1, dtype=torch.long, device=device)
 
     def steps() -> None:
         for _ in range(DECODED_TOKENS):
-            subject.step(token, cache)
+            session.step(token)
 
     timing = measure(steps, at.repeats, device)
-    figures = _timed(timing, DECODED_TOKENS, at.batch_size, subject.work.decode(at.batch_size, length), at)
+    figures = _timed(timing, DECODED_TOKENS, at.batch_size, target.work.decode(at.batch_size, length), at)
     return {**figures, **at.profiled(steps, device)}
 
 
 @torch.no_grad()
-def memory(subject: Subject, length: int, at: Conditions) -> dict[str, Any]:
+def memory(target: Target, length: int, at: Conditions) -> dict[str, Any]:
     """Bytes of the cache behind `length` tokens, and the peak of the prefill that fills it."""
-    ids = random_ids(subject, at.batch_size, length)
-    subject.prefill(ids[:, :WARM_UP_TOKENS])
-    with PeakMemory(subject.model.device) as peak:
-        cache = subject.prefill(ids)[1]
+    ids = random_ids(target, at.batch_size, length)
+    target.prefill(ids[:, :WARM_UP_TOKENS])
+    with PeakMemory(target.model.device) as peak:
+        session = target.prefill(ids)[1]
     return {
-        "cache_bytes": subject.cache_bytes(cache),
-        "weight_bytes": sum(parameter.nbytes for parameter in subject.model.parameters()),
+        "cache_bytes": session.nbytes(),
+        "weight_bytes": sum(parameter.nbytes for parameter in target.model.parameters()),
         **peak.figures(),
     }
 
 
-def train(subject: Subject, length: int, at: Conditions) -> dict[str, Any]:
+def train(target: Target, length: int, at: Conditions) -> dict[str, Any]:
     """Time of forward, backward and an AdamW step on sequences of `length` tokens; weights stay float32."""
-    ids = random_ids(subject, at.batch_size, length)
-    model = subject.model.train()
+    ids = random_ids(target, at.batch_size, length)
+    model = target.model.train()
     mixed = at.dtype != torch.float32
 
     def backward() -> torch.Tensor:
@@ -104,20 +104,20 @@ def train(subject: Subject, length: int, at: Conditions) -> dict[str, Any]:
         optimizer.step()
 
     errors = {}
-    if subject.compiled and isinstance(subject, Yoco):  # a peer's plain form may not even fit
-        errors = check_step(subject, backward, at.dtype)
+    if target.compiled and not target.is_peer:  # a peer's plain form may not even fit
+        errors = check_step(target, backward, at.dtype)
     with PeakMemory(model.device) as peak:
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-        if subject.compiled:
+        if target.compiled:
             step()  # compiles
         timing = measure(step, at.repeats, model.device)
     profile = at.profiled(step, model.device)
     optimizer.zero_grad()
-    figures = _timed(timing, 1, at.batch_size * length, subject.work.train(at.batch_size, length), at)
+    figures = _timed(timing, 1, at.batch_size * length, target.work.train(at.batch_size, length), at)
     return {**figures, **errors, **peak.figures(), **profile}
 
 
-CASES: dict[str, Callable[[Subject, int, Conditions], dict[str, Any]]] = {
+CASES: dict[str, Callable[[Target, int, Conditions], dict[str, Any]]] = {
     "prefill": prefill,
     "decode": decode,
     "memory": memory,
@@ -125,12 +125,12 @@ CASES: dict[str, Callable[[Subject, int, Conditions], dict[str, Any]]] = {
 }
 
 
-def random_ids(subject: Subject, batch_size: int, length: int) -> torch.Tensor:
-    """The same ids [B, T] every time, on the subject's device."""
+def random_ids(target: Target, batch_size: int, length: int) -> torch.Tensor:
+    """The same ids [B, T] every time, on the target's device."""
     check_memory(8 * batch_size * length, f"a batch of {batch_size:,} texts of {length:,} tokens", torch.device("cpu"))
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(subject.model.config.vocab_size, (batch_size, length), generator=generator)
-    return ids.to(subject.model.device)
+    ids = torch.randint(target.model.config.vocab_size, (batch_size, length), generator=generator)
+    return ids.to(target.model.device)
 
 
 def _timed(timing: Timing, units: int, tokens: int, work: Work, at: Conditions) -> dict[str, Any]:

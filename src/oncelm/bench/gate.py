@@ -1,13 +1,15 @@
-"""No figure without correctness: a subject that computes something else than its own full forward is not measured."""
+"""No figure without correctness: a target that computes something else than its own full forward is not measured."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 
-from oncelm.bench.subjects import Subject
+if TYPE_CHECKING:
+    from oncelm.bench.targets import Target
 
 # tokens of the prompt, of a chunk of it (the last one shorter; enough for compiled layers), and decoded ones
 PROMPT, CHUNK, STEPS = 140, 75, 4
@@ -25,11 +27,11 @@ FLOAT8_TOLERANCE = 0.1  # of products in float8; seen with random weights: 0.034
 
 
 class GateError(RuntimeError):
-    """A subject's fast paths do not give what its full forward gives."""
+    """A target's fast paths do not give what its full forward gives."""
 
 
 @torch.no_grad()
-def check(subject: Subject, dtype: torch.dtype, batch_size: int = 2, training: bool = False) -> dict[str, float]:
+def check(target: Target, dtype: torch.dtype, batch_size: int = 2, training: bool = False) -> dict[str, float]:
     """Compare prefill in chunks, decoding and the loss with the full forward, on a short random text.
 
     The full forward and the loss are plain PyTorch, whatever is compiled.
@@ -45,31 +47,31 @@ def check(subject: Subject, dtype: torch.dtype, batch_size: int = 2, training: b
     Raises:
         GateError: an error above the tolerance, or NaN.
     """
-    model = subject.model.eval()
+    model = target.model.eval()
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(model.config.vocab_size, (batch_size, PROMPT + STEPS), generator=generator).to(model.device)
     with torch.compiler.set_stance("force_eager"):
-        full = subject.full(ids).float()
-        loss = subject.loss(ids)
+        full = target.full(ids).float()
+        loss = target.loss(ids)
     with torch.compiler.set_stance("force_eager" if training else "default"):
-        last, cache = subject.prefill(ids[:, :PROMPT], room=STEPS, chunk_size=CHUNK)
-        decoded = [subject.step(ids[:, i : i + 1], cache) for i in range(PROMPT, PROMPT + STEPS)]
+        last, session = target.prefill(ids[:, :PROMPT], room=STEPS, chunk_size=CHUNK)
+        decoded = [session.step(ids[:, i : i + 1]) for i in range(PROMPT, PROMPT + STEPS)]
     errors = {
         "prefill": _error(last, full[:, PROMPT - 1]),
         "decode": _error(torch.stack(decoded, dim=1), full[:, PROMPT:]),
         "loss": _error(loss, F.cross_entropy(full[:, :-1].flatten(0, 1), ids[:, 1:].flatten())),
     }
-    float8 = subject.settings.get("gemm") == "float8"
-    allowed = max(FLOAT8_TOLERANCE if float8 else TOLERANCES[dtype], TOLERANCES[subject.kv_dtype])
-    _refuse(subject, errors, allowed, "float8" if float8 else dtype)
+    float8 = target.settings.get("gemm") == "float8"
+    allowed = max(FLOAT8_TOLERANCE if float8 else TOLERANCES[dtype], TOLERANCES[target.kv_dtype])
+    _refuse(target, errors, allowed, "float8" if float8 else dtype)
     return errors
 
 
-def check_step(subject: Subject, backward: Callable[[], torch.Tensor], dtype: torch.dtype) -> dict[str, float]:
+def check_step(target: Target, backward: Callable[[], torch.Tensor], dtype: torch.dtype) -> dict[str, float]:
     """Compare the loss and all gradients of a compiled training step with those of plain PyTorch.
 
     Args:
-        backward: computes the loss, which it returns, and the gradients of the subject's model.
+        backward: computes the loss, which it returns, and the gradients of the target's model.
         dtype: of the computation; sets the tolerance.
 
     Returns:
@@ -80,23 +82,23 @@ def check_step(subject: Subject, backward: Callable[[], torch.Tensor], dtype: to
     """
     with torch.compiler.set_stance("force_eager"):
         expected_loss = backward()
-    parameters = [parameter for parameter in subject.model.parameters() if parameter.grad is not None]
+    parameters = [parameter for parameter in target.model.parameters() if parameter.grad is not None]
     expected = [parameter.grad for parameter in parameters]
-    subject.model.zero_grad(set_to_none=True)
+    target.model.zero_grad(set_to_none=True)
     loss = backward()
     difference = sum((p.grad - e).pow(2).sum() for p, e in zip(parameters, expected, strict=True))
     whole = sum(e.pow(2).sum() for e in expected)
     errors = {"loss_error": _error(loss, expected_loss), "gradient_error": (difference / whole).sqrt().item()}
-    subject.model.zero_grad(set_to_none=True)
-    _refuse(subject, errors, TOLERANCES[dtype], dtype)
+    target.model.zero_grad(set_to_none=True)
+    _refuse(target, errors, TOLERANCES[dtype], dtype)
     return errors
 
 
-def _refuse(subject: Subject, errors: dict[str, float], allowed: float, precision: object) -> None:
+def _refuse(target: Target, errors: dict[str, float], allowed: float, precision: object) -> None:
     for what, error in errors.items():
         if not error <= allowed:
             raise GateError(
-                f"{subject.name}'s {what.removesuffix('_error')} differs from plain PyTorch's by {error:.2g} "
+                f"{target.name}'s {what.removesuffix('_error')} differs from plain PyTorch's by {error:.2g} "
                 f"(relative; allowed {allowed:.0e} in {str(precision).removeprefix('torch.')}): nothing is measured."
             )
 

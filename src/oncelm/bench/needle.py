@@ -15,14 +15,14 @@ from oncelm.bench.gate import check
 from oncelm.bench.measure import Neighbours, Timing, measure, synchronize
 from oncelm.bench.record import Record, circumstances
 from oncelm.bench.report import show_seconds
-from oncelm.bench.subjects import Subject
+from oncelm.bench.targets import Target
 from oncelm.eval import TASKS, LanguageModel, make_task, run
 from oncelm.utils.environment import environment_report
 from oncelm.utils.errors import check_positive
 
 
 def run_needle(
-    subject: Subject,
+    target: Target,
     model: LanguageModel,
     lengths: Sequence[int],
     *,
@@ -36,7 +36,7 @@ def run_needle(
     """Time `oncelm eval needle`, from the first question to the closed result file, and a prefill of each length.
 
     Args:
-        subject: the model as `oncelm bench prefill` runs it.
+        target: the model as `oncelm bench prefill` runs it.
         model: the same with its tokenizer.
         lengths: tokens of prompt and answer.
         dtype: of the computation.
@@ -49,17 +49,17 @@ def run_needle(
         over the time of the whole grid.
 
     Raises:
-        GateError: the subject is wrong; nothing was measured.
+        GateError: the target is wrong; nothing was measured.
     """
     check_positive(repeats=repeats, **{f"length {length}": length for length in lengths})
     device = model.model.device
-    errors = check(subject, dtype, batch_size=1)
+    errors = check(target, dtype, batch_size=1)
     environment = environment_report()
     records: list[Record] = []
     for length in lengths:
         task = make_task(TASKS["needle"], lengths=(length,), depths=depths, runs=runs, strict=strict)
         with Neighbours() as others:
-            alone = _prefill(subject, length, repeats)
+            alone = _prefill(target, length, repeats)
             with tempfile.TemporaryDirectory() as folder:
                 synchronize(device)
                 wall, cpu = time.perf_counter(), time.process_time()
@@ -70,7 +70,7 @@ def run_needle(
         read = sum(sample["tokens_read"] for sample in samples)
         record = {
             "benchmark": "needle",
-            "subject": subject.name,
+            "subject": target.name,
             "length": length,
             "depths": depths,
             "runs_a_depth": runs,
@@ -85,8 +85,8 @@ def run_needle(
             "prefill_runs": alone.runs,
             "prefill_share": read / length * alone.median / seconds,
             "model": model.describe(),
-            "shape": subject.shape(),
-            "settings": dict(subject.settings),
+            "shape": target.shape(),
+            "settings": dict(target.settings),
             "cores_busy_elsewhere": round(others.cores, 2),
             **circumstances(device, dtype, errors, environment),
         }
@@ -96,11 +96,11 @@ def run_needle(
 
 
 @torch.no_grad()
-def _prefill(subject: Subject, length: int, repeats: int) -> Timing:
+def _prefill(target: Target, length: int, repeats: int) -> Timing:
     """As `oncelm bench prefill` times it."""
-    ids = random_ids(subject, 1, length)
-    subject.prefill(ids[:, :WARM_UP_TOKENS])
-    return measure(lambda: subject.prefill(ids), repeats, subject.model.device)
+    ids = random_ids(target, 1, length)
+    target.prefill(ids[:, :WARM_UP_TOKENS])
+    return measure(lambda: target.prefill(ids), repeats, target.model.device)
 
 
 def needle_table(records: Sequence[Record]) -> Table:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import Cache, DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
+from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
-from oncelm.models import YocoConfig
+from oncelm.bench.targets import Target
+from oncelm.models import LongLlamaConfig, YocoConfig
 from oncelm.models.llama import llama_twin
+from oncelm.models.session import Session, open_session
 from oncelm.models.work import LlamaWork
 
 SHAPE_KEYS = (
@@ -23,7 +25,12 @@ def llama_config(config: YocoConfig) -> LlamaConfig:
     return LlamaConfig(**llama_twin(config), attn_implementation="sdpa")
 
 
-class Llama:
+def plain_config(config: LongLlamaConfig) -> LlamaConfig:
+    """The Llama that a LongLLaMA is compared with: itself without memory, which keeps all keys of all layers."""
+    return LlamaConfig(**{key: getattr(config, key) for key in SHAPE_KEYS}, attn_implementation="sdpa")
+
+
+class PeerTarget(Target):
     """transformers' Llama with SDPA attention.
 
     Prefill is one pass into a DynamicCache with the logits of the last token only: chunks, or a StaticCache, bring an
@@ -36,6 +43,7 @@ class Llama:
     """
 
     name = "Llama"
+    is_peer = True
 
     def __init__(self, model: LlamaForCausalLM, compile: str = "") -> None:
         self.model, self.compiled, self.kv_dtype = model, bool(compile), model.dtype
@@ -62,24 +70,15 @@ class Llama:
     def loss(self, ids: torch.Tensor) -> torch.Tensor:
         return self.model(ids, labels=ids, use_cache=False).loss
 
-    def prefill(self, ids: torch.Tensor, room: int = 0, chunk_size: int | None = None) -> tuple[torch.Tensor, Cache]:
-        cache = DynamicCache(config=self.model.config)  # it grows, whatever the room
-        for chunk in ids.split(chunk_size or ids.shape[1], dim=1):
-            output = self.model(chunk, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        return output.logits[:, -1], cache
+    def session(self, batch_size: int, tokens: int, room: int, chunk_size: int | None) -> Session:
+        return open_session(self.model, batch_size, chunk_size=chunk_size or tokens)  # its cache grows, whatever room
 
-    def context(self, batch_size: int, tokens: int, room: int) -> Cache:
+    def context(self, batch_size: int, tokens: int, room: int) -> Session:
         """Random keys and values: time does not depend on them, and a real prefill is quadratic."""
-        config = self.model.config
-        cache = StaticCache(config=config, max_cache_len=tokens + room)
+        config, session = self.model.config, self.session(batch_size, tokens, room, None)
+        session.cache = StaticCache(config=config, max_cache_len=tokens + room)
         shape = (batch_size, config.num_key_value_heads, tokens, config.head_dim)
         for layer in range(config.num_hidden_layers):
             k, v = (torch.randn(shape, dtype=self.model.dtype, device=self.model.device) for _ in "kv")
-            cache.update(k, v, layer)
-        return cache
-
-    def step(self, token: torch.Tensor, cache: Cache) -> torch.Tensor:
-        return self.model(token, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
-
-    def cache_bytes(self, cache: Cache) -> int:
-        return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+            session.cache.update(k, v, layer)
+        return session

@@ -36,7 +36,7 @@ def read_records(path: str | os.PathLike[str]) -> list[Record]:
 
 
 def table(records: Sequence[Record]) -> Table:
-    """The records of one run: a row each, with what it took over what the first subject took at the same length."""
+    """The records of one run: a row each, with what it took over what the first target took at the same length."""
     first = records[0]
     columns = _MEMORY_COLUMNS if first["benchmark"] == "memory" else _TIME_COLUMNS
     reference = {record["length"]: record for record in records if record["subject"] == first["subject"]}
@@ -64,7 +64,7 @@ def table(records: Sequence[Record]) -> Table:
     return drawn
 
 
-# title, how a record shows it, and the key to compare subjects by
+# title, how a record shows it, and the key to compare targets by
 Column = tuple[str, Callable[[Record], str], str | None]
 
 _TIME_COLUMNS: tuple[Column, ...] = (

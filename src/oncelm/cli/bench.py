@@ -7,14 +7,14 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from oncelm.cli.options import add_options, find_tokenizer, model_keys, token_counts
+from oncelm.cli.options import add_options, find_tokenizer, kv_dtype, model_keys, token_counts
 from oncelm.cli.output import print_tables
 from oncelm.utils.place import check_place
 
 if TYPE_CHECKING:
     import torch
 
-    from oncelm.bench import Subject, Yoco
+    from oncelm.bench import OwnTarget, Target
     from oncelm.eval import LanguageModel
     from oncelm.models import YocoConfig
 
@@ -100,7 +100,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     run.add_argument(
         "--kv-dtype",
         metavar="DTYPE",
-        help="YOCO's global cache: auto (--dtype), bfloat16, float8, int8",
+        help="YOCO's global cache, a LongLLaMA's memory: auto (--dtype), bfloat16, int8 or, YOCO alone, float8",
     )
     add_options(run, "device")
     run.add_argument("--repeats", type=int, default=3, metavar="N", help="timed calls; their median counts (3)")
@@ -156,7 +156,7 @@ def run(args: argparse.Namespace) -> int:
         else:
             records = bench.run(
                 args.benchmark,
-                make_subjects(args, device, dtype),
+                make_targets(args, device, dtype),
                 lengths,
                 batch_size=1 if args.batch_size is None else args.batch_size,
                 peer_max_length=PEER_MAX_LENGTH if args.peer_max_length is None else args.peer_max_length,
@@ -215,8 +215,8 @@ def run_needle(
     model = make_language_model(args, device, dtype)
     given = {"depths": args.depths, "runs": args.runs, "strict": args.strict}
     options = {name: value for name, value in given.items() if value is not None}
-    subject = make_yoco(args, model.model)
-    return bench.run_needle(subject, model, lengths, **options, **run_options)
+    target = make_target(args, model.model)
+    return bench.run_needle(target, model, lengths, **options, **run_options)
 
 
 def make_language_model(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> LanguageModel:
@@ -231,40 +231,32 @@ def make_language_model(args: argparse.Namespace, device: torch.device, dtype: t
     return LanguageModel(model, tokenizer, (args.model and Path(args.model).name) or "default shape")
 
 
-def make_subjects(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> list[Subject]:
-    """The YOCO of the command line and, unless --no-peer, its Llama."""
+def make_targets(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> list[Target]:
+    """The model of the command line and, unless --no-peer, its Llama."""
     import torch
 
     from oncelm import bench
-    from oncelm.models import LongLlamaForCausalLM
     from oncelm.models.resolve import fresh
 
     kept = torch.float32 if args.benchmark == "train" else dtype  # training computes in dtype, on float32 weights
     model = make_model(args, device, kept)
-    if isinstance(model, LongLlamaForCausalLM):
-        refuse_yoco_options(args)
-        long = bench.LongLlama(model, compiles(args, device))
-        form = "norms and feed-forward layers" if long.compiled else ""
-        if args.no_peer:
-            return [long]
-        return [long, bench.Llama(fresh(bench.plain_config(model.config), device, kept).eval(), compile=form)]
-    yoco = make_yoco(args, model)
-    subjects: list[Subject] = [yoco]
-    if not args.no_peer:
-        form = "model" if args.benchmark == "train" else "norms and feed-forward layers"
-        peer = fresh(bench.llama_config(model.config), device, kept).eval()
-        subjects.append(bench.Llama(peer, compile=form if yoco.compiled else ""))
-    return subjects
+    own = make_target(args, model)
+    if args.no_peer:
+        return [own]
+    peer_config = bench.plain_config if model.reads_by_windows else bench.llama_config
+    form = "model" if args.benchmark == "train" else "norms and feed-forward layers"
+    peer = fresh(peer_config(model.config), device, kept).eval()
+    return [own, bench.PeerTarget(peer, compile=form if own.compiled else "")]
 
 
-def make_yoco(args: argparse.Namespace, model: Any) -> Yoco:
-    """The model as a subject, with the command line's ways to run it."""
+def make_target(args: argparse.Namespace, model: Any) -> OwnTarget:
+    """The model with the command line's ways to run it; ValueError for options that its family does not take."""
     from oncelm import bench
-    from oncelm.utils.device import resolve_kv_dtype
 
-    chunk = {} if args.prefill_chunk_size is None else {"prefill_chunk_size": args.prefill_chunk_size}
-    kv_dtype = resolve_kv_dtype(args.kv_dtype or "auto")
-    return bench.Yoco(model, **chunk, compile=compiles(args, model.device), gemm=args.gemm, kv_dtype=kv_dtype)
+    if args.prefill_chunk_size is not None and model.reads_by_windows:
+        raise ValueError(f"--prefill-chunk-size is not for {model.title} models: they read window by window.")
+    options = {"compile": compiles(args, model.device), "gemm": args.gemm, "kv_dtype": kv_dtype(model.config, args)}
+    return bench.OwnTarget(model, args.prefill_chunk_size, **options)
 
 
 def compiles(args: argparse.Namespace, device: torch.device) -> bool:
@@ -276,7 +268,8 @@ def make_model(args: argparse.Namespace, device: torch.device, dtype: torch.dtyp
     """The folder's, or one with random weights: the preset or the default shape, with the command line's changes."""
     import torch
 
-    from oncelm.models import LongLlamaForCausalLM, YocoForCausalLM, load
+    from oncelm.models import load
+    from oncelm.models.registry import family
     from oncelm.models.resolve import fresh
 
     torch.manual_seed(0)
@@ -284,8 +277,9 @@ def make_model(args: argparse.Namespace, device: torch.device, dtype: torch.dtyp
         return fresh(make_config(args, **changes), device, dtype).eval()
     refuse_shape_options(args, but=())
     model = load(args.model, device, dtype, **model_keys(args))
-    read_by_windows = isinstance(model, LongLlamaForCausalLM) and args.benchmark in GOES_WITH["mem_layers"]
-    if not isinstance(model, YocoForCausalLM) and not read_by_windows and args.benchmark != "harness":
+    able = family(model.config)
+    measured = able.has_own_cache and (not able.reads_by_windows or args.benchmark in GOES_WITH["mem_layers"])
+    if not measured and args.benchmark != "harness":
         raise ValueError(
             f"model {args.model!r} is a {type(model).__name__}; `oncelm bench {args.benchmark}` measures YOCO models "
             f"({', '.join(GOES_WITH['mem_layers'])} also LLaMA-family models as LongLLaMA, with --mem-layers; "
@@ -296,7 +290,7 @@ def make_model(args: argparse.Namespace, device: torch.device, dtype: torch.dtyp
 
 def make_config(args: argparse.Namespace, **changes: Any) -> YocoConfig:
     """The preset or the default shape, with `changes` and then the command line's."""
-    from oncelm.bench.subjects import default_config
+    from oncelm.bench.targets import default_config
     from oncelm.models.yoco.presets import preset_config
 
     changes |= parse_settings(args.set)
@@ -315,13 +309,6 @@ def refuse_shape_options(args: argparse.Namespace, but: tuple[str, ...]) -> None
         if name not in but and getattr(args, name):
             option = f"--{name.replace('_', '-')}"
             raise ValueError(f"{option} does not go with --model {args.model}, which fixes it; leave one of them out.")
-
-
-def refuse_yoco_options(args: argparse.Namespace) -> None:
-    """A LongLLaMA has its own cache: ValueError for options that would be ignored."""
-    for name in ("prefill_chunk_size", "kv_dtype", "gemm"):
-        if getattr(args, name) is not None:
-            raise ValueError(f"--{name.replace('_', '-')} is for YOCO models; {args.model} is read as a LongLLaMA.")
 
 
 def parse_settings(settings: list[str]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from oncelm.utils.place import check_place
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from oncelm.bench.subjects import Subject
+    from oncelm.bench.targets import Target
     from oncelm.models import YocoForCausalLM
 
 DESCRIPTION = """\
@@ -54,8 +54,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     import torch
 
-    from oncelm.bench.peer import Llama
-    from oncelm.bench.subjects import Yoco
+    from oncelm.bench.peer import PeerTarget
+    from oncelm.bench.targets import OwnTarget
     from oncelm.utils.constraints import POSITIVE, Whole, check_options
 
     counts = {"max_document_tokens": Whole(2, 2**40), "new_tokens": Whole(1, 2**40)}
@@ -75,8 +75,8 @@ def run(args: argparse.Namespace) -> int:
     _read_and_continue(yoco, tokenizer, ids, args.new_tokens)
 
     _heading("3. The two models side by side")
-    subjects: list[Subject] = [Yoco(yoco), Llama(llama)]
-    rows = _compare(subjects, tokenizer, book, [length for length in lengths if length <= ids.shape[1]])
+    targets: list[Target] = [OwnTarget(yoco), PeerTarget(llama)]
+    rows = _compare(targets, tokenizer, book, [length for length in lengths if length <= ids.shape[1]])
     _report(rows, out)
     print(
         f"\nThe demo took {time.perf_counter() - started:.0f} s. Next: oncelm generate --model {out / 'yoco' / 'model'}"
@@ -193,7 +193,7 @@ def _read_and_continue(model: YocoForCausalLM, tokenizer: PreTrainedTokenizerBas
 
 
 def _compare(
-    subjects: Sequence[Subject], tokenizer: PreTrainedTokenizerBase, text: str, lengths: Sequence[int]
+    targets: Sequence[Target], tokenizer: PreTrainedTokenizerBase, text: str, lengths: Sequence[int]
 ) -> list[dict[str, Any]]:
     """Every model at every length, once each: a row of figures. The text is cut to give `length` tokens."""
     import torch
@@ -203,33 +203,33 @@ def _compare(
 
     encoded = tokenizer(text, return_offsets_mapping=True, verbose=False)
     rows = []
-    jobs = [(length, subject) for length in lengths for subject in subjects]
+    jobs = [(length, target) for length in lengths for target in targets]
     with torch.no_grad(), tqdm(jobs, desc="measure", file=sys.stderr) as bar:
-        for length, subject in bar:
-            bar.set_postfix_str(f"{subject.name}, {length:,} tokens")
+        for length, target in bar:
+            bar.set_postfix_str(f"{target.name}, {length:,} tokens")
             prompt = text[: encoded["offset_mapping"][length - 1][1]]
-            subject.prefill(torch.tensor([encoded["input_ids"][:256]]))  # warm up
+            target.prefill(torch.tensor([encoded["input_ids"][:256]]))  # warm up
             start = time.perf_counter()
             ids = tokenizer(prompt, return_tensors="pt", verbose=False).input_ids
             encoding_seconds = time.perf_counter() - start
-            with PeakMemory(subject.model.device) as peak:
+            with PeakMemory(target.model.device) as peak:
                 start = time.perf_counter()
-                logits, cache = subject.prefill(ids)
+                logits, session = target.prefill(ids)
                 prefill_seconds = time.perf_counter() - start
-                cache_bytes = subject.cache_bytes(cache)
+                cache_bytes = session.nbytes()
             tokenizer.decode(logits.argmax(-1))
             first_token_seconds = encoding_seconds + time.perf_counter() - start
-            del cache
-            cache = subject.context(1, length, DECODED_TOKENS + 1)
+            del session
+            session = target.context(1, length, DECODED_TOKENS + 1)
             token = logits.argmax(-1, keepdim=True)
-            subject.step(token, cache)
+            session.step(token)
             start = time.perf_counter()
             for _ in range(DECODED_TOKENS):
-                token = subject.step(token, cache).argmax(-1, keepdim=True)
+                token = session.step(token).argmax(-1, keepdim=True)
             decode_seconds = time.perf_counter() - start
             rows.append(
                 {
-                    "model": subject.name,
+                    "model": target.name,
                     "length": length,
                     "prefill_seconds": prefill_seconds,
                     "first_token_seconds": first_token_seconds,

@@ -6,6 +6,7 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 DTYPE_HELP = "float32, bfloat16 or float16 (as the weights are stored)"
@@ -63,6 +64,23 @@ def check_memory_options(config: PreTrainedConfig, args: argparse.Namespace) -> 
     if given is not None and not 1 <= given <= config.max_position_embeddings:
         window = config.max_position_embeddings
         raise ValueError(f"--last-context-length must be from 1 to the model's window of {window}, got {given}.")
+
+
+def kv_dtype(config: PreTrainedConfig, args: argparse.Namespace) -> torch.dtype | None:
+    """What --kv-dtype asks a cache to store, None for what it stores anyway; ValueError where models of this
+    configuration cannot."""
+    from oncelm.models.registry import family
+    from oncelm.utils.device import resolve_kv_dtype
+
+    name = args.kv_dtype or "auto"
+    wanted, able = resolve_kv_dtype(name), family(config)
+    if wanted is not None and name not in able.kv_dtypes:
+        if not able.has_own_cache:
+            raise ValueError(
+                f"--kv-dtype is for YOCO and LongLLaMA models; {args.model} is a model of type {config.model_type}."
+            )
+        raise ValueError(f"--kv-dtype {name} is not for {able.title} models: auto, {' or '.join(able.kv_dtypes)}.")
+    return wanted
 
 
 def find_tokenizer(model: str, tokenizer: str | None) -> PreTrainedTokenizerBase:

@@ -237,6 +237,11 @@ class BaseModel(Family, PreTrainedModel):
                 )
 
     @property
+    def kv_dtype(self) -> torch.dtype:
+        """What `new_cache` stores keys and values in, unless told otherwise."""
+        return self.dtype
+
+    @property
     def cache_device(self) -> torch.device:
         """Where this model computes, so where its caches are: with offloaded weights not where those are kept."""
         if self.device.type != "meta":

@@ -9,6 +9,7 @@ class Family:
     `models/registry.py` finds the family of a configuration, `CausalLM` is what OnceLM's families inherit.
 
     Attributes:
+        title: its name in words.
         has_own_cache: `new_cache(batch_size, max_tokens, dtype)`, `prefill(ids, cache)`, `mark`, `rewind`, `reuse`.
         kv_dtypes: names (`utils/device.KV_DTYPES`) of what its cache can store keys and values in, beside the model's
             own dtype.
@@ -24,6 +25,7 @@ class Family:
         result_keys: keys of the configuration on which results depend, beside the weights and their sizes.
     """
 
+    title = ""
     has_own_cache = False
     kv_dtypes: tuple[str, ...] = ()
     cache_options: tuple[str, ...] = ()

@@ -95,8 +95,11 @@ class OwnConfig(PreTrainedConfig):
         common = {entry.name for entry in dataclasses.fields(PreTrainedConfig)}
         return [entry.name for entry in dataclasses.fields(cls) if entry.name not in common]
 
-    def work(self, element_size: int) -> WorkCounts | None:
-        """What a model of this configuration costs, its weights and cache in numbers of `element_size` bytes."""
+    def work(self, element_size: int, kv_element_size: float | None = None) -> WorkCounts | None:
+        """What a model of this configuration costs, its weights and cache in numbers of `element_size` bytes.
+
+        `kv_element_size` is of a number in the cache, its share of a scale included; None: the same.
+        """
         raise NotImplementedError
 
     def _refuse_unknown(self, keys: Mapping[str, Any]) -> None:

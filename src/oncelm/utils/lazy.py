@@ -1,4 +1,4 @@
-"""Names of a package that are imported when they are first asked for (PEP 562)."""
+"""Names of a package that are imported when they are first asked for, or that have changed (PEP 562)."""
 
 from __future__ import annotations
 
@@ -6,6 +6,17 @@ import importlib
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
+
+
+def renamed(package: str, names: Mapping[str, str]) -> Callable[[str], Any]:
+    """A package's `__getattr__` that answers each old name by an error with the new one."""
+
+    def find(name: str) -> Any:
+        if name in names:  # an AttributeError would lose its text in `from package import name`
+            raise ImportError(f"{package}.{name} is {package}.{names[name]} now.")
+        raise AttributeError(f"module {package!r} has no attribute {name!r}")
+
+    return find
 
 
 def lazy_names(package: str, homes: Mapping[str, tuple[str, ...]]) -> tuple[Callable[[str], Any], Callable[[], Any]]:

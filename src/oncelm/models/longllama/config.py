@@ -171,10 +171,10 @@ class LongLlamaConfig(OwnConfig, LlamaConfig):
                 f"{self.num_key_value_heads}."
             )
 
-    def work(self, element_size: int) -> WorkCounts:
+    def work(self, element_size: int, kv_element_size: float | None = None) -> WorkCounts:
         from oncelm.models.longllama.work import LongLlamaWork
 
-        return LongLlamaWork(self, element_size)
+        return LongLlamaWork(self, element_size, kv_element_size)
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> tuple[dict, dict]:

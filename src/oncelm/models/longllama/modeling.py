@@ -54,6 +54,7 @@ class LongLlamaModel(CompilesLayers, BaseModel):
     base_model_prefix = "model"
     _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq"]  # noqa: RUF012 (a buffer of older checkpoints)
     cache_keys = ("num_hidden_layers", "num_key_value_heads", "head_dim", "mem_layers", "max_position_embeddings")
+    title = "LongLLaMA"
     kv_dtypes = ("bfloat16", "int8")
     cache_options = ("memory",)
     read_options = ("last_context_length",)
@@ -113,6 +114,10 @@ class LongLlamaModel(CompilesLayers, BaseModel):
         layers = new_layers(self.config, options, batch_size, max_tokens, self.dtype, self.cache_device)
         window = self.config.max_position_embeddings
         return LongLlamaCache(layers, batch_size, max_tokens, window, self._cache_settings())
+
+    @property
+    def kv_dtype(self) -> torch.dtype:
+        return self.dtype if self.config.mem_dtype is None else getattr(torch, self.config.mem_dtype)
 
     def fingerprint(self) -> str:
         """A short hash of the configuration and of a sample of every parameter: whose cache a file is."""

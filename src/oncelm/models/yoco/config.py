@@ -161,11 +161,11 @@ class YocoConfig(OwnConfig):
         """Heads of the shared key/value cache."""
         return self.num_key_value_heads or self.num_attention_heads
 
-    def work(self, element_size: int) -> WorkCounts | None:
+    def work(self, element_size: int, kv_element_size: float | None = None) -> WorkCounts | None:
         from oncelm.models.yoco.work import YocoWork
 
         known = all(mixer.work(self) is not None for mixer in kinds_of(self))
-        return YocoWork(self, element_size) if known else None
+        return YocoWork(self, element_size, kv_element_size) if known else None
 
     @property
     def layer_order(self) -> list[tuple[str, int]]:

@@ -41,6 +41,7 @@ class YocoModel(Execution, BaseModel):
         "self_decoder", "num_self_decoder_layers", "hidden_size", "num_self_heads", "self_kv_heads", "window_size",
         "num_cross_decoder_layers", "num_attention_heads", "shared_kv_heads",
     )  # fmt: skip
+    title = "YOCO"
     kv_dtypes = ("bfloat16", "float8", "int8")
     packs_rows = True
     gemms = ("float8",)

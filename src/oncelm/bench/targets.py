@@ -1,0 +1,159 @@
+"""What is measured: a model behind the same few calls, whatever its family is. peer.py has the one beside it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from oncelm.bench.gate import CHUNK, STEPS
+from oncelm.models import YocoConfig
+from oncelm.models.causal_lm import CausalLM
+from oncelm.models.inputs import NOTHING
+from oncelm.models.load import set_execution
+from oncelm.models.session import Session, open_session
+from oncelm.models.work import WorkCounts
+from oncelm.models.yoco.mixers import find_mixer
+from oncelm.ops.quantize import LARGEST
+
+
+class Target(ABC):
+    """A model under measurement, in sessions. Ids are [B, T].
+
+    Attributes:
+        settings: how it is run, for the record.
+        compiled: by torch.compile, so that the first call of a kind takes much longer.
+        kv_dtype: of the keys and values in its cache.
+        is_peer: whether it is there to be compared with.
+    """
+
+    name: str
+    model: Any
+    work: WorkCounts
+    settings: dict[str, Any]
+    compiled: bool
+    kv_dtype: torch.dtype
+    is_peer = False
+
+    @abstractmethod
+    def shape(self) -> dict[str, Any]:
+        """The configuration keys that fix sizes, for the record."""
+
+    @abstractmethod
+    def full(self, ids: torch.Tensor) -> torch.Tensor:
+        """Logits [B, T, V] of one pass over all of `ids`, in plain PyTorch: what faster ways are compared with."""
+
+    @abstractmethod
+    def loss(self, ids: torch.Tensor) -> torch.Tensor:
+        """Mean loss of the same pass, as training computes it."""
+
+    @abstractmethod
+    def session(self, batch_size: int, tokens: int, room: int, chunk_size: int | None) -> Session:
+        """A session to read `tokens` tokens of each row, with room for `room` more.
+
+        `chunk_size` None means the target's own choice.
+        """
+
+    def prefill(self, ids: torch.Tensor, room: int = 0, chunk_size: int | None = None) -> tuple[torch.Tensor, Session]:
+        """Read `ids` from the start: logits [B, V] of the last token, and the session to go on in."""
+        session = self.session(ids.shape[0], ids.shape[1], room, chunk_size)
+        return session.read(ids), session
+
+    def context(self, batch_size: int, tokens: int, room: int) -> Session:
+        """A session as it is behind `tokens` tokens, for timing what follows."""
+        return self.prefill(torch.zeros(batch_size, tokens, dtype=torch.long, device=self.model.device), room)[1]
+
+
+class OwnTarget(Target):
+    """A model of one of OnceLM's families, read into a preallocated cache: a YOCO in chunks with early exit, a
+    LongLLaMA by windows into memory on its device.
+
+    Args:
+        prefill_chunk_size: None leaves it to the model, which looks at the free memory. Where a model reads by windows,
+            a chunk says how many tokens stay out of memory, so that the gate's short text meets memory too.
+        compile: see `compile_layers`.
+        gemm: see `YocoForCausalLM.set_gemm`.
+        kv_dtype: as `dtype` of `new_cache`.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        prefill_chunk_size: int | None = None,
+        compile: bool = False,
+        gemm: str | None = None,
+        kv_dtype: torch.dtype | None = None,
+    ) -> None:
+        self.model: CausalLM = set_execution(model, "this model", compile, gemm)
+        self.name, self.compiled = self.model.title, compile
+        self.cache_options = {} if kv_dtype is None else {"dtype": kv_dtype}
+        self.kv_dtype = kv_dtype or self.model.kv_dtype
+        config, element = model.config, model.dtype.itemsize
+        a_scale = 4 / config.head_dim if self.kv_dtype in LARGEST else 0
+        self.work = config.work(element, self.kv_dtype.itemsize + a_scale)
+        self.prefill_chunk_size = prefill_chunk_size
+        self.settings = {
+            "cache": f"{type(self.model.new_cache(1, 1)).__name__}, preallocated",
+            "kv_dtype": str(self.kv_dtype).removeprefix("torch."),
+            "prefill_chunk_size": prefill_chunk_size,  # the one in use, as soon as there is one
+            "compiled": "token-wise parts of layers" if compile else "",
+            "gemm": gemm or str(model.dtype).removeprefix("torch."),
+        }
+
+    def shape(self) -> dict[str, Any]:
+        return {key: getattr(self.model.config, key) for key in self.model.config.own_keys()}
+
+    def full(self, ids: torch.Tensor) -> torch.Tensor:
+        gemm = self.settings["gemm"] if self.settings["gemm"] in self.model.gemms else None
+        set_execution(self.model, self.name, False, None)
+        with torch.set_grad_enabled(self.model.reads_by_windows):  # memory is then the graph's tensors, without a cache
+            logits = self.model(ids, use_cache=False, **self._kept_local(CHUNK, STEPS)).logits.detach()
+        set_execution(self.model, self.name, self.compiled, gemm)
+        return logits
+
+    def loss(self, ids: torch.Tensor) -> torch.Tensor:
+        options = self._kept_local(CHUNK, STEPS)
+        return self.model(ids, labels=ids, use_cache=False, logits_to_keep=NOTHING, **options).loss
+
+    def session(self, batch_size: int, tokens: int, room: int, chunk_size: int | None) -> Session:
+        read_options, size = {}, None
+        if not self.model.reads_by_windows:
+            size = chunk_size or self.prefill_chunk_size or self.model.prefill_chunk_size(batch_size)
+            self.settings["prefill_chunk_size"] = size
+        elif chunk_size is not None:
+            read_options = self._kept_local(chunk_size)
+        options: dict[str, Any] = {"cache_options": self.cache_options, "read_options": read_options}
+        return open_session(self.model, batch_size, tokens + room, size, **options)
+
+    def _kept_local(self, tokens: int, more: int = 0) -> dict[str, int]:
+        """What keeps so many tokens out of memory, so few that STEPS more fit into the window; `more` come on top."""
+        if not self.model.reads_by_windows:
+            return {}
+        return {"last_context_length": min(tokens, self.model.config.max_position_embeddings - STEPS) + more}
+
+
+def default_config(
+    hidden_size: int = 512, num_layers: int = 12, self_decoder: str = "gated_retention", **changes: Any
+) -> YocoConfig:
+    """A shape that a CPU measures in minutes, in the paper's proportions, with any keys changed.
+
+    Half the layers are self-decoder, feed-forward 3 d, retention heads of 256, attention heads of 64, two query heads
+    a key/value head. 32,000 is LLaMA's vocabulary: at this width a larger one would weigh more than all layers.
+    """
+    heads = hidden_size // 64
+    return YocoConfig(
+        **{
+            "vocab_size": 32000,
+            "hidden_size": hidden_size,
+            "intermediate_size": 3 * hidden_size,
+            "num_self_decoder_layers": num_layers - num_layers // 2,
+            "num_cross_decoder_layers": num_layers // 2,
+            "self_decoder": self_decoder,
+            "num_self_heads": max(1, hidden_size // find_mixer(self_decoder).usual_head_dim),
+            "num_attention_heads": heads,
+            "num_key_value_heads": max(1, heads // 2),
+            **changes,
+        }
+    )
