@@ -21,7 +21,7 @@ from transformers import (
 
 import oncelm
 from oncelm.cli import main
-from oncelm.cli.info import CACHE_LENGTHS, count_parameters, describe, llama_cache_bytes, own_cache_bytes
+from oncelm.cli.info import CACHE_LENGTHS, count_parameters, describe, llama_cache_bytes
 from oncelm.models.size import empty_model
 from oncelm.models.yoco.official import WEIGHTS, write_official
 from oncelm.models.yoco.presets import PRESETS, preset_config
@@ -244,12 +244,3 @@ def test_a_llama_folder_as_a_longllama(info, tmp_path, capsys) -> None:
     ):
         assert main(["info", *arguments]) == 2
         assert message in capsys.readouterr().err
-
-
-def test_a_longllama_cache_is_as_large_as_said() -> None:
-    model = make_long(mem_dtype="int8")
-    cache = model.new_cache(1, memory="cpu", block_tokens=64)
-    model(torch.ones(1, 70, dtype=torch.long), past_key_values=cache)  # 64 tokens in memory: one block
-    stored = sum(cache.layers[i].store.nbytes() for i in model.config.mem_layers)
-    local = own_cache_bytes(make_long(mem_layers=[]), 64, torch.float32)
-    assert own_cache_bytes(model, 64, torch.float32) - local == stored

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -122,6 +121,7 @@ def describe(name: str, mem_layers: list[int] | None = None) -> list[Table]:
 
 def tables_of(name: str, config: PreTrainedConfig, model: PreTrainedModel) -> list[Table]:
     """What the model is, and what its cache takes."""
+    from oncelm.models.registry import family
     from oncelm.utils.units import size
 
     total, inner = count_parameters(model)
@@ -129,7 +129,7 @@ def tables_of(name: str, config: PreTrainedConfig, model: PreTrainedModel) -> li
     text = config.get_text_config()
     shape = new_table(name)
     shape.add_row("architecture", f"{type(model).__name__} ({config.model_type})")
-    for part, description in parts(text):
+    for part, description in family(text).layers_in_words(text):
         shape.add_row(part, description)
     shape.add_row(
         "vocabulary", f"{text.vocab_size:,} tokens, {'tied' if config.tie_word_embeddings else 'untied'} embeddings"
@@ -140,7 +140,8 @@ def tables_of(name: str, config: PreTrainedConfig, model: PreTrainedModel) -> li
     )
     shape.add_row("weights", weights + told)
     limit = getattr(text, "max_position_embeddings", None)
-    trained = "tokens a window; memory has no limit" if getattr(text, "mem_layers", None) else "tokens, as trained"
+    windows = family(text).reads_by_windows
+    trained = "tokens a window; memory has no limit" if windows else "tokens, as trained"
     shape.add_row("context length", "not stated" if limit is None else f"{limit:,} {trained}")
     shape.add_row("tokenizer", tokenizer_of(name, text.vocab_size))
     return [shape, *cache_tables(model, text, loaded)]
@@ -154,47 +155,19 @@ def count_parameters(model: PreTrainedModel) -> tuple[int, int]:
     return total, total - sum(outer.values())
 
 
-def parts(config: PreTrainedConfig) -> list[tuple[str, str]]:
-    """The layers, in words; for other models than YOCO, as far as their configuration uses the usual names."""
-    width = f"{config.hidden_size:,}"
-    if inner := getattr(config, "intermediate_size", None):
-        width += f", feed-forward {inner:,}"
-    if config.model_type != "oncelm_yoco":
-        heads = (
-            f" of {config.num_attention_heads} heads, {kv_heads(config)} key/value heads" if kv_heads(config) else ""
-        )
-        rows = [("layers", f"{config.num_hidden_layers}{heads}"), ("width", width)]
-        if config.model_type == "longllama":
-            memory = f"layers {', '.join(map(str, config.mem_layers))}" if config.mem_layers else "no layers"
-            rows.insert(1, ("memory", f"{memory}, kept in {config.mem_dtype or 'the dtype of the model'}"))
-        return rows
-    from oncelm.models.yoco.mixers import mixers_of
-
-    own = [
-        ("self-decoder", f"{count} layers of {mixer.describe(config)}")
-        for mixer, count in Counter(mixers_of(config)).items()
-    ] or [("self-decoder", "0 layers")]
-    cross = f"{config.num_attention_heads} heads of {config.head_dim}, {config.shared_kv_heads} shared key/value heads"
-    return [
-        *own,
-        ("cross-decoder", f"{config.num_cross_decoder_layers} layers of attention, {cross}"),
-        ("layout", config.layout),
-        ("width", width),
-    ]
-
-
 def cache_tables(model: PreTrainedModel, config: PreTrainedConfig, loaded: torch.dtype | None) -> list[Table]:
     """The cache of one sequence at several lengths; none for a model whose cache follows other rules."""
     import torch
 
+    from oncelm.models.registry import family
     from oncelm.utils.units import size
 
     dtype = loaded or torch.bfloat16
     title = f"Cache of one sequence, in {dtype_name(dtype)}"
-    if hasattr(model, "new_cache"):
+    if family(config).has_own_cache:
         table = new_table(title, "|tokens", "|this model", "|Llama of this shape", "|Llama / this")
         for label, tokens in CACHE_LENGTHS.items():
-            own, llama = own_cache_bytes(model, tokens, dtype), llama_cache_bytes(config, tokens, dtype)
+            own, llama = model.cache_bytes(tokens, dtype), llama_cache_bytes(config, tokens, dtype)
             table.add_row(label, size(own), size(llama), f"{llama / own:.1f}")
         return [table]
     if (
@@ -206,20 +179,6 @@ def cache_tables(model: PreTrainedModel, config: PreTrainedConfig, loaded: torch
     for label, tokens in CACHE_LENGTHS.items():
         table.add_row(label, size(llama_cache_bytes(config, tokens, dtype)))
     return [table]
-
-
-def own_cache_bytes(model: PreTrainedModel, tokens: int, dtype: torch.dtype) -> int:
-    """The cache that the model itself would make; of a LongLLaMA its memory and local caches, wherever they are."""
-    import torch
-
-    config = model.config
-    if config.model_type != "longllama":
-        return model.new_cache(1, tokens, dtype).nbytes()
-    per_token = 2 * config.num_key_value_heads * config.head_dim  # numbers, in one layer
-    local = min(tokens, config.max_position_embeddings) * per_token * config.num_hidden_layers * dtype.itemsize
-    kept = dtype if config.mem_dtype is None else getattr(torch, config.mem_dtype)
-    scales = 2 * config.num_key_value_heads * 4 if kept == torch.int8 else 0
-    return local + tokens * len(config.mem_layers) * (per_token * kept.itemsize + scales)
 
 
 def llama_cache_bytes(config: PreTrainedConfig, tokens: int, dtype: torch.dtype) -> int:

@@ -265,6 +265,10 @@ class BaseModel(Family, PreTrainedModel):
         """The cache without its text, for another one; None where a new one has to be made."""
         return None
 
+    def cache_bytes(self, tokens: int, dtype: torch.dtype) -> int:
+        """Bytes of the cache of one sequence of so many tokens; the model may be one without values (meta device)."""
+        return self.new_cache(1, tokens, dtype).nbytes()
+
     # -- transformers' hooks --------------------------------------------------------------------------------------
 
     def _set_gradient_checkpointing(

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
 
 class Family:
     """The abilities of a kind of model. As they stand here: those of any model of transformers, which has none of them.
@@ -36,3 +41,17 @@ class Family:
     gemms: tuple[str, ...] = ()
     has_official_format = False
     result_keys: tuple[str, ...] = ()
+
+    @classmethod
+    def layers_in_words(cls, config: PreTrainedConfig) -> list[tuple[str, str]]:
+        """Rows of `oncelm info`; here as far as the configuration uses the usual names.
+
+        >>> from transformers import LlamaConfig
+        >>> Family.layers_in_words(LlamaConfig())[0]
+        ('layers', '32 of 32 heads, 32 key/value heads')
+        """
+        kv_heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", None)
+        heads = f" of {config.num_attention_heads} heads, {kv_heads} key/value heads" if kv_heads else ""
+        inner = getattr(config, "intermediate_size", None)
+        width = f"{config.hidden_size:,}" + (f", feed-forward {inner:,}" if inner else "")
+        return [("layers", f"{config.num_hidden_layers}{heads}"), ("width", width)]

@@ -86,3 +86,12 @@ def new_layers(
         return RemoteMemory(batch_size, heads, head_dim, dtype, device, store())
 
     return [layer(i) for i in range(config.num_hidden_layers)]
+
+
+def cache_bytes(config: LongLlamaConfig, tokens: int, dtype: torch.dtype) -> int:
+    """Bytes of the caches of one sequence, wherever they are: local ones of `dtype`, and memory."""
+    per_token = 2 * config.num_key_value_heads * config.head_dim  # numbers, in one layer
+    local = min(tokens, config.max_position_embeddings) * per_token * config.num_hidden_layers * dtype.itemsize
+    kept = dtype if config.mem_dtype is None else getattr(torch, config.mem_dtype)
+    scales = 2 * config.num_key_value_heads * 4 if kept == torch.int8 else 0
+    return local + tokens * len(config.mem_layers) * (per_token * kept.itemsize + scales)

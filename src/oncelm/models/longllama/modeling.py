@@ -24,7 +24,7 @@ from oncelm.models.compiling import CompilesLayers
 from oncelm.models.extras import with_arguments_of
 from oncelm.models.inputs import Inputs, read_inputs
 from oncelm.models.longllama.config import LongLlamaConfig
-from oncelm.models.longllama.memories import MEMORIES, MemoryOptions, new_layers
+from oncelm.models.longllama.memories import MEMORIES, MemoryOptions, cache_bytes, new_layers
 from oncelm.models.longllama.model import PLAIN, Backbone, Parts, compiled_parts
 from oncelm.models.rms_norm import RMSNorm
 from oncelm.models.wanted import Wanted
@@ -122,6 +122,15 @@ class LongLlamaModel(CompilesLayers, BaseModel):
     def fingerprint(self) -> str:
         """A short hash of the configuration and of a sample of every parameter: whose cache a file is."""
         return fingerprint(self, _KEYS_OF_MEMORY)
+
+    def cache_bytes(self, tokens: int, dtype: torch.dtype) -> int:
+        return cache_bytes(self.config, tokens, dtype)
+
+    @classmethod
+    def layers_in_words(cls, config: LongLlamaConfig) -> list[tuple[str, str]]:
+        layers, *rest = super().layers_in_words(config)
+        memory = f"layers {', '.join(map(str, config.mem_layers))}" if config.mem_layers else "no layers"
+        return [layers, ("memory", f"{memory}, kept in {config.mem_dtype or 'the dtype of the model'}"), *rest]
 
     # -- hidden states --------------------------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -113,6 +114,19 @@ class YocoModel(Execution, BaseModel):
     def fingerprint(self) -> str:
         """A short hash of the configuration and of a sample of every parameter: whose cache a file is."""
         return fingerprint(self, YocoConfig.own_keys())
+
+    @classmethod
+    def layers_in_words(cls, config: YocoConfig) -> list[tuple[str, str]]:
+        kinds = Counter(mixers_of(config)).items()
+        own = [("self-decoder", f"{count} layers of {mixer.describe(config)}") for mixer, count in kinds]
+        cross = f"{config.num_cross_decoder_layers} layers of attention, {config.num_attention_heads} heads"
+        cross += f" of {config.head_dim}, {config.shared_kv_heads} shared key/value heads"
+        return [
+            *(own or [("self-decoder", "0 layers")]),
+            ("cross-decoder", cross),
+            ("layout", config.layout),
+            ("width", f"{config.hidden_size:,}, feed-forward {config.intermediate_size:,}"),
+        ]
 
     # -- hidden states --------------------------------------------------------------------------------------------
 
