@@ -9,7 +9,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    Trainer,
+    TrainingArguments,
+)
 
 from tests.interop.families import assert_near, close, draw_ids, families, flat, make, make_one_window
 
@@ -233,3 +238,33 @@ def test_prefix_tuning_runs_or_is_refused_by_name(family: str) -> None:
         tuned(input_ids=ids, labels=ids)
     with pytest.raises(ValueError, match="use prompt tuning, p-tuning or LoRA"):
         tuned.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **GREEDY)
+
+
+@families
+@pytest.mark.parametrize("what", ["texts", "tokens"])
+def test_a_classifier_is_trained_with_its_new_head(family: str, what: str, tmp_path: Path) -> None:
+    make(family).save_pretrained(tmp_path / "model")
+    auto = AutoModelForSequenceClassification if what == "texts" else AutoModelForTokenClassification
+    ids = draw_ids(4, 24)
+    rows = [{"input_ids": row, "labels": row[0] % 2 if what == "texts" else row % 2} for row in ids]
+    layers = [name for name in linear_layers(make(family)) if name != HEAD[family]]
+    config = peft.LoraConfig(task_type="SEQ_CLS" if what == "texts" else "TOKEN_CLS", target_modules=layers)
+    torch.manual_seed(1)
+    model = peft.get_peft_model(auto.from_pretrained(tmp_path / "model", num_labels=2), config)
+    head = flat(model.base_model.model.score.modules_to_save.default.parameters()).clone()
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=12, use_cpu=True, report_to=[], disable_tqdm=True, learning_rate=1e-2,
+        per_device_train_batch_size=2, gradient_accumulation_steps=2, save_strategy="no", logging_steps=3,
+    )  # fmt: skip
+    trainer = Trainer(model, arguments, train_dataset=rows, eval_dataset=rows)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0]
+    assert not torch.equal(flat(model.base_model.model.score.modules_to_save.default.parameters()), head)
+    found = trainer.predict(rows)
+    assert found.predictions.shape == ((4, 2) if what == "texts" else (4, 24, 2))
+    model.save_pretrained(tmp_path / "adapter")
+    torch.manual_seed(1)
+    again = peft.PeftModel.from_pretrained(auto.from_pretrained(tmp_path / "model", num_labels=2), tmp_path / "adapter")
+    with torch.no_grad():
+        torch.testing.assert_close(again(input_ids=ids).logits, model(input_ids=ids).logits)

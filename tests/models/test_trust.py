@@ -335,9 +335,13 @@ def test_what_tools_pass_along_is_taken(family: str) -> None:
 
 
 @families
-def test_outputs_asked_for_by_the_configuration_are_refused_too(family: str) -> None:
-    with pytest.raises(ValueError, match="output_hidden_states is not offered"):
-        make(family).config.output_hidden_states = True
+def test_outputs_asked_for_by_the_configuration_count_too(family: str) -> None:
+    model, ids = make(family), draw_ids(1, 9)
+    with pytest.raises(ValueError, match="output_attentions is not offered"):
+        model.config.output_attentions = True
+    assert model(ids).hidden_states is None
+    model.config.output_hidden_states = True
+    assert len(model(ids).hidden_states) == model.config.num_hidden_layers + 1
 
 
 @families

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import Cache, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModel, Cache, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from oncelm.cache.base import SequenceCache
@@ -21,6 +22,7 @@ from oncelm.models.extras import read_extras
 from oncelm.models.family import Family
 from oncelm.models.headless import Headless
 from oncelm.models.inputs import Inputs, find_packing, read_inputs
+from oncelm.models.layer_outputs import LayerOutputs
 from oncelm.models.wanted import Keep, Wanted
 from oncelm.utils.errors import check_whole
 
@@ -51,19 +53,31 @@ class BaseModel(Family, PreTrainedModel):
     Attributes:
         cache_keys: keys of the configuration that a cache must agree in with the model.
         own_arguments: of `forward`, beside those of all families.
+        auto_model: the class of transformers that finds such models for a configuration.
         head_names: modules that come after the hidden states.
+        family_heads: those of the family's other models too. In a folder, weights of other heads are passed over.
+        has_new_head: whether the head may be missing in a folder: it is drawn then, and trained.
     """
 
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
     _no_split_modules = ["DecoderLayer"]  # noqa: RUF012
     _supports_sdpa = True
+    _keys_to_ignore_on_load_unexpected: list[str] | None = None
     has_own_cache = True
     cache_keys: tuple[str, ...]
     own_arguments: tuple[str, ...] = ()
+    auto_model: Any = AutoModel
     head_names: tuple[str, ...] = ()
+    family_heads: tuple[str, ...] = ()
+    has_new_head = False
     new_cache: Callable[..., Any]  # (batch_size, max_tokens, dtype, ...)
     fingerprint: Callable[[], str]
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        super().__init__(config)
+        others = [rf"^{name}\." for name in self.family_heads if name not in self.head_names]
+        self._keys_to_ignore_on_load_unexpected = [*(type(self)._keys_to_ignore_on_load_unexpected or ()), *others]
 
     def add_head(self, config: PreTrainedConfig) -> None:
         """Make the modules behind the hidden states; a base model has none."""
@@ -75,6 +89,10 @@ class BaseModel(Family, PreTrainedModel):
 
         The hidden states are [B, p, d], or packed [1, p, d] (see `Wanted`). A cache takes the tokens in.
         """
+        raise NotImplementedError
+
+    def _stack(self) -> list[nn.Module]:
+        """The layers in the order of computation, and the norm behind them."""
         raise NotImplementedError
 
     def _makes_cache(self, own: dict[str, Any], is_packed: bool) -> bool:
@@ -109,38 +127,62 @@ class BaseModel(Family, PreTrainedModel):
         past_key_values: SequenceCache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
-        positions_to_keep: Keep = None,
         cu_seqlens: torch.Tensor | None = None,
+        positions_to_keep: Keep = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         **kwargs: Any,
-    ) -> BaseModelOutputWithPast | tuple:
-        """Final hidden states, behind the last norm.
+    ) -> Any:
+        """Final hidden states, behind the last norm. Arguments are those of the family's causal language model, but:
 
         Args:
-            positions_to_keep: which; as `logits_to_keep` of the causal language model.
             use_cache: return a cache; None means config.use_cache in evaluation without gradients.
-
-        All other arguments are those of the family's causal language model.
+            positions_to_keep: whose hidden states to return, as `logits_to_keep` says whose logits.
 
         Returns:
             BaseModelOutputWithPast with `last_hidden_state` [B, P, d] (zeros at padding; [number of True, d] for a
-            mask) and `past_key_values`.
+            mask), `past_key_values` and `hidden_states`.
         """
         own = self._take_own(kwargs)
-        outputs = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
-        cu_seqlens, _ = read_extras(self, kwargs, cu_seqlens, None, **outputs)
+        cu_seqlens, _ = read_extras(self, kwargs, cu_seqlens, None, output_attentions=output_attentions)
         given = self._read(
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, cu_seqlens, own,
             makes_cache=not torch.is_grad_enabled(),
         )  # fmt: skip
-        wanted = Wanted(given.inputs, positions_to_keep)
+        everywhere = self._returns_hidden_states(output_hidden_states)
+        wanted = Wanted(given.inputs, positions_to_keep, everywhere=everywhere)
         with torch.set_grad_enabled(torch.is_grad_enabled() and given.cache is None):
-            for columns, hidden in self._states(given, wanted):
-                wanted.keep(columns, hidden)
+            _, layers = self._run(given, wanted)
             last = wanted.hidden()
-        return self._output(BaseModelOutputWithPast(last_hidden_state=last, past_key_values=given.cache), return_dict)
+        output = BaseModelOutputWithPast(last_hidden_state=last, past_key_values=given.cache, hidden_states=layers)
+        return self._output(output, return_dict)
+
+    def _run(
+        self, given: Pass, wanted: Wanted, loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
+    ) -> tuple[torch.Tensor | None, tuple[torch.Tensor, ...] | None]:
+        """Run the layers, which `wanted` then knows about.
+
+        Args:
+            loss: of hidden states [M, d] and their targets [M], summed.
+
+        Returns:
+            The whole loss; `hidden_states` where all positions are computed.
+        """
+        total = None
+        recorded = LayerOutputs(self._stack(), given.inputs)
+        with recorded if wanted.everywhere else nullcontext():
+            for columns, hidden in self._states(given, wanted):
+                if loss is not None:
+                    part = loss(*wanted.learned(columns, hidden))
+                    total = part if total is None else total + part
+                wanted.keep(columns, hidden)
+                if wanted.everywhere:
+                    recorded.take(columns)
+        return total, recorded.found() if wanted.everywhere else None
+
+    def _returns_hidden_states(self, asked: bool | None) -> bool:
+        return bool(self.config.output_hidden_states if asked is None else asked)
 
     def _take_own(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """The family's own arguments, those that are given, out of `kwargs`."""
@@ -288,7 +330,8 @@ class BaseModel(Family, PreTrainedModel):
         wants_info = kwargs.pop("output_loading_info", False)
         kwargs.setdefault("ignore_mismatched_sizes", True)  # they are listed in `info` instead, and refused below
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
-        refuse_incomplete(pretrained_model_name_or_path, info)
+        new = [name for name in info["missing_keys"] if cls.has_new_head and name.split(".")[0] in cls.head_names]
+        refuse_incomplete(pretrained_model_name_or_path, {**info, "missing_keys": set(info["missing_keys"]) - {*new}})
         return (model, info) if wants_info else model
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
-from transformers import GenerationMixin
+from transformers import AutoModelForCausalLM, GenerationMixin
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -22,6 +23,8 @@ from oncelm.utils.errors import unknown
 class CausalLM(BaseModel, GenerationMixin):
     """A base model with a head that predicts the next token."""
 
+    auto_model = AutoModelForCausalLM
+    others: tuple[type[BaseModel], ...] = ()  # the family's models without this head
     prefill: Callable[..., torch.Tensor]  # (input_ids [B, T], cache, ...) -> logits [B, V]
     accepts_loss_kwargs = True  # Trainer then hands num_items_in_batch on: accumulated batches are one large batch
 
@@ -63,22 +66,26 @@ class CausalLM(BaseModel, GenerationMixin):
             cu_seqlens: [N + 1] borders of N sequences packed into one row of input_ids.
             num_items_in_batch: divide the summed loss by this instead of the number of targets (gradient accumulation).
             targets: [B, T] labels that stand where they are predicted, for rows whose next token is elsewhere.
-            output_attentions, output_hidden_states: not offered; True is refused.
+            output_attentions: not offered; True is refused.
+            output_hidden_states: return the embeddings and each layer's output, all of them [B, T, d], the last behind
+                the final norm. All layers then run on all positions, whatever `logits_to_keep` says.
             return_dict: False returns a tuple.
             kwargs: the family's own arguments (`own_arguments`), and what Hugging Face tools pass along:
                 `cu_seq_lens_q` is cu_seqlens, `shift_labels` is targets; names that are no model's are refused.
 
         Returns:
-            CausalLMOutputWithPast with `loss`, `logits` [B, P, V] (zeros at padding) and `past_key_values`.
+            CausalLMOutputWithPast with `loss`, `logits` [B, P, V] (zeros at padding), `past_key_values` and
+            `hidden_states`.
 
         Raises:
             ValueError: inputs that do not fit the model, the cache or each other; nothing has been changed then.
         """
         own = self._take_own(kwargs)
-        outputs = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
-        cu_seqlens, targets = read_extras(self, kwargs, cu_seqlens, targets, **outputs)
+        cu_seqlens, targets = read_extras(self, kwargs, cu_seqlens, targets, output_attentions=output_attentions)
         has_loss = one_of(labels=labels, targets=targets) is not None
-        if past_key_values is not None and input_ids is not None and not (has_loss or own or cu_seqlens is not None):
+        everywhere = self._returns_hidden_states(output_hidden_states)
+        is_plain = not (has_loss or everywhere or own or cu_seqlens is not None)
+        if is_plain and past_key_values is not None and input_ids is not None:
             logits = self._quick_step(input_ids, attention_mask, position_ids, past_key_values, logits_to_keep)
             if logits is not None:
                 return self._output(CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values), return_dict)
@@ -89,20 +96,19 @@ class CausalLM(BaseModel, GenerationMixin):
         if has_loss:
             targets = read_targets(labels, targets, given.inputs, given.tokens.shape, self.config.vocab_size)
             logits_to_keep = NOTHING if is_nothing(logits_to_keep, self.training) else logits_to_keep
-        wanted = Wanted(given.inputs, logits_to_keep, targets, self.config.vocab_size)
-        head, loss = self.get_output_embeddings(), None
+        wanted = Wanted(given.inputs, logits_to_keep, targets, self.config.vocab_size, everywhere)
+        head = self.get_output_embeddings()
         # a cache holds values, not graphs: with gradients on, the earlier tokens' share would be missing silently
         with torch.set_grad_enabled(torch.is_grad_enabled() and given.cache is None):
-            for columns, hidden in self._states(given, wanted):
-                if has_loss:
-                    part = head_loss(head, *wanted.learned(columns, hidden))
-                    loss = part if loss is None else loss + part
-                wanted.keep(columns, hidden)
+            loss, layers = self._run(given, wanted, partial(head_loss, head) if has_loss else None)
             if loss is not None:
                 loss = loss / (max(wanted.num_targets, 1) if num_items_in_batch is None else num_items_in_batch)
             kept = wanted.hidden()
             logits = None if kept is None else head(kept)
-        return self._output(CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=given.cache), return_dict)
+        output = CausalLMOutputWithPast(
+            loss=loss, logits=logits, past_key_values=given.cache, hidden_states=layers
+        )  # fmt: skip
+        return self._output(output, return_dict)
 
     def _quick_step(
         self,

@@ -50,6 +50,12 @@ class Inputs:
             return len(self.real), self.columns
         return (self.batch.num_sequences if self.batch.cu_seqlens is None else 1), self.columns
 
+    def last_columns(self) -> torch.Tensor:
+        """[B] the column of each row's last token."""
+        if self.real is None:
+            return torch.full((self.shape[0],), self.columns - 1, device=self.batch.positions.device)
+        return (torch.arange(self.columns, device=self.real.device) * self.real).argmax(1)
+
     def gather(self, x: torch.Tensor) -> torch.Tensor:
         """x [B, T, ...] on the caller's grid -> in the batch's layout."""
         return x if self.real is None else x[self.real][None]

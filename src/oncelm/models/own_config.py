@@ -12,7 +12,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import GenerationConfig, PreTrainedConfig
 
-from oncelm.utils.constraints import Constraint, Each, Flag, Keyed, Only, Text, Whole, constraints_of
+from oncelm.utils.constraints import Constraint, Each, Flag, Keyed, OneOf, Only, Text, Whole, constraints_of
 from oncelm.utils.device import DTYPES
 from oncelm.utils.errors import nearest, shown, unknown
 
@@ -62,10 +62,11 @@ class Quantization(Constraint):
         return "a dictionary or a configuration of transformers"
 
 
+PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 # transformers' own fields; some of them would be swallowed by models that have no such thing
 COMMON: dict[str, Constraint] = {
     "dtype": Dtype(),
-    "output_hidden_states": Only(False, "OnceLM's models return no hidden states"),
+    "output_hidden_states": Flag(optional=True),
     **dict.fromkeys(
         ("output_attentions", "_output_attentions"), Only(False, "OnceLM's models return no attention weights")
     ),
@@ -77,7 +78,7 @@ COMMON: dict[str, Constraint] = {
     "label2id": Keyed(any_keys=True, optional=True),
     "per_layer_config": Only({}, "the layers of OnceLM's models are alike"),
     "quantization_config": Quantization(),
-    "problem_type": Only(None, "OnceLM's models are no classifiers"),
+    "problem_type": OneOf(PROBLEM_TYPES, optional=True),
     "architectures": Each(Text(), optional=True),
     "transformers_version": Text(optional=True),
 }

@@ -199,7 +199,15 @@ def check_llama_keys(settings: Mapping[str, Any]) -> None:
 
 def llama_settings(settings: dict[str, Any]) -> dict[str, Any]:
     """A LLaMA model's config.json as a LongLLaMA's, memory in the model's own dtype."""
-    known = {*LongLlamaConfig.own_keys(), *TRANSFORMERS_KEYS, *OLDER_KEYS, "dtype"}
+    known = {
+        *LongLlamaConfig.own_keys(),
+        *TRANSFORMERS_KEYS,
+        *OLDER_KEYS,
+        "dtype",
+        "id2label",
+        "label2id",
+        "problem_type",
+    }
     known -= {"architectures", "auto_map", *GenerationConfig._get_default_generation_params()}
     kept = {key: value for key, value in settings.items() if key in known}
     return {"mem_dtype": None, **kept, "model_type": LongLlamaConfig.model_type}

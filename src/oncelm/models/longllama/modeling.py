@@ -20,6 +20,7 @@ from oncelm.cache.longllama.segment import LayerMemory, Segment
 from oncelm.models.base import BaseModel, Pass, check_cache_size
 from oncelm.models.causal_lm import CausalLM
 from oncelm.models.checks import check_tokens, fingerprint
+from oncelm.models.classifiers import SequenceClassifier, TokenClassifier
 from oncelm.models.compiling import CompilesLayers
 from oncelm.models.extras import with_arguments_of
 from oncelm.models.inputs import Inputs, read_inputs
@@ -60,6 +61,7 @@ class LongLlamaModel(CompilesLayers, BaseModel):
     read_options = ("last_context_length",)
     reads_by_windows = True
     result_keys = ("last_context_length", "mem_dtype")
+    family_heads = ("lm_head", "score")
     own_arguments = (
         "last_context_length", "memory", "cross_batch_range", "cross_batch_stepping", "dataset_packing",
     )  # fmt: skip
@@ -219,6 +221,9 @@ class LongLlamaModel(CompilesLayers, BaseModel):
             for i in range(self.config.num_hidden_layers)
         ]
 
+    def _stack(self) -> list[nn.Module]:
+        return [*self.model.layers, self.model.norm]
+
     # -- arguments ------------------------------------------------------------------------------------------------
 
     def _makes_cache(self, own: dict[str, Any], is_packed: bool) -> bool:
@@ -301,11 +306,20 @@ class LongLlamaModel(CompilesLayers, BaseModel):
         return earlier_contexts(B, cross_batch_range, stepping, config.dataset_packing if packing is None else packing)
 
 
+class LongLlamaForSequenceClassification(SequenceClassifier, LongLlamaModel):
+    """A LongLLaMA that sorts texts into classes."""
+
+
+class LongLlamaForTokenClassification(TokenClassifier, LongLlamaModel):
+    """A LongLLaMA that sorts tokens into classes."""
+
+
 class LongLlamaForCausalLM(CausalLM, LongLlamaModel):
     """A LongLLaMA that predicts the next token: logits, loss, prefill, generate."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
     head_names = ("lm_head",)
+    others = (LongLlamaModel, LongLlamaForSequenceClassification, LongLlamaForTokenClassification)
 
     def add_head(self, config: PreTrainedConfig) -> None:
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -368,15 +382,13 @@ class LongLlamaForCausalLM(CausalLM, LongLlamaModel):
         self._check_cache(cache)
         shape, device = input_ids.shape, input_ids.device
         inputs = read_inputs(shape, device, attention_mask, None, cache.lengths, cache.columns)
-        last = None  # without padding, the last column
-        if inputs.real is not None:
-            if bool((inputs.real.sum(1) == 0).any()):
-                raise ValueError("attention_mask has a row without tokens; prefill needs at least one in each.")
-            last = (torch.arange(shape[1], device=device) * inputs.real).argmax(1)
+        if inputs.real is not None and bool((inputs.real.sum(1) == 0).any()):
+            raise ValueError("attention_mask has a row without tokens; prefill needs at least one in each.")
+        last = inputs.last_columns()
         hidden = torch.empty(shape[0], self.config.hidden_size, dtype=self.dtype, device=device)
         kept = self._last_context_length(last_context_length)
         for columns, part in self._windows(input_ids, inputs.real, cache, kept):
-            if last is not None:
+            if inputs.real is not None:
                 ending = (last >= columns.start) & (last < columns.stop)
                 hidden[ending] = part[ending, last[ending] - columns.start]
             elif columns.stop == shape[1]:

@@ -19,6 +19,7 @@ from oncelm.cache.yoco.shared_kv import STORED_DTYPES
 from oncelm.models.base import BaseModel, Pass, check_cache_size
 from oncelm.models.causal_lm import CausalLM
 from oncelm.models.checks import check_tokens, fingerprint
+from oncelm.models.classifiers import SequenceClassifier, TokenClassifier
 from oncelm.models.extras import with_arguments_of
 from oncelm.models.inputs import Inputs, is_next_token, read_inputs
 from oncelm.models.rms_norm import RMSNorm
@@ -48,6 +49,7 @@ class YocoModel(Execution, BaseModel):
     gemms = ("float8",)
     has_official_format = True
     own_arguments = ("past",)
+    family_heads = ("output_projection", "score")
 
     def __init__(self, config: YocoConfig) -> None:
         super().__init__(config)
@@ -144,6 +146,12 @@ class YocoModel(Execution, BaseModel):
         hidden, everything = self._hidden(given.tokens, inputs, past, wanted.selection), slice(0, inputs.columns)
         yield everything, wanted.within(everything, inputs.spread(hidden)) if wanted.everywhere else hidden
 
+    def _stack(self) -> list[nn.Module]:
+        layers = {"self": self.self_decoder.layers}
+        if self.cross_decoder is not None:
+            layers["cross"] = self.cross_decoder.layers
+        return [*(layers[half][i] for half, i in self.config.layer_order), self.layer_norm]
+
     def _hidden(
         self, tokens: torch.Tensor, inputs: Inputs, past: HeldPast | None, wanted: Selection | None
     ) -> torch.Tensor:
@@ -165,11 +173,20 @@ class YocoModel(Execution, BaseModel):
         return embeddings * math.sqrt(self.config.hidden_size) if self.config.scale_embeddings else embeddings
 
 
+class YocoForSequenceClassification(SequenceClassifier, YocoModel):
+    """A YOCO that sorts texts into classes. The cross-decoder runs on each text's last token only."""
+
+
+class YocoForTokenClassification(TokenClassifier, YocoModel):
+    """A YOCO that sorts tokens into classes. With labels, the cross-decoder runs on the tokens that have one only."""
+
+
 class YocoForCausalLM(CausalLM, YocoModel):
     """A YOCO that predicts the next token: logits, loss, chunked prefill, generate."""
 
     _tied_weights_keys = {"output_projection.weight": "embed_tokens.weight"}  # noqa: RUF012
     head_names = ("output_projection",)
+    others = (YocoModel, YocoForSequenceClassification, YocoForTokenClassification)
     use_cuda_graphs = True  # for decode steps on a GPU; False goes back to plain PyTorch
 
     def add_head(self, config: PreTrainedConfig) -> None:
@@ -275,8 +292,7 @@ class YocoForCausalLM(CausalLM, YocoModel):
         real = inputs.real
         if real is not None and not bool(real.any(1).all()):
             raise ValueError("attention_mask leaves a row without any token.")
-        # column of each row's last token
-        lasts = [T - 1] * B if real is None else (T - 1 - real.flip(1).int().argmax(1)).tolist()
+        lasts = [T - 1] * B if real is None else inputs.last_columns().tolist()
         rows: list[int] = []  # whose last token has been read, and its hidden state
         found: list[torch.Tensor] = []
         # a GPU works behind this loop: without padding, nothing in it waits for a value
