@@ -89,7 +89,7 @@ def test_ranks_tell_each_other(tmp_path, event, place: str) -> None:
         **{"data": "unused", "out": str(tmp_path), "seq_len": 16, "batch_size": 4, "steps": 6},
         **{"warmup_steps": 2, "log_every": 1, "save_every": 2, "eval_every": None},
     }
-    for ending in run_ranks(2, cases.train, options, {}, 1, 3, event):
+    for ending in run_ranks(2, cases.train, options, {}, 1, 3, event, fresh=True):
         assert "FloatingPointError" in ending
         assert f"the first place is {place}" in ending
         assert "in sequences 2 " in ending  # rank 1 has the second half

@@ -1,0 +1,10 @@
+"""What the processes of ranks.py find imported and made when they are forked."""
+
+import torch.utils.tensorboard
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+import oncelm.cli.train
+import oncelm.train.trainer
+import tests.train.parallel.cases  # noqa: F401
+
+get_checkpoint_conversion_mapping("")  # a thousand regular expressions, made at the first model that is loaded
