@@ -28,8 +28,8 @@ from oncelm.models.yoco.presets import preset_config
 from oncelm.ops import linear_cross_entropy
 from oncelm.train.config import TrainConfig
 from oncelm.train.optimizer import build_optimizers
-from oncelm.train.parallel.ranks import Ranks
-from oncelm.train.trainer import prepare_model
+from oncelm.train.parallel.mesh import Mesh
+from oncelm.train.parallel.shard import prepare_model
 from oncelm.utils.environment import environment_report
 
 WARM_UP = (1024, 2048)  # tokens: the first length compiles for itself, the second for all others
@@ -140,7 +140,7 @@ def main() -> None:
         with torch.device("cuda"):
             model = AutoModelForCausalLM.from_config(shapes[name], dtype=torch.float32)
         print(f"{name}: compiling", flush=True)
-        model = prepare_model(model.train(), settings, Ranks(torch.device("cuda")))
+        model = prepare_model(model.train(), settings, Mesh(torch.device("cuda")))
         if chunked := name == "Llama, chunked loss":
             model.model.compile()
         for line in attempts(model, settings, args.start, args.seconds, chunked):

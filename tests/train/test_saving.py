@@ -11,7 +11,7 @@ import torch
 from torch.distributed.checkpoint import HuggingFaceStorageWriter
 
 from oncelm.train.checkpoint import find_checkpoint
-from oncelm.train.parallel.ranks import Ranks
+from oncelm.train.parallel.mesh import Mesh
 from oncelm.train.saving import MODEL, Saver
 
 
@@ -29,16 +29,16 @@ class Stager:
 def test_the_thread_chooses_the_gpu_of_its_rank(tmp_path, monkeypatch, device: str, chosen: list[str]) -> None:
     seen: list[str] = []
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: seen.append(str(device)))
-    ranks = Ranks(torch.device(device))
+    mesh = Mesh(torch.device(device))
     monkeypatch.setattr("oncelm.train.saving.BlockingAsyncStager", Stager)
-    saver = Saver(tmp_path, 1, ranks)
+    saver = Saver(tmp_path, 1, mesh)
     saver.save(1, {}, lambda folder: None)
     saver.wait()
     assert seen == chosen
 
 
 def test_no_thread_is_left_behind(tmp_path) -> None:
-    saver = Saver(tmp_path, 1, Ranks(torch.device("cpu")))
+    saver = Saver(tmp_path, 1, Mesh(torch.device("cpu")))
     for step in (1, 2):
         saver.save(step, {MODEL: {"x": torch.zeros(2)}}, lambda folder: None)
     saver.wait()
@@ -54,7 +54,7 @@ def test_only_a_failed_write_is_told_as_one(tmp_path, monkeypatch, cause: Except
         raise cause
 
     monkeypatch.setattr(HuggingFaceStorageWriter, "write_data", fail)
-    saver = Saver(tmp_path, 1, Ranks(torch.device("cpu")))
+    saver = Saver(tmp_path, 1, Mesh(torch.device("cpu")))
     saver.save(1, {MODEL: {"x": torch.zeros(2)}}, lambda folder: None)
     told = "cannot write .*step-000001" if isinstance(cause, OSError) else "^Gloo: Connection closed"
     with pytest.raises(type(cause), match=told):

@@ -41,5 +41,5 @@ def test_what_the_documentation_shows_runs(books, page) -> None:
 
 def test_several_processes_are_to_meet_first(books, monkeypatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="give make_trainer the ranks of `join_ranks`"):
+    with pytest.raises(ValueError, match="give make_trainer the mesh of `join_mesh`"):
         make_trainer(TrainConfig(data="books", out="run"))

@@ -11,7 +11,7 @@ from oncelm.data.batch import TrainBatch
 from oncelm.data.conversations import ConversationDataset, read_conversations
 from oncelm.data.tokenizers import load_tokenizer
 from oncelm.train.config import TrainConfig
-from oncelm.train.parallel.ranks import Ranks
+from oncelm.train.parallel.mesh import Mesh
 from oncelm.train.trainer import Trainer
 from tests.models.small import make_long, make_model
 from tests.stand_ins import install
@@ -31,7 +31,7 @@ def batches(tmp_path) -> list[TrainBatch]:
 def make_trainer(tmp_path, device: str, kind: str) -> Trainer:
     model = make_long(vocab_size=260) if kind == "long" else make_model(kind, vocab_size=260)
     config = TrainConfig(data="unused", out=str(tmp_path), seq_len=16, batch_size=2, dtype="bfloat16")
-    trainer = Trainer(model.train(), None, config, ranks=Ranks(torch.device(device)))
+    trainer = Trainer(model.train(), None, config, mesh=Mesh(torch.device(device)))
     return trainer
 
 
@@ -42,7 +42,7 @@ KINDS = pytest.mark.parametrize("kind", ["retention", "window", "long"])
 def test_no_value_is_read(tmp_path, monkeypatch, batches, kind: str) -> None:
     trainer = make_trainer(tmp_path, "cpu", kind)
     trainer.model.to("meta")
-    trainer.ranks = Ranks(torch.device("meta"))
+    trainer.mesh = Mesh(torch.device("meta"))
     install(monkeypatch)
     for batch in batches:
         for part in batch.split(1):

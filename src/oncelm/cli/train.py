@@ -71,15 +71,15 @@ def run(args: argparse.Namespace) -> int:
     config = read_config(args)
     import torch
 
-    from oncelm.train.parallel.ranks import join_ranks
+    from oncelm.train.parallel.mesh import join_mesh
     from oncelm.train.setup import describe_run, make_trainer
 
     if args.dry_run:
         print(describe_run(config, args.processes or int(os.environ.get("WORLD_SIZE", "1"))))
         return 0
     try:
-        with join_ranks(config.device, tensor=config.tensor_parallel, chunk=config.context_parallel) as ranks:
-            result = make_trainer(config, ranks).train()
+        with join_mesh(config.device, tensor=config.tensor_parallel, context=config.context_parallel) as mesh:
+            result = make_trainer(config, mesh).train()
     except FloatingPointError as error:
         print(f"oncelm: training stopped: {error}", file=sys.stderr)
         return 1
@@ -90,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
             file=sys.stderr,
         )
         return 1
-    if not ranks.is_main:
+    if not mesh.is_main:
         return 0
     if result.interrupted:
         print(f"Stopped after step {result.step}; go on with: oncelm train --out {config.out} --resume")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+
+from oncelm.train.parallel.mesh import Mesh
 
 WEIGHTS, FORWARD, BACKWARD = range(3)
 
@@ -79,3 +81,22 @@ def _tensors(output: Any) -> Iterator[Tensor]:
     elif isinstance(output, tuple | list):
         for value in output:
             yield from _tensors(value)
+
+
+def first_not_finite(model: nn.Module, passes: Sequence[tuple[Callable[[], Tensor], str]], mesh: Mesh) -> str:
+    """The first place of a step that is not finite, of all ranks, as a sentence. All ranks call it.
+
+    Args:
+        passes: this rank's forward passes, each with what it computes on, in words.
+    """
+    found = []
+    for compute, sequences in passes:
+        # every rank goes through all of its passes: sharded layers need all ranks
+        where = find_not_finite(model, compute)
+        if where is not None:
+            found.append((where, sequences))
+    every = [one for of_rank in mesh.gather(found) for one in of_rank]
+    if not every:
+        return "computed once more, the step is finite"
+    where, sequences = min(every, key=lambda one: one[0].stage)
+    return f"the first place is {where.place}, in {sequences}"

@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimi
 
 from oncelm.models.sharded import SAID_OF_A_LONE_PROCESS
 from oncelm.train.checkpoint import save_checkpoint
-from oncelm.train.parallel.ranks import Ranks, broadcast
+from oncelm.train.parallel.mesh import Mesh, broadcast
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -47,7 +47,7 @@ def tensors_to_save(model: PreTrainedModel, optimizers: list[torch.optim.Optimiz
     return {MODEL: weights, OPTIMIZER: {name: value for name, value in flat.items() if isinstance(value, Tensor)}}
 
 
-def read_tensors(folder: Path, tensors: dict[str, Tensors], ranks: Ranks) -> None:
+def read_tensors(folder: Path, tensors: dict[str, Tensors], mesh: Mesh) -> None:
     """Fill `tensors` from a checkpoint of any number of ranks.
 
     Raises:
@@ -65,7 +65,7 @@ def read_tensors(folder: Path, tensors: dict[str, Tensors], ranks: Ranks) -> Non
                 f"the model's is {wanted.get(name, 'not there')}."
             )
     for part, reader in readers.items():
-        dcp.load(tensors[part], storage_reader=reader, process_group=ranks.control, no_dist=ranks.control is None)
+        dcp.load(tensors[part], storage_reader=reader, process_group=mesh.control, no_dist=mesh.control is None)
 
 
 class Saver:
@@ -76,16 +76,16 @@ class Saver:
         keep: how many to keep.
     """
 
-    def __init__(self, root: Path, keep: int, ranks: Ranks) -> None:
-        self.root, self.keep, self.ranks = root, keep, ranks
+    def __init__(self, root: Path, keep: int, mesh: Mesh) -> None:
+        self.root, self.keep, self.mesh = root, keep, mesh
         # a new thread's GPU is the first one, on which every rank would then take memory
-        many = ranks.device.type == "cuda" and ranks.device.index is not None
-        self._on_gpu = (torch.cuda.set_device, (ranks.device,)) if many else (None, ())
+        many = mesh.device.type == "cuda" and mesh.device.index is not None
+        self._on_gpu = (torch.cuda.set_device, (mesh.device,)) if many else (None, ())
         self._writing: Future[None] | None = None
         self.step: int | None = None  # of the last checkpoint that was read, written or is being written
         # on a GPU into the same pinned memory each time
-        self._stager = BlockingAsyncStager(cache_staged_state_dict=ranks.device.type == "cuda")
-        if ranks.control is None:  # for good: the thread that writes cannot set filters for itself alone
+        self._stager = BlockingAsyncStager(cache_staged_state_dict=mesh.device.type == "cuda")
+        if mesh.control is None:  # for good: the thread that writes cannot set filters for itself alone
             warnings.filterwarnings("ignore", SAID_OF_A_LONE_PROCESS, UserWarning)
 
     def save(self, step: int, tensors: dict[str, Tensors], write_rest: Callable[[Path], None]) -> None:
@@ -116,8 +116,8 @@ class Saver:
             self.step = step
 
     def _write(self, step: int, tensors: dict[str, Tensors], write_rest: Callable[[Path], None]) -> None:
-        group, error = self.ranks.saving, None
-        if self.ranks.is_main:
+        group, error = self.mesh.saving, None
+        if self.mesh.is_main:
             told = False
 
             def write(folder: Path) -> None:
@@ -143,7 +143,7 @@ class Saver:
             raise OSError(message) from error
 
     def _write_tensors(self, folder: Path, tensors: dict[str, Tensors]) -> None:
-        group = self.ranks.saving
+        group = self.mesh.saving
         for part, named in tensors.items():
             writer = HuggingFaceStorageWriter(str(folder / part), save_distributed=group is not None)
             try:

@@ -38,34 +38,27 @@ from oncelm.train.checkpoint import FOLDER, check_new, find_checkpoint, list_che
 from oncelm.train.claim import claim, run_lock
 from oncelm.train.config import TrainConfig
 from oncelm.train.crossbatch import check_crossbatch
-from oncelm.train.diagnose import find_not_finite
+from oncelm.train.diagnose import first_not_finite
 from oncelm.train.interrupt import StopRequest
 from oncelm.train.metrics import Metrics, NoMetrics
 from oncelm.train.optimizer import build_optimizers
 from oncelm.train.parallel.chunk import chunk_inputs
-from oncelm.train.parallel.ranks import Ranks
-from oncelm.train.parallel.shard import keep_on_host, shard_model
-from oncelm.train.plan import check_model
-from oncelm.train.recipe import with_new_names
+from oncelm.train.parallel.mesh import Mesh
+from oncelm.train.parallel.shard import keep_on_host, prepare_model
 from oncelm.train.reports import open_reports
+from oncelm.train.resume import warn_of_changes
 from oncelm.train.saving import Saver, read_tensors, tensors_to_save
 from oncelm.train.schedule import lr_factor
-from oncelm.train.watch import Watch
+from oncelm.train.throughput import ThroughputMeter
 from oncelm.utils.checksums import write_checksums
 from oncelm.utils.device import resolve_device
+from oncelm.utils.errors import renamed
 from oncelm.utils.files import atomic_file, atomic_folder, clean_up
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
-
-# Settings that say where a run is, how long it lasts and what it reports: free to change on resume.
-_FREE_TO_CHANGE = {
-    *("out", "steps", "max_seconds", "target_loss", "device", "compile", "resume", "tokens"),
-    *("tensor_parallel", "context_parallel", "activation_checkpointing"),
-    *("log_every", "eval_every", "eval_batches", "save_every", "keep_checkpoints", "report", "peak_tflops"),
-}
 
 
 @dataclass(frozen=True)
@@ -89,7 +82,7 @@ class Trainer:
         dataset: where batches come from; read ahead by a thread.
         config: the run.
         tokenizer: saved beside the model in every checkpoint and at the end.
-        ranks: this process's place among those that train together (`join_ranks`); None means it is alone. The first
+        mesh: this process's place among those that train together (`join_mesh`); None means it is alone. The first
             rank's model counts; the others' may be without values, on the meta device.
         data_digest: a checksum of what `dataset` was made from, kept in checkpoints; a run that is resumed with another
             one warns. None: not compared.
@@ -101,21 +94,21 @@ class Trainer:
         dataset: TrainData,
         config: TrainConfig,
         tokenizer: PreTrainedTokenizerBase | None = None,
-        ranks: Ranks | None = None,
+        mesh: Mesh | None = None,
         data_digest: str | None = None,
     ) -> None:
-        self.ranks = ranks or Ranks(resolve_device(None if config.device == "auto" else config.device))
-        config.sequences_of_each(self.ranks.data.size)  # or a ValueError, before anything large happens
+        self.mesh = mesh or Mesh(resolve_device(None if config.device == "auto" else config.device))
+        config.sequences_of_each(self.mesh.data.size)  # or a ValueError, before anything large happens
         check_crossbatch(config, model.config)
-        self.model = prepare_model(model, config, self.ranks)
+        self.model = prepare_model(model, config, self.mesh)
         self.dataset, self.config, self.tokenizer, self.data_digest = dataset, config, tokenizer, data_digest
         self.optimizers = build_optimizers(self.model, config)
         self.out = Path(config.out)
         self.checkpoints = self.out / FOLDER
         self.export_request = self.out / "export"  # a file that asks for an export behind the next step
         self.finished_mark = self.out / "finished"  # a file that is there once the run is over: `model` may be earlier
-        self.saver = Saver(self.checkpoints, config.keep_checkpoints, self.ranks)
-        self.watch = Watch(self.model.config, config, self.ranks)
+        self.saver = Saver(self.checkpoints, config.keep_checkpoints, self.mesh)
+        self.meter = ThroughputMeter(self.model.config, config, self.mesh)
         self.step = 0  # optimizer steps done
         self.seconds = 0.0  # the run has taken, earlier parts included
 
@@ -131,21 +124,24 @@ class Trainer:
             OSError: a checkpoint could not be written.
         """
         lock = run_lock(self.out)
-        self.ranks.on_main(partial(claim, lock))
+        self.mesh.on_main(partial(claim, lock))
         try:
             return self._train()
         finally:
             lock.release()
 
+    def fit(self) -> NoReturn:
+        raise renamed("method", "Trainer.fit", "Trainer.train")
+
     def _train(self) -> TrainResult:
         self._start_or_resume()
         loss = validation_loss = model_path = None
         metrics: Metrics = NoMetrics()
-        if self.ranks.is_main:
+        if self.mesh.is_main:
             reports = open_reports(self.config.report, self.out, self.step, asdict(self.config))
             metrics = Metrics(self.out, self.step, reports)
         try:
-            on_gpu = self.ranks.device.type == "cuda"
+            on_gpu = self.mesh.device.type == "cuda"
             with StopRequest() as stop, ReadAhead(self.dataset, pin_memory=on_gpu) as batches:
                 stopping = False
                 if self.step and self._due(self.config.eval_every) and self.config.target_loss is not None:
@@ -154,13 +150,13 @@ class Trainer:
                 learned = self._is_learned(validation_loss)
                 started = time.perf_counter() - self.seconds
                 while not (stopping or learned or self._finished()):
-                    with self.watch.step():
+                    with self.meter.step():
                         step_values = self._train_step(batches)
                     loss = step_values["loss"]
                     seconds = time.perf_counter() - started
-                    stopping, exporting, self.seconds = self.ranks.agree(
+                    stopping, exporting, self.seconds = self.mesh.agree(
                         stop.requested or self.saver.failed,
-                        self.ranks.is_main and self.export_request.exists(),
+                        self.mesh.is_main and self.export_request.exists(),
                         seconds,
                     )
                     metrics.advance(loss, self.config.planned_steps(self.step, self.seconds))
@@ -169,7 +165,7 @@ class Trainer:
                             "tokens": self.step * self.config.tokens_per_step,
                             "seconds": self.seconds,
                         }
-                        metrics.log(self.step, step_values | self.watch.take())
+                        metrics.log(self.step, step_values | self.meter.take())
                     if self._due(self.config.eval_every) and not self._finished():
                         validation_loss = self._log_validation(metrics)
                         learned = self._is_learned(validation_loss)
@@ -177,7 +173,7 @@ class Trainer:
                         self.save()
                     if exporting:
                         folder = self.export()
-                        self.ranks.on_main(partial(self.export_request.unlink, missing_ok=True))
+                        self.mesh.on_main(partial(self.export_request.unlink, missing_ok=True))
                         logger.warning("exported step %d to %s", self.step, folder)
                 if stopping:
                     validation_loss = None
@@ -186,7 +182,7 @@ class Trainer:
                     if not learned:  # before the last save: one that is not finite must not push out a good checkpoint
                         validation_loss = self._log_validation(metrics)
                     model_path = self.export()
-                    self.ranks.on_main(self.finished_mark.touch)
+                    self.mesh.on_main(self.finished_mark.touch)
                 self.saver.wait()
         finally:
             metrics.close()
@@ -213,13 +209,13 @@ class Trainer:
 
         self.model.train()
         self._seed_step()
-        total = torch.zeros((), device=self.ranks.device)
+        total = torch.zeros((), device=self.mesh.device)
         count = config.sequences_per_step
-        with self.watch.waiting():
+        with self.meter.waiting():
             targets = batches.num_targets(self.step, count)
-            batch = batches.batch(self.step, count, self.ranks.rows(count))
+            batch = batches.batch(self.step, count, self.mesh.rows(count))
         # Losses are summed over tokens and ranks, and FSDP takes the mean of gradients over ranks: both come out here.
-        divisor = targets / self.ranks.shards
+        divisor = targets / self.mesh.shards
         parts = batch.split(config.batch_size)
         for part in parts:
             if isinstance(self.model, FSDPModule):  # gradients are summed over the ranks once a step
@@ -227,7 +223,7 @@ class Trainer:
             loss = self._loss(part, divisor)
             loss.backward()
             total += loss.detach()
-        total = self.ranks.sum(total) / self.ranks.shards
+        total = self.mesh.sum(total) / self.mesh.shards
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip or math.inf)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         for name, value in (("loss", total.item()), ("gradient norm", norm.item())):
@@ -241,7 +237,7 @@ class Trainer:
 
     def _seed_step(self) -> None:
         """Random numbers (of dropout) that depend on the seed, the step, and which tokens a rank sees."""
-        shard = self.ranks.rank.index // self.ranks.tensor.size
+        shard = self.mesh.world.index // self.mesh.tensor.size
         seed = np.random.SeedSequence([self.config.seed, self.step, shard]).generate_state(1, np.uint64)
         torch.manual_seed(int(seed[0]))
 
@@ -252,9 +248,9 @@ class Trainer:
         if cu_seqlens is not None:
             tokens, labels = tokens.view(1, -1), labels.view(1, -1)
         inputs: dict[str, Any]
-        if self.ranks.chunk.size > 1:
-            assert self.ranks.chunk_group is not None
-            inputs = chunk_inputs(self.model.config, self.ranks.chunk_group, tokens, labels, cu_seqlens)
+        if self.mesh.context.size > 1:
+            assert self.mesh.context_group is not None
+            inputs = chunk_inputs(self.model.config, self.mesh.context_group, tokens, labels, cu_seqlens)
         else:
             inputs = {"input_ids": tokens, "labels": labels}
             inputs |= {} if cu_seqlens is None else {"cu_seqlens": cu_seqlens}
@@ -262,26 +258,26 @@ class Trainer:
             inputs = {name: keep_on_host(value, self.model) for name, value in inputs.items()}
             inputs["logits_to_keep"] = NOTHING  # in evaluation too
         else:
-            inputs = {name: value.to(self.ranks.device, non_blocking=True) for name, value in inputs.items()}
-        with torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=self.config.dtype == "bfloat16"):
+            inputs = {name: value.to(self.mesh.device, non_blocking=True) for name, value in inputs.items()}
+        with torch.autocast(self.mesh.device.type, torch.bfloat16, enabled=self.config.dtype == "bfloat16"):
             return self.model(**inputs, num_items_in_batch=divisor, use_cache=False).loss
 
     @torch.no_grad()
     def evaluate(self) -> float | None:
         """Mean loss over the first `eval_batches` held-out batches; None where nothing is held out."""
         self.model.eval()
-        sums = torch.zeros(2, device=self.ranks.device, dtype=torch.float64)  # loss, targets
+        sums = torch.zeros(2, device=self.mesh.device, dtype=torch.float64)  # loss, targets
         batches = islice(self.dataset.validation_batches(self.config.batch_size), self.config.eval_batches)
-        while turn := list(islice(batches, self.ranks.data.size)):  # a batch for each data-parallel rank
+        while turn := list(islice(batches, self.mesh.data.size)):  # a batch for each data-parallel rank
             # where the last ones run out, a rank computes one for nothing: sharded layers need all ranks
-            mine = min(self.ranks.data.index, len(turn) - 1)
+            mine = min(self.mesh.data.index, len(turn) - 1)
             loss = self._loss(turn[mine], 1.0)
-            if mine == self.ranks.data.index:
-                share = turn[mine].num_targets / self.ranks.chunk.size
+            if mine == self.mesh.data.index:
+                share = turn[mine].num_targets / self.mesh.context.size
                 sums += torch.tensor([loss.item(), share], device=sums.device, dtype=sums.dtype)
         if isinstance(self.model, FSDPModule):
             self.model.reshard()  # the outermost parameters stay gathered until a backward pass
-        total, targets = self.ranks.sum(sums).tolist()
+        total, targets = self.mesh.sum(sums).tolist()
         return total / targets if targets else None
 
     def _log_validation(self, metrics: Metrics) -> float | None:
@@ -297,7 +293,7 @@ class Trainer:
         target = self.config.target_loss
         if target is None or validation_loss is None:
             return False
-        return self.ranks.on_main(lambda: validation_loss <= target)
+        return self.mesh.on_main(lambda: validation_loss <= target)
 
     def save(self) -> Path:
         """Begin to write a checkpoint of this step, unless there is one, and return what will be its folder.
@@ -326,7 +322,7 @@ class Trainer:
                 write_checksums(folder)
             return self.out / "model"
 
-        return self.ranks.on_main(write)
+        return self.mesh.on_main(write)
 
     def _write_rest(self, state: dict[str, Any], folder: Path) -> None:
         self.model.config.save_pretrained(folder)
@@ -337,11 +333,11 @@ class Trainer:
         (folder / "trainer.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
 
     def _start_or_resume(self) -> None:
-        folder = self.ranks.on_main(self._choose_start)
+        folder = self.mesh.on_main(self._choose_start)
         if folder is not None:
             self._resume(folder)
         # not before: settings that a checkpoint does not fit must not take the place of those it was made with
-        self.ranks.on_main(self._begin)
+        self.mesh.on_main(self._begin)
 
     def _choose_start(self) -> Path | None:
         """Make the run's folder ready; the checkpoint to start from, or None. For the first rank alone."""
@@ -360,19 +356,10 @@ class Trainer:
     def _resume(self, folder: Path) -> None:
         # Checksums matched: what fails from here on is another model's checkpoint, not a damaged one.
         state = json.loads((folder / "trainer.json").read_text(encoding="utf-8"))
-        read_tensors(folder, tensors_to_save(self.model, self.optimizers), self.ranks)
+        read_tensors(folder, tensors_to_save(self.model, self.optimizers), self.mesh)
         self.step, self.seconds = state["step"], state["seconds"]
         self.saver.step = self.step
-        if None not in (self.data_digest, state.get("data")) and state["data"] != self.data_digest:
-            logger.warning(
-                "resuming %s on other data: %r has changed; batches and held-out text are not those of before",
-                *(folder, self.config.data),
-            )
-        now = json.loads(json.dumps(asdict(self.config)))  # as the checkpoint's went through JSON
-        before = with_new_names(state["config"])
-        for name, value in now.items():
-            if name not in _FREE_TO_CHANGE and before.get(name) != value:
-                logger.warning("resuming %s with another %s: %r, was %r", folder, name, value, before.get(name))
+        warn_of_changes(folder, state, self.config, self.data_digest)
 
     def _finished(self) -> bool:
         out_of_time = self.config.max_seconds is not None and self.seconds >= self.config.max_seconds
@@ -387,25 +374,16 @@ class Trainer:
         if isinstance(self.model, CompilesLayers):
             self.model.compile_layers(False)  # compiled modules have no outputs to look at
         self._seed_step()
-        count, found = self.config.sequences_per_step, []
-        mine, size = self.ranks.rows(count), self.config.batch_size
+        count, size = self.config.sequences_per_step, self.config.batch_size
+        mine = self.mesh.rows(count)
+        passes = []
         for number, part in enumerate(self.dataset.batch(self.step, count, mine).split(size)):
-            # every rank goes through all its parts: sharded layers need all ranks
-            where = find_not_finite(self.model, partial(self._loss, part, 1.0))
-            if where is not None:
-                first = mine.start + number * size
-                found.append((where, self._describe_rows(range(first, first + len(part.tokens)))))
-        every = [one for of_rank in self.ranks.gather(found) for one in of_rank]
-        if not every:
-            return "computed once more, the step is finite"
-        where, sequences = min(every, key=lambda one: one[0].stage)
-        return f"the first place is {where.place}, in {sequences}"
-
-    def _describe_rows(self, rows: range) -> str:
-        """Sequences of this step, and what they are made of."""
-        first = self.step * self.config.sequences_per_step
-        names = [f"{row} ({self.dataset.describe(first + row)})" for row in rows]
-        return f"sequence{'s' * (len(names) > 1)} {', '.join(names)} of the step"
+            first = mine.start + number * size
+            rows = range(first, first + len(part.tokens))
+            names = [f"{row} ({self.dataset.describe(self.step * count + row)})" for row in rows]
+            sequences = f"sequence{'s' * (len(names) > 1)} {', '.join(names)} of the step"
+            passes.append((partial(self._loss, part, 1.0), sequences))
+        return first_not_finite(self.model, passes, self.mesh)
 
     def _stop_not_finite(self, name: str, value: float, step: int, where: str | None = None) -> NoReturn:
         self.saver.wait()
@@ -415,19 +393,3 @@ class Trainer:
         raise FloatingPointError(
             f"{name} is {value} at step {step}; {place}{last}. A lower lr or more warmup_steps may help."
         )
-
-
-def prepare_model(model: PreTrainedModel, config: TrainConfig, ranks: Ranks) -> PreTrainedModel:
-    """`model`, or this rank's part of it, in float32 on this rank's device."""
-    check_model(model, config)
-    model.float()
-    if config.activation_checkpointing:
-        # renamed behind transformers 5.17
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
-    if config.compile:
-        (model.compile_layers if isinstance(model, CompilesLayers) else model.compile)()
-    if ranks.mesh is None:
-        return model.to(ranks.device)
-    shard_model(model, ranks, getattr(torch, config.dtype))
-    return model

@@ -23,7 +23,7 @@ from oncelm.models.yoco import YocoConfig, YocoForCausalLM
 from oncelm.models.yoco.model import FeedForward
 from oncelm.train.config import TrainConfig
 from oncelm.train.parallel.chunk import chunk_inputs
-from oncelm.train.parallel.ranks import join_ranks
+from oncelm.train.parallel.mesh import join_mesh
 from oncelm.train.parallel.shard import shard_model
 from oncelm.train.trainer import Trainer
 
@@ -69,31 +69,31 @@ def one_rank(tokens: torch.Tensor, labels: torch.Tensor, options: dict, **inputs
 def in_chunks(tokens: torch.Tensor, labels: torch.Tensor, options: dict, cu_seqlens=None, checkpoint=False):
     """Loss and gradients with each row split over all ranks, summed over them."""
     size = int(os.environ["WORLD_SIZE"])
-    with join_ranks("cpu", chunk=size) as ranks:
+    with join_mesh("cpu", context=size) as mesh:
         model = make_model(**options)
         if checkpoint:
             model.train().gradient_checkpointing_enable()
-        inputs = chunk_inputs(model.config, ranks.chunk_group, tokens, labels, cu_seqlens)
+        inputs = chunk_inputs(model.config, mesh.context_group, tokens, labels, cu_seqlens)
         count = (labels[:, 1:] != -100).sum() - (0 if cu_seqlens is None else len(cu_seqlens) - 2)
         loss = model(**inputs, num_items_in_batch=count).loss
         loss.backward()
         for parameter in model.parameters():
             dist.all_reduce(parameter.grad)
-        return ranks.sum(loss.detach()).item(), gradients(model)
+        return mesh.sum(loss.detach()).item(), gradients(model)
 
 
 def sharded(tokens: torch.Tensor, labels: torch.Tensor, options: dict, tensor: int, chunk: int, dtype=torch.float32):
     """Loss and gradients of a model split over all ranks, and what clipping calls its norm."""
-    with join_ranks("cpu", tensor=tensor, chunk=chunk) as ranks:
+    with join_mesh("cpu", tensor=tensor, context=chunk) as mesh:
         model = make_model(torch.float32, **options)
-        if not ranks.is_main:
+        if not mesh.is_main:
             model.to("meta")
-        shard_model(model, ranks, dtype)
-        count = (labels[:, 1:] != -100).sum() / ranks.shards
-        mine = ranks.rows(len(tokens))
+        shard_model(model, mesh, dtype)
+        count = (labels[:, 1:] != -100).sum() / mesh.shards
+        mine = mesh.rows(len(tokens))
         rows = tokens[mine], labels[mine]
         if chunk > 1:
-            inputs = chunk_inputs(model.config, ranks.chunk_group, *rows)
+            inputs = chunk_inputs(model.config, mesh.context_group, *rows)
         else:
             inputs = dict(zip(("input_ids", "labels"), rows, strict=True))
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
@@ -103,7 +103,7 @@ def sharded(tokens: torch.Tensor, labels: torch.Tensor, options: dict, tensor: i
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         optimizer = torch.optim.AdamW(model.parameters(), fused=True)
         optimizer.step()
-        return ranks.sum(loss.detach()).item() / ranks.shards, gradients(model), norm.item()
+        return mesh.sum(loss.detach()).item() / mesh.shards, gradients(model), norm.item()
 
 
 def make_dataset(crossbatch_rows: int | None = None) -> TokenDataset | CrossbatchDataset:
@@ -128,17 +128,17 @@ def train(options: dict, shape: dict, rank: int = -1, step: int = 0, event: Call
     """Train; rank `rank` does `event` when it asks for the batch of `step`. Returns how it ended, in a few words."""
     try:
         config = TrainConfig(**options)
-        with join_ranks("cpu", tensor=config.tensor_parallel, chunk=config.context_parallel) as ranks:
-            with torch.device("cpu" if ranks.is_main else "meta"):
+        with join_mesh("cpu", tensor=config.tensor_parallel, context=config.context_parallel) as mesh:
+            with torch.device("cpu" if mesh.is_main else "meta"):
                 model = make_model(torch.float32, **shape)
             dataset = make_conversations() if config.task == "sft" else make_dataset(config.crossbatch_rows)
-            if event is not None and ranks.rank.index == rank:
+            if event is not None and mesh.world.index == rank:
                 batch = ReadAhead.batch
                 ReadAhead.batch = lambda self, asked, *rest: (
                     event() if asked == step else None,
                     batch(self, asked, *rest),
                 )[1]
-            running.append(Trainer(model, dataset, config, ranks=ranks))
+            running.append(Trainer(model, dataset, config, mesh=mesh))
             result = running[-1].train()
     except (OSError, ValueError, FloatingPointError, SystemExit) as error:
         return f"{type(error).__name__}: {error}"
@@ -147,9 +147,9 @@ def train(options: dict, shape: dict, rank: int = -1, step: int = 0, event: Call
 
 def is_learned(options: dict, losses: list[float]) -> bool:
     """What the trainer makes of a validation loss, each rank of its own."""
-    with join_ranks("cpu") as ranks:
-        trainer = Trainer(make_model(), make_dataset(), TrainConfig(**options), ranks=ranks)
-        return trainer._is_learned(losses[ranks.rank.index])
+    with join_mesh("cpu") as mesh:
+        trainer = Trainer(make_model(), make_dataset(), TrainConfig(**options), mesh=mesh)
+        return trainer._is_learned(losses[mesh.world.index])
 
 
 def stop() -> None:

@@ -1,9 +1,10 @@
 """Training on several ranks (processes, a GPU each): torch's FSDP2, DTensor and device meshes, started by torchrun.
 
-    ranks.py    this process among the others: its place in the mesh, what all ranks agree on
+    mesh.py     this process among the others: its place in the device mesh, what all ranks agree on
     shard.py    weights, gradients and optimizer state split over ranks (FSDP2)
     tensor.py   heads and hidden units of each layer split over ranks (DTensor plans)
     chunk.py    each sequence split over ranks: pasts that reach over to other ranks
 
-The three compose. Ranks are numbered data, chunk, tensor, the last fastest; FSDP2 shards over data and chunk together.
+The three compose. Ranks are numbered data, context, tensor, the last fastest; FSDP2 shards over data and context
+together.
 """

@@ -18,25 +18,44 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from transformers import PreTrainedModel
 
-from oncelm.train.parallel.ranks import Ranks
+from oncelm.models.compiling import CompilesLayers
+from oncelm.train.config import TrainConfig
+from oncelm.train.parallel.mesh import Mesh
 from oncelm.train.parallel.tensor import split_layers
+from oncelm.train.plan import check_model
 
 
-def shard_model(model: PreTrainedModel, ranks: Ranks, dtype: torch.dtype) -> None:
+def prepare_model(model: PreTrainedModel, config: TrainConfig, mesh: Mesh) -> PreTrainedModel:
+    """`model`, or this rank's part of it, in float32 on this rank's device."""
+    check_model(model, config)
+    model.float()
+    if config.activation_checkpointing:
+        # renamed behind transformers 5.17
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+    if config.compile:
+        (model.compile_layers if isinstance(model, CompilesLayers) else model.compile)()
+    if mesh.device_mesh is None:
+        return model.to(mesh.device)
+    shard_model(model, mesh, getattr(torch, config.dtype))
+    return model
+
+
+def shard_model(model: PreTrainedModel, mesh: Mesh, dtype: torch.dtype) -> None:
     """Split `model` over the ranks, in place, with the first rank's values.
 
     Layers are gathered in `dtype` when they are computed, and their gradients summed in float32. What is outside of
     them (embeddings, output projection, shared K/V projections) stays float32: autocast casts it where it is used, as
     on one GPU, and the residual stream starts in float32.
     """
-    assert ranks.mesh is not None
-    values = model.state_dict() if ranks.is_main else {}
+    assert mesh.device_mesh is not None
+    values = model.state_dict() if mesh.is_main else {}
     buffers = dict(model.named_buffers())  # those too that no state dict has
     model.to("meta")
     model.tie_weights()
-    if ranks.tensor.size > 1:
-        split_layers(model, ranks.mesh["tensor"])
-    shard = ranks.mesh["shard"]
+    if mesh.tensor.size > 1:
+        split_layers(model, mesh.device_mesh["tensor"])
+    shard = mesh.device_mesh["shard"]
     narrow = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for layer in decoder_layers(model):
         fully_shard(layer, mesh=shard, mp_policy=narrow)
@@ -45,13 +64,13 @@ def shard_model(model: PreTrainedModel, ranks: Ranks, dtype: torch.dtype) -> Non
         fully_shard(embeddings, mesh=shard)
     fully_shard(model, mesh=shard)
 
-    model.to_empty(device=ranks.device)
+    model.to_empty(device=mesh.device)
     model.tie_weights()
     set_model_state_dict(
-        model, values, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=ranks.is_main)
+        model, values, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=mesh.is_main)
     )
     for name, buffer in model.named_buffers():
-        if ranks.is_main:
+        if mesh.is_main:
             buffer.copy_(buffers[name])
         dist.broadcast(buffer, src=0)
     model.register_forward_pre_hook(_from_host, with_kwargs=True)  # runs behind FSDP2's own

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from oncelm.train.checkpoint import check_new
 from oncelm.train.config import TrainConfig
-from oncelm.train.parallel.ranks import Ranks
+from oncelm.train.parallel.mesh import Mesh
 from oncelm.train.plan import check_machine, describe_plan
 from oncelm.train.setup.dataset import describe_data, make_dataset
 from oncelm.train.setup.model import check_model, make_model
@@ -23,27 +23,27 @@ from oncelm.utils.place import check_place
 from oncelm.utils.vocabulary import bpe_size
 
 
-def make_trainer(config: TrainConfig, ranks: Ranks | None = None) -> Trainer:
+def make_trainer(config: TrainConfig, mesh: Mesh | None = None) -> Trainer:
     """A trainer of the run that the settings describe; `train()` runs it. Text is tokenized here, if it was not before.
 
     Args:
-        ranks: this process among those that train together (`join_ranks`); None: it is alone.
+        mesh: this process among those that train together (`join_mesh`); None: it is alone.
 
     Raises:
         ValueError: settings, data, tokenizer and model do not fit each other, or the machine; `out` holds another run.
     """
     check_out(config)
     check_model(config)
-    if ranks is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError("torchrun started several processes: give make_trainer the ranks of `join_ranks`.")
-    ranks = ranks or Ranks(resolve_device(None if config.device == "auto" else config.device))
-    config.sequences_of_each(ranks.data.size)  # before any text is prepared
+    if mesh is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("torchrun started several processes: give make_trainer the mesh of `join_mesh`.")
+    mesh = mesh or Mesh(resolve_device(None if config.device == "auto" else config.device))
+    config.sequences_of_each(mesh.data.size)  # before any text is prepared
     if not config.resume:  # before a tokenizer takes the place of that run's, and text is tokenized for nothing
-        ranks.on_main(lambda: check_new(Path(config.out)))
-    tokenizer = make_tokenizer(config, ranks)
+        mesh.on_main(lambda: check_new(Path(config.out)))
+    tokenizer = make_tokenizer(config, mesh)
     check_tokenizer(config, tokenizer)
-    dataset, largest_id, digest = make_dataset(config, ranks, tokenizer)
-    model = make_model(config, len(tokenizer), weights=ranks.is_main)
+    dataset, largest_id, digest = make_dataset(config, mesh, tokenizer)
+    model = make_model(config, len(tokenizer), weights=mesh.is_main)
     vocab_size = model.config.vocab_size
     if largest_id >= vocab_size:
         raise ValueError(
@@ -57,8 +57,8 @@ def make_trainer(config: TrainConfig, ranks: Ranks | None = None) -> Trainer:
         setattr(model.config, name, getattr(tokenizer, name))
         if model.generation_config is not None:
             setattr(model.generation_config, name, getattr(tokenizer, name))
-    check_machine(model, config, ranks.rank.size, ranks.device)
-    return Trainer(model, dataset, config, tokenizer, ranks, digest)
+    check_machine(model, config, mesh.world.size, mesh.device)
+    return Trainer(model, dataset, config, tokenizer, mesh, digest)
 
 
 def describe_run(config: TrainConfig, processes: int = 1) -> str:

@@ -19,13 +19,13 @@ from oncelm.data.layout import find_corpus
 from oncelm.data.prepare import prepare
 from oncelm.data.tokens import TokenFolder, is_token_folder, open_tokens
 from oncelm.train.config import TrainConfig
-from oncelm.train.parallel.ranks import Ranks
+from oncelm.train.parallel.mesh import Mesh
 from oncelm.utils.units import size
 
 logger = logging.getLogger(__name__)
 
 
-def make_dataset(config: TrainConfig, ranks: Ranks, tokenizer: PreTrainedTokenizerBase) -> tuple[TrainData, int, str]:
+def make_dataset(config: TrainConfig, mesh: Mesh, tokenizer: PreTrainedTokenizerBase) -> tuple[TrainData, int, str]:
     """The data that the settings name, the largest token in it, and its checksum."""
     if config.task == "sft":
         read = read_conversations(config.data, tokenizer, config.seq_len)
@@ -37,7 +37,7 @@ def make_dataset(config: TrainConfig, ranks: Ranks, tokenizer: PreTrainedTokeniz
             validation_fraction=config.validation_fraction,
         )
         return conversations, conversations.largest_id, digest_conversations(read)
-    tokens = ranks.main_first(lambda: open_data(config, tokenizer))
+    tokens = mesh.main_first(lambda: open_data(config, tokenizer))
     options: dict[str, Any] = {
         "seed": config.seed,
         "validation": tokens.valid,

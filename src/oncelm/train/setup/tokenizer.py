@@ -12,11 +12,11 @@ from oncelm.data.tokenizers import load_tokenizer
 from oncelm.data.tokens import is_token_folder
 from oncelm.train.claim import claim, run_lock
 from oncelm.train.config import TrainConfig
-from oncelm.train.parallel.ranks import Ranks
+from oncelm.train.parallel.mesh import Mesh
 from oncelm.utils.vocabulary import bpe_size
 
 
-def make_tokenizer(config: TrainConfig, ranks: Ranks | None = None) -> PreTrainedTokenizerBase:
+def make_tokenizer(config: TrainConfig, mesh: Mesh | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer the settings name; one made from the data is kept in `out/tokenizer` to resume with."""
     if config.tokenizer is None and is_token_folder(config.data):
         return load_tokenizer(Path(config.data) / "tokenizer")
@@ -36,7 +36,7 @@ def make_tokenizer(config: TrainConfig, ranks: Ranks | None = None) -> PreTraine
             finally:
                 lock.release()
 
-    make() if ranks is None else ranks.on_main(make)
+    make() if mesh is None else mesh.on_main(make)
     return load_tokenizer(kept)
 
 

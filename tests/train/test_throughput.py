@@ -12,11 +12,11 @@ from transformers import LlamaConfig
 
 from oncelm.models.work import LlamaWork
 from oncelm.models.yoco import YocoConfig
-from oncelm.train.parallel.ranks import Place, Ranks
+from oncelm.train.parallel.mesh import Mesh, MeshDim
+from oncelm.train.throughput import ThroughputMeter, peak_tflops
 from oncelm.train.trainer import Trainer
-from oncelm.train.watch import Watch, peak_tflops
 
-CPU = Ranks(torch.device("cpu"))
+CPU = Mesh(torch.device("cpu"))
 
 
 def test_a_run_logs_them(make_model, dataset, make_config) -> None:
@@ -35,14 +35,14 @@ def test_a_run_logs_them(make_model, dataset, make_config) -> None:
 def test_shares_and_rates(make_config, make_model) -> None:
     config = make_config(seq_len=16, batch_size=2, grad_accumulation=3, peak_tflops=2.0)
     model = make_model()
-    two = Ranks(torch.device("cpu"), rank=Place(0, 2))
-    watch = Watch(model.config, config, two)
+    two = Mesh(torch.device("cpu"), world=MeshDim(0, 2))
+    meter = ThroughputMeter(model.config, config, two)
     for _ in range(2):
-        with watch.step():
-            with watch.waiting():
+        with meter.step():
+            with meter.waiting():
                 time.sleep(0.03)
             time.sleep(0.03)
-    values = watch.take()
+    values = meter.take()
     assert 0.4 < values["data_wait"] < 0.65
     seconds = 2 * 96 / values["tokens_per_second"]
     assert 0.12 <= seconds < 0.5
@@ -54,10 +54,10 @@ def test_shares_and_rates(make_config, make_model) -> None:
 @pytest.mark.parametrize("model_config", [YocoConfig(), LlamaConfig()], ids=lambda config: config.model_type)
 def test_flops_are_left_out_where_they_are_not_known(make_config, model_config) -> None:
     def keys(**options) -> set[str]:
-        watch = Watch(model_config, make_config(**options), CPU)
-        with watch.step():
+        meter = ThroughputMeter(model_config, make_config(**options), CPU)
+        with meter.step():
             pass
-        return set(watch.take())
+        return set(meter.take())
 
     always = {"tokens_per_second", "data_wait", "memory_gib"}
     assert keys() == always | {"tflops"}  # the peak of a CPU is not

@@ -1,4 +1,4 @@
-"""What a run's speed is made of, between two logs: tokens, waiting for data, memory, use of the hardware."""
+"""What a run's speed is made of between two logs: tokens, waiting for data, memory, use of the hardware."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig
 
 from oncelm.models.work import count_work
 from oncelm.train.config import TrainConfig
-from oncelm.train.parallel.ranks import Ranks
+from oncelm.train.parallel.mesh import Mesh
 
 # Dense bfloat16 products of one GPU, in TFLOP/s, as its maker states them; the first name that a GPU's contains.
 PEAK_TFLOPS = {
@@ -21,16 +21,16 @@ PEAK_TFLOPS = {
 }
 
 
-class Watch:
+class ThroughputMeter:
     """Adds up training steps; what happens between them (evaluations, checkpoints) does not count.
 
     Args:
         model_config: FLOPs are known of YOCO and Llama; of others they are left out.
     """
 
-    def __init__(self, model_config: PreTrainedConfig, config: TrainConfig, ranks: Ranks) -> None:
-        self.config, self.device, self.num_ranks = config, ranks.device, ranks.rank.size
-        self.peak = config.peak_tflops or peak_tflops(ranks.device, config.dtype)
+    def __init__(self, model_config: PreTrainedConfig, config: TrainConfig, mesh: Mesh) -> None:
+        self.config, self.device, self.num_ranks = config, mesh.device, mesh.world.size
+        self.peak = config.peak_tflops or peak_tflops(mesh.device, config.dtype)
         work = count_work(model_config, element_size=4)
         # of whole rows: documents that attend to themselves only, and masked targets, take fewer
         counted = work is not None and not config.masks_documents

@@ -25,51 +25,51 @@ _PATIENCE = timedelta(days=1)  # for what one rank does while the others wait: p
 
 
 @dataclass(frozen=True)
-class Place:
-    """Number `index` of `size` along one axis of the mesh."""
+class MeshDim:
+    """A rank's place along one dimension of the mesh: number `index` of `size`."""
 
     index: int
     size: int
 
 
-_ONLY = Place(0, 1)
+_ONLY = MeshDim(0, 1)
 
 
 @dataclass(frozen=True)
-class Ranks:
-    """A rank's view of the run.
+class Mesh:
+    """The device mesh of a run, seen from this rank.
 
     Attributes:
         device: this rank's own.
-        rank: its number, and how many there are.
+        world: this rank among all of them.
         data: which rows of a batch it takes.
-        chunk: which part of each row it takes.
+        context: which part of each row it takes.
         tensor: which part of each layer it computes.
-        mesh: ("shard", "tensor"), shard being data and chunk together; None for a lone rank.
-        chunk_group: the ranks that share this rank's rows, in the order of their chunks.
+        device_mesh: ("shard", "tensor"), shard being data and context together; None for a lone rank.
+        context_group: the ranks that share this rank's rows, in the order of their chunks.
         control: for messages between the ranks' Python code; on the CPU.
         saving: the same, for checkpoints that are written while training goes on.
     """
 
     device: torch.device
-    rank: Place = _ONLY
-    data: Place = _ONLY
-    chunk: Place = _ONLY
-    tensor: Place = _ONLY
-    mesh: DeviceMesh | None = None
-    chunk_group: ProcessGroup | None = None
+    world: MeshDim = _ONLY
+    data: MeshDim = _ONLY
+    context: MeshDim = _ONLY
+    tensor: MeshDim = _ONLY
+    device_mesh: DeviceMesh | None = None
+    context_group: ProcessGroup | None = None
     control: ProcessGroup | None = None
     saving: ProcessGroup | None = None
 
     @property
     def is_main(self) -> bool:
         """The one rank that reports."""
-        return self.rank.index == 0
+        return self.world.index == 0
 
     @property
     def shards(self) -> int:
         """Ranks whose losses and gradients add up to the step's."""
-        return self.data.size * self.chunk.size
+        return self.data.size * self.context.size
 
     def rows(self, count: int) -> slice:
         """This rank's rows of a batch of `count`, a multiple of data.size."""
@@ -78,8 +78,8 @@ class Ranks:
 
     def sum(self, values: Tensor) -> Tensor:
         """The sum over the ranks that see different tokens."""
-        if self.mesh is not None:
-            dist.all_reduce(values, group=self.mesh.get_group("shard"))
+        if self.device_mesh is not None:
+            dist.all_reduce(values, group=self.device_mesh.get_group("shard"))
         return values
 
     def agree(self, stop: bool, export: bool, seconds: float) -> tuple[bool, bool, float]:
@@ -94,7 +94,7 @@ class Ranks:
         """Every rank's `value`, on all of them."""
         if self.control is None:
             return [value]
-        values: list[Any] = [None] * self.rank.size
+        values: list[Any] = [None] * self.world.size
         dist.all_gather_object(values, value, group=self.control)
         return values
 
@@ -132,27 +132,27 @@ def broadcast(value: Any, group: ProcessGroup | None) -> Any:
 
 
 @contextlib.contextmanager
-def join_ranks(device: str, *, tensor: int = 1, chunk: int = 1) -> Iterator[Ranks]:
+def join_mesh(device: str, *, tensor: int = 1, context: int = 1) -> Iterator[Mesh]:
     """Meet the other ranks that torchrun started, if there are any, and part from them at the end.
 
     Args:
         device: "auto", "cpu", "cuda", ...; with several ranks on GPUs, each takes the one of its local number.
         tensor: ranks that split each layer.
-        chunk: ranks that split each sequence. What remains, ranks / (tensor * chunk), splits the rows of a batch.
+        context: ranks that split each sequence. What remains, ranks / (tensor * context), splits the rows of a batch.
 
     Raises:
-        ValueError: the number of ranks is not a multiple of tensor * chunk.
+        ValueError: the number of ranks is not a multiple of tensor * context.
         ConnectionError: another rank was lost.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size % (tensor * chunk):
+    if size % (tensor * context):
         raise ValueError(
-            f"tensor_parallel {tensor} times context_parallel {chunk} must divide the number of processes, {size}; "
-            f"start a multiple of {tensor * chunk} with torchrun --nproc-per-node, or set them lower."
+            f"tensor_parallel {tensor} times context_parallel {context} must divide the number of processes, {size}; "
+            f"start a multiple of {tensor * context} with torchrun --nproc-per-node, or set them lower."
         )
     resolved = resolve_device(None if device == "auto" else device)
     if size == 1:
-        yield Ranks(resolved)
+        yield Mesh(resolved)
         return
     if resolved.type == "cuda":
         local, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
@@ -164,29 +164,29 @@ def join_ranks(device: str, *, tensor: int = 1, chunk: int = 1) -> Iterator[Rank
         torch.cuda.set_device(resolved)
     with _naming_lost_ranks():
         dist.init_process_group("cpu:gloo,cuda:nccl" if resolved.type == "cuda" else "gloo")
-        yield _meet(resolved, size, tensor, chunk)
+        yield _meet(resolved, size, tensor, context)
         # not after an error: it may wait for ranks that are gone, and the process is about to end
         dist.destroy_process_group()
 
 
-def _meet(device: torch.device, size: int, tensor: int, chunk: int) -> Ranks:
+def _meet(device: torch.device, size: int, tensor: int, context: int) -> Mesh:
     rank = dist.get_rank()
     if rank:
         logging.getLogger("oncelm").setLevel(logging.ERROR)  # the first rank warns for all
     shards = size // tensor
     mesh = init_device_mesh(device.type, (shards, tensor), mesh_dim_names=("shard", "tensor"))
     sequence = init_device_mesh(
-        device.type, (shards // chunk, chunk, tensor), mesh_dim_names=("data", "chunk", "tensor")
+        device.type, (shards // context, context, tensor), mesh_dim_names=("data", "context", "tensor")
     )
-    data_index, chunk_index, tensor_index = sequence.get_coordinate() or ()
-    return Ranks(
+    data_index, context_index, tensor_index = sequence.get_coordinate() or ()
+    return Mesh(
         device,
-        Place(rank, size),
-        Place(data_index, shards // chunk),
-        Place(chunk_index, chunk),
-        Place(tensor_index, tensor),
+        MeshDim(rank, size),
+        MeshDim(data_index, shards // context),
+        MeshDim(context_index, context),
+        MeshDim(tensor_index, tensor),
         mesh,
-        sequence.get_group("chunk"),
+        sequence.get_group("context"),
         dist.new_group(backend="gloo", timeout=_PATIENCE),
         dist.new_group(backend="gloo", timeout=_PATIENCE),
     )
