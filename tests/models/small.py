@@ -14,6 +14,11 @@ KINDS: dict[str, dict[str, Any]] = {
     "retention": {},
     "window": {"self_decoder": "sliding_window", "window_size": 7, "num_self_key_value_heads": 1},
     "delta": {"self_decoder": "gated_delta"},
+    "full": {"self_decoder": "full_attention", "num_self_key_value_heads": 1},
+    "hybrid": {
+        "layer_types": ["gated_retention", "sliding_window", "full_attention", "cross_attention"],
+        "window_size": 5,
+    },
     "unstacked": {"layout": "unstacked"},
     "interleaved": {"layout": "interleaved"},
     "window-interleaved": {"layout": "interleaved", "self_decoder": "sliding_window", "window_size": 5},
@@ -29,12 +34,12 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 def make_model(kind: str, **changes: Any) -> YocoForCausalLM:
+    halves = {} if "layer_types" in KINDS[kind] else {"num_self_decoder_layers": 2, "num_cross_decoder_layers": 2}
     settings = {
         "vocab_size": VOCAB,
         "hidden_size": 32,
         "intermediate_size": 48,
-        "num_self_decoder_layers": 2,
-        "num_cross_decoder_layers": 2,
+        **halves,
         "num_self_heads": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,

@@ -17,7 +17,7 @@ from oncelm.models import work
 from oncelm.models.longllama import work as long_work
 from oncelm.models.work import Work
 from oncelm.models.yoco import work as yoco_work
-from oncelm.models.yoco.mixers import sliding_window
+from oncelm.models.yoco.mixers import full_attention, sliding_window
 from oncelm.models.yoco.presets import preset_config
 from tests.bench.conftest import tiny_llama, tiny_yoco
 from tests.models.small import make_long
@@ -27,6 +27,8 @@ SHAPES = [
     {},
     {"self_decoder": "sliding_window", "window_size": 30, "num_self_heads": 4, "num_self_key_value_heads": 1},
     {"self_decoder": "gated_delta", "num_self_heads": 4},
+    {"self_decoder": "full_attention", "num_self_heads": 4, "num_self_key_value_heads": 2},
+    {"layer_types": ["sliding_window", "full_attention", "cross_attention"], "window_size": 30, "num_self_heads": 4},
     {"layout": "interleaved"},
     {"layout": "unstacked", "tie_word_embeddings": True},
     {"num_cross_decoder_layers": 0},
@@ -46,7 +48,7 @@ def counted(run: Callable[[], object]) -> tuple[int, int]:
 @pytest.fixture
 def every_pair(monkeypatch: pytest.MonkeyPatch) -> None:
     """The math kernel computes the masked pairs too; count as it does."""
-    for module in (work, yoco_work, long_work, sliding_window):
+    for module in (work, yoco_work, long_work, sliding_window, full_attention):
         monkeypatch.setattr(module, "causal_pairs", lambda T, window=None: T * T)
 
 
@@ -60,7 +62,7 @@ def test_yoco_prefill_and_training(shape, every_pair):
     train = counted(lambda: yoco.model.train()(ids, labels=ids).loss.backward()), yoco.work.train(B, T)
     for (linear, mixing), expected in (prefill, train):
         assert linear == expected.linear
-        if config.self_decoder != "sliding_window" and config.num_self_decoder_layers:
+        if {"gated_retention", "gated_delta"} & {*config.self_layer_types}:
             assert mixing > expected.mixing  # the chunkwise form does more than the recurrent one, which is counted
         else:
             assert mixing == expected.mixing

@@ -15,6 +15,7 @@ from oncelm.models.inputs import NOTHING
 from oncelm.models.load import set_execution
 from oncelm.models.session import Session, open_session
 from oncelm.models.work import WorkCounts
+from oncelm.models.yoco.config import changed
 from oncelm.models.yoco.mixers import find_mixer
 from oncelm.ops.quantize import LARGEST
 
@@ -103,7 +104,7 @@ class OwnTarget(Target):
         }
 
     def shape(self) -> dict[str, Any]:
-        return {key: getattr(self.model.config, key) for key in self.model.config.own_keys()}
+        return {key: getattr(self.model.config, key) for key in self.model.config.stated_keys()}
 
     def full(self, ids: torch.Tensor) -> torch.Tensor:
         gemm = self.settings["gemm"] if self.settings["gemm"] in self.model.gemms else None
@@ -143,17 +144,15 @@ def default_config(
     a key/value head. 32,000 is LLaMA's vocabulary: at this width a larger one would weigh more than all layers.
     """
     heads = hidden_size // 64
-    return YocoConfig(
-        **{
-            "vocab_size": 32000,
-            "hidden_size": hidden_size,
-            "intermediate_size": 3 * hidden_size,
-            "num_self_decoder_layers": num_layers - num_layers // 2,
-            "num_cross_decoder_layers": num_layers // 2,
-            "self_decoder": self_decoder,
-            "num_self_heads": max(1, hidden_size // find_mixer(self_decoder).usual_head_dim),
-            "num_attention_heads": heads,
-            "num_key_value_heads": max(1, heads // 2),
-            **changes,
-        }
-    )
+    shape = {
+        "vocab_size": 32000,
+        "hidden_size": hidden_size,
+        "intermediate_size": 3 * hidden_size,
+        "num_self_decoder_layers": num_layers - num_layers // 2,
+        "num_cross_decoder_layers": num_layers // 2,
+        "self_decoder": self_decoder,
+        "num_self_heads": max(1, hidden_size // find_mixer(self_decoder).usual_head_dim),
+        "num_attention_heads": heads,
+        "num_key_value_heads": max(1, heads // 2),
+    }
+    return YocoConfig(**changed(shape, changes))

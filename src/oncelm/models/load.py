@@ -28,6 +28,7 @@ from oncelm.models.own_config import Dtype
 from oncelm.models.registry import FAMILIES, family, model_class
 from oncelm.models.sharded import is_sharded_folder, read_shards
 from oncelm.models.size import check_fits, check_stored
+from oncelm.models.yoco.config import YocoConfig, changed
 from oncelm.models.yoco.official import is_official_folder, read_official, read_params, unsafe_pickle
 from oncelm.models.yoco.presets import PRESETS
 from oncelm.utils.checksums import check_folder, is_checkpoint
@@ -148,7 +149,7 @@ def read_config(path: str | os.PathLike[str], **overrides: Any) -> PreTrainedCon
         if not overrides:
             return config
         check_overrides(path, config.model_type, overrides)
-        return type(config)(**{key: getattr(config, key) for key in config.own_keys()} | overrides)
+        return YocoConfig(**changed({key: getattr(config, key) for key in config.stated_keys()}, overrides))
     settings = _check_folder(path)
     with errors_in_one_line(path), quiet_transformers():
         check_all(settings, OF_ANY_MODEL)

@@ -103,6 +103,15 @@ class OwnConfig(PreTrainedConfig):
         """
         raise NotImplementedError
 
+    def stated_keys(self) -> list[str]:
+        """Those of them that say what the model is, without what follows from others."""
+        return self.own_keys()
+
+    @classmethod
+    def completed(cls, settings: dict[str, Any]) -> dict[str, Any]:
+        """The given keys, and what follows from them instead of a default."""
+        return settings
+
     def _refuse_unknown(self, keys: Mapping[str, Any]) -> None:
         for key in keys:
             if key not in TRANSFORMERS_KEYS | self.older_keys:
@@ -155,7 +164,7 @@ def checked(cls: Any) -> Any:
     @functools.wraps(make)
     def make_checked(self: Any, **kwargs: Any) -> None:
         try:
-            make(self, **kwargs)
+            make(self, **cls.completed(kwargs))
         except (StrictDataclassError, KeyError) as error:  # transformers' own checks, of rope_parameters among others
             raise ValueError(f"{cls.__name__}: {' '.join(str(error).split())}") from error
 

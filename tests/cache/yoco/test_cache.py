@@ -14,7 +14,7 @@ import oncelm.cache.disk as disk
 from oncelm.cache import load_snapshot, save_snapshot
 from tests.models.small import VOCAB, make_model
 
-MODELS = {kind: make_model(kind) for kind in ("retention", "window", "interleaved", "retention-only")}
+MODELS = {kind: make_model(kind) for kind in ("retention", "window", "interleaved", "retention-only", "hybrid")}
 kinds = pytest.mark.parametrize("kind", MODELS)
 
 

@@ -12,13 +12,15 @@ from tests.train.ranks import run_ranks
 
 RETENTION = {"self_decoder": "gated_retention"}
 WINDOW = {"self_decoder": "sliding_window", "window_size": 5}
+FULL = {"self_decoder": "full_attention"}
+HYBRID = {"layer_types": ["gated_retention", "full_attention", "cross_attention", "cross_attention"]}
 both = pytest.mark.parametrize("options", [RETENTION, WINDOW], ids=["retention", "window"])
 
 
 def check(size: int, tokens, labels, options: dict, cu_seqlens=None, checkpoint: bool = False) -> None:
     expected_loss, expected = one_rank(tokens, labels, options, cu_seqlens=cu_seqlens)
     # the log decay is float32 in any model: sums of it differ in their last bits
-    rounding = 1e-6 if options["self_decoder"] == "gated_retention" else 1e-11
+    rounding = 1e-6 if options.get("self_decoder", "gated_retention") == "gated_retention" else 1e-11
     for loss, found in run_ranks(size, in_chunks, tokens, labels, options, cu_seqlens, checkpoint):
         assert loss == pytest.approx(expected_loss, rel=rounding)
         assert found.keys() == expected.keys()
@@ -58,6 +60,12 @@ def test_chunks_without_any_target(options: dict) -> None:
 def test_packed_sequences_that_begin_and_end_anywhere(options: dict, borders: list[int]) -> None:
     tokens = make_tokens(1, borders[-1])
     check(4, tokens, tokens, options, torch.tensor(borders, dtype=torch.int32))
+
+
+@pytest.mark.parametrize("options", [FULL, HYBRID], ids=["full", "hybrid"])
+def test_full_attention_in_packed_sequences(options: dict) -> None:
+    tokens = make_tokens(1, 24)
+    check(2, tokens, tokens, options, torch.tensor([0, 5, 16, 24], dtype=torch.int32))
 
 
 @both

@@ -10,6 +10,12 @@ from tests.train.ranks import run_ranks
 
 RETENTION = {"self_decoder": "gated_retention"}
 WINDOW = {"self_decoder": "sliding_window", "window_size": 5, "num_self_key_value_heads": 2}
+HYBRID = {
+    "layer_types": ["sliding_window", "full_attention", "gated_retention", "cross_attention"],
+    "num_self_decoder_layers": 3,
+    "num_cross_decoder_layers": 1,
+    "num_self_key_value_heads": 2,
+}
 both = pytest.mark.parametrize("options", [RETENTION, WINDOW], ids=["retention", "window"])
 
 
@@ -35,6 +41,10 @@ def test_data(options: dict, tied: bool) -> None:
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_tensor(options: dict, tied: bool) -> None:
     check(2, options | {"tie_word_embeddings": tied}, tensor=2)
+
+
+def test_tensor_of_three_mixers() -> None:
+    check(2, HYBRID, tensor=2)
 
 
 @pytest.mark.slow

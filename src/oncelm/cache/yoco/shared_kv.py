@@ -173,6 +173,8 @@ class FreshShared:
         ends = [start + length if length else 0 for start, length in zip(batch.starts, batch.lengths, strict=True)]
         device = self.k.device
         index = None
+        if tuple(ends) == self.batch.lengths and self.batch.cu_seqlens is not None:
+            return None, self.batch.cu_seqlens, max(ends)
         if tuple(ends) != self.batch.lengths:
             firsts = accumulate(self.batch.lengths[:-1], initial=0)
             parts = [torch.arange(first, first + end) for first, end in zip(firsts, ends, strict=True)]

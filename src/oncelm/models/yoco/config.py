@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 from huggingface_hub.dataclasses import strict
 
 from oncelm.models.own_config import OwnConfig, checked
-from oncelm.models.yoco.mixers.registry import kinds_of, mixer_names
+from oncelm.models.yoco.mixers.registry import CROSS_ATTENTION, kinds_of, mixer_names
 from oncelm.ops.rope import PAIRINGS, SPACINGS
 from oncelm.utils.constraints import POSITIVE, Constraint, Count, Each, Number, OneOf, Positive, Whole
-from oncelm.utils.errors import unknown
+from oncelm.utils.errors import shown, unknown
 
 if TYPE_CHECKING:
     from oncelm.models.work import WorkCounts
@@ -23,13 +24,31 @@ Heads = Annotated[int, Whole(1, 2**16)]
 Token = Annotated[int, Whole(0)]
 
 
+@dataclass(frozen=True)
 class MixerName(Constraint):
-    """The name of a mixer, of OnceLM or registered from outside."""
+    """The name of a mixer, of OnceLM or registered from outside; `others` are allowed too."""
+
+    others: tuple[str, ...] = ()
+    optional: bool = False
 
     def check(self, name: str, value: Any) -> str:
-        if not isinstance(value, str) or value not in mixer_names():
-            raise unknown(name, value, mixer_names())
+        allowed = (*mixer_names(), *self.others)
+        if not isinstance(value, str) or value not in allowed:
+            raise unknown(name, value, allowed)
         return value
+
+    def describe(self) -> str:
+        return "the name of a mixer"
+
+
+LAYER_TYPES = Each(MixerName((CROSS_ATTENTION,)), optional=True)
+
+
+def changed(settings: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Keys of a YocoConfig with changes, among which `layer_types` takes the place of all that says the same."""
+    said = ("num_self_decoder_layers", "num_cross_decoder_layers", "self_decoder", "layout")
+    kept = {key: value for key, value in settings.items() if key not in said or changes.get("layer_types") is None}
+    return {**kept, **changes}
 
 
 @checked
@@ -43,7 +62,11 @@ class YocoConfig(OwnConfig):
         intermediate_size: width of the feed-forward layers.
         num_self_decoder_layers, num_cross_decoder_layers: layers of each half; either may be 0 (a model without a
             cross-decoder is a plain gRetNet or sliding-window Transformer).
-        self_decoder: the mixer of the self-decoder's layers, "gated_retention", "sliding_window" or a registered one.
+        self_decoder: the mixer of all layers of the self-decoder: "gated_retention", "sliding_window",
+            "full_attention" or a registered one; None where they have several.
+        layer_types: the mixer of each layer, in the order of computation, "cross_attention" for those of the
+            cross-decoder: of a model whose self-decoder has several mixers, and the only thing to say of its layers.
+            None means what the other keys say, and becomes that list.
         num_self_heads: heads of a self-decoder layer.
         num_self_key_value_heads: key/value heads of a sliding-window layer; None means num_self_heads.
         num_attention_heads: query heads of a cross-decoder layer.
@@ -76,7 +99,8 @@ class YocoConfig(OwnConfig):
     intermediate_size: Width = 2304
     num_self_decoder_layers: Layers = 6
     num_cross_decoder_layers: Layers = 6
-    self_decoder: Annotated[str, MixerName()] = "gated_retention"
+    self_decoder: Annotated[str | None, MixerName()] = "gated_retention"
+    layer_types: Annotated[list[str] | None, LAYER_TYPES] = None
     num_self_heads: Heads = 3
     num_self_key_value_heads: Heads | None = None
     num_attention_heads: Heads = 12
@@ -104,9 +128,59 @@ class YocoConfig(OwnConfig):
         if self.num_self_key_value_heads is None:
             self.num_self_key_value_heads = self.num_self_heads
         super().__post_init__(**kwargs)
+        self._check_halves()
+        if self.layer_types is None and self.self_decoder is not None:
+            names = {"self": self.self_decoder, "cross": CROSS_ATTENTION}
+            self.layer_types = [names[half] for half, _ in self.layer_order]
         self._check()
 
-    def _check(self) -> None:
+    @classmethod
+    def completed(cls, settings: dict[str, Any]) -> dict[str, Any]:
+        """`layer_types` says how many layers the halves have, of which mixers and in which order."""
+        types = LAYER_TYPES("layer_types", settings.get("layer_types"))
+        if types is None:
+            return settings
+        own = [name for name in types if name != CROSS_ATTENTION]
+        crosses = [CROSS_ATTENTION] * (len(types) - len(own))
+        in_turn = [name for pair in zip(own, crosses, strict=False) for name in pair]
+        if types not in (own + crosses, in_turn):
+            raise ValueError(
+                "layer_types must name the layers of the self-decoder first, then those of the cross-decoder "
+                f"({CROSS_ATTENTION}), or one of each in turn, got {shown(types)}."
+            )
+        implied: dict[str, Any] = {"num_self_decoder_layers": len(own), "num_cross_decoder_layers": len(crosses)}
+        if own:
+            implied["self_decoder"] = own[0] if len(set(own)) == 1 else None
+        if types != own + crosses:
+            implied["layout"] = "interleaved"
+        for key, value in implied.items():
+            if settings.get(key, value) != value:
+                raise ValueError(f"layer_types says {key}={value!r}, got {shown(settings[key])}: leave {key} out.")
+        return {**settings, **implied}
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As for every configuration of OnceLM; `layer_types` given beside the dict takes the place of what it says."""
+        own = {key: kwargs.pop(key) for key in cls.own_keys() if key in kwargs}
+        return super().from_dict(changed(config_dict, own), **kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in Hugging Face, without a `layer_types` that follows from the other keys."""
+        says_nothing = {"layer_types"} - set(self.stated_keys())
+        return {key: value for key, value in super().to_dict().items() if key not in says_nothing}
+
+    def stated_keys(self) -> list[str]:
+        """The keys that say what the model is. Of those that came after the first saved caches, which their
+        fingerprints lack, only what does not go without saying."""
+        silent = {"layer_types"} if self.self_decoder is not None else set()
+        if self.conv_size == type(self).conv_size:
+            silent.add("conv_size")
+        return [key for key in self.own_keys() if key not in silent]
+
+    def validate_layer_type(self) -> None:
+        """transformers knows none of these types; they are checked where they are set."""
+
+    def _check_halves(self) -> None:
         if self.num_hidden_layers == 0:
             raise ValueError("a model needs a layer: num_self_decoder_layers and num_cross_decoder_layers are both 0.")
         if self.num_self_decoder_layers == 0 and self.layout != "stacked":
@@ -116,6 +190,10 @@ class YocoConfig(OwnConfig):
                 "layout 'interleaved' alternates self and cross layers and needs as many of each, got "
                 f"{self.num_self_decoder_layers} and {self.num_cross_decoder_layers}."
             )
+
+    def _check(self) -> None:
+        if self.layer_types is None:
+            raise ValueError("name the mixer of all layers with self_decoder, or of each with layer_types.")
         for heads in ("num_self_heads", "num_attention_heads"):
             if self.hidden_size % getattr(self, heads) or (self.hidden_size // getattr(self, heads)) % 2:
                 raise ValueError(
@@ -128,13 +206,19 @@ class YocoConfig(OwnConfig):
         ):
             if getattr(self, heads) % getattr(self, kv):
                 raise ValueError(f"{heads} {getattr(self, heads)} is not a multiple of {kv} {getattr(self, kv)}.")
-        for mixer in kinds_of(self):
-            mixer.check(self)
+        kinds = list(kinds_of(self))
+        grouped = self.num_self_key_value_heads != self.num_self_heads
+        if grouped and kinds and not any(mixer.groups_heads for mixer in kinds):
+            raise ValueError(
+                f"{self.self_layer_types[0]} has one key/value head a query head: leave num_self_key_value_heads out."
+            )
 
     @property
     def self_layer_types(self) -> list[str]:
         """The mixer of each layer of the self-decoder."""
-        return [self.self_decoder] * self.num_self_decoder_layers
+        if self.self_decoder is not None:
+            return [self.self_decoder] * self.num_self_decoder_layers
+        return [name for name in self.layer_types or () if name != CROSS_ATTENTION]
 
     @property
     def num_hidden_layers(self) -> int:

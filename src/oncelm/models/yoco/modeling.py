@@ -40,8 +40,8 @@ class YocoModel(Execution, BaseModel):
     config: YocoConfig
     base_model_prefix = ""
     cache_keys = (
-        "self_decoder", "num_self_decoder_layers", "hidden_size", "num_self_heads", "self_kv_heads", "window_size",
-        "num_cross_decoder_layers", "num_attention_heads", "shared_kv_heads",
+        "self_decoder", "num_self_decoder_layers", "num_cross_decoder_layers", "layer_types", "hidden_size",
+        "num_self_heads", "self_kv_heads", "window_size", "num_attention_heads", "shared_kv_heads",
     )  # fmt: skip
     title = "YOCO"
     kv_dtypes = ("bfloat16", "float8", "int8")
@@ -115,7 +115,7 @@ class YocoModel(Execution, BaseModel):
 
     def fingerprint(self) -> str:
         """A short hash of the configuration and of a sample of every parameter: whose cache a file is."""
-        return fingerprint(self, YocoConfig.own_keys())
+        return fingerprint(self, self.config.stated_keys())
 
     @classmethod
     def layers_in_words(cls, config: YocoConfig) -> list[tuple[str, str]]:

@@ -160,6 +160,8 @@ def fixed_keys(config: YocoConfig) -> dict[str, Any]:
 def write_official(model: YocoForCausalLM, path: str | os.PathLike[str]) -> None:
     """Save a model as an official folder; ValueError where the official code has no such model."""
     config = model.config
+    if config.self_decoder is None:
+        raise ValueError(f"the official format has one mixer in all layers; this model has {config.self_layer_types}.")
     of_mixer = find_mixer(config.self_decoder).official_params(config)
     for key, value in fixed_keys(config).items():
         if getattr(config, key) != value:

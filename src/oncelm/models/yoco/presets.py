@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from oncelm.models.yoco.config import YocoConfig
+from oncelm.models.yoco.config import YocoConfig, changed
 from oncelm.utils.errors import unknown
 
 
@@ -64,4 +64,4 @@ def preset_config(name: str, **overrides: Any) -> YocoConfig:
     """
     if name not in PRESETS:
         raise unknown("preset", name, PRESETS)
-    return YocoConfig(**{**PRESETS[name], **overrides})
+    return YocoConfig(**changed(PRESETS[name], overrides))

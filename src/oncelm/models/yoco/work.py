@@ -91,10 +91,8 @@ class YocoWork:
     def decode(self, B: int, S: int) -> Work:
         """Each cross-decoder layer reads (S + 1) c numbers; a self-decoder layer what its mixer keeps."""
         c, d = self.config, self.config.hidden_size
-        own, moved = (
-            sum(mixer.step(S) for mixer in self.mixers),
-            sum(mixer.moved(S, self.element_size) for mixer in self.mixers),
-        )
+        sizes = self.element_size, self.shared_element_size or self.element_size
+        own, moved = sum(mixer.step(S) for mixer in self.mixers), sum(mixer.moved(S, *sizes) for mixer in self.mixers)
         cross = c.num_cross_decoder_layers * (S + 1)
         return Work(
             linear=2 * B * self.weights,

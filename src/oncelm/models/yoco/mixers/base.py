@@ -45,13 +45,14 @@ class MixerWork(NamedTuple):
         numbers: of its matrices.
         mixing: FLOPs of mixing T tokens from the start.
         step: FLOPs of mixing one token behind S others.
-        moved: bytes of its cache that this token reads and writes, given S and the bytes of a number.
+        moved: bytes of its cache that this token reads and writes, given S and the bytes of a number, as they are
+            and in keys and values of all tokens.
     """
 
     numbers: int
     mixing: Callable[[int], float]
     step: Callable[[int], float]
-    moved: Callable[[int, int], float]
+    moved: Callable[[int, float, float], float]
 
 
 class Heads(NamedTuple):
@@ -78,12 +79,14 @@ class Mixer(nn.Module):
             be out_proj(swiglu(gate, rms_norm(o))), without one out_proj(o).
         float8_layers: linear layers that `set_gemm("float8")` rounds, out_proj among them; `before` must multiply
             through `project`.
+        groups_heads: it can have fewer key/value heads than query heads (`num_self_key_value_heads`).
         in_cuda_graphs: nothing that a decode step does waits for the device.
         usual_head_dim: of a model whose number of heads nobody chose.
     """
 
     projections: ClassVar[Mapping[str, str] | None] = None
     float8_layers: ClassVar[tuple[str, ...]] = ()
+    groups_heads: ClassVar[bool] = False
     in_cuda_graphs: ClassVar[bool] = False
     usual_head_dim: ClassVar[int] = 64
 
@@ -154,10 +157,6 @@ class Mixer(nn.Module):
         raise ValueError(f"{cls.__name__} does not know how to mix a sequence that is split over ranks.")
 
     # -- what its class is asked ----------------------------------------------------------------------------------
-
-    @classmethod
-    def check(cls, config: YocoConfig) -> None:
-        """ValueError for a configuration that it cannot be made of."""
 
     @classmethod
     def describe(cls, config: YocoConfig) -> str:

@@ -91,11 +91,6 @@ class GatedDelta(Mixer):
         }
 
     @classmethod
-    def check(cls, config: YocoConfig) -> None:
-        if config.num_self_key_value_heads != config.num_self_heads:
-            raise ValueError("gated delta has one key/value head a query head: leave num_self_key_value_heads out.")
-
-    @classmethod
     def describe(cls, config: YocoConfig) -> str:
         heads = f"{config.num_self_heads} heads of {config.self_head_dim}"
         return f"gated delta rule, {heads}, convolution of {config.conv_size} tokens"
@@ -109,7 +104,7 @@ class GatedDelta(Mixer):
             numbers=5 * d * d + 2 * d * config.num_self_heads,
             mixing=lambda T: token * T,
             step=lambda S: token,
-            moved=lambda S, element_size: 2 * 4 * (d * D + 3 * d * (W - 1)),
+            moved=lambda S, *element_sizes: 2 * 4 * (d * D + 3 * d * (W - 1)),
         )
 
     @classmethod

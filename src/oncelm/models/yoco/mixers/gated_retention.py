@@ -71,11 +71,6 @@ class GatedRetention(Mixer):
         return ChunkRetention(group)
 
     @classmethod
-    def check(cls, config: YocoConfig) -> None:
-        if config.num_self_key_value_heads != config.num_self_heads:
-            raise ValueError("gated retention has one key/value head a query head: leave num_self_key_value_heads out.")
-
-    @classmethod
     def describe(cls, config: YocoConfig) -> str:
         return f"gated retention, {config.num_self_heads} heads of {config.self_head_dim}"
 
@@ -87,7 +82,7 @@ class GatedRetention(Mixer):
             numbers=5 * d * d + d * config.num_self_heads,
             mixing=lambda T: 4 * d * D * T,
             step=lambda S: 4 * d * D,
-            moved=lambda S, element_size: 2 * 4 * d * D,
+            moved=lambda S, *element_sizes: 2 * 4 * d * D,
         )
 
     @classmethod

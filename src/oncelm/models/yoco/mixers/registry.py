@@ -18,7 +18,7 @@ Class = TypeVar("Class", bound="type[Mixer]")
 
 CROSS_ATTENTION = "cross_attention"  # what a layer of the cross-decoder is called among them
 # each in a file of that name, imported when it is asked for
-BUILT_IN = ("gated_retention", "sliding_window", "gated_delta")
+BUILT_IN = ("gated_retention", "sliding_window", "full_attention", "gated_delta")
 MIXERS: dict[str, type[Mixer]] = {}
 
 
