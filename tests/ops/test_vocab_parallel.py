@@ -6,10 +6,10 @@ import os
 
 import pytest
 import torch
+from oncelm.train.parallel.ranks import join_ranks
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from oncelm.ops import linear_cross_entropy, vocab_parallel, vocab_parallel_cross_entropy
-from oncelm.train.parallel.ranks import join_ranks
 from tests.train.ranks import run_ranks
 
 
