@@ -6,17 +6,17 @@ import os
 
 import pytest
 import torch
-from oncelm.train.parallel.ranks import join_ranks
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from oncelm.ops import linear_cross_entropy, vocab_parallel, vocab_parallel_cross_entropy
+from oncelm.train.parallel.mesh import join_mesh
 from tests.train.ranks import run_ranks
 
 
 def split_vocabulary(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor):
     """The loss of a weight split by rows, and both gradients in full."""
-    with join_ranks("cpu", tensor=int(os.environ["WORLD_SIZE"])) as ranks:
-        sharded = distribute_tensor(weight, ranks.mesh["tensor"], [Shard(0)]).requires_grad_()
+    with join_mesh("cpu", tensor=int(os.environ["WORLD_SIZE"])) as mesh:
+        sharded = distribute_tensor(weight, mesh.device_mesh["tensor"], [Shard(0)]).requires_grad_()
         hidden.requires_grad_()
         loss = vocab_parallel_cross_entropy(hidden, sharded, targets)
         (2 * loss).backward()
