@@ -406,7 +406,7 @@ def test_longllama_options(long, llama, yoco, generate, capsys) -> None:
         (long, ["--kv-dtype", "float8"], "--kv-dtype float8 is for YOCO's global cache only"),
         (llama, ["--mem-layers", "0", "--kv-dtype", "float8"], "--kv-dtype float8 is for YOCO's global cache only"),
         (llama, ["--mem-layers", "99"], "mem_layers must be layers of the model"),
-        (yoco, ["--mem-layers", "1"], "for LLaMA-family models"),
+        (yoco, ["--mem-layers", "1"], "mem_layers is a key of LongLLaMA models"),
     ):
         assert main(["generate", "--model", str(model), "--prompt", TEXT, *arguments]) == 2
         error = capsys.readouterr().err

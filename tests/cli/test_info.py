@@ -238,7 +238,7 @@ def test_a_llama_folder_as_a_longllama(info, tmp_path, capsys) -> None:
         ([str(tmp_path), "--mem-layers", "one"], "as in 8,16,24; got 'one'"),
         (
             ["yoco-tiny", "--mem-layers", "1"],
-            "yoco-tiny is a model of type oncelm_yoco; mem_layers are for LLaMA",
+            "yoco-tiny is a model of type oncelm_yoco; mem_layers is a key of LongLLaMA models",
         ),
         (["--mem-layers", "1"], "--mem-layers goes with a MODEL"),
     ):

@@ -386,10 +386,10 @@ def test_memory_layers_are_the_checkpoints(tmp_path) -> None:
 
 def test_overrides_are_for_llamas(tmp_path) -> None:
     make_llama().save_pretrained(tmp_path / "llama")
-    with pytest.raises(ValueError, match="is a plain LLaMA; name the layers"):
+    with pytest.raises(ValueError, match=r"mem_dtype cannot be changed\. With mem_layers it is read as a LongLLaMA"):
         oncelm.load(tmp_path / "llama", mem_dtype="float32")
     make_model("retention").save_pretrained(tmp_path / "yoco")
-    with pytest.raises(ValueError, match="model of type oncelm_yoco; mem_layers are for LLaMA-family models"):
+    with pytest.raises(ValueError, match="model of type oncelm_yoco; mem_layers is a key of LongLLaMA models"):
         oncelm.load(tmp_path / "yoco", mem_layers=[1])
     config = json.loads((tmp_path / "llama" / "config.json").read_text()) | {"some_other_key": 3}
     (tmp_path / "llama" / "config.json").write_text(json.dumps(config))

@@ -73,7 +73,7 @@ def test_presets() -> None:
     assert build("yoco-tiny", "cpu", compile=True, vocab_size=60).compiles_layers
     with pytest.raises(ValueError, match="did you mean 'hidden_size'"):
         describe("yoco-tiny", hiden_size=8)
-    with pytest.raises(ValueError, match="gemm is an option of YocoForCausalLM; llama-tiny is a LlamaForCausalLM"):
+    with pytest.raises(ValueError, match="gemm is an option of YOCO models; llama-tiny is a LlamaForCausalLM"):
         build("llama-tiny", "cpu", gemm="float8", vocab_size=60)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -28,6 +30,7 @@ class Family:
         gemms: names that `set_gemm` takes.
         has_official_format: it can be written in the format of the paper's own code.
         result_keys: keys of the configuration on which results depend, beside the weights and their sizes.
+        adopts: model types of transformers whose folders it reads too, each with the key that has to be given for that.
     """
 
     title = ""
@@ -41,6 +44,7 @@ class Family:
     gemms: tuple[str, ...] = ()
     has_official_format = False
     result_keys: tuple[str, ...] = ()
+    adopts: Mapping[str | None, str] = MappingProxyType({})
 
     @classmethod
     def layers_in_words(cls, config: PreTrainedConfig) -> list[tuple[str, str]]:

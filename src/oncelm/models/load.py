@@ -6,13 +6,12 @@ import contextlib
 import logging
 import os
 import pickle
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import (
-    CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
@@ -23,8 +22,8 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from oncelm.models.generation_keys import check_generation, check_generation_file
-from oncelm.models.longllama.config import LongLlamaConfig, check_llama_keys, llama_settings
-from oncelm.models.own_config import Dtype
+from oncelm.models.longllama.config import check_llama_keys
+from oncelm.models.own_config import Dtype, OwnConfig
 from oncelm.models.registry import FAMILIES, family, model_class
 from oncelm.models.sharded import is_sharded_folder, read_shards
 from oncelm.models.size import check_fits, check_stored
@@ -72,7 +71,7 @@ def load(
         verify: compare every file of the folder with its checksum first (OnceLM writes them with every model). None
             does so for a training run's checkpoint, which is as it was written or of no use.
         config: what `read_config(path, **overrides)` gave, which is then not read again.
-        overrides: keys to change in the configuration of a YOCO or LongLLaMA, such as rope_theta. With
+        overrides: keys to change in the configuration of OnceLM's own models, such as rope_theta. With
             `mem_layers=[...]` any LLaMA-family model is loaded as a LongLLaMA with memory in these layers.
 
     Raises:
@@ -107,8 +106,8 @@ def set_execution(
     able = family(model.config)
     for option, value, has in (("compile", compile, "can_compile"), ("gemm", gemm, "gemms")):
         if value and not getattr(able, has):
-            those = [kind.__name__ for kind in map(model_class, FAMILIES) if getattr(kind, has)]
-            raise ValueError(f"{option} is an option of {' and '.join(those)}; {name} is a {type(model).__name__}.")
+            those = " and ".join(kind.title for kind in map(model_class, FAMILIES) if getattr(kind, has))
+            raise ValueError(f"{option} is an option of {those} models; {name} is a {type(model).__name__}.")
     if able.gemms:
         model.set_gemm(gemm)
     if able.can_compile:
@@ -148,40 +147,39 @@ def read_config(path: str | os.PathLike[str], **overrides: Any) -> PreTrainedCon
         config = read_params(path)
         if not overrides:
             return config
-        check_overrides(path, config.model_type, overrides)
+        own_config_class(path, config.model_type, overrides)
         return YocoConfig(**changed({key: getattr(config, key) for key in config.stated_keys()}, overrides))
     settings = _check_folder(path)
     with errors_in_one_line(path), quiet_transformers():
         check_all(settings, OF_ANY_MODEL)
-        model_type = settings.get("model_type")
-        if model_type == LlamaConfig.model_type:
+        if settings.get("model_type") == LlamaConfig.model_type:
             check_llama_keys(settings)
-        if not overrides and model_type not in FAMILIES:
+        if not overrides and settings.get("model_type") not in FAMILIES:
             return AutoConfig.from_pretrained(path, trust_remote_code=False)
-        if not settings:  # a hub id
-            settings = PreTrainedConfig.get_config_dict(path)[0]
-            model_type = settings.get("model_type")
-        check_overrides(path, model_type, overrides)
-        if model_type == LlamaConfig.model_type:
-            settings, model_type = llama_settings(settings), LongLlamaConfig.model_type
-        return CONFIG_MAPPING[model_type].from_dict(settings, name_or_path=str(path), **overrides)
+        settings = settings or PreTrainedConfig.get_config_dict(path)[0]  # of a hub id
+        config_class = own_config_class(path, settings.get("model_type"), overrides)
+        return config_class.from_dict(settings, name_or_path=str(path), **overrides)
 
 
-def check_overrides(path: str | os.PathLike[str], model_type: str | None, overrides: Mapping[str, Any]) -> None:
-    """ValueError for keys that a model of this type does not have, or that are not taken for it."""
-    if not overrides:
-        return
-    if model_type == LlamaConfig.model_type:
-        if "mem_layers" not in overrides:
-            raise ValueError(f"{path} is a plain LLaMA; name the layers that get memory with mem_layers=[...].")
-        model_type = LongLlamaConfig.model_type
-    elif "mem_layers" in overrides and model_type != LongLlamaConfig.model_type:
-        raise ValueError(f"{path} is a model of type {model_type}; mem_layers are for LLaMA-family models.")
-    if model_type not in FAMILIES:
-        raise ValueError(f"{path} is a model of type {model_type}; only OnceLM's own take {', '.join(overrides)}.")
-    config_class = model_class(model_type).config_class
-    for key in overrides:
+def own_config_class(path: str | os.PathLike[str], model_type: str | None, keys: Iterable[str]) -> type[OwnConfig]:
+    """The class that reads the configuration of a model of this type with these keys changed: its own family's, or that
+    of a family that adopts it; ValueError where there is none, or it has no such key."""
+    families = [model_class(name) for name in FAMILIES]
+    adopters = [one for one in families if model_type in one.adopts]
+    takers = [one for one in families if model_type == one.config_class.model_type]
+    takers += [one for one in adopters if one.adopts[model_type] in keys]
+    if not takers:
+        hint = "".join(f" With {one.adopts[model_type]} it is read as a {one.title}." for one in adopters)
+        raise ValueError(f"{path} is a model of type {model_type}, in which {', '.join(keys)} cannot be changed.{hint}")
+    config_class = takers[0].config_class
+    for key in keys:
+        others = [one.title for one in families if key in one.config_class.own_keys()]
+        if key not in config_class.own_keys() and others:
+            raise ValueError(
+                f"{path} is a model of type {model_type}; {key} is a key of {' and '.join(others)} models."
+            )
         check_choice(f"{config_class.__name__} key", key, config_class.own_keys())
+    return config_class
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from oncelm.models.gguf import is_gguf, read_gguf, read_gguf_config
 from oncelm.models.llama import LLAMA_PRESETS, llama_preset_config
-from oncelm.models.load import check_overrides, load, quiet_transformers, read_config, set_execution
+from oncelm.models.load import load, own_config_class, quiet_transformers, read_config, set_execution
 from oncelm.models.size import check_fits, empty_model
 from oncelm.models.yoco.config import YocoConfig
 from oncelm.models.yoco.presets import PRESETS, preset_config
@@ -141,5 +141,5 @@ def fresh(
 def _preset_config(name: str, overrides: dict[str, Any]) -> PreTrainedConfig:
     if name in LLAMA_PRESETS:
         return llama_preset_config(name, **overrides)
-    check_overrides(name, YocoConfig.model_type, overrides)
+    own_config_class(name, YocoConfig.model_type, overrides)  # a key of another family is told as such
     return preset_config(name, **overrides)

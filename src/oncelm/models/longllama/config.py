@@ -186,7 +186,9 @@ class LongLlamaConfig(OwnConfig, LlamaConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As for every configuration of OnceLM; mem_layers must be the checkpoint's."""
+        """As for every configuration of OnceLM, and of a plain LLaMA; mem_layers must be the checkpoint's."""
+        if config_dict.get("model_type") == LlamaConfig.model_type:
+            config_dict = llama_settings(config_dict)
         check_mem_layers(config_dict.get("mem_layers"), kwargs.get("mem_layers"))
         return super().from_dict(config_dict, **kwargs)
 

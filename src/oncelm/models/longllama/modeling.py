@@ -62,6 +62,7 @@ class LongLlamaModel(CompilesLayers, BaseModel):
     reads_by_windows = True
     result_keys = ("last_context_length", "mem_dtype")
     family_heads = ("lm_head", "score")
+    adopts = {"llama": "mem_layers"}  # noqa: RUF012
     own_arguments = (
         "last_context_length", "memory", "cross_batch_range", "cross_batch_stepping", "dataset_packing",
     )  # fmt: skip
