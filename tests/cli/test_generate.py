@@ -103,7 +103,7 @@ def test_a_narrower_cache(kv_dtype, yoco, llama, generate, tmp_path, capsys) -> 
         message = f"--kv-dtype {other} does not fit {file}, whose keys and values are "
         assert_refused(capsys, ["--model", str(yoco), *loaded, "--kv-dtype", other], message)
     assert_refused(
-        capsys, ["--model", str(llama), "--prompt", "a", *narrow], "--kv-dtype need a YOCO or LongLLaMA model"
+        capsys, ["--model", str(llama), "--prompt", "a", *narrow], "--kv-dtype is for YOCO and LongLLaMA models"
     )
 
 
@@ -403,8 +403,12 @@ def test_longllama_options(long, llama, yoco, generate, capsys) -> None:
         (long, ["--memory", "cpus"], "did you mean 'cpu'"),
         (long, ["--mem-layers", "0"], "are not the checkpoint's"),
         (llama, ["--memory", "cpu"], "with --mem-layers a LLaMA-family model becomes one"),
-        (long, ["--kv-dtype", "float8"], "--kv-dtype float8 is for YOCO's global cache only"),
-        (llama, ["--mem-layers", "0", "--kv-dtype", "float8"], "--kv-dtype float8 is for YOCO's global cache only"),
+        (long, ["--kv-dtype", "float8"], "--kv-dtype float8 is not for LongLLaMA models: auto, bfloat16 or int8"),
+        (
+            llama,
+            ["--mem-layers", "0", "--kv-dtype", "float8"],
+            "--kv-dtype float8 is not for LongLLaMA models: auto, bfloat16 or int8",
+        ),
         (llama, ["--mem-layers", "99"], "mem_layers must be layers of the model"),
         (yoco, ["--mem-layers", "1"], "mem_layers is a key of LongLLaMA models"),
     ):

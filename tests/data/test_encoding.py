@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import string
 
 import pytest
@@ -11,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 
 from oncelm.data import encoding
-from oncelm.data.encoding import Encoder
+from oncelm.data.encoding import Encoder, encode_prompt, marks_around
 from oncelm.data.tokenizers import train_bpe
 
 TEXT = (
@@ -149,3 +150,23 @@ def test_tokenizers_of_python_alone_work_too(byte_tokenizer) -> None:
     assert list(encoder.encode(["ab"])[0]) == [97, 98]
     assert encoder.vocab_size == 128
     assert encoder.fingerprint() != Encoder(byte_tokenizer).fingerprint()
+
+
+@pytest.mark.parametrize("special_tokens", [None, False, True])
+@pytest.mark.parametrize("name", ["bytes", "sentencepiece", "its own"])
+def test_a_long_prompt_is_what_the_tokenizer_makes_of_it(short_pieces, byte_tokenizer, name, special_tokens) -> None:
+    """Marks around it and special tokens in it too, which no cut divides."""
+    if name == "sentencepiece":
+        tokenizer = sentencepiece_like("first")
+    else:
+        tokenizer = copy.deepcopy(byte_tokenizer)
+        tokenizer.split_special_tokens = name != "its own"
+        tokenizer.add_bos_token = tokenizer.add_eos_token = True
+        assert marks_around(tokenizer) == ([tokenizer.bos_token_id], [tokenizer.eos_token_id])
+    text = (TEXT + "</s> and </s>") * 30
+    options = {} if special_tokens is None else {"split_special_tokens": not special_tokens}
+    for is_start in (True, False):
+        expected = tokenizer(text, add_special_tokens=is_start, **options).input_ids
+        assert encode_prompt(tokenizer, text, special_tokens, is_start) == expected
+    ends = expected.count(tokenizer.eos_token_id)
+    assert ends == (60 if special_tokens or (special_tokens is None and name != "bytes") else 0)

@@ -104,6 +104,18 @@ class SequenceCache(Cache):
         """Mark that layers are about to change; until the end is marked too, a failure leaves the cache unusable."""
         self._running = True
 
+    # -- undoing the last forward passes (speculative and assisted decoding) ---------------------------------------
+
+    def record(self, on: bool = True) -> None:
+        """Remember what `crop` needs to undo the next forward passes; nothing, where tokens are what is kept."""
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Undo the last `abs(tokens_to_remove)` tokens of every sequence (Hugging Face passes them negative)."""
+        raise NotImplementedError
+
+    def activate_past_recording(self) -> None:
+        self.record()
+
     # -- batch rows -----------------------------------------------------------------------------------------------
 
     def select(self, rows: Sequence[int] | torch.Tensor) -> None:

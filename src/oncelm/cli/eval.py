@@ -8,7 +8,7 @@ from pathlib import Path
 from types import UnionType
 from typing import TYPE_CHECKING, Any, get_args
 
-from oncelm.cli.options import add_options, check_memory_options, find_tokenizer, model_keys
+from oncelm.cli.options import add_options, find_tokenizer, model_keys, session_options
 from oncelm.cli.output import print_tables
 from oncelm.utils.place import check_place
 
@@ -213,15 +213,13 @@ def load_model(args: argparse.Namespace) -> LanguageModel:
 
     keys = model_keys(args)
     config = describe(args.model, **keys)
-    check_memory_options(config, args)
+    options = session_options(config, args)
     tokenizer = find_tokenizer(args.model, args.tokenizer)
     if is_preset(args.model):
         print(f"oncelm: warning: {args.model} is a preset: its weights are random.", file=sys.stderr)
         config = describe(args.model, vocab_size=len(tokenizer), **keys)
     model = build(args.model, args.device, args.dtype, compile=args.compile, config=config, **keys)
-    cache_options = {} if args.memory is None else {"memory": args.memory}
-    read_options = {} if args.last_context_length is None else {"last_context_length": args.last_context_length}
-    return LanguageModel(model, tokenizer, _model_name(args.model), cache_options, read_options)
+    return LanguageModel(model, tokenizer, _model_name(args.model), **options)
 
 
 def _model_name(model: str) -> str:

@@ -6,19 +6,18 @@ import argparse
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from oncelm.cli.options import add_options, check_memory_options, find_tokenizer, model_keys
+from oncelm.cli.options import add_options, find_tokenizer, kv_dtype, model_keys, session_options
 from oncelm.utils.place import check_place
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList
 
-    from oncelm.cache import YocoCache
-    from oncelm.cache.base import Snapshot
-    from oncelm.cache.longllama.cache import LongLlamaCache
+    from oncelm.cache import Snapshot
     from oncelm.cli.printer import Printer
+    from oncelm.models.session import Session
 
 DESCRIPTION = """\
 Read a prompt and write its continuation to standard output, token by token.
@@ -98,33 +97,24 @@ def run(args: argparse.Namespace) -> int:
     from oncelm.cli.sampling import keep_what_fits
     from oncelm.models.load import load, quiet_transformers, read_config
     from oncelm.models.registry import family
-    from oncelm.utils.device import resolve_kv_dtype
 
-    kv_dtype = resolve_kv_dtype(args.kv_dtype)
     config = read_config(args.model, **model_keys(args))  # what is wrong with it shows before anything large is read
-    check_memory_options(config, args)
-    if family(config).reads_by_windows and args.prefill_chunk_size is not None:
-        raise ValueError("--prefill-chunk-size is not for LongLLaMA models: they read window by window.")
-    if kv_dtype is not None and config.model_type == "longllama":  # its cache grows in memory, and nowhere else
-        if args.kv_dtype == "float8":
-            raise ValueError(
-                "--kv-dtype float8 is for YOCO's global cache only; a LongLLaMA's memory takes auto, bfloat16 or int8."
-            )
-        config.mem_dtype, kv_dtype = str(kv_dtype).removeprefix("torch."), None
+    options, able = session_options(config, args), family(config)
+    if able.reads_by_windows and args.prefill_chunk_size is not None:
+        raise ValueError(f"--prefill-chunk-size is not for {able.title} models: they read window by window.")
+    if (dtype := kv_dtype(config, args)) is not None:
+        options["cache_options"]["dtype"] = dtype
+    if not able.has_own_cache and (args.save_cache or args.load_cache):
+        raise ValueError(
+            f"--save-cache and --load-cache need a YOCO or LongLLaMA model; {args.model} is a model of type "
+            f"{config.model_type}."
+        )
     tokenizer = find_tokenizer(args.model, args.tokenizer)
     model = load(args.model, args.device, args.dtype, config=config)
     ids = encode(text, tokenizer, model, args.special_tokens, is_start=args.load_cache is None)
     stops = keep_what_fits(model, tokenizer)
     with quiet_transformers():
-        if hasattr(model, "prefill"):
-            read_and_write(model, tokenizer, ids, args, kv_dtype, stops)
-        elif args.save_cache or args.load_cache or kv_dtype is not None:
-            kind = type(model).__name__
-            raise ValueError(
-                f"--save-cache, --load-cache and --kv-dtype need a YOCO or LongLLaMA model; {args.model} is a {kind}."
-            )
-        else:
-            write_only(model, tokenizer, ids, args, stops)
+        read_and_write(model, tokenizer, ids, args, options, stops)
     return 0
 
 
@@ -174,16 +164,12 @@ def utf8(content: bytes, name: str) -> str:
 def encode(
     text: str, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, special_tokens: bool | None, is_start: bool
 ) -> torch.Tensor:
-    """The prompt's ids [1, T] on the model's device.
-
-    Args:
-        special_tokens: whether what spells a special token becomes one; None means as the tokenizer does it.
-        is_start: whether the text begins here: some tokenizers put a mark before it.
-    """
+    """The prompt's ids [1, T] on the model's device; the rest as in `encode_prompt`."""
     import torch
 
-    options = {} if special_tokens is None else {"split_special_tokens": not special_tokens}
-    ids = tokenizer(text, add_special_tokens=is_start, verbose=False, **options).input_ids
+    from oncelm.data.encoding import encode_prompt
+
+    ids = encode_prompt(tokenizer, text, special_tokens, is_start)
     if not text or not ids:
         raise ValueError("the prompt is empty; give at least one character.")
     vocab_size = model.config.get_text_config().vocab_size
@@ -197,7 +183,9 @@ def encode(
 
 def warn_if_long(model: PreTrainedModel, tokens: int) -> None:
     """A longer prompt than the model was trained on works, but not always well; memory layers have no such limit."""
-    if getattr(model.config, "mem_layers", None):
+    from oncelm.models.registry import family
+
+    if family(model.config).reads_by_windows:
         return
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit is not None and tokens > limit:
@@ -216,128 +204,89 @@ def read_and_write(
     tokenizer: PreTrainedTokenizerBase,
     ids: torch.Tensor,
     args: argparse.Namespace,
-    kv_dtype: torch.dtype | None,
+    options: dict[str, dict[str, Any]],
     stops: StoppingCriteriaList,
 ) -> None:
-    """Prefill a cache with all but the prompt's last token, then generate from there."""
-    import torch
+    """Read all but the prompt's last token into a cache, then write on from there.
 
+    A model of transformers reads its prompt as it writes: not every cache of theirs can be gone on with.
+    """
     from oncelm.cache import load_snapshot
     from oncelm.cli.printer import Printer
     from oncelm.cli.sampling import sampling
+    from oncelm.models.registry import family
+    from oncelm.models.session import open_session
 
+    has_own_cache = family(model.config).has_own_cache
     kept = load_snapshot(args.load_cache, model.fingerprint(), model.device) if args.load_cache else None
     earlier = kept.columns if kept is not None else 0
     total = earlier + ids.shape[1]
     warn_if_long(model, total)
-    own = {} if args.memory is None else {"memory": args.memory}
     if kept is not None:
-        kv_dtype = dtype_of(kept, model, args)
-    cache = model.new_cache(1, total + args.max_new_tokens, kv_dtype, **own)
+        options["cache_options"]["dtype"] = dtype_of(kept, options["cache_options"].get("dtype"), args)
+    session = open_session(model, 1, total + args.max_new_tokens, args.prefill_chunk_size, **options)
     if kept is not None:
-        cache.restore(kept)
+        session.open().restore(kept)
         del kept
-
-    seconds = prefill(model, ids[:, :-1], cache, args)
+    seconds = read(session, ids[:, :-1]) if has_own_cache else 0.0
     if args.save_cache:
-        save_document(model, ids[:, -1:], cache, args.save_cache)
+        save_document(session, ids[:, -1:], args.save_cache)
     printer = Printer(tokenizer, ids[0].tolist())
     if args.max_new_tokens:
-        # a mask longer than the ids tells generate that the cache holds what came before them
-        mask = torch.ones(1, total, dtype=torch.long, device=ids.device)
-        held = ids if not earlier else ids[:, -1:]
-        model.generate(
-            held,
-            attention_mask=mask,
-            past_key_values=cache,
-            generation_config=sampling(args),
+        chunks = {} if has_own_cache else {"prefill_chunk_size": args.prefill_chunk_size}
+        session.generate(
+            ids[:, -1:] if earlier else ids,
+            generation_config=sampling(args, return_dict_in_generate=True, **chunks),
             stopping_criteria=stops,
             streamer=printer,
         )
-    summarize(ids.shape[1], earlier, seconds, printer, cache.nbytes())
+    summarize(ids.shape[1], earlier, seconds, printer, session.nbytes())
 
 
-def dtype_of(kept: Snapshot, model: PreTrainedModel, args: argparse.Namespace) -> torch.dtype | None:
-    """What a cache that goes on from `kept` stores: the same, unless --kv-dtype names another kind of float.
-
-    Of a LongLLaMA it is its memory's, which the configuration names; None then.
-    """
+def dtype_of(kept: Snapshot, asked: torch.dtype | None, args: argparse.Namespace) -> torch.dtype | None:
+    """What a cache that goes on from `kept` stores: the same, unless --kv-dtype names another kind of float."""
     from oncelm.ops.quantize import LARGEST
-    from oncelm.utils.device import resolve_kv_dtype
 
-    asked, there = resolve_kv_dtype(args.kv_dtype), kept.kv_dtype
+    there = kept.kv_dtype
     if asked is not None and there is not None and asked != there and {asked, there} & {*LARGEST}:
         name = str(there).removeprefix("torch.")
         raise ValueError(
             f"--kv-dtype {args.kv_dtype} does not fit {args.load_cache}, whose keys and values are {name}; "
             "leave it out."
         )
-    if model.config.model_type != "longllama":
-        return asked or there
-    if asked is None and there is not None:
-        model.config.mem_dtype = str(there).removeprefix("torch.")
-    return None
+    return asked or there
 
 
-def prefill(
-    model: PreTrainedModel, ids: torch.Tensor, cache: YocoCache | LongLlamaCache, args: argparse.Namespace
-) -> float:
-    """Read ids [1, T] (T may be 0) into the cache; returns the seconds it took. A long read shows its progress."""
+def read(session: Session, ids: torch.Tensor) -> float:
+    """Read ids [1, T] (T may be 0); returns the seconds it took. A long read shows its progress."""
     from tqdm import tqdm
 
-    tokens = ids.shape[1]
-    if tokens == 0:
+    if not ids.shape[1]:
         return 0.0
-    option = "last_context_length" if model.config.model_type == "longllama" else "prefill_chunk_size"
-    own = {option.removeprefix("prefill_"): getattr(args, option)}
-    start = time.perf_counter()
-    with tqdm(total=tokens, desc="reading", unit=" tokens", unit_scale=True, delay=1, disable=None) as bar:
-        model.prefill(ids, cache, **own, progress=lambda done: bar.update(done - bar.n))
+    start, first = time.perf_counter(), session.num_tokens
+    with tqdm(total=ids.shape[1], desc="reading", unit=" tokens", unit_scale=True, delay=1, disable=None) as bar:
+        session.read(ids, lambda done: bar.update(done - first - bar.n))
     return time.perf_counter() - start
 
 
-def save_document(model: PreTrainedModel, last: torch.Tensor, cache: YocoCache | LongLlamaCache, file: str) -> None:
-    """Write the cache with the prompt's last token [1, 1] in it to `file`, and leave `cache` without that token."""
-    from oncelm.cache import YocoCache, save_snapshot
+def save_document(session: Session, last: torch.Tensor, file: str) -> None:
+    """Write what was read, with the prompt's last token [1, 1], to `file`; the session stays without that token."""
+    from oncelm.cache import save_snapshot
     from oncelm.utils.units import size
 
-    before = cache.snapshot(shared=False) if isinstance(cache, YocoCache) else None
-    model.prefill(last, cache)
-    save_snapshot(cache.snapshot(), file, model.fingerprint())
+    cache = session.open()
+    cache.record()
+    session.read(last)
+    save_snapshot(cache.snapshot(), file, session.model.fingerprint())
     print(f"saved        {cache.num_tokens:,} tokens in {file}, {size(Path(file).stat().st_size)}", file=sys.stderr)
-    if before is None:
-        cache.crop(1)
-    else:
-        cache.restore(before)
-
-
-def write_only(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    ids: torch.Tensor,
-    args: argparse.Namespace,
-    stops: StoppingCriteriaList,
-) -> None:
-    """The same with a model that transformers prefills by itself."""
-    from oncelm.cli.printer import Printer
-    from oncelm.cli.sampling import sampling
-
-    warn_if_long(model, ids.shape[1])
-    printer = Printer(tokenizer, ids[0].tolist())
-    cache_bytes = None
-    if args.max_new_tokens:
-        options = sampling(args, prefill_chunk_size=args.prefill_chunk_size, return_dict_in_generate=True)
-        output = model.generate(ids, generation_config=options, stopping_criteria=stops, streamer=printer)
-        layers = getattr(output.past_key_values, "layers", ())
-        held = [getattr(layer, name, None) for layer in layers for name in ("keys", "values")]
-        cache_bytes = sum(tensor.nbytes for tensor in held if tensor is not None)
-    summarize(ids.shape[1], 0, 0.0, printer, cache_bytes)
+    cache.crop(1)
+    cache.record(False)
 
 
 # -- output -----------------------------------------------------------------------------------------------------------
 
 
-def summarize(tokens: int, earlier: int, prefill_seconds: float, printer: Printer, cache_bytes: int | None) -> None:
+def summarize(tokens: int, earlier: int, prefill_seconds: float, printer: Printer, cache_bytes: int) -> None:
     """Print what was measured."""
     from oncelm.utils.units import size
 
@@ -352,7 +301,7 @@ def summarize(tokens: int, earlier: int, prefill_seconds: float, printer: Printe
         rows["decode"] = f"{len(times):,} tokens"
     if len(times) > 1:
         rows["decode"] += f", {(len(times) - 1) / (times[-1] - times[0]):,.1f} tokens/s"
-    if cache_bytes is not None:
+    if cache_bytes:
         rows["cache"] = size(cache_bytes)
     for name, value in rows.items():
         print(f"{name:<12} {value}", file=sys.stderr)

@@ -49,21 +49,27 @@ def model_keys(args: argparse.Namespace) -> dict[str, Any]:
     return {} if args.mem_layers is None else {"mem_layers": args.mem_layers}
 
 
-def check_memory_options(config: PreTrainedConfig, args: argparse.Namespace) -> None:
-    """Refuse options that a model of this configuration does not take."""
+def session_options(config: PreTrainedConfig, args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """What the command line says of caches and of reading, as `open_session` takes it; ValueError for what a model of
+    this configuration does not take."""
     from oncelm.models.registry import family
 
     able = family(config)
-    for name, taken in (("memory", able.cache_options), ("last_context_length", able.read_options)):
-        if getattr(args, name) is not None and name not in taken:
+    options: dict[str, dict[str, Any]] = {"cache_options": {}, "read_options": {}}
+    for name, kind in (("memory", "cache_options"), ("last_context_length", "read_options")):
+        if (value := getattr(args, name)) is None:
+            continue
+        if name not in getattr(able, kind):
             raise ValueError(
                 f"--{name.replace('_', '-')} is for LongLLaMA models, {args.model} is a model of type "
                 f"{config.model_type}; with --mem-layers a LLaMA-family model becomes one."
             )
+        options[kind][name] = value
     given = args.last_context_length
     if given is not None and not 1 <= given <= config.max_position_embeddings:
         window = config.max_position_embeddings
         raise ValueError(f"--last-context-length must be from 1 to the model's window of {window}, got {given}.")
+    return options
 
 
 def kv_dtype(config: PreTrainedConfig, args: argparse.Namespace) -> torch.dtype | None:

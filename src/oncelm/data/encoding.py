@@ -15,7 +15,7 @@ import logging
 import re
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+from itertools import chain, islice
 from typing import TYPE_CHECKING
 
 from tokenizers import Tokenizer
@@ -41,19 +41,21 @@ _CLOSE = 64  # characters in which a forced cut is tried, too
 
 
 class Encoder:
-    """A tokenizer as a function from texts to ids, without special tokens; text that spells one stays text.
+    """A tokenizer as a function from texts to ids, without special tokens around them.
+
+    Text that spells a special token stays text; with `special_tokens` it becomes that token.
 
     Many threads may call it at once: the Rust library works outside of Python's lock.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, special_tokens: bool = False) -> None:
+        self.tokenizer, self.special_tokens = tokenizer, special_tokens
         backend = getattr(tokenizer, "backend_tokenizer", None)
         self._backend = Tokenizer.from_str(backend.to_str()) if isinstance(backend, Tokenizer) else None
         if self._backend is not None:
             self._backend.no_truncation()
             self._backend.no_padding()
-            self._backend.encode_special_tokens = True
+            self._backend.encode_special_tokens = not special_tokens
         vocabulary = tokenizer.get_vocab()
         self.vocab_size = max(vocabulary.values()) + 1  # ids are below it
         self._anchor = self.encode([_ANCHOR])[0]
@@ -64,8 +66,10 @@ class Encoder:
         if self._backend is not None:
             encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
             return [array("I", encoding.ids) for encoding in encodings]
-        options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
-        return [array("I", ids) for ids in self.tokenizer(list(texts), **options)["input_ids"]]
+        options = {"split_special_tokens": not self.special_tokens, "verbose": False}
+        return [
+            array("I", ids) for ids in self.tokenizer(list(texts), add_special_tokens=False, **options)["input_ids"]
+        ]
 
     def encode_long(self, parts: Iterable[str]) -> Iterator[array[int]]:
         """The ids of one text that comes in parts: together, those of the whole text at once (but see above)."""
@@ -139,3 +143,27 @@ class Encoder:
         whole, first, second = self.encode([left + right, left, _ANCHOR + right])
         anchor = len(self._anchor)
         return second[:anchor] == self._anchor and whole == first + second[anchor:]
+
+
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase, text: str, special_tokens: bool | None = None, is_start: bool = True
+) -> list[int]:
+    """The ids that `tokenizer(text)` gives, of a long text in pieces.
+
+    Args:
+        special_tokens: whether what spells a special token becomes that token; None means as the tokenizer does it.
+        is_start: whether the text begins here: some tokenizers put a mark before it.
+    """
+    split = tokenizer.split_special_tokens if special_tokens is None else not special_tokens
+    if len(text) < LONG_TEXT:
+        return tokenizer(text, add_special_tokens=is_start, split_special_tokens=split, verbose=False).input_ids
+    before, after = marks_around(tokenizer) if is_start else ([], [])
+    pieces = Encoder(tokenizer, special_tokens=not split).encode_long([text])
+    return [*before, *chain.from_iterable(pieces), *after]
+
+
+def marks_around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """The ids that a tokenizer puts before a text (`<s>`), and behind it."""
+    whole, plain = tokenizer("a").input_ids, tokenizer("a", add_special_tokens=False).input_ids
+    first = next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), 0)
+    return whole[:first], whole[first + len(plain) :]

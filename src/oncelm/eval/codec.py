@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from oncelm.data.encoding import Encoder
+from oncelm.data.encoding import Encoder, marks_around
 
 
 class Codec:
@@ -20,9 +20,7 @@ class Codec:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, vocab_size: int | None = None) -> None:
         self.tokenizer, self.vocab_size = tokenizer, vocab_size
         self._encoder = Encoder(tokenizer)
-        whole, plain = tokenizer("a").input_ids, tokenizer("a", add_special_tokens=False).input_ids
-        first = next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), 0)
-        self.prefix = self._ids(whole[:first])
+        self.prefix = self._ids(marks_around(tokenizer)[0])
 
     def encode(self, text: str) -> np.ndarray:
         """The ids of a text, without special tokens, int32 [T]; text that spells one stays text."""

@@ -7,10 +7,15 @@ import pytest
 pytest.importorskip("lm_eval")
 pytest.importorskip("peft")
 
+import numpy as np
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
+from oncelm import load_tokenizer
+from oncelm.eval import LanguageModel
 from oncelm.eval.harness.adapter import OnceLM
+from oncelm.eval.harness.scoring import score_requests
+from oncelm.eval.harness.tree import Request
 
 PAIRS = [
     ("Question: where?\nAnswer:", " here"),
@@ -54,6 +59,27 @@ def test_generation(both) -> None:
     both[1].batch_size_per_gpu = 1  # in a batch, HFLM writes on behind an end of text until all have come to theirs
     ours, theirs = (lm.generate_until(instances("generate_until", asked), disable_tqdm=True) for lm in both)
     assert ours == theirs
+
+
+@pytest.mark.parametrize("keeps_text", [True, False])
+def test_what_a_chat_template_writes_is_read_as_tokens(language_models, keeps_text) -> None:
+    """Also by OnceLM's own tokenizers, which keep a typed </s> text."""
+    model, tokenizer = language_models("retention"), load_tokenizer("bytes")
+    tokenizer.split_special_tokens = keeps_text
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}Answer:"
+    lm = OnceLM(LanguageModel(model.model, tokenizer, "chat"), max_length=200)
+    end = tokenizer.eos_token_id
+    assert (end in lm.tok_encode("a</s>b")) is not keeps_text
+    chat = lm.apply_chat_template([{"role": "user", "content": "hi"}, {"role": "user", "content": "you"}])
+    ids = lm.tok_encode(chat)
+    assert ids == tokenizer(chat, split_special_tokens=False).input_ids
+    assert ids.count(end) == 2
+    context, continuation = lm._encode_pair(chat, " yes")
+    assert (context, tokenizer.decode(continuation)) == (ids, " yes")
+    asked = [(chat, " yes"), (chat, " no")]
+    found = lm.loglikelihood(instances("loglikelihood", asked), disable_tqdm=True)
+    requests = [Request(*(np.array(part, np.int32) for part in lm._encode_pair(*pair))) for pair in asked]
+    assert found == score_requests(lm.model, lm.session, requests)
 
 
 def test_refusals(language_models) -> None:

@@ -198,6 +198,3 @@ class LongLlamaCache(SequenceCache):
             layer.keep_rows(index, self.remembered, self.local)
         self.remembered = tuple(self.remembered[row] for row in rows)
         self.local = tuple(self.local[row] for row in rows)
-
-    def activate_past_recording(self) -> None:
-        """Nothing to record: the local cache can be cropped as it is."""

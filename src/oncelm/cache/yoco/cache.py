@@ -231,6 +231,3 @@ class YocoCache(SequenceCache):
             self._set_lengths(kept.ends, self.columns - back)
         self._forget_history()
         self._running = False
-
-    def activate_past_recording(self) -> None:
-        self.record()

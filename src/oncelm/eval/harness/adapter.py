@@ -57,6 +57,8 @@ class OnceLM(TemplateLM):
         self.tokenizer: Any = model.codec.tokenizer
         self.max_length = max_length or model.longest or UNBOUNDED
         self._encoded: dict[str, list[int]] = {}
+        # what a chat template writes, </s> among it, is meant as tokens, also where the tokenizer keeps typed ones text
+        self._reading: dict[str, bool] = {}
 
     @classmethod
     def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> Self:
@@ -93,12 +95,13 @@ class OnceLM(TemplateLM):
         return self.tokenizer.name_or_path.replace("/", "__")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        options = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
-        if add_special_tokens is None:
-            if string in self._encoded:
-                return self._encoded[string]
-            if self._brings_prefix(string):
-                options["add_special_tokens"] = False
+        options = dict(self._reading)
+        if add_special_tokens is not None:
+            options["add_special_tokens"] = add_special_tokens
+        elif string in self._encoded:
+            return self._encoded[string]
+        elif self._brings_prefix(string):
+            options["add_special_tokens"] = False
         return self.tokenizer.encode(string, **options)
 
     def _brings_prefix(self, text: str) -> bool:
@@ -107,6 +110,7 @@ class OnceLM(TemplateLM):
         return has_prefix and has_bos_prefix(text, self.tokenizer.decode(self.prefix_token_id))
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        self._reading = {"split_special_tokens": False}
         return self.tokenizer.apply_chat_template(
             chat_history,
             tokenize=False,
@@ -121,7 +125,7 @@ class OnceLM(TemplateLM):
         texts = dict.fromkeys(text for before, after in pairs for text in (before.rstrip(), before + after))
         plain = [text for text in texts if not self._brings_prefix(text)]
         # all at once, which the tokenizer does on all cores, instead of one by one as they are asked for
-        self._encoded = dict(zip(plain, self.tokenizer(plain).input_ids, strict=True)) if plain else {}
+        self._encoded = dict(zip(plain, self.tokenizer(plain, **self._reading).input_ids, strict=True)) if plain else {}
         try:
             return super().loglikelihood(requests, disable_tqdm)
         finally:

@@ -89,6 +89,26 @@ class Session(ABC):
     def nbytes(self) -> int:
         """Bytes of the cache, as it is."""
 
+    def open(self) -> Any:
+        """The cache, made now where that can be done before anything is read."""
+        return self.cache
+
+    def generate(self, ids: torch.Tensor, **options: Any) -> Any:
+        """Hugging Face's `generate` from here, as the last call of a session: what it returns.
+
+        Args:
+            ids: [N, T] the texts or their ends, of which the session has read all but the last token, or nothing.
+            options: for `generate`.
+        """
+        cache = self.open()
+        if cache is not None:
+            # a mask longer than the ids tells generate that the cache holds what came before them
+            mask = ids.new_ones(len(ids), max(self.num_tokens + 1, ids.shape[1]))
+            options |= {"past_key_values": cache, "attention_mask": mask}
+        output = self.model.generate(ids, **options)
+        self.cache = getattr(output, "past_key_values", cache)
+        return output
+
     def free(self) -> None:
         """Forget the texts, and give their memory back."""
         self.cache = None

@@ -91,7 +91,6 @@ class CacheSession(Session):
         return 0 if self.cache is None else self.cache.nbytes()
 
     def open(self) -> Any:
-        """The cache, made now if there was none."""
         if self.cache is None:
             self.cache = self.model.new_cache(self.rows, self.room, **self.cache_options)
         return self.cache
