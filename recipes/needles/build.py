@@ -40,8 +40,8 @@ from rows import Rows
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from oncelm.data.checksums import file_checksum
 from oncelm.data.encoding import Encoder
+from oncelm.data.sealed import file_checksum
 from oncelm.data.shards import (
     FORMAT,
     MANIFEST,

@@ -6,6 +6,8 @@ import gzip
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -192,8 +194,10 @@ def test_who_comes_second_uses_the_tokenizer_that_was_made_meanwhile(corpus, tmp
     """The other process is done between the look whether there is one and this one's turn."""
     kept = tmp_path / "tokens" / "bpe-300"
 
-    def made_by_another(folder: Path) -> None:
+    @contextmanager
+    def turn_behind_another(folder: Path) -> Iterator[None]:
         load_tokenizer("bytes").save_pretrained(kept)
+        yield
 
-    monkeypatch.setattr("oncelm.data.bpe.make_place", made_by_another)
+    monkeypatch.setattr("oncelm.data.bpe.turn", turn_behind_another)
     assert len(corpus_tokenizer("bpe:300", find_corpus(corpus), tmp_path / "tokens")) == 260

@@ -65,7 +65,7 @@ def test_a_whole_folder(folder, capsys) -> None:
 
 def test_damage_is_named_and_prepare_makes_it_again(folder, capsys, monkeypatch) -> None:
     before = {file: file.read_bytes() for file in files_in(folder)}
-    monkeypatch.setattr("oncelm.data.prepare.CHECKED_AT_START", 0)  # as of a large folder
+    monkeypatch.setattr("oncelm.data.units.CHECKED_AT_START", 0)  # as of a large folder
     for file in before:
         flip(file, 11)
         assert main(["data", "check", str(folder)]) == 1

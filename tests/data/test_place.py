@@ -8,7 +8,7 @@ import pytest
 
 from oncelm.cli import main
 from oncelm.data.layout import find_corpus
-from oncelm.data.place import default_folder, make_place, turn
+from oncelm.data.place import default_folder, turn
 
 
 def read_only(folder: Path) -> None:
@@ -37,15 +37,13 @@ def test_text_in_a_folder_that_cannot_be_written_to(
 
 def test_a_lock_of_somebody_else_is_no_place(public_folder, permissions) -> None:
     folder = public_folder / "tokens"
-    make_place(folder)
     with turn(folder):
         pass
     folder.chmod(0o777)
     (folder / ".lock").chmod(0o444)
-    with permissions():
-        make_place(folder)
-        with pytest.raises(OSError, match=r"no place for tokens: .*tokens: Permission denied; name one"), turn(folder):
-            pass
+    message = r"no place for tokens: .*tokens: Permission denied; name one"
+    with permissions(), pytest.raises(OSError, match=message), turn(folder):
+        pass
 
 
 def test_tokens_are_hidden_beside_their_text(public_folder) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from filelock import FileLock
 
-from oncelm.data import encoding, prepare, reading, writer
+from oncelm.data import encoding, making, prepare, reading, units, writer
 from oncelm.data.layout import find_corpus
 from oncelm.data.prepare import MalformedLine, prune
 from oncelm.data.tokenizers import train_bpe
@@ -43,13 +43,13 @@ def shards_of(folder: Path) -> dict[str, bytes]:
 def made(monkeypatch):
     """The shards made since the last look, by the files they were made of."""
     seen: list[list[str]] = []
-    original = prepare._make_shard
+    original = making._make_shard
 
     def make(unit, *args):
         seen.append([Path(piece.path).name for piece in unit.pieces])
         return original(unit, *args)
 
-    monkeypatch.setattr(prepare, "_make_shard", make)
+    monkeypatch.setattr(making, "_make_shard", make)
 
     def look() -> list[list[str]]:
         found = sorted(seen)
@@ -139,7 +139,7 @@ def test_only_what_changed_is_made_again(tmp_path, write_corpus, byte_tokenizer,
 
 
 def test_a_text_file_more_changes_one_shard(tmp_path, byte_tokenizer, made, monkeypatch) -> None:
-    monkeypatch.setattr(prepare, "FILES_IN_SHARD", 8)
+    monkeypatch.setattr(units, "FILES_IN_SHARD", 8)
     for i in range(60):
         (tmp_path / f"{i:03d}.txt").write_text(f"text {i}")
     prepare.prepare(find_corpus(tmp_path), byte_tokenizer)

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from oncelm.data.checksums import DamagedFile
+from oncelm.data.sealed import DamagedFile
 from oncelm.data.shards import (
     FILE_NAME,
     ShardInfo,

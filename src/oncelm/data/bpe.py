@@ -6,10 +6,10 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from oncelm.data.checksums import damaged_files, write_listing
 from oncelm.data.layout import Corpus
-from oncelm.data.place import make_place, turn
+from oncelm.data.place import turn
 from oncelm.data.reading import sample_texts
+from oncelm.data.sealed import damaged_files, write_listing
 from oncelm.data.tokenizers import load_tokenizer, train_bpe
 from oncelm.utils.files import atomic_folder
 from oncelm.utils.vocabulary import bpe_size
@@ -31,7 +31,6 @@ def keep_bpe(folder: Path, corpus: Corpus, vocab_size: int) -> None:
         ValueError: one that was made before is damaged.
     """
     if not folder.exists():
-        make_place(folder.parent)
         with turn(folder.parent):
             if not folder.exists():
                 make_bpe(folder, corpus, vocab_size)

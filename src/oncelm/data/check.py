@@ -6,8 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from oncelm.data.checksums import DamagedFile, damaged_files
 from oncelm.data.progress import progress_bar
+from oncelm.data.sealed import DamagedFile, damaged_files
 from oncelm.data.shards import (
     MANIFEST,
     SCAN,

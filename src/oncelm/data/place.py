@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,37 +27,24 @@ def default_folder(corpus: Corpus, fingerprint: str) -> Path:
 
 
 @contextmanager
-def _named(folder: Path) -> Iterator[None]:
-    """What cannot be written in `folder` as an error that says how to name another."""
+def turn(folder: Path) -> Iterator[None]:
+    """While no other process prepares `folder`, which is made where it is not there.
+
+    Raises:
+        OSError: it cannot be written to.
+    """
+    lock = FileLock(folder / ".lock")  # may be another user's
     try:
-        yield
-    except Timeout:  # an OSError too, which says that it is another's turn
-        raise
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=2)
+    except Timeout:  # an OSError too
+        logger.warning("waiting for another process that prepares %s", folder)
+        lock.acquire()
     except OSError as error:
         raise OSError(
             f"no place for tokens: {folder}: {error.strerror}; name one (--out of oncelm data, the setting tokens of "
             "oncelm train)."
         ) from error
-
-
-def make_place(folder: Path) -> None:
-    """Make a folder for what is prepared, and try whether files can be made in it."""
-    with _named(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-
-
-@contextmanager
-def turn(folder: Path) -> Iterator[None]:
-    """While no other process prepares `folder`."""
-    lock = FileLock(folder / ".lock")
-    try:
-        with _named(folder):  # the lock may be another user's
-            lock.acquire(timeout=2)
-    except Timeout:
-        logger.warning("waiting for another process that prepares %s", folder)
-        lock.acquire()
     try:
         yield
     finally:

@@ -9,7 +9,7 @@
 
 KEY says what is in the shard: 32 hexadecimal digits, a checksum of all that its tokens follow from.
 
-Every file has a checksum (`oncelm.data.checksums`): those of a shard are in KEY.json and in tokens.json, a JSON file's
+Every file has a checksum (`oncelm.data.sealed`): those of a shard are in KEY.json and in tokens.json, a JSON file's
 is in itself. Folders that earlier versions made have none.
 """
 
@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from oncelm.data.checksums import DamagedFile, file_checksum, read_sealed, write_sealed
+from oncelm.data.sealed import DamagedFile, file_checksum, read_sealed, write_sealed
 
 FORMAT = 1
 MANIFEST, SCAN = "tokens.json", "scan.json"

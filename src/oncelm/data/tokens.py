@@ -14,7 +14,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 
-from oncelm.data.checksums import DamagedFile, damaged_files, read_sealed
+from oncelm.data.sealed import DamagedFile, damaged_files, read_sealed
 from oncelm.data.shards import CHECKED_AT_START, FORMAT, MANIFEST, check_ids, check_shard, token_dtype
 
 FIELDS = {"format", "tokenizer", "vocab_size", "bos", "train", "valid", "malformed"}  # of tokens.json

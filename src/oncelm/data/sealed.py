@@ -9,14 +9,18 @@ JSON carries the checksum of itself as its last entry, "checksum".
 from __future__ import annotations
 
 import json
+import logging
 import os
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from oncelm.utils.files import write_json
 from oncelm.utils.settings import parse_json
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 LISTING = "checksums.json"  # of a folder's files, within it
 _CHUNK = 1 << 20  # bytes that are read at once
@@ -88,3 +92,14 @@ def damaged_files(folder: Path) -> list[Path] | None:
 
 def _is_whole(file: Path, checksum: int) -> bool:
     return os.path.isfile(file) and file_checksum(file) == checksum
+
+
+def unless_damaged(read: Callable[[Path], T], folder: Path) -> T | None:
+    """What a JSON file of ours holds; None where there is none, or a damaged one, which is made again."""
+    try:
+        return read(folder)
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        logger.warning("%s: making it again", error)
+        return None
