@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -47,6 +48,10 @@ def language_models() -> Callable[[str], LanguageModel]:
 @pytest.fixture
 def haystack(tmp_path) -> str:
     """A file of numbered sentences, none like another."""
-    file = tmp_path / "haystack.txt"
+    return write_haystack(tmp_path)
+
+
+def write_haystack(folder: Path) -> str:
+    file = folder / "haystack.txt"
     file.write_text("".join(f"Sentence {i} says {i * i % 97} things. " for i in range(400)))
     return str(file)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import base64
+import copy
 import hashlib
 import json
 import re
 import shutil
 import subprocess
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 
@@ -16,6 +18,7 @@ from oncelm.eval import TASKS, Curves, Run, make_task, read_run, run, write_repo
 from oncelm.eval.chart import draw
 from oncelm.eval.page import sections_of
 from oncelm.eval.plot import write_pngs
+from tests.eval.conftest import write_haystack
 
 VOID = {"meta", "br", "line", "polyline", "input", "img", "link"}
 
@@ -47,14 +50,26 @@ def check(page: str) -> Checker:
     return checker
 
 
-@pytest.fixture
-def runs(haystack, tmp_path, language_models) -> list[Run]:
-    made = []
+@pytest.fixture(scope="module")
+def haystack(tmp_path_factory) -> str:
+    return write_haystack(tmp_path_factory.mktemp("texts"))
+
+
+@pytest.fixture(scope="module")
+def made(haystack, tmp_path_factory, language_models) -> tuple[Path, list[Run]]:
+    folder, runs = tmp_path_factory.mktemp("runs"), []
     for kind in ("retention", "llama"):
-        task = make_task(TASKS["needle"], lengths=(400, 512), depths=3, runs=2, haystack=haystack)
-        made.append(run(task, language_models(kind), tmp_path / f"{kind}.jsonl"))
+        task = make_task(TASKS["needle"], lengths=(400, 512), depths=3, runs=2, haystack=haystack, max_new_tokens=6)
+        runs.append(run(task, language_models(kind), folder / f"{kind}.jsonl"))
     task = make_task(TASKS["nll"], documents=haystack, max_tokens=300)
-    return [*made, run(task, language_models("retention"), tmp_path / "nll.jsonl")]
+    return folder, [*runs, run(task, language_models("retention"), folder / "nll.jsonl")]
+
+
+@pytest.fixture
+def runs(made, tmp_path) -> list[Run]:
+    """Runs that the test may change, and their files in its folder."""
+    shutil.copytree(made[0], tmp_path, dirs_exist_ok=True)
+    return copy.deepcopy(made[1])
 
 
 def test_a_page_of_runs(runs, tmp_path) -> None:

@@ -295,13 +295,15 @@ def to(order: list):
 def lm_eval_ruler():
     """lm-eval's modules; without this, one of them asks the network for data at import."""
     pytest.importorskip("lm_eval")
-    pytest.importorskip("wonderwords")
+    wonderwords = pytest.importorskip("wonderwords")
     nltk = pytest.importorskip("nltk")
-    patch = pytest.MonkeyPatch()
-    patch.setattr(nltk, "download", lambda *_: True)
-    from lm_eval.tasks.ruler import cwe_utils, fwe_utils, niah_utils, prepare_niah, qa_utils, vt_utils
+    few = {"nouns": ["sky"], "adjectives": ["blue"], "verbs": ["fall"]}  # it sorts every adjective with every noun
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nltk, "download", lambda *_: True)
+        patch.setattr(wonderwords, "RandomWord", lambda: SimpleNamespace(_categories=few))
+        from lm_eval.tasks.ruler import prepare_niah
+    from lm_eval.tasks.ruler import cwe_utils, fwe_utils, niah_utils, qa_utils, vt_utils
 
-    patch.undo()
     return SimpleNamespace(
         cwe=cwe_utils, fwe=fwe_utils, niah=niah_utils, prepare=prepare_niah, qa=qa_utils, vt=vt_utils
     )

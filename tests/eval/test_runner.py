@@ -26,9 +26,8 @@ def answers(done) -> list[dict]:
 
 
 def needle(haystack: str, **options) -> Task:
-    return make_task(
-        TASKS["needle"], **{"lengths": (400, 600), "depths": 4, "runs": 2, "haystack": haystack, **options}
-    )
+    few = {"lengths": (400, 600), "depths": 4, "runs": 2, "max_new_tokens": 6}
+    return make_task(TASKS["needle"], **{**few, "haystack": haystack, **options})
 
 
 @pytest.mark.parametrize("kind", ["retention", "window", "llama", "mistral"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ pytest.importorskip("lm_eval")
 
 from oncelm.cli import main
 from oncelm.eval import TASKS, make_task, read_run, run, write_report
+from oncelm.eval.harness import hub
 from oncelm.eval.harness.scoring import score_requests
 from tests.eval.harness.conftest import write
 
@@ -126,6 +128,17 @@ def test_any_tasks(language_models, questions, tmp_path) -> None:
     assert view.header == ["model", "task", "samples", "acc", "acc_norm"]
 
 
+@pytest.fixture
+def few_tasks(monkeypatch) -> None:
+    """Those of one folder: to list all of lm-eval's takes ten seconds."""
+    from lm_eval import tasks
+
+    folder = Path(tasks.__file__).parent / "arc"
+    manager = tasks.TaskManager(include_defaults=False, include_path=folder)
+    monkeypatch.setattr(hub, "_task_manager", lambda: manager)
+
+
+@pytest.mark.usefixtures("few_tasks")
 def test_lm_evals_own_task(language_models, tmp_path, monkeypatch) -> None:
     """As from the hub: lm-eval's own prompts and choice of examples."""
     import datasets
@@ -143,14 +156,14 @@ def test_lm_evals_own_task(language_models, tmp_path, monkeypatch) -> None:
     assert done.samples[0]["prompt_tokens"] == 3 * shown - 2
 
 
+@pytest.mark.slow
 def test_the_tables_tasks_are_lm_evals() -> None:
-    from lm_eval.tasks import TaskManager
-
-    known = set(TaskManager().all_tasks)
+    known = set(hub._task_manager().all_tasks)
     for name in ("yoco-table", "longllama-table"):
         assert {task for _, task, _ in TASKS[name].columns} <= known
 
 
+@pytest.mark.usefixtures("few_tasks")
 def test_no_network(language_models, tmp_path, monkeypatch) -> None:
     import datasets
 
