@@ -72,6 +72,15 @@ def test_help_imports_neither_torch_nor_transformers() -> None:
             assert {"numpy", "safetensors", "yaml"}.isdisjoint(imported), arguments
 
 
+def test_the_package_run_as_a_program_is_the_command() -> None:
+    command = [sys.executable, "-X", "importtime", "-m", "oncelm", "info", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "oncelm info" in done.stdout
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "oncelm.cli.options" in imported
+    assert "torch" not in imported
+
+
 def test_every_public_name_is_there() -> None:
     for module in (oncelm, oncelm.eval):
         assert {*module.__all__} <= {*dir(module)}

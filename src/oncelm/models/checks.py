@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
+
+logger = logging.getLogger(__name__)
 
 
 def check_tokens(
@@ -52,14 +55,15 @@ def fingerprint(model: PreTrainedModel, keys: Iterable[str]) -> str:
     return digest.hexdigest()
 
 
-def refuse_incomplete(path: object, info: dict[str, Any]) -> None:
-    """ValueError for missing, unexpected or wrong-size tensors, where transformers only warns."""
+def refuse_incomplete(path: object, info: dict[str, Any], unexpected_too: bool = True) -> None:
+    """ValueError for missing and wrong-size tensors, where transformers only warns, and for unexpected ones; or else a
+    warning of these, which models of other families may leave unused."""
     if wrong := sorted(info["mismatched_keys"]):
         name, found, expected = wrong[0]
         raise ValueError(f"{path}: {name} is {list(found)}, config.json asks for {list(expected)}.")
-    for problem in ("missing_keys", "unexpected_keys"):
-        if names := sorted(info[problem]):
-            raise ValueError(
-                f"{path} has {len(names)} {problem.replace('_keys', '')} tensors: "
-                f"{', '.join(names[:4])}{', ...' if len(names) > 4 else ''}."
-            )
+    for problem in ("missing", "unexpected"):
+        if names := sorted(info[f"{problem}_keys"]):
+            some = f"{len(names)} {problem} tensors: {', '.join(names[:4])}{', ...' if len(names) > 4 else ''}"
+            if problem == "missing" or unexpected_too:
+                raise ValueError(f"{path} has {some}.")
+            logger.warning("%s has %s.", path, some)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import pickle
 from collections.abc import Iterable, Iterator
@@ -21,6 +20,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from oncelm.models.checks import refuse_incomplete
 from oncelm.models.generation_keys import check_generation, check_generation_file
 from oncelm.models.longllama.config import check_llama_keys
 from oncelm.models.own_config import Dtype, OwnConfig
@@ -36,8 +36,6 @@ from oncelm.utils.device import resolve_device, resolve_dtype
 from oncelm.utils.errors import check_choice, is_out_of_memory, shown
 from oncelm.utils.files import bring_back
 from oncelm.utils.settings import read_json
-
-logger = logging.getLogger(__name__)
 
 # keys of config.json that transformers takes as they are, whatever the model
 OF_ANY_MODEL: dict[str, Constraint] = {
@@ -134,7 +132,7 @@ def _read_model(
             ignore_mismatched_sizes=True,  # they are listed in `info` instead, and refused below
             output_loading_info=True,
         )
-    check_complete(path, info)
+    refuse_incomplete(path, info, unexpected_too=False)
     if model.generation_config is not None:
         check_generation(path, vars(model.generation_config))  # of a hub id; and what older folders say in config.json
     return model.to(target).eval()
@@ -221,22 +219,6 @@ def _check_folder(path: str | os.PathLike[str]) -> dict[str, Any]:
 def _may_be_hub_id(path: str | os.PathLike[str]) -> bool:
     owner, slash, name = str(path).partition("/")
     return bool(owner and slash and name) and "/" not in name and owner[0] not in ".~"
-
-
-def check_complete(path: str | os.PathLike[str], info: dict[str, Any], shapes_in: str = "config.json") -> None:
-    """What transformers only warns of: parts of the model that would be random numbers."""
-    missing, mismatched = sorted(info["missing_keys"]), sorted(info["mismatched_keys"])
-    if missing:
-        raise ValueError(f"{path} lacks {_some(missing)}.")
-    if mismatched:
-        name, found, expected = mismatched[0]
-        raise ValueError(f"{path}: {name} is {list(found)}, {shapes_in} asks for {list(expected)}.")
-    if unexpected := sorted(info["unexpected_keys"]):
-        logger.warning("%s: not used by this model: %s.", path, _some(unexpected))
-
-
-def _some(names: list[str]) -> str:
-    return f"{len(names)} tensors: {', '.join(names[:4])}{', ...' if len(names) > 4 else ''}"
 
 
 @contextlib.contextmanager

@@ -10,11 +10,12 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from oncelm.models.checks import refuse_incomplete
 from oncelm.models.gguf.config import read_config
 from oncelm.models.gguf.header import MAGIC, Header, read_header
 from oncelm.models.gguf.tokenizer import end_tokens, read_tokenizer, special_ids
 from oncelm.models.gguf.weights import ROPE_FACTORS, check_tensors, read_weights, unpack
-from oncelm.models.load import check_complete, errors_in_one_line, quiet_transformers
+from oncelm.models.load import errors_in_one_line, quiet_transformers
 
 
 def is_gguf(path: str | os.PathLike[str]) -> bool:
@@ -53,7 +54,7 @@ def read_gguf(
             dtype=dtype or torch.float32,
             output_loading_info=True,
         )
-    check_complete(path, info)
+    refuse_incomplete(path, info)
     return model.eval(), tokenizer
 
 
