@@ -65,6 +65,7 @@ class BaseModel(Family, PreTrainedModel):
     _supports_sdpa = True
     _keys_to_ignore_on_load_unexpected: list[str] | None = None
     has_own_cache = True
+    takes_host_inputs = True
     cache_keys: tuple[str, ...]
     own_arguments: tuple[str, ...] = ()
     auto_model: Any = AutoModel

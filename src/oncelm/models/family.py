@@ -26,6 +26,9 @@ class Family:
             a call ends; windows are `config.max_position_embeddings` long, and texts have no longest length.
         packs_rows: sequences packed into one row (`cu_seqlens`) can be appended to a cache, and logits at a mask of
             positions (`logits_to_keep`) cost no more than these positions.
+        takes_host_inputs: `forward` takes ids, labels and `cu_seqlens` on the CPU too, and then waits for no value of a
+            GPU; it knows `logits_to_keep` and `num_items_in_batch`.
+        has_crossbatch: rows of a training batch may see each other (`config.cross_batch_range`, `dataset_packing`).
         can_compile: `compile_layers(enabled)`.
         gemms: names that `set_gemm` takes.
         has_official_format: it can be written in the format of the paper's own code.
@@ -40,6 +43,8 @@ class Family:
     read_options: tuple[str, ...] = ()
     reads_by_windows = False
     packs_rows = False
+    takes_host_inputs = False
+    has_crossbatch = False
     can_compile = False
     gemms: tuple[str, ...] = ()
     has_official_format = False

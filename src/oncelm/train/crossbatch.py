@@ -4,23 +4,23 @@ from __future__ import annotations
 
 from transformers import PreTrainedConfig
 
-from oncelm.models.longllama import LongLlamaConfig
+from oncelm.models.registry import family
 from oncelm.ops.crossbatch import earlier_contexts
 from oncelm.train.config import TrainConfig
 
 
 def check_crossbatch(config: TrainConfig, model: PreTrainedConfig) -> None:
     """ValueError unless the data's rows and the model's crossbatch fit each other."""
-    trains_crossbatch = isinstance(model, LongLlamaConfig) and model.cross_batch_range
+    has_crossbatch = family(model).has_crossbatch
     if config.crossbatch_rows is None:
-        if trains_crossbatch:
+        if has_crossbatch and model.cross_batch_range:
             raise ValueError(
                 f"this LongLLaMA trains with crossbatch (cross_batch_range {model.cross_batch_range}): set "
                 f"crossbatch_rows, those that hold one piece of a document (it had {model.dataset_packing}), or "
                 "model_overrides.cross_batch_range=0 to train without."
             )
         return
-    if not isinstance(model, LongLlamaConfig) or not model.mem_layers:
+    if not (has_crossbatch and model.mem_layers):
         hint = "name layers of a LLaMA-family model with model_overrides.mem_layers=[...]"
         raise ValueError(f"crossbatch_rows is for LongLLaMA models; {config.model!r} has no memory layers: {hint}.")
     if not model.cross_batch_range:
@@ -35,7 +35,7 @@ def check_crossbatch(config: TrainConfig, model: PreTrainedConfig) -> None:
         )
 
 
-def describe_crossbatch(config: TrainConfig, model: LongLlamaConfig) -> list[tuple[str, str]]:
+def describe_crossbatch(config: TrainConfig, model: PreTrainedConfig) -> list[tuple[str, str]]:
     """Lines of a plan: what a row of the last piece of a document in a forward pass sees."""
     assert config.crossbatch_rows is not None
     assert model.cross_batch_range

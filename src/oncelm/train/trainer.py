@@ -30,10 +30,9 @@ from torch.distributed.tensor import DTensor
 
 from oncelm.data.batch import TrainBatch, TrainData
 from oncelm.data.read_ahead import ReadAhead
-from oncelm.models.causal_lm import CausalLM
-from oncelm.models.compiling import CompilesLayers
 from oncelm.models.inputs import NOTHING
 from oncelm.models.load import load, quiet_transformers
+from oncelm.models.registry import family
 from oncelm.train.checkpoint import FOLDER, check_new, find_checkpoint, list_checkpoints
 from oncelm.train.claim import claim, run_lock
 from oncelm.train.config import TrainConfig
@@ -254,7 +253,7 @@ class Trainer:
         else:
             inputs = {"input_ids": tokens, "labels": labels}
             inputs |= {} if cu_seqlens is None else {"cu_seqlens": cu_seqlens}
-        if isinstance(self.model, CausalLM):  # takes them on the host, where what they ask for is known
+        if family(self.model.config).takes_host_inputs:  # where what they ask for is known
             inputs = {name: keep_on_host(value, self.model) for name, value in inputs.items()}
             inputs["logits_to_keep"] = NOTHING  # in evaluation too
         else:
@@ -371,7 +370,7 @@ class Trainer:
     def _find_not_finite(self) -> str:
         """Where in this step, which is computed once more, and in which sequences: a sentence. All ranks call it."""
         self.model.zero_grad(set_to_none=True)
-        if isinstance(self.model, CompilesLayers):
+        if family(self.model.config).can_compile:
             self.model.compile_layers(False)  # compiled modules have no outputs to look at
         self._seed_step()
         count, size = self.config.sequences_per_step, self.config.batch_size

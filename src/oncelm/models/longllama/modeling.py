@@ -56,6 +56,7 @@ class LongLlamaModel(CompilesLayers, BaseModel):
     _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq"]  # noqa: RUF012 (a buffer of older checkpoints)
     cache_keys = ("num_hidden_layers", "num_key_value_heads", "head_dim", "mem_layers", "max_position_embeddings")
     title = "LongLLaMA"
+    has_crossbatch = True
     kv_dtypes = ("bfloat16", "int8")
     cache_options = ("memory",)
     read_options = ("last_context_length",)

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from transformers import PreTrainedModel
 
-from oncelm.models.compiling import CompilesLayers
+from oncelm.models.registry import family
 from oncelm.train.config import TrainConfig
 from oncelm.train.parallel.mesh import Mesh
 from oncelm.train.parallel.tensor import split_layers
@@ -34,7 +34,7 @@ def prepare_model(model: PreTrainedModel, config: TrainConfig, mesh: Mesh) -> Pr
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
     if config.compile:
-        (model.compile_layers if isinstance(model, CompilesLayers) else model.compile)()
+        (model.compile_layers if family(model.config).can_compile else model.compile)()
     if mesh.device_mesh is None:
         return model.to(mesh.device)
     shard_model(model, mesh, getattr(torch, config.dtype))
