@@ -14,7 +14,7 @@ from oncelm.models import head as heads
 from oncelm.models.longllama import model as long_model
 from oncelm.models.plain import Wiring, is_plain_linear, is_untouched
 from oncelm.models.yoco import model as yoco_model
-from oncelm.models.yoco.stepper import plain_modules, stepper
+from oncelm.models.yoco.decoding import plain_modules
 from tests.models.small import KINDS, VOCAB, make_long, make_model
 
 GREEDY = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 1}
@@ -250,7 +250,7 @@ def test_steps_follow_a_changed_model(change: str) -> None:
             model.use_cuda_graphs = False
     logits = model.step(ids[:, 9:10], cache)
     torch.testing.assert_close(logits, model(ids[:, :10], use_cache=False).logits[:, -1], rtol=1e-3, atol=1e-3)
-    assert stepper(model, cache).is_plain == (change not in ("adapter", "hook"))
+    assert (model._graph(cache) is None) == (change in ("adapter", "hook", "off"))
     assert not logits.requires_grad
     assert not any(tensor.requires_grad for tensor in cache.tensors().values())
 
@@ -265,7 +265,7 @@ def test_a_replayed_graph_follows_a_changed_model(change: str) -> None:
     model.prefill(ids[:, :20], cache)
     for t in range(20, 25):
         model(ids[:, t : t + 1], past_key_values=cache)
-    assert stepper(model, cache).graph is not None
+    assert model._graph(cache).graph is not None
     layer, fired = model.cross_decoder.layers[1], []
     with torch.no_grad():
         if change == "adapter":

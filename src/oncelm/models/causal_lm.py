@@ -13,9 +13,9 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from oncelm.cache.base import SequenceCache
 from oncelm.models.base import BaseModel
-from oncelm.models.extras import one_of, read_extras
+from oncelm.models.extras import one_of, read_extras, with_arguments_of
 from oncelm.models.head import head_loss
-from oncelm.models.inputs import NOTHING, read_targets
+from oncelm.models.inputs import NOTHING, check_hidden_past, read_targets
 from oncelm.models.wanted import Keep, Wanted, is_nothing
 from oncelm.utils.errors import unknown
 
@@ -126,6 +126,17 @@ class CausalLM(BaseModel, GenerationMixin):
     def _prepare_position_ids_for_generation(self, inputs_tensor: torch.Tensor, model_kwargs: dict) -> None:
         """None: the model knows its tokens' places, and would have to check what generate says of them at each step."""
 
+    @with_arguments_of(GenerationMixin.prepare_inputs_for_generation)
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """As in Hugging Face, but that the mask of one more token a row is left out: generate makes it of ones, and to
+        read it a GPU would be waited for at every step."""
+        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
+        cache, ids, mask = (inputs.get(name) for name in ("past_key_values", "input_ids", "attention_mask"))
+        is_step = isinstance(cache, SequenceCache) and ids is not None and ids.shape[1] == 1
+        if is_step and mask is not None and mask.shape == (len(ids), cache.columns + 1):
+            del inputs["attention_mask"]
+        return inputs
+
     def _prepare_cache_for_generation(
         self,
         generation_config: Any,
@@ -151,7 +162,10 @@ class CausalLM(BaseModel, GenerationMixin):
             )
         options = {name: model_kwargs[name] for name in self.cache_options if model_kwargs.get(name) is not None}
         if model_kwargs.get("past_key_values") is not None:
-            self._check_cache(model_kwargs["past_key_values"])
+            cache = model_kwargs["past_key_values"]
+            self._check_cache(cache)
+            if mask is not None and mask.shape == (len(cache.lengths), cache.columns + 1):
+                check_hidden_past(mask[:, :-1], cache.lengths)  # no forward pass will see it
             if options:
                 raise ValueError(f"{', '.join(options)}: for the cache that generate makes; past_key_values is one.")
             generation_config.use_cache = True  # or every step would append the whole text again

@@ -110,8 +110,8 @@ def read_inputs(
                 + f", got {list(attention_mask.shape)}."
             )
         real = attention_mask[:, -T:] == 1
-        if attention_mask.shape[1] > T and bool((attention_mask[:, :-T].bool().sum(1) != _tensor(starts, real)).any()):
-            raise ValueError(HIDDEN_PAST)
+        if attention_mask.shape[1] > T:
+            check_hidden_past(attention_mask[:, :-T], starts)
         is_full, is_mask = torch.stack((real.all(), (real | (attention_mask[:, -T:] == 0)).all())).tolist()
         if not is_mask:
             raise ValueError(
@@ -123,6 +123,12 @@ def read_inputs(
     if position_ids is not None:
         _check_places(position_ids, real, starts, is_fresh)
     return Inputs.of_rows(starts, real, T, device)
+
+
+def check_hidden_past(mask: torch.Tensor, lengths: tuple[int, ...]) -> None:
+    """ValueError unless the mask [B, columns] of what a cache has read shows as many tokens as it holds of each row."""
+    if bool((mask.bool().sum(1) != _tensor(lengths, mask)).any()):
+        raise ValueError(HIDDEN_PAST)
 
 
 def _read_packed(

@@ -55,6 +55,11 @@ class YocoCache(SequenceCache):
         """All that it has allocated, by name: "layers.3.state", "shared.k"."""
         return self._in_use(None)
 
+    def addresses(self) -> tuple[int, ...]:
+        """Where each of them is: CUDA graphs are recorded anew when one has moved. Read at every step of decoding."""
+        stores = self.layers if self.shared is None else (*self.layers, self.shared)
+        return tuple(getattr(store, part).data_ptr() for store in stores for part in store.tensor_names)
+
     def _stores(self) -> dict[str, LayerCache]:
         """All that holds tensors, by name."""
         stores = {f"layers.{i}": layer for i, layer in enumerate(self.layers)}

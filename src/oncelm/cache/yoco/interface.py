@@ -71,6 +71,18 @@ class Past(Protocol):
     @property
     def shared(self) -> Any: ...
 
+    def check_room(self, new_tokens: Sequence[int]) -> None:
+        """ValueError unless each sequence can take its number of `new_tokens` more."""
+        ...
+
+    def begin(self) -> None:
+        """A forward pass begins: until `commit`, layers are changed one by one."""
+        ...
+
+    def commit(self, batch: Batch, columns: int) -> None:
+        """All layers have taken in `batch`, which stood in `columns` columns of input."""
+        ...
+
 
 class HeldPast(Past, Protocol):
     """The past of sequences of which something came before."""
@@ -88,6 +100,15 @@ class Pasts:
     layers: Sequence[Any]
     shared: Any
     lengths: tuple[int, ...] = ()
+
+    def check_room(self, new_tokens: Sequence[int]) -> None:
+        """There is room: nothing outlives the pass."""
+
+    def begin(self) -> None:
+        """Nothing to mark."""
+
+    def commit(self, batch: Batch, columns: int) -> None:
+        """Nothing moves on."""
 
 
 class LayerCache(Protocol):

@@ -13,22 +13,21 @@ from transformers import PreTrainedConfig
 from transformers import initialization as init
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from oncelm.cache import FreshShared, HeldPast, Pasts, Selection, SharedKV, Snapshot, YocoCache
-from oncelm.cache.base import SequenceCache
+from oncelm.cache import FreshShared, HeldPast, Past, Pasts, Selection, SharedKV, Snapshot, YocoCache
 from oncelm.cache.yoco.shared_kv import STORED_DTYPES
 from oncelm.models.base import BaseModel, Pass, check_cache_size
 from oncelm.models.causal_lm import CausalLM
 from oncelm.models.checks import check_tokens, fingerprint
 from oncelm.models.classifiers import SequenceClassifier, TokenClassifier
 from oncelm.models.extras import with_arguments_of
-from oncelm.models.inputs import Inputs, is_next_token, read_inputs
+from oncelm.models.inputs import Inputs, read_inputs
 from oncelm.models.rms_norm import RMSNorm
-from oncelm.models.wanted import Keep, Wanted
+from oncelm.models.wanted import Wanted
 from oncelm.models.yoco.config import YocoConfig
+from oncelm.models.yoco.decoding import Decoding
 from oncelm.models.yoco.execution import Execution
 from oncelm.models.yoco.mixers import Mixer, Room, mixers_of
 from oncelm.models.yoco.model import CrossDecoder, SelfDecoder, run_layers
-from oncelm.models.yoco.stepper import Stepper, stepper
 from oncelm.ops.quantize import LARGEST
 from oncelm.utils.errors import check_choice, check_whole
 
@@ -143,6 +142,7 @@ class YocoModel(Execution, BaseModel):
 
     def _states(self, given: Pass, wanted: Wanted) -> Iterator[tuple[slice, torch.Tensor]]:
         inputs, past = given.inputs, given.options.get("past") if given.cache is None else given.cache
+        past = self._fresh_past() if past is None else past
         hidden, everything = self._hidden(given.tokens, inputs, past, wanted.selection), slice(0, inputs.columns)
         yield everything, wanted.within(everything, inputs.spread(hidden)) if wanted.everywhere else hidden
 
@@ -152,19 +152,13 @@ class YocoModel(Execution, BaseModel):
             layers["cross"] = self.cross_decoder.layers
         return [*(layers[half][i] for half, i in self.config.layer_order), self.layer_norm]
 
-    def _hidden(
-        self, tokens: torch.Tensor, inputs: Inputs, past: HeldPast | None, wanted: Selection | None
-    ) -> torch.Tensor:
+    def _hidden(self, tokens: torch.Tensor, inputs: Inputs, past: Past, wanted: Selection | None) -> torch.Tensor:
         """Final hidden states [B, P, d] at `wanted` (None: [1, 0, d]); a cache moves on behind the tokens."""
-        if isinstance(past, YocoCache):
-            past.check_room(inputs.batch.lengths)
-            past.begin()
-        embeddings = self.embed(inputs.gather(tokens))
-        before = self._fresh_past() if past is None else past
-        decoders = self.self_decoder, self.cross_decoder
-        x = run_layers(self.config, *decoders, embeddings, inputs.batch, before, wanted, self.token_parts)
-        if isinstance(past, YocoCache):
-            past.commit(inputs.batch, inputs.columns)
+        past.check_room(inputs.batch.lengths)
+        past.begin()
+        embeddings, decoders = self.embed(inputs.gather(tokens)), (self.self_decoder, self.cross_decoder)
+        x = run_layers(self.config, *decoders, embeddings, inputs.batch, past, wanted, self.token_parts)
+        past.commit(inputs.batch, inputs.columns)
         return embeddings.new_empty(1, 0, self.config.hidden_size) if x is None else self.layer_norm(x)
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -181,13 +175,12 @@ class YocoForTokenClassification(TokenClassifier, YocoModel):
     """A YOCO that sorts tokens into classes. With labels, the cross-decoder runs on the tokens that have one only."""
 
 
-class YocoForCausalLM(CausalLM, YocoModel):
+class YocoForCausalLM(Decoding, CausalLM, YocoModel):
     """A YOCO that predicts the next token: logits, loss, chunked prefill, generate."""
 
     _tied_weights_keys = {"output_projection.weight": "embed_tokens.weight"}  # noqa: RUF012
     head_names = ("output_projection",)
     others = (YocoModel, YocoForSequenceClassification, YocoForTokenClassification)
-    use_cuda_graphs = True  # for decode steps on a GPU; False goes back to plain PyTorch
 
     def add_head(self, config: PreTrainedConfig) -> None:
         self.output_projection = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -207,52 +200,6 @@ class YocoForCausalLM(CausalLM, YocoModel):
                 hold. Its `lengths` count the tokens before this pass.
         """
         return super().forward(*args, past=past, **kwargs)
-
-    # -- one token at a time ----------------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def step(self, tokens: torch.Tensor, cache: YocoCache) -> torch.Tensor:
-        """Append tokens [N, 1], one a sequence, to a cache: logits [N, V]. On a GPU a CUDA graph (stepper.py).
-
-        `forward` does this by itself where it is given one token and a cache on a GPU, unless adapters, hooks or other
-        things are in the model that a graph would pass over, or `model.use_cuda_graphs` is False.
-        """
-        step = self._stepper(cache)
-        if step is not None:
-            return step(tokens, cache).clone()
-        inputs = Inputs.of_rows(cache.lengths, None, 1, tokens.device)
-        return self.output_projection(self._hidden(tokens, inputs, cache, inputs.batch.columns(slice(None))))[:, -1]
-
-    def _stepper(self, cache: YocoCache) -> Stepper | None:
-        """What takes a step with this cache, which then has room for it; None where no graph stands for the model."""
-        if not self.use_cuda_graphs:
-            return None
-        cache.check_room((1,) * cache.batch_size)
-        cache.reserve(cache.num_tokens + 1)
-        found = stepper(self, cache)
-        return found if found.is_plain else None
-
-    def _quick_step(
-        self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        position_ids: torch.Tensor | None,
-        cache: SequenceCache,
-        logits_to_keep: Keep,
-    ) -> torch.Tensor | None:
-        if (
-            not input_ids.is_cuda
-            or not isinstance(cache, YocoCache)
-            or input_ids.shape != (cache.batch_size, 1)
-            or not (logits_to_keep is None or (isinstance(logits_to_keep, int) and logits_to_keep in (0, 1)))
-            or cache.recording
-            or not is_next_token(attention_mask, position_ids, cache.lengths, cache.columns)
-        ):
-            return None
-        tokens = check_tokens(input_ids, None, self.config)
-        self._check_cache(cache)
-        step = self._stepper(cache)
-        return None if step is None else step(tokens, cache).clone()[:, None]
 
     # -- reading long input ---------------------------------------------------------------------------------------
 

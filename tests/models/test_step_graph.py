@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from oncelm import YocoForCausalLM
-from oncelm.models.yoco import stepper
 from oncelm.models.yoco.model import PLAIN
 from tests.models.small import KINDS, VOCAB, make_model
 
@@ -124,7 +123,7 @@ def test_forward_replays_a_graph(kind):
     for t in range(20, 40):
         logits = model(ids[:, t : t + 1], past_key_values=cache).logits
         torch.testing.assert_close(logits[:, 0], expected[:, t], rtol=1e-3, atol=1e-3)
-    assert stepper.stepper(model, cache).graph is not None
+    assert model._graph(cache).graph is not None
 
 
 @pytest.mark.skipif(not INTERPRETED and DEVICE == "cpu", reason="needs Triton's device")
