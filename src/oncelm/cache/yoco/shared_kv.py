@@ -178,7 +178,7 @@ class FreshShared:
         if tuple(ends) != self.batch.lengths:
             firsts = accumulate(self.batch.lengths[:-1], initial=0)
             parts = [torch.arange(first, first + end) for first, end in zip(firsts, ends, strict=True)]
-            index = torch.cat(parts).to(device)
+            index = torch.cat(parts).to(device, non_blocking=True)
         return index, borders(ends, device), max(ends)
 
 

@@ -213,14 +213,13 @@ class Config:
 # (dtype of keys, paged) -> largest head dimension -> Config for 16-bit queries, from sweeps of
 # benchmarks/gpu_decode_attention.py (16 bits: H100; 8 bits: H200, dimensions of 64 and 256 not swept)
 SIXTEEN_BITS = {64: Config(64, 4, 3, 2), 128: Config(64, 4, 3, 2), 256: Config(32, 4, 3, 2)}
-FLOAT8 = {64: Config(128, 4, 4, 3), 128: Config(128, 4, 3, 2), 256: Config(32, 4, 4, 3)}
-INT8 = FLOAT8 | {128: Config(128, 4, 3, 3)}
-PAGED_8_BITS = FLOAT8 | {128: Config(128, 4, 2, 2)}
-CONFIGS = {
-    (torch.float8_e4m3fn, False): FLOAT8,
+INT8 = {64: Config(128, 4, 4, 3), 128: Config(128, 4, 3, 3), 256: Config(32, 4, 4, 3)}
+FLOAT8 = INT8 | {128: Config(128, 4, 3, 2)}
+CONFIGS = {  # paged or not, tiles and programs are the same, so that the bits are too
     (torch.int8, False): INT8,
-    (torch.float8_e4m3fn, True): PAGED_8_BITS,
-    (torch.int8, True): PAGED_8_BITS,
+    (torch.int8, True): INT8,
+    (torch.float8_e4m3fn, False): FLOAT8,
+    (torch.float8_e4m3fn, True): FLOAT8 | {128: Config(128, 4, 2, 2)},
 }
 FULL_PRECISION = Config(16, 8, 2, 2)  # float32 runs on the vector units, operands in registers: small tiles
 
