@@ -41,7 +41,7 @@ from oncelm.train.diagnose import first_not_finite
 from oncelm.train.interrupt import StopRequest
 from oncelm.train.metrics import Metrics, NoMetrics
 from oncelm.train.optimizer import build_optimizers
-from oncelm.train.parallel.chunk import chunk_inputs
+from oncelm.train.parallel.context import chunk_inputs
 from oncelm.train.parallel.mesh import Mesh
 from oncelm.train.parallel.shard import keep_on_host, prepare_model
 from oncelm.train.reports import open_reports

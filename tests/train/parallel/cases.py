@@ -22,7 +22,7 @@ from oncelm.models.longllama import LongLlamaConfig, LongLlamaForCausalLM
 from oncelm.models.yoco import YocoConfig, YocoForCausalLM
 from oncelm.models.yoco.model import FeedForward
 from oncelm.train.config import TrainConfig
-from oncelm.train.parallel.chunk import chunk_inputs
+from oncelm.train.parallel.context import chunk_inputs
 from oncelm.train.parallel.mesh import join_mesh
 from oncelm.train.parallel.shard import shard_model
 from oncelm.train.trainer import Trainer
