@@ -1,4 +1,4 @@
-"""Context parallelism (YOCO, arXiv 2405.05254: chunk parallelism): every rank holds a contiguous chunk of each sequence.
+"""Context parallelism (YOCO, arXiv 2405.05254: chunk parallelism): every rank holds one chunk of each sequence.
 
 The model stays as it is; only what it is given as the past (`oncelm.cache.yoco.interface`) reaches over to other ranks.
 What a layer's past asks them for is its mixer's to say (`Mixer.chunk_past`): a state from each rank, the last keys and
