@@ -7,7 +7,7 @@ import argparse
 import pytest
 
 from oncelm.cli import VERBS, Parser, main
-from oncelm.cli.eval import part
+from oncelm.cli.eval import REPORT, command
 
 
 def parsed(*arguments: str) -> argparse.Namespace:
@@ -84,13 +84,11 @@ def test_a_misspelt_option_suggests_the_nearest() -> None:
     ],
 )
 def test_options_before_the_task(arguments, named) -> None:
-    task = part(arguments).task
-    assert task is not None
-    assert task.name == named
+    assert command(arguments).description.startswith(f"{named}: ")
 
 
 def test_options_before_a_report() -> None:
-    assert part(["--out", "page.html", "--title", "mine", "report", "a.jsonl"]).is_report
+    assert command(["--out", "page.html", "--title", "mine", "report", "a.jsonl"]).description == REPORT
 
 
 def test_a_wrong_option_before_the_task_is_named(capsys) -> None:

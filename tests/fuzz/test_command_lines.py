@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from oncelm.cli import VERBS, Parser, main
+from oncelm.cli import VERBS, Parser, find_command, main
 from oncelm.eval import TASKS
 from oncelm.models.load import quiet_transformers
 from tests.fuzz.guard import NUMBERS, WORDS, draws, guarded
@@ -40,9 +40,8 @@ def places() -> dict[str, str]:
 
 def options_of(verb: str, arguments: list[str]) -> list[str]:
     module = importlib.import_module(f"oncelm.cli.{verb}")
-    part = module.part(arguments) if hasattr(module, "part") else module
     parser = Parser(prog=verb, formatter_class=argparse.RawDescriptionHelpFormatter)
-    part.add_arguments(parser)
+    find_command(module, arguments).add_arguments(parser)
     return sorted(option for option in parser._option_string_actions if option.startswith("--") and option != "--help")
 
 

@@ -12,7 +12,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 from oncelm.bench.gate import TOLERANCES, GateError
-from oncelm.bench.measure import LONG_RUN, Neighbours, synchronize
+from oncelm.bench.measure import LONG_RUN, CpuContention, synchronize
 from oncelm.bench.record import Record, circumstances
 from oncelm.bench.report import show_seconds
 from oncelm.eval import LanguageModel
@@ -61,8 +61,8 @@ def run_harness(
     from lm_eval.models.huggingface import HFLM
 
     from oncelm.eval.harness.adapter import OnceLM
-    from oncelm.eval.harness.battery import SEED, quiet
     from oncelm.eval.harness.folder import check_folder, folder_task
+    from oncelm.eval.harness.suite import SEED, quiet
 
     check_positive(questions=questions, batch_size=batch_size, repeats=repeats)
     check_folder(data, tasks, fewshot)
@@ -78,7 +78,7 @@ def run_harness(
             task.set_fewshot_seed(SEED)
             task.build_all_requests(limit=questions)
         runs: dict[str, list[tuple[float, float]]] = {scorer: [] for scorer in scorers}
-        with Neighbours() as others:
+        with CpuContention() as others:
             answers, first = {}, {}
             for scorer, lm in scorers.items():
                 answers[scorer], first[scorer] = _timed(lm, task.instances, model.model.device)

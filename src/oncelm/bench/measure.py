@@ -75,14 +75,14 @@ def _seconds(run: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-class Neighbours:
+class CpuContention:
     """Context manager: how many cores other processes kept busy meanwhile. Anything above a few percent spoils a timing
     that uses all cores, because a thread that waits for its core makes all the others wait.
     """
 
     cores: float = 0.0
 
-    def __enter__(self) -> Neighbours:
+    def __enter__(self) -> CpuContention:
         self._start = self._now()
         return self
 

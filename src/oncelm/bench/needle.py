@@ -12,7 +12,7 @@ from rich.table import Table
 
 from oncelm.bench.cases import WARM_UP_TOKENS, random_ids
 from oncelm.bench.gate import check
-from oncelm.bench.measure import Neighbours, Timing, measure, synchronize
+from oncelm.bench.measure import CpuContention, Timing, measure, synchronize
 from oncelm.bench.record import Record, circumstances
 from oncelm.bench.report import show_seconds
 from oncelm.bench.targets import Target
@@ -58,7 +58,7 @@ def run_needle(
     records: list[Record] = []
     for length in lengths:
         task = make_task(TASKS["needle"], lengths=(length,), depths=depths, runs=runs, strict=strict)
-        with Neighbours() as others:
+        with CpuContention() as others:
             alone = _prefill(target, length, repeats)
             with tempfile.TemporaryDirectory() as folder:
                 synchronize(device)

@@ -13,7 +13,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 from oncelm.bench.gate import GateError
-from oncelm.bench.measure import Neighbours, PeakMemory, Timing, measure
+from oncelm.bench.measure import CpuContention, PeakMemory, Timing, measure
 from oncelm.bench.op_case import Function, OpCase, Sizes
 from oncelm.bench.ops_cases import OPS
 from oncelm.bench.record import Record, circumstances
@@ -176,7 +176,7 @@ def _figures(call: Callable[[], object], repeats: int, device: torch.device) -> 
         for _ in range(calls):
             call()
 
-    with Neighbours() as others:
+    with CpuContention() as others:
         timing = measure(several, repeats, device)
     timing = Timing(tuple(run / calls for run in timing.runs))
     return {

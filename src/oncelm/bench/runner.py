@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from oncelm.bench.cases import CASES, Conditions
 from oncelm.bench.gate import check
-from oncelm.bench.measure import Neighbours
+from oncelm.bench.measure import CpuContention
 from oncelm.bench.record import Record, circumstances
 from oncelm.bench.roofline import measure_ceilings
 from oncelm.bench.targets import Target
@@ -66,7 +66,7 @@ def run(
         records = []
         for target, length in plan:
             bar.set_description(f"{benchmark} {target.name} {length:,} tokens")
-            with Neighbours() as others:
+            with CpuContention() as others:
                 try:
                     figures = CASES[benchmark](target, length, conditions)
                 except torch.OutOfMemoryError:

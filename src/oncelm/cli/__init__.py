@@ -1,6 +1,7 @@
 """The `oncelm` command: one file per verb, each imported only when it is called.
 
-A verb's module has `DESCRIPTION` (what it teaches on --help, with examples), `add_arguments(parser)` and `run(args)`.
+A verb's module has `DESCRIPTION` (what it teaches on --help, with examples), `add_arguments(parser)` and `run(args)`;
+or, where options follow from the arguments, as eval's from the task, `command(arguments)`, which gives these three.
 A user's mistake (ValueError, OSError), a missing optional package (ImportError) or too little memory is one line and
 exit status 2; with ONCELM_TRACEBACK=1 in the environment, behind the traceback.
 """
@@ -13,8 +14,8 @@ import io
 import os
 import sys
 import traceback
-from collections.abc import Iterator
-from typing import NoReturn
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, NoReturn
 
 from oncelm.utils.errors import is_out_of_memory, unknown
 
@@ -81,6 +82,21 @@ class Parser(argparse.ArgumentParser):
                 yield argument
 
 
+class Command(NamedTuple):
+    """A verb, or what one is with certain arguments."""
+
+    description: str
+    add_arguments: Callable[[Parser], None]
+    run: Callable[[argparse.Namespace], int | None]
+
+
+def find_command(module: Any, arguments: list[str]) -> Command:
+    """What a verb's module is with these arguments."""
+    if hasattr(module, "command"):
+        return module.command(arguments)
+    return Command(module.DESCRIPTION, module.add_arguments, module.run)
+
+
 def _print_any_text() -> None:
     """What standard output's encoding lacks is printed as an escape: a report of an hour's work never ends midway."""
     for stream in (sys.stdout, sys.stderr):
@@ -139,12 +155,11 @@ def _run(arguments: list[str]) -> int:
     module = importlib.import_module(f"oncelm.cli.{known.verb}")
     if hasattr(module, "main"):  # the arguments are another program's
         return module.main(arguments[1:])
-    if hasattr(module, "part"):  # a verb of several parts with options of their own, such as eval's tasks
-        module = module.part(arguments[1:])
+    command = find_command(module, arguments[1:])
     verb_parser = Parser(
         prog=f"oncelm {known.verb}",
-        description=module.DESCRIPTION,
+        description=command.description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    module.add_arguments(verb_parser)
-    return module.run(verb_parser.parse(arguments[1:])) or 0
+    command.add_arguments(verb_parser)
+    return command.run(verb_parser.parse(arguments[1:])) or 0

@@ -192,7 +192,7 @@ def run_harness(
     args: argparse.Namespace, device: torch.device, dtype: torch.dtype, run_options: dict[str, Any]
 ) -> list[dict[str, Any]]:
     from oncelm import bench
-    from oncelm.eval.harness.battery import split_names
+    from oncelm.eval.harness.suite import split_names
 
     if args.data is None:
         raise ValueError("harness needs a folder of questions: --data DIR; recipes/eval_data.py harness builds one.")

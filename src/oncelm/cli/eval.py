@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 from types import UnionType
 from typing import TYPE_CHECKING, Any, get_args
@@ -13,6 +14,7 @@ from oncelm.cli.output import print_tables
 from oncelm.utils.place import check_place
 
 if TYPE_CHECKING:
+    from oncelm.cli import Command
     from oncelm.eval import LanguageModel, Run, Table, Task
 
 DESCRIPTION = """\
@@ -47,40 +49,37 @@ examples:
 """
 
 
-class part:
-    """What `oncelm eval ...` stands for: a task, the report, or this overview. cli/__init__.py asks it for options."""
+def command(arguments: list[str]) -> Command:
+    """What `oncelm eval ...` stands for: a task, the report, or, with neither, an overview."""
+    from oncelm.cli import Command
+    from oncelm.eval import TASKS, find_task
 
-    def __init__(self, arguments: list[str]) -> None:
-        from oncelm.eval import TASKS, find_task
+    named = _first_positional(arguments)
+    if named == "report":
+        return Command(REPORT, add_report_arguments, run_report)
+    if named is None:
+        lines = "\n".join(f"  {name:<15} {task.summary}" for name, task in TASKS.items())
+        return Command(DESCRIPTION.format(tasks=lines), add_run_arguments, refuse_task)
+    task = find_task(named) if named.endswith(".py") else _known(named)
+    return Command(
+        f"{task.name}: {task.summary}\n\n{_doc(task)}",
+        partial(add_run_arguments, task=task),
+        partial(run_task, task),
+    )
 
-        self.task: type[Task] | None = None
-        named = _first_positional(arguments)
-        self.is_report = named == "report"
-        if self.is_report:
-            self.DESCRIPTION = REPORT
-        elif named is not None:
-            self.task = find_task(named) if named.endswith(".py") else _known(named)
-            self.DESCRIPTION = f"{self.task.name}: {self.task.summary}\n\n{_doc(self.task)}"
-        else:
-            lines = "\n".join(f"  {name:<15} {task.summary}" for name, task in TASKS.items())
-            self.DESCRIPTION = DESCRIPTION.format(tasks=lines)
 
-    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("task", metavar="TASK", help="see above, or a Python file" if self.task is None else "")
-        if self.is_report:
-            add_report_arguments(parser)
-        else:
-            parser.add_argument(
-                "model", metavar="MODEL", help="a Hugging Face or official YOCO folder, hub id, or preset"
-            )
-            if self.task is not None:
-                add_task_options(parser, self.task)
-            add_run_options(parser)
+def refuse_task(args: argparse.Namespace) -> None:
+    """What argparse takes for a task and `_first_positional` does not, such as "-" and "-1"."""
+    _known(args.task)
 
-    def run(self, args: argparse.Namespace) -> int:
-        if self.is_report:
-            return run_report(args)
-        return run_task(self.task or _known(args.task), args)  # argparse takes "-" and "-1" for a task
+
+def add_run_arguments(parser: argparse.ArgumentParser, task: type[Task] | None = None) -> None:
+    """Those of a run of a task; without one, those that all tasks have."""
+    parser.add_argument("task", metavar="TASK", help="see above, or a Python file" if task is None else "")
+    parser.add_argument("model", metavar="MODEL", help="a Hugging Face or official YOCO folder, hub id, or preset")
+    if task is not None:
+        add_task_options(parser, task)
+    add_run_options(parser)
 
 
 def _first_positional(arguments: list[str]) -> str | None:
@@ -92,7 +91,7 @@ def _first_positional(arguments: list[str]) -> str | None:
     for task in TASKS.values():
         add_task_options(parser, task)
     add_run_options(parser)
-    add_report_arguments(parser)
+    add_report_options(parser)
     left = list(reversed(arguments))
     while left:
         argument = left.pop()
@@ -271,7 +270,12 @@ examples:
 
 
 def add_report_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("task", metavar="TASK", help="")
     parser.add_argument("runs", nargs="+", metavar="FILE", help="result files")
+    add_report_options(parser)
+
+
+def add_report_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", default="report.html", metavar="FILE", help="the page (report.html)")
     parser.add_argument("--title", default="Evaluation", help="the page's title (Evaluation)")
     parser.add_argument("--png", metavar="DIR", help="also write heatmaps and curves as PNG files into this folder")

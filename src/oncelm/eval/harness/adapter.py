@@ -28,7 +28,7 @@ from oncelm.eval.model import LanguageModel
 from oncelm.eval.prefix import PrefixReader
 from oncelm.eval.runner import LOOK_AHEAD
 from oncelm.models.load import load, read_config
-from oncelm.models.yoco.official import is_official_folder
+from oncelm.models.session import check_options
 from oncelm.utils.errors import check_whole, unknown
 
 UNBOUNDED = 1 << 30  # tokens: of models that were made for any length
@@ -252,14 +252,8 @@ def open_model(
     layers = [mem_layers] if isinstance(mem_layers, int) else mem_layers
     overrides: dict[str, Any] = {} if layers is None else {"mem_layers": list(layers)}
     config = read_config(pretrained, **overrides)
-    for name, value in (("memory", memory), ("last_context_length", last_context_length)):
-        if value is not None and config.model_type != "longllama":
-            raise ValueError(f"{name} is for LongLLaMA models, {pretrained} is a model of type {config.model_type}.")
-    named = tokenizer or ("cl100k_base" if is_official_folder(pretrained) else pretrained)
-    return LanguageModel(
-        load(pretrained, device, None if dtype == "auto" else dtype, compile=compile, **overrides),
-        load_tokenizer(named),
-        Path(pretrained).name,
-        {} if memory is None else {"memory": memory},
-        {} if last_context_length is None else {"last_context_length": last_context_length},
-    )
+    given = (("cache_options", "memory", memory), ("read_options", "last_context_length", last_context_length))
+    options = {kind: {} if value is None else {name: value} for kind, name, value in given}
+    check_options(config, **options)
+    model = load(pretrained, device, None if dtype == "auto" else dtype, compile=compile, config=config, **overrides)
+    return LanguageModel(model, load_tokenizer(tokenizer or pretrained), Path(pretrained).name, **options)

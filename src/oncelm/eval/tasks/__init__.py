@@ -6,7 +6,7 @@ import importlib.util
 import sys
 from pathlib import Path
 
-from oncelm.eval.harness.battery import AnyTasks, LongLlamaTable, YocoTable
+from oncelm.eval.harness.suite import AnyTasks, LongLlamaTable, YocoTable
 from oncelm.eval.task import Task
 from oncelm.eval.tasks.ar_hit import ArHit
 from oncelm.eval.tasks.context_nll import ContextNll

@@ -18,14 +18,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from oncelm.models.registry import family
+from oncelm.models.family import Family
+from oncelm.models.registry import FAMILIES, family, model_class
 from oncelm.models.session.base import READ_AT_ONCE, Session
 from oncelm.models.session.own_cache import CacheSession
 from oncelm.models.session.transformers_cache import TransformersSession
 
-__all__ = ["READ_AT_ONCE", "CacheSession", "Session", "TransformersSession", "open_session"]
+__all__ = ["READ_AT_ONCE", "CacheSession", "Session", "TransformersSession", "check_options", "open_session"]
 
 
 def open_session(
@@ -42,12 +43,23 @@ def open_session(
     Raises:
         ValueError: an option that the family does not take.
     """
-    kind = family(model.config)
     options = {"cache_options": cache_options or {}, "read_options": read_options or {}}
-    for what, allowed in (("cache_options", ("dtype", *kind.cache_options)), ("read_options", kind.read_options)):
-        for name in options[what]:
-            if not kind.has_own_cache or name not in allowed:
-                raise ValueError(f"{name} is no option of a {type(model).__name__}.")
-    if kind.has_own_cache:
+    check_options(model.config, **options)
+    if family(model.config).has_own_cache:
         return CacheSession(model, rows, room, chunk_size, **options)
     return TransformersSession(model, rows, room, chunk_size)
+
+
+def check_options(config: PreTrainedConfig, cache_options: dict[str, Any], read_options: dict[str, Any]) -> None:
+    """ValueError for options of a session that models of this configuration do not take."""
+
+    def taken(able: type[Family]) -> set[str]:
+        own = ("dtype", *able.cache_options) if able.has_own_cache else ()
+        return {f"cache {name}" for name in own} | {f"read {name}" for name in able.read_options}
+
+    for option in (*(f"cache {name}" for name in cache_options), *(f"read {name}" for name in read_options)):
+        if option not in taken(family(config)):
+            name = option.partition(" ")[2]
+            titles = [able.title for able in map(model_class, FAMILIES) if option in taken(able)]
+            those = f"for {' and '.join(titles)} models" if titles else "no option of a session"
+            raise ValueError(f"{name} is {those}; this is a model of type {config.model_type}.")

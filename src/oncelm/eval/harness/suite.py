@@ -40,7 +40,7 @@ SCORERS = ("auto", "oncelm", "hflm")
 
 
 @dataclass(frozen=True)
-class Battery(Task):
+class TaskSuite(Task):
     """Questions of lm-eval, from the hub or from a folder; a limit counts the questions of each of its tasks."""
 
     data: str = option("", "folder of questions, for work without a network; without it, lm-eval asks the hub")
@@ -133,7 +133,7 @@ class Battery(Task):
 
 
 @dataclass(frozen=True)
-class YocoTable(Battery):
+class YocoTable(TaskSuite):
     """The paper's eight tasks (acc; HellaSwag: acc_norm) and their average."""
 
     name: ClassVar[str] = "yoco-table"
@@ -147,7 +147,7 @@ class YocoTable(Battery):
 
 
 @dataclass(frozen=True)
-class LongLlamaTable(Battery):
+class LongLlamaTable(TaskSuite):
     """The paper's tasks and metrics, and the average of all columns."""
 
     name: ClassVar[str] = "longllama-table"
@@ -166,7 +166,7 @@ class LongLlamaTable(Battery):
 
 
 @dataclass(frozen=True)
-class AnyTasks(Battery):
+class AnyTasks(TaskSuite):
     """Tasks of lm-eval whose metrics are means over questions."""
 
     name: ClassVar[str] = "harness"
