@@ -213,7 +213,7 @@ def test_what_is_no_tokenizer_is_explained(tmp_path: Path):
     with pytest.raises(ValueError, match="holds no tokenizer"):
         load_tokenizer(tmp_path)
     (tmp_path / "notes.txt").write_text("not a tokenizer")
-    with pytest.raises(ValueError, match=r"must end in \.json, \.model or \.tiktoken"):
+    with pytest.raises(ValueError, match=r"must end in \.json, \.model, \.tiktoken or \.gguf"):
         load_tokenizer(tmp_path / "notes.txt")
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(ValueError, match="no tokenizer could be read from"):

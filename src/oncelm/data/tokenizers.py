@@ -89,6 +89,7 @@ def load_tokenizer(name_or_path: str | os.PathLike[str]) -> PreTrainedTokenizerB
     - `"bytes"`: one id per UTF-8 byte, 260 ids.
     - A folder that transformers can read, a `tokenizer.json`, or the id of a Hugging Face Hub repository. An official
       YOCO folder, which has no tokenizer beside it, stands for `"cl100k_base"`.
+    - A GGUF file of a model: the tokenizer in it (needs `pip install 'oncelm[gguf]'`).
     - A sentencepiece `*.model` of Llama's kind (needs `pip install sentencepiece protobuf`).
 
     >>> load_tokenizer("bytes")("Hi").input_ids
@@ -265,7 +266,11 @@ def _from_file(path: Path) -> PreTrainedTokenizerBase:
         return _checked(path, lambda: PreTrainedTokenizerFast(tokenizer_file=str(path)))
     if path.suffix == ".model":
         return _llama_sentencepiece(path)
-    raise ValueError(f"tokenizer file {str(path)!r}: the name must end in .json, .model or .tiktoken.")
+    if path.suffix == ".gguf":
+        from oncelm.models.gguf import read_gguf_tokenizer
+
+        return read_gguf_tokenizer(path)
+    raise ValueError(f"tokenizer file {str(path)!r}: the name must end in .json, .model, .tiktoken or .gguf.")
 
 
 def _from_folder(folder: Path) -> PreTrainedTokenizerBase:

@@ -34,6 +34,7 @@ def test_a_file_is_a_model_by_its_name(file) -> None:
     with pytest.raises(ValueError, match="for mem_layers make a folder of it"):
         oncelm.describe(file, mem_layers=[1])
     assert main(["info", str(file)]) == 0
+    assert oncelm.load_tokenizer(file).get_vocab() == read_gguf(file)[1].get_vocab()
 
 
 def test_quantised_weights_are_dequantised(tmp_path) -> None:

@@ -11,6 +11,6 @@ words), each version something else. Whatever a file says is honoured or refused
     cuts.py        how text is cut into words before merges, by the names that files use
 """
 
-from oncelm.models.gguf.read import is_gguf, read_gguf, read_gguf_config
+from oncelm.models.gguf.read import is_gguf, read_gguf, read_gguf_config, read_gguf_tokenizer
 
-__all__ = ["is_gguf", "read_gguf", "read_gguf_config"]
+__all__ = ["is_gguf", "read_gguf", "read_gguf_config", "read_gguf_tokenizer"]

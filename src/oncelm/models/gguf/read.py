@@ -63,6 +63,14 @@ def read_gguf_config(path: str | os.PathLike[str]) -> LlamaConfig:
     return _read_head(Path(path))[1]
 
 
+def read_gguf_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
+    """The tokenizer alone; no weights are read. Errors as those of `read_gguf`."""
+    file = Path(path)
+    header, config = _read_head(file)
+    with errors_in_one_line(path), quiet_transformers():
+        return read_tokenizer(file, header.metadata, config.vocab_size)
+
+
 def _read_head(file: Path) -> tuple[Header, LlamaConfig]:
     """The head of a file and the configuration that it describes, which its tensors fit."""
     if importlib.util.find_spec("gguf") is None:
