@@ -78,8 +78,9 @@ def test_sampling_and_streaming(models, capsys: pytest.CaptureFixture) -> None:
 
 def test_a_cache_of_another_kind_is_refused(models) -> None:
     model = models("retention")
-    with pytest.raises(ValueError, match="must be a cache of this model"):
-        model(prompt(1, 3), past_key_values=DynamicCache())
+    for other in (DynamicCache(), DynamicCache(config=model.config)):
+        with pytest.raises(ValueError, match="must be a cache of this model"):
+            model(prompt(1, 3), past_key_values=other)
     with pytest.raises(ValueError, match="unknown cache_implementation 'quantized'"):
         model.generate(prompt(1, 3), cache_implementation="quantized", **PLAIN)
 

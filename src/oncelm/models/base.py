@@ -52,7 +52,8 @@ class BaseModel(Family, PreTrainedModel):
 
     Attributes:
         cache_keys: keys of the configuration that a cache must agree in with the model.
-        own_arguments: of `forward`, beside those of all families.
+        own_arguments: of `forward`, beside those of all families. `past`, where a family has it, holds what came before
+            in place of a cache, and says its `lengths`.
         auto_model: the class of transformers that finds such models for a configuration.
         head_names: modules that come after the hidden states.
         family_heads: those of the family's other models too. In a folder, weights of other heads are passed over.

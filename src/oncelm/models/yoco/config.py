@@ -252,6 +252,17 @@ class YocoConfig(OwnConfig):
         return YocoWork(self, element_size, kv_element_size) if known else None
 
     @property
+    def kv_sharing_modes(self) -> list[str]:
+        """What transformers (from 5.23 on) asks to lay out a cache of its own: no layer holds anything in one, and the
+        model refuses it. OnceLM's own caches are made by `new_cache`."""
+        return ["reuse"] * self.num_hidden_layers
+
+    @property
+    def num_kv_shared_layers(self) -> int:
+        """The same for older transformers."""
+        return self.num_hidden_layers
+
+    @property
     def layer_order(self) -> list[tuple[str, int]]:
         """("self" or "cross", index in that half) in the order of computation."""
         own = [("self", i) for i in range(self.num_self_decoder_layers)]
