@@ -7,12 +7,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders
-from tokenizers.models import BPE
-from transformers import PreTrainedTokenizerFast
 
 from oncelm import load_tokenizer
-from oncelm.eval import Codec, LanguageModel
+from oncelm.eval import LanguageModel
 from oncelm.eval import model as module
 from oncelm.models import LongLlamaConfig, LongLlamaForCausalLM
 from tests.eval.conftest import KINDS
@@ -135,31 +132,6 @@ def test_misuse_teaches(language_models) -> None:
     reader.read(random_ids(8))
     with pytest.raises(ValueError, match="10 tokens has 8; 3 more"):
         reader.read(random_ids(3))
-
-
-def test_codec() -> None:
-    codec = Codec(load_tokenizer("bytes"), 260)
-    assert codec.decode(codec.encode("h\u00e9, <s>")) == "h\u00e9, <s>"
-    before, after = codec.pair("Answer:", " yes")
-    assert (codec.decode(before), codec.decode(after)) == ("Answer:", " yes")
-    assert codec.prefix.tolist() == []
-    with_bos = load_tokenizer("bytes")
-    with_bos.add_bos_token = True
-    assert Codec(with_bos).prefix.tolist() == [0]
-    text = "".join(f"line {i}\n" for i in range(150_000))
-    pieces = list(codec.stream([text]))
-    assert len(pieces) > 1
-    assert codec.decode(np.concatenate(pieces)) == text
-    with pytest.raises(ValueError, match="gives token 119, but the model knows 100 tokens"):
-        Codec(load_tokenizer("bytes"), 100).encode("sss")
-
-
-def test_a_tokenizer_that_loses_text_is_told() -> None:
-    poor = Tokenizer(BPE({"a": 0, "?": 1}, [], unk_token="?"))
-    poor.decoder = decoders.Fuse()
-    codec = Codec(PreTrainedTokenizerFast(tokenizer_object=poor, unk_token="?"))
-    with pytest.raises(ValueError, match="cannot encode the needle: 'abc' comes back as"):
-        codec.check("abc", "the needle")
 
 
 def test_the_fingerprint_tells_models_and_tokenizers_apart(language_models) -> None:

@@ -16,7 +16,7 @@ import pytest
 
 from oncelm.eval import TASKS, Curves, Run, make_task, read_run, run, write_report
 from oncelm.eval.chart import draw
-from oncelm.eval.page import sections_of
+from oncelm.eval.page import sections_of, shown_runs
 from oncelm.eval.plot import write_pngs
 from tests.eval.conftest import write_haystack
 
@@ -156,10 +156,10 @@ def test_no_runs_or_no_samples(runs, tmp_path) -> None:
 def test_runs_of_one_model_are_told_apart(runs, tmp_path, haystack, language_models) -> None:
     other = make_task(TASKS["nll"], documents=haystack, max_tokens=200)
     again = run(other, language_models("retention"), tmp_path / "nll-200.jsonl")
-    ((_, (table, windowed, _)),) = sections_of([runs[2], again])
+    ((_, (table, windowed, _)),) = sections_of(shown_runs([runs[2], again]))
     names = ["retention (max_tokens 300)", "retention (max_tokens 200)"]
     assert [row[0] for row in table.rows] == list(windowed.series) == names
-    ((_, (table, windowed, _)),) = sections_of([again, read_run(tmp_path / "nll-200.jsonl")])
+    ((_, (table, windowed, _)),) = sections_of(shown_runs([again, read_run(tmp_path / "nll-200.jsonl")]))
     assert list(windowed.series) == ["retention (run 1)", "retention (run 2)"]
     assert not (tmp_path / "r.html").exists()
 

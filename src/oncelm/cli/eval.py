@@ -283,7 +283,7 @@ def add_report_options(parser: argparse.ArgumentParser) -> None:
 
 def run_report(args: argparse.Namespace) -> int:
     from oncelm.eval import read_run, write_report
-    from oncelm.eval.page import sections_of, shown_runs
+    from oncelm.eval.page import sections_of
     from oncelm.eval.plot import check_plotting, write_pngs
 
     if args.png:  # before anything is written
@@ -293,8 +293,7 @@ def run_report(args: argparse.Namespace) -> int:
             check_place(place, option)
     if args.png and Path(args.png).exists() and not Path(args.png).is_dir():
         raise ValueError(f"--png {args.png} is a file; name a folder.")
-    runs = shown_runs([read_run(path) for path in args.runs])
-    write_report(runs, args.out, args.title)
+    runs = write_report([read_run(path) for path in args.runs], args.out, args.title)
     print(f"{args.out}: {len(runs)} runs")
     if args.png:
         for name, views in sections_of(runs):

@@ -26,8 +26,11 @@ SAMPLES_IN_PAGE = 5000  # of a run
 NAMED_BY_TABLES = ("fewshot", "scorer")  # settings that lm-eval's tables say themselves
 
 
-def write_report(runs: Sequence[Run], path: str | os.PathLike[str], title: str = "Evaluation") -> None:
+def write_report(runs: Sequence[Run], path: str | os.PathLike[str], title: str = "Evaluation") -> list[Run]:
     """Write the page of these runs: a section a task, with all its models side by side.
+
+    Returns:
+        The runs as they are shown (`shown_runs`).
 
     Raises:
         ValueError: no run with samples; a run or sample lacks what the page shows.
@@ -55,11 +58,11 @@ def write_report(runs: Sequence[Run], path: str | os.PathLike[str], title: str =
     )
     with atomic_file(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
+    return runs
 
 
 def sections_of(runs: Sequence[Run]) -> list[tuple[str, list[View]]]:
-    """The views of each task among the runs, in the order in which the tasks first come."""
-    runs = shown_runs(runs)
+    """The views of each task among `shown_runs`, in the order in which the tasks first come."""
     names = dict.fromkeys(_task_name(run) for run in runs)
     return [(name, _views(name, [run for run in runs if _task_name(run) == name])) for name in names]
 
