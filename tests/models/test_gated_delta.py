@@ -81,7 +81,7 @@ def test_what_it_cannot_is_said() -> None:
     with pytest.raises(ValueError, match="GatedDelta does not know how to split its weights over ranks"):
         mixer.tensor_plan(config, 2)
     with pytest.raises(ValueError, match="GatedDelta does not know how to mix a sequence that is split over ranks"):
-        mixer.chunk_past(config, None)
+        mixer.chunk_past(config)
     with pytest.raises(ValueError, match="one key/value head a query head: leave num_self_key_value_heads out"):
         make_model("delta", num_self_key_value_heads=1)
     with pytest.raises(ValueError, match="conv_size"):

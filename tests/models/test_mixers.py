@@ -82,7 +82,7 @@ def test_what_a_mixer_does_not_say_is_refused() -> None:
         pass
 
     config = YocoConfig()
-    for ask in (lambda: Mine.chunk_past(config, None), lambda: Mine.tensor_plan(config, 2)):
+    for ask in (lambda: Mine.chunk_past(config), lambda: Mine.tensor_plan(config, 2)):
         with pytest.raises(ValueError, match="Mine does not know how to"):
             ask()
     assert Mine.work(config) is None

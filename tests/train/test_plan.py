@@ -28,7 +28,8 @@ WINDOW = {"num_self_heads": 4, "self_decoder": "sliding_window", "window_size": 
 def make(name: str):
     if name == "llama":
         return LlamaForCausalLM(LlamaConfig(**SHAPE, num_hidden_layers=4))
-    return YocoForCausalLM(YocoConfig(**SHAPE, **HALVES, **(WINDOW if name == "window" else {"num_self_heads": 2})))
+    kinds = {"window": WINDOW, "delta": {"self_decoder": "gated_delta", "num_self_heads": 2}}
+    return YocoForCausalLM(YocoConfig(**SHAPE, **HALVES, **kinds.get(name, {"num_self_heads": 2})))
 
 
 def kept_bytes(model, dtype: str) -> int:
@@ -126,6 +127,7 @@ def test_processes_share(make_config) -> None:
         ("llama", {"context_parallel": 2}, "context_parallel is for YOCO models"),
         ("llama", {"tensor_parallel": 2}, "tensor_parallel is for YOCO models"),
         ("window", {"tensor_parallel": 8}, "num_self_heads 4 does not divide"),
+        ("delta", {"context_parallel": 2}, "GatedDelta does not know how to mix a sequence that is split over ranks"),
     ],
 )
 def test_what_cannot_be_split_is_said_before_anything_is_done(make_config, name, options, message) -> None:

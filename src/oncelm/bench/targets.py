@@ -93,7 +93,7 @@ class OwnTarget(Target):
         self.kv_dtype = kv_dtype or self.model.kv_dtype
         config, element = model.config, model.dtype.itemsize
         a_scale = 4 / config.head_dim if self.kv_dtype in LARGEST else 0
-        self.work = config.work(element, self.kv_dtype.itemsize + a_scale)
+        self.work = self.model.work(config, element, self.kv_dtype.itemsize + a_scale)
         self.prefill_chunk_size = prefill_chunk_size
         self.settings = {
             "cache": f"{type(self.model.new_cache(1, 1)).__name__}, preallocated",

@@ -67,6 +67,7 @@ class BaseModel(Family, PreTrainedModel):
     _keys_to_ignore_on_load_unexpected: list[str] | None = None
     has_own_cache = True
     takes_host_inputs = True
+    has_fused_loss = True
     cache_keys: tuple[str, ...]
     own_arguments: tuple[str, ...] = ()
     auto_model: Any = AutoModel

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
     from transformers import PreTrainedConfig
+
+    from oncelm.models.split import Split
+    from oncelm.models.work import WorkCounts
 
 
 class Family:
@@ -33,6 +37,9 @@ class Family:
         gemms: names that `set_gemm` takes.
         has_official_format: it can be written in the format of the paper's own code.
         result_keys: keys of the configuration on which results depend, beside the weights and their sizes.
+        splits: settings of training on several ranks that it can follow: "tensor_parallel" (`tensor_plan`),
+            "context_parallel" (`context_past`).
+        has_fused_loss: its loss keeps no logits for the backward pass.
         adopts: model types of transformers whose folders it reads too, each with the key that has to be given for that.
     """
 
@@ -49,6 +56,8 @@ class Family:
     gemms: tuple[str, ...] = ()
     has_official_format = False
     result_keys: tuple[str, ...] = ()
+    splits: tuple[str, ...] = ()
+    has_fused_loss = False
     adopts: Mapping[str | None, str] = MappingProxyType({})
 
     @classmethod
@@ -64,3 +73,43 @@ class Family:
         inner = getattr(config, "intermediate_size", None)
         width = f"{config.hidden_size:,}" + (f", feed-forward {inner:,}" if inner else "")
         return [("layers", f"{config.num_hidden_layers}{heads}"), ("width", width)]
+
+    @classmethod
+    def work(
+        cls, config: PreTrainedConfig, element_size: int, kv_element_size: float | None = None
+    ) -> WorkCounts | None:
+        """What a model of that configuration costs; here of a Llama, None for others, which nobody has counted.
+
+        element_size, kv_element_size: bytes of a number of its weights, and of its keys and values of all tokens, a
+        share of their scale included; None: the same.
+        """
+        from transformers import LlamaConfig
+
+        from oncelm.models.work import LlamaWork
+
+        return LlamaWork(config, element_size) if isinstance(config, LlamaConfig) else None
+
+    @classmethod
+    def kept_numbers(cls, config: PreTrainedConfig) -> tuple[list[int], int] | None:
+        """Numbers a token that a forward pass keeps for the backward pass: of what mixes tokens in each layer (queries,
+        keys and values as made and as rotated, gate, output), and outside of the layers. None: not known.
+
+        Here of a Llama.
+        """
+        from transformers import LlamaConfig
+
+        if not isinstance(config, LlamaConfig):
+            return None
+        head_dim = config.head_dim or config.hidden_size // config.num_attention_heads
+        return [3 * config.hidden_size + 3 * config.num_key_value_heads * head_dim] * config.num_hidden_layers, 0
+
+    @classmethod
+    def tensor_plan(cls, config: PreTrainedConfig, ranks: int) -> dict[str, Split]:
+        """How each module, by name or pattern, is split over ranks; ValueError where it cannot be."""
+        raise NotImplementedError
+
+    @classmethod
+    def context_past(cls, config: PreTrainedConfig) -> Callable[[ProcessGroup, tuple[int, ...]], Any]:
+        """What makes `forward(past=...)` for a chunk of each sequence, whose other chunks the other ranks of a group
+        hold, so many tokens behind the beginning of each; ValueError where it cannot be."""
+        raise NotImplementedError

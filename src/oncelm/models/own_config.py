@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import logging
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -15,9 +15,6 @@ from transformers import GenerationConfig, PreTrainedConfig
 from oncelm.utils.constraints import Constraint, Each, Flag, Keyed, OneOf, Only, Text, Whole, constraints_of
 from oncelm.utils.device import DTYPES
 from oncelm.utils.errors import nearest, shown, unknown
-
-if TYPE_CHECKING:
-    from oncelm.models.work import WorkCounts
 
 logger = logging.getLogger(__name__)
 
@@ -95,13 +92,6 @@ class OwnConfig(PreTrainedConfig):
         """The keys that the class describes."""
         common = {entry.name for entry in dataclasses.fields(PreTrainedConfig)}
         return [entry.name for entry in dataclasses.fields(cls) if entry.name not in common]
-
-    def work(self, element_size: int, kv_element_size: float | None = None) -> WorkCounts | None:
-        """What a model of this configuration costs, its weights and cache in numbers of `element_size` bytes.
-
-        `kv_element_size` is of a number in the cache, its share of a scale included; None: the same.
-        """
-        raise NotImplementedError
 
     def stated_keys(self) -> list[str]:
         """Those of them that say what the model is, without what follows from others."""

@@ -14,9 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-from transformers import LlamaConfig, PreTrainedConfig
-
-from oncelm.models.own_config import OwnConfig
+from transformers import LlamaConfig
 
 # float32: weights read forward and backward, gradients written and read, three numbers of AdamW read and written
 TRAINING_BYTES = 4 * (2 + 2 + 6)
@@ -112,10 +110,3 @@ class LlamaWork:
         layers, d = self.config.num_hidden_layers, self.config.hidden_size
         mixing = 4 * d * B * layers * causal_pairs(T)
         return Work(3 * 2 * B * T * self.weights, 3 * mixing, TRAINING_BYTES * self.weights)
-
-
-def count_work(config: PreTrainedConfig, element_size: int) -> WorkCounts | None:
-    """The costs of a model of that configuration; None where they are not known."""
-    if isinstance(config, OwnConfig):
-        return config.work(element_size)
-    return LlamaWork(config, element_size) if isinstance(config, LlamaConfig) else None

@@ -5,14 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from transformers import LlamaConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from oncelm.models.longllama import LongLlamaConfig
-from oncelm.models.yoco import YocoConfig, YocoForCausalLM
-from oncelm.models.yoco.mixers import mixers_of
+from oncelm.models.registry import FAMILIES, family, model_class
 from oncelm.train.config import TrainConfig
 from oncelm.train.crossbatch import describe_crossbatch
-from oncelm.train.parallel.tensor import check_split
 from oncelm.utils.memory import check_memory
 from oncelm.utils.units import size
 
@@ -42,10 +39,15 @@ class Memory:
 
 def check_model(model: PreTrainedModel, config: TrainConfig) -> None:
     """ValueError for a model that the settings cannot split."""
-    if config.context_parallel > 1 and not isinstance(model, YocoForCausalLM):
-        raise ValueError(f"context_parallel is for YOCO models; this is a {type(model).__name__}: leave it at 1.")
+    kind = family(model.config)
+    for setting in ("tensor_parallel", "context_parallel"):
+        if getattr(config, setting) > 1 and setting not in kind.splits:
+            those = " and ".join(other.title for other in map(model_class, FAMILIES) if setting in other.splits)
+            raise ValueError(f"{setting} is for {those} models; this is a {type(model).__name__}: leave it at 1.")
     if config.tensor_parallel > 1:
-        check_split(model, config.tensor_parallel)
+        kind.tensor_plan(model.config, config.tensor_parallel)
+    if config.context_parallel > 1:
+        kind.context_past(model.config)
 
 
 def estimate_memory(model: PreTrainedModel, config: TrainConfig, processes: int) -> Memory:
@@ -98,32 +100,27 @@ def activation_bytes(
     """Bytes kept for the backward pass of one forward pass over `tokens` tokens; None for models not known.
 
     Of each layer and token: the residual stream before both of its parts (float32), their normalised inputs (in
-    float32, and rounded), what mixes tokens (queries, keys and values as made and as rotated, gate, output), and four
-    of the feed-forward width: what plain PyTorch keeps. A compiled layer of OnceLM computes the normalised inputs and
-    one of the four again. With checkpointing: the input of each layer up to one, and that one's all. The
-    loss of transformers' own models keeps the logits, as made and in float32.
+    float32, and rounded), what mixes tokens, and four of the feed-forward width: what plain PyTorch keeps. A compiled
+    layer of OnceLM computes the normalised inputs and one of the four again. With checkpointing: the input of each
+    layer up to one, and that one's all. The loss of transformers' own models keeps the logits, as made and in float32.
     """
-    if not isinstance(config, YocoConfig | LlamaConfig):
+    kind = family(config)
+    kept_numbers = kind.kept_numbers(config)
+    if kept_numbers is None:
         return None
+    mixing, outside = kept_numbers
     d, f, e = config.hidden_size, config.intermediate_size, 2 if dtype == "bfloat16" else 4
-    head_dim = config.head_dim or d // config.num_attention_heads
-    if isinstance(config, LlamaConfig):
-        mixing = [3 * d + 3 * config.num_key_value_heads * head_dim] * config.num_hidden_layers
-    else:
-        mixing = [mixer.kept_numbers(config) for mixer in mixers_of(config)]
-        mixing += [3 * d] * config.num_cross_decoder_layers
-    ours = isinstance(config, YocoConfig | LongLlamaConfig)
-    normalised = 0 if compiled and ours else e * 2 * d + (8 * d if e == 2 else 0)
-    widths = 3 if compiled and ours else 4
+    recomputes = compiled and kind.can_compile
+    normalised = 0 if recomputes else e * 2 * d + (8 * d if e == 2 else 0)
+    widths = 3 if recomputes else 4
     layers = [8 * d + normalised + e * ((inner + widths * f) // tensor_parallel) for inner in mixing]
     embeddings = 4 * d + 4 * d + e * d  # the stream's start; the last norm's input and output
-    shared = 0 if isinstance(config, LlamaConfig) else 3 * e * config.shared_kv_heads * head_dim
-    logits = 0 if ours else (e + 4) * config.vocab_size
+    logits = 0 if kind.has_fused_loss else (e + 4) * config.vocab_size
     if checkpointing:  # the backward pass comes to a layer when the inputs of those behind it are gone
         kept = max(4 * d * number + layer for number, layer in enumerate(layers, start=1))
     else:
         kept = sum(layers)
-    return tokens * (kept + embeddings + shared + logits)
+    return tokens * (kept + embeddings + e * outside + logits)
 
 
 def describe_plan(config: TrainConfig, model: PreTrainedModel, data: str, processes: int) -> str:

@@ -10,7 +10,7 @@ import psutil
 import torch
 from transformers import PreTrainedConfig
 
-from oncelm.models.work import count_work
+from oncelm.models.registry import family
 from oncelm.train.config import TrainConfig
 from oncelm.train.parallel.mesh import Mesh
 
@@ -31,7 +31,7 @@ class ThroughputMeter:
     def __init__(self, model_config: PreTrainedConfig, config: TrainConfig, mesh: Mesh) -> None:
         self.config, self.device, self.num_ranks = config, mesh.device, mesh.world.size
         self.peak = config.peak_tflops or peak_tflops(mesh.device, config.dtype)
-        work = count_work(model_config, element_size=4)
+        work = family(model_config).work(model_config, element_size=4)
         # of whole rows: documents that attend to themselves only, and masked targets, take fewer
         counted = work is not None and not config.masks_documents
         self.flops_per_step = None

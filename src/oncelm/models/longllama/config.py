@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import GenerationConfig, LlamaConfig
@@ -27,9 +27,6 @@ from oncelm.utils.constraints import (
 )
 from oncelm.utils.device import DTYPES
 from oncelm.utils.errors import check_choice, shown
-
-if TYPE_CHECKING:
-    from oncelm.models.work import WorkCounts
 
 MEMORY_DTYPES = (*DTYPES, "int8")
 LLAMA_SIZES = (
@@ -170,11 +167,6 @@ class LongLlamaConfig(OwnConfig, LlamaConfig):
                 f"num_attention_heads {self.num_attention_heads} is not a multiple of num_key_value_heads "
                 f"{self.num_key_value_heads}."
             )
-
-    def work(self, element_size: int, kv_element_size: float | None = None) -> WorkCounts:
-        from oncelm.models.longllama.work import LongLlamaWork
-
-        return LongLlamaWork(self, element_size, kv_element_size)
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> tuple[dict, dict]:

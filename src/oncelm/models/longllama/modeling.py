@@ -27,6 +27,7 @@ from oncelm.models.inputs import Inputs, read_inputs
 from oncelm.models.longllama.config import LongLlamaConfig
 from oncelm.models.longllama.memories import MEMORIES, MemoryOptions, cache_bytes, new_layers
 from oncelm.models.longllama.model import PLAIN, Backbone, Parts, compiled_parts
+from oncelm.models.longllama.work import LongLlamaWork
 from oncelm.models.rms_norm import RMSNorm
 from oncelm.models.wanted import Wanted
 from oncelm.ops.crossbatch import earlier_contexts
@@ -129,6 +130,10 @@ class LongLlamaModel(CompilesLayers, BaseModel):
 
     def cache_bytes(self, tokens: int, dtype: torch.dtype) -> int:
         return cache_bytes(self.config, tokens, dtype)
+
+    @classmethod
+    def work(cls, config: PreTrainedConfig, element_size: int, kv_element_size: float | None = None) -> LongLlamaWork:
+        return LongLlamaWork(config, element_size)
 
     @classmethod
     def layers_in_words(cls, config: LongLlamaConfig) -> list[tuple[str, str]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from huggingface_hub.dataclasses import strict
 
@@ -12,9 +12,6 @@ from oncelm.models.yoco.mixers.registry import CROSS_ATTENTION, kinds_of, mixer_
 from oncelm.ops.rope import PAIRINGS, SPACINGS
 from oncelm.utils.constraints import POSITIVE, Constraint, Count, Each, Number, OneOf, Positive, Whole
 from oncelm.utils.errors import shown, unknown
-
-if TYPE_CHECKING:
-    from oncelm.models.work import WorkCounts
 
 LAYOUTS = ("stacked", "unstacked", "interleaved")
 
@@ -244,12 +241,6 @@ class YocoConfig(OwnConfig):
     def shared_kv_heads(self) -> int:
         """Heads of the shared key/value cache."""
         return self.num_key_value_heads or self.num_attention_heads
-
-    def work(self, element_size: int, kv_element_size: float | None = None) -> WorkCounts | None:
-        from oncelm.models.yoco.work import YocoWork
-
-        known = all(mixer.work(self) is not None for mixer in kinds_of(self))
-        return YocoWork(self, element_size, kv_element_size) if known else None
 
     @property
     def kv_sharing_modes(self) -> list[str]:

@@ -28,6 +28,8 @@ from oncelm.models.yoco.decoding import Decoding
 from oncelm.models.yoco.execution import Execution
 from oncelm.models.yoco.mixers import Mixer, Room, mixers_of
 from oncelm.models.yoco.model import CrossDecoder, SelfDecoder, run_layers
+from oncelm.models.yoco.parallel import context_past, tensor_plan
+from oncelm.models.yoco.work import YocoWork
 from oncelm.ops.quantize import LARGEST
 from oncelm.utils.errors import check_choice, check_whole
 
@@ -43,6 +45,7 @@ class YocoModel(Execution, BaseModel):
         "num_self_heads", "self_kv_heads", "window_size", "num_attention_heads", "shared_kv_heads",
     )  # fmt: skip
     title = "YOCO"
+    splits = ("tensor_parallel", "context_parallel")
     kv_dtypes = ("bfloat16", "float8", "int8")
     packs_rows = True
     gemms = ("float8",)
@@ -115,6 +118,20 @@ class YocoModel(Execution, BaseModel):
     def fingerprint(self) -> str:
         """A short hash of the configuration and of a sample of every parameter: whose cache a file is."""
         return fingerprint(self, self.config.stated_keys())
+
+    @classmethod
+    def work(cls, config: YocoConfig, element_size: int, kv_element_size: float | None = None) -> YocoWork | None:
+        known = all(mixer.work(config) is not None for mixer in mixers_of(config))
+        return YocoWork(config, element_size, kv_element_size) if known else None
+
+    @classmethod
+    def kept_numbers(cls, config: YocoConfig) -> tuple[list[int], int]:
+        own = [mixer.kept_numbers(config) for mixer in mixers_of(config)]
+        crosses = [3 * config.hidden_size] * config.num_cross_decoder_layers
+        return own + crosses, 3 * config.shared_kv_heads * config.head_dim
+
+    tensor_plan = staticmethod(tensor_plan)
+    context_past = staticmethod(context_past)
 
     @classmethod
     def layers_in_words(cls, config: YocoConfig) -> list[tuple[str, str]]:

@@ -1,7 +1,7 @@
 """Context parallelism (YOCO, arXiv 2405.05254: chunk parallelism): every rank holds one chunk of each sequence.
 
-The model stays as it is; only what it is given as the past (`oncelm.cache.yoco.interface`) reaches over to other ranks.
-What a layer's past asks them for is its mixer's to say (`Mixer.chunk_past`): a state from each rank, the last keys and
+The model stays as it is; only what it is given as the past reaches over to other ranks (`Family.context_past`). What a
+layer of a YOCO asks them for is its mixer's to say (`Mixer.chunk_past`): a state from each rank, the last keys and
 values of the one before. The shared keys and values are gathered once a forward pass. The cross-decoder's queries are
 the chunk's own, at their places in the whole sequence; nothing else is exchanged.
 
@@ -19,33 +19,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
+from transformers import PreTrainedConfig
 
-from oncelm.cache.yoco.interface import Pasts
-from oncelm.cache.yoco.shared_kv import ChunkShared
 from oncelm.models.inputs import IGNORE_INDEX
-from oncelm.models.yoco import YocoConfig
-from oncelm.models.yoco.mixers import mixers_of
-
-
-def chunk_past(config: YocoConfig, group: ProcessGroup, lengths: tuple[int, ...]) -> Pasts:
-    """The past of one forward pass of a YOCO model over this rank's chunk.
-
-    Args:
-        config: the model's.
-        group: the ranks that share each sequence, in the order of their chunks.
-        lengths: tokens before this chunk, of each sequence.
-
-    Raises:
-        ValueError: a mixer that does not know how.
-    """
-    layers = [mixer.chunk_past(config, group) for mixer in mixers_of(config)]
-    return Pasts(layers, ChunkShared(group), lengths)
+from oncelm.models.registry import family
 
 
 def chunk_inputs(
-    config: YocoConfig, group: ProcessGroup, tokens: Tensor, labels: Tensor, cu_seqlens: Tensor | None = None
+    config: PreTrainedConfig, group: ProcessGroup, tokens: Tensor, labels: Tensor, cu_seqlens: Tensor | None = None
 ) -> dict[str, Any]:
-    """What this rank passes to a YOCO model to compute its chunk of a batch; the ranks' losses add up to the batch's.
+    """What this rank passes to a model to compute its chunk of a batch; the ranks' losses add up to the batch's.
 
     A chunk's last token predicts the first of the next. Rows that do not divide among the ranks are padded at the end,
     where no other token sees it and nothing is predicted.
@@ -73,5 +56,5 @@ def chunk_inputs(
     return inputs | {
         "input_ids": F.pad(tokens, (0, padding))[:, begin:end],
         "targets": F.pad(targets, (0, padding), value=IGNORE_INDEX)[:, begin:end],
-        "past": chunk_past(config, group, starts),
+        "past": family(config).context_past(config)(group, starts),
     }

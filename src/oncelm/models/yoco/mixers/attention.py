@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from oncelm.models.split import COLUMNS, ROWS, Heads, Split
 from oncelm.models.yoco.linear import Rounded, linear, project
-from oncelm.models.yoco.mixers.base import COLUMNS, ROWS, Heads, Mixer, Split, Tensors
+from oncelm.models.yoco.mixers.base import Mixer, Tensors
 from oncelm.ops import apply_rope
 
 if TYPE_CHECKING:

@@ -15,6 +15,7 @@ from torch import nn
 from oncelm.cache.batch import Batch
 from oncelm.cache.yoco.interface import LayerCache
 from oncelm.cache.yoco.recurrent_state import FreshRecurrent, RecurrentState
+from oncelm.models.split import Split
 from oncelm.models.yoco.linear import Rounded
 
 if TYPE_CHECKING:
@@ -53,18 +54,6 @@ class MixerWork(NamedTuple):
     mixing: Callable[[int], float]
     step: Callable[[int], float]
     moved: Callable[[int, float, float], float]
-
-
-class Heads(NamedTuple):
-    """A projection to `num` key or value heads of dimension `dim`, in a tensor-parallel plan."""
-
-    num: int
-    dim: int
-
-
-# of one linear layer's weight: by output rows, by input columns, or by heads, of which there may be fewer than ranks
-Split = str | Heads
-ROWS, COLUMNS = "rows", "columns"
 
 
 class Mixer(nn.Module):
@@ -152,8 +141,8 @@ class Mixer(nn.Module):
         return FreshRecurrent()
 
     @classmethod
-    def chunk_past(cls, config: YocoConfig, group: ProcessGroup) -> Any:
-        """The past of a chunk of a sequence whose other chunks the other ranks of the group hold."""
+    def chunk_past(cls, config: YocoConfig) -> Callable[[ProcessGroup], Any]:
+        """What makes the past of a chunk of a sequence whose other chunks the other ranks of a group hold."""
         raise ValueError(f"{cls.__name__} does not know how to mix a sequence that is split over ranks.")
 
     # -- what its class is asked ----------------------------------------------------------------------------------

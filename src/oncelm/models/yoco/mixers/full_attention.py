@@ -19,8 +19,6 @@ from oncelm.models.yoco.mixers.base import MixerWork, Room, Tensors
 from oncelm.models.yoco.mixers.registry import register_mixer
 
 if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
-
     from oncelm.models.yoco.config import YocoConfig
 
 
@@ -47,8 +45,8 @@ class FullAttention(SelfAttention):
         return FreshShared()
 
     @classmethod
-    def chunk_past(cls, config: YocoConfig, group: ProcessGroup) -> ChunkShared:
-        return ChunkShared(group)
+    def chunk_past(cls, config: YocoConfig) -> type[ChunkShared]:
+        return ChunkShared
 
     @classmethod
     def describe(cls, config: YocoConfig) -> str:

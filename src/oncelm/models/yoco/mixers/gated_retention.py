@@ -9,8 +9,9 @@ import torch.nn.functional as F
 
 from oncelm.cache.batch import Batch
 from oncelm.cache.yoco.interface import RecurrentPast
+from oncelm.models.split import COLUMNS, ROWS, Split
 from oncelm.models.yoco.linear import Rounded, linear, project
-from oncelm.models.yoco.mixers.base import COLUMNS, ROWS, Mixer, MixerWork, Split, Tensors
+from oncelm.models.yoco.mixers.base import Mixer, MixerWork, Tensors
 from oncelm.models.yoco.mixers.registry import register_mixer
 from oncelm.ops import apply_rope, gated_retention, gated_retention_step, rms_norm, swiglu
 from oncelm.ops.context_parallel import state_before
@@ -67,8 +68,8 @@ class GatedRetention(Mixer):
         return {"state": (config.num_self_heads, config.self_head_dim, config.self_head_dim)}
 
     @classmethod
-    def chunk_past(cls, config: YocoConfig, group: ProcessGroup) -> ChunkRetention:
-        return ChunkRetention(group)
+    def chunk_past(cls, config: YocoConfig) -> type[ChunkRetention]:
+        return ChunkRetention
 
     @classmethod
     def describe(cls, config: YocoConfig) -> str:

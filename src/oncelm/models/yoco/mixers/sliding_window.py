@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -42,8 +44,8 @@ class SlidingWindowAttention(SelfAttention):
         return FreshWindow(config.window_size)
 
     @classmethod
-    def chunk_past(cls, config: YocoConfig, group: ProcessGroup) -> ChunkWindow:
-        return ChunkWindow(config.window_size, group)
+    def chunk_past(cls, config: YocoConfig) -> Callable[[ProcessGroup], ChunkWindow]:
+        return partial(ChunkWindow, config.window_size)
 
     @classmethod
     def describe(cls, config: YocoConfig) -> str:
