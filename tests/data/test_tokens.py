@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from oncelm.data.tokens import ArrayStream, ShardStream, Spans, split_by_length
+from oncelm.data.tokens import ArrayStream, ShardStream, SpanStream, split_by_length
 
 KEYS = itertools.count()
 lengths = st.lists(st.lists(st.integers(1, 12), max_size=6), min_size=1, max_size=5)  # of documents, by shard
@@ -75,7 +75,7 @@ def test_long_documents_and_the_others_are_all_there_is(folder: Path, shards, th
 
 
 def test_parts_of_an_array() -> None:
-    part = Spans(ArrayStream(np.arange(100)), np.array([10, 50]), np.array([5, 3]))
+    part = SpanStream(ArrayStream(np.arange(100)), np.array([10, 50]), np.array([5, 3]))
     assert part.read(0, 8).tolist() == [10, 11, 12, 13, 14, 50, 51, 52]
     assert part.read(4, 6).tolist() == [14, 50]
     assert part.document_starts(0, 8).tolist() == [5]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from oncelm.cli.options import add_options, find_tokenizer, kv_dtype, model_keys, token_counts
 from oncelm.cli.output import print_tables
-from oncelm.utils.place import check_place
+from oncelm.utils.files import check_place
 
 if TYPE_CHECKING:
     import torch

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from oncelm.cli.output import new_table, print_tables
-from oncelm.utils.place import check_place
+from oncelm.utils.files import check_place
 
 if TYPE_CHECKING:
     from oncelm.data.layout import Corpus

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from oncelm.cli.options import token_counts
 from oncelm.cli.output import print_tables
-from oncelm.utils.place import check_place
+from oncelm.utils.files import check_place
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from oncelm.cli.options import add_options, find_tokenizer, model_keys, session_options
 from oncelm.cli.output import print_tables
-from oncelm.utils.place import check_place
+from oncelm.utils.files import check_place
 
 if TYPE_CHECKING:
     from oncelm.cli import Command

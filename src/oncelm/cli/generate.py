@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from oncelm.cli.options import add_options, find_tokenizer, kv_dtype, model_keys, session_options
-from oncelm.utils.place import check_place
+from oncelm.utils.files import check_place
 
 if TYPE_CHECKING:
     import torch

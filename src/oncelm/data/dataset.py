@@ -16,7 +16,7 @@ import torch
 
 from oncelm.data.batch import TrainBatch
 from oncelm.data.sampler import Schedule, permute
-from oncelm.data.tokens import ArrayStream, Documents, ShardStream, Stream, TokenSource, split_by_length
+from oncelm.data.tokens import ArrayStream, DocumentStream, ShardStream, Stream, TokenSource, split_by_length
 
 
 @dataclass(frozen=True)
@@ -194,7 +194,7 @@ class TokenDataset:
 
     def _strata(self, blocks: Blocks, stop: int, threshold: int, factor: float) -> list[tuple[Blocks, float]]:
         """A source's long documents and its others, up to token `stop`, with their shares of the source."""
-        if not isinstance(blocks.stream, ShardStream | Documents):
+        if not isinstance(blocks.stream, ShardStream | DocumentStream):
             raise ValueError("long_documents needs prepared sources, which know where documents begin.")
         streams = split_by_length(blocks.stream, stop, threshold)
         shares = [streams[0].num_tokens * factor, float(streams[1].num_tokens)]

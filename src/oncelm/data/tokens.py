@@ -189,7 +189,7 @@ def _mapped(path: Path, dtype: str, size: int) -> np.ndarray:
     return np.memmap(path, dtype, mode="r", shape=(size,)) if size else np.empty(0, dtype)
 
 
-class Spans:
+class SpanStream:
     """Parts of a stream as a stream.
 
     Args:
@@ -227,7 +227,7 @@ class Spans:
             part += 1
 
 
-class Documents(Spans):
+class DocumentStream(SpanStream):
     """Spans each of which is a document."""
 
     def documents(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -235,7 +235,9 @@ class Documents(Spans):
         yield self.bounds[:-1], self.bounds[1:]
 
 
-def split_by_length(stream: ShardStream | Documents, stop: int, threshold: int) -> tuple[Documents, Spans]:
+def split_by_length(
+    stream: ShardStream | DocumentStream, stop: int, threshold: int
+) -> tuple[DocumentStream, SpanStream]:
     """The documents of at least `threshold` tokens, and all others, each as a stream.
 
     Only what lies before token `stop` counts; a document that reaches beyond it is cut there. The index takes
@@ -251,4 +253,4 @@ def split_by_length(stream: ShardStream | Documents, stop: int, threshold: int) 
     long_lengths = np.concatenate(lengths)
     gap_starts = np.concatenate([[0], long_starts + long_lengths])
     gap_lengths = np.concatenate([long_starts, [stop]]) - gap_starts
-    return Documents(stream, long_starts, long_lengths), Spans(stream, gap_starts, gap_lengths)
+    return DocumentStream(stream, long_starts, long_lengths), SpanStream(stream, gap_starts, gap_lengths)

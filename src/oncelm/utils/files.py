@@ -26,14 +26,28 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from safetensors import SafetensorError
-
 # of such a folder; earlier versions wrote NAME's successor there itself, and moved an old folder to `.old`
 _UNFINISHED = re.compile(r"\.(.+)\.[0-9a-f]{16}\.(tmp|old)")
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux's renameat2
 _CANNOT_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP)  # the kernel, or the disk
 # how the writers of safetensors and torch.save tell of an error of the disk
 _FAILED_WRITE = re.compile(r"os error \d+|inline_container|PytorchStreamWriter|cannot be opened")
+
+
+def check_place(path: str | os.PathLike[str], option: str) -> None:
+    """ValueError, before hours of work, where neither `path` nor a folder on the way to it could be written.
+
+    Nothing is made or changed.
+    """
+    target = Path(path).absolute()
+    existing = next(place for place in (target, *target.parents) if os.path.lexists(place))
+    if existing != target and not existing.is_dir():
+        reason = f"{existing} is a file"
+    elif not os.access(existing, os.W_OK | (os.X_OK if existing.is_dir() else 0)):
+        reason = f"{existing} is read-only for this user"
+    else:
+        return
+    raise ValueError(f"{path} cannot be written: {reason}; name another place with {option}.")
 
 
 def fsync_path(path: Path) -> None:
@@ -230,8 +244,10 @@ def _write_errors(target: Path, place: Path) -> Iterator[None]:
     """A failed write in `place` as an OSError that names `target` and the space left; other errors as they are."""
     try:
         yield
-    except (OSError, SafetensorError, RuntimeError) as error:
-        if not _is_failed_write(error, place):
+    except Exception as error:
+        from safetensors import SafetensorError  # here: every start of the command imports this module
+
+        if not (isinstance(error, OSError | SafetensorError | RuntimeError) and _is_failed_write(error, place)):
             raise
         free = shutil.disk_usage(target.parent).free / 2**20
         reason = " ".join(str(error).split())

@@ -24,7 +24,7 @@ _HEAD = re.compile(r"=== (\d{4}) \| (.+)\n")
 
 
 @dataclass(frozen=True)
-class Document:
+class CorpusText:
     """One text: an address (`title` is the president) or a chapter (`title` is its heading)."""
 
     year: int
@@ -32,7 +32,7 @@ class Document:
     text: str
 
 
-def iterate_corpus(name: str) -> Iterator[Document]:
+def iterate_corpus(name: str) -> Iterator[CorpusText]:
     """The documents of a bundled corpus, in order; what comes later is not unpacked yet."""
     check_choice("corpus", name, CORPORA)
     with (
@@ -50,12 +50,12 @@ def iterate_corpus(name: str) -> Iterator[Document]:
         yield _document(head, body)
 
 
-def _document(head: re.Match[str] | None, body: list[str]) -> Document:
+def _document(head: re.Match[str] | None, body: list[str]) -> CorpusText:
     assert head is not None  # a corpus starts with a header
-    return Document(int(head[1]), head[2], "".join(body).removesuffix("\n"))
+    return CorpusText(int(head[1]), head[2], "".join(body).removesuffix("\n"))
 
 
-def load_corpus(name: str, *, first_year: int | None = None, last_year: int | None = None) -> list[Document]:
+def load_corpus(name: str, *, first_year: int | None = None, last_year: int | None = None) -> list[CorpusText]:
     """The documents of a bundled corpus, in order; years are inclusive bounds.
 
     >>> train = load_corpus("sotu", last_year=1999)

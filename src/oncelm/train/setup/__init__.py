@@ -19,7 +19,7 @@ from oncelm.train.setup.model import check_model, make_model
 from oncelm.train.setup.tokenizer import check_tokenizer, make_tokenizer
 from oncelm.train.trainer import Trainer
 from oncelm.utils.device import resolve_device
-from oncelm.utils.place import check_place
+from oncelm.utils.files import check_place
 from oncelm.utils.vocabulary import bpe_size
 
 
