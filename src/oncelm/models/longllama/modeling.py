@@ -24,14 +24,13 @@ from oncelm.models.classifiers import SequenceClassifier, TokenClassifier
 from oncelm.models.compiling import CompilesLayers
 from oncelm.models.extras import with_arguments_of
 from oncelm.models.inputs import Inputs, read_inputs
+from oncelm.models.longllama.arguments import check_arguments, check_last_context
 from oncelm.models.longllama.config import LongLlamaConfig
-from oncelm.models.longllama.memories import MEMORIES, MemoryOptions, cache_bytes, new_layers
+from oncelm.models.longllama.memories import MemoryOptions, cache_bytes, new_layers
 from oncelm.models.longllama.model import PLAIN, Backbone, Parts, compiled_parts
 from oncelm.models.longllama.work import LongLlamaWork
 from oncelm.models.rms_norm import RMSNorm
 from oncelm.models.wanted import Wanted
-from oncelm.ops.crossbatch import earlier_contexts
-from oncelm.utils.errors import check_choice, check_whole
 
 # Keys on which a memory's content depends, beside the weights; the others say how it is kept and read.
 _KEYS_OF_MEMORY = (
@@ -236,81 +235,8 @@ class LongLlamaModel(CompilesLayers, BaseModel):
     def _makes_cache(self, own: dict[str, Any], is_packed: bool) -> bool:
         return not is_packed and not own.get("cross_batch_range")
 
-    def _check_own(
-        self,
-        own: dict[str, Any],
-        tokens: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        is_packed: bool,
-        cache: Any,
-        use_cache: bool,
-    ) -> dict[str, Any]:
-        counts = self._crossbatch(
-            tokens, cache, attention_mask, *(own.get(name) for name in LongLlamaModel.own_arguments[2:])
-        )
-        if counts is not None and (use_cache or is_packed):
-            raise ValueError("crossbatch is a way of training: it goes without use_cache and packed sequences.")
-        if is_packed and (cache is not None or use_cache):
-            raise ValueError(
-                "packed sequences (cu_seqlens, position_ids that begin anew) are read without past_key_values and "
-                "use_cache; a LongLLaMA's cache takes rows."
-            )
-        memory = own.get("memory")
-        if memory is not None:
-            check_choice("memory", memory, MEMORIES)
-            trains = counts is not None or (torch.is_grad_enabled() and not use_cache)
-            if cache is not None or trains:
-                where = "past_key_values has one already" if cache is not None else "a pass with gradients has none"
-                raise ValueError(f"memory={memory!r} is the kind of the cache that a call makes; {where}.")
-        return {
-            "counts": counts,
-            "memory": memory or "exact",
-            "last_context_length": self._last_context_length(own.get("last_context_length")),
-        }
-
-    def _last_context_length(self, given: int | None) -> int:
-        length = self.config.last_context_length if given is None else given
-        assert length is not None, "the configuration sets it"
-        check_whole(1, last_context_length=length)
-        if length > self.config.max_position_embeddings:
-            raise ValueError(
-                f"last_context_length must be from 1 to the window of {self.config.max_position_embeddings}, "
-                f"got {length}."
-            )
-        return length
-
-    def _crossbatch(
-        self,
-        tokens: torch.Tensor,
-        cache: LongLlamaCache | None,
-        attention_mask: torch.Tensor | None,
-        cross_batch_range: int | None,
-        stepping: bool | None,
-        packing: int | None,
-    ) -> tuple[int, ...] | None:
-        """How many rows before it each row sees; None without crossbatch."""
-        config = self.config
-        if cross_batch_range is None and self.training and cache is None:
-            cross_batch_range = config.cross_batch_range
-        if cross_batch_range is None:
-            return None
-        check_whole(0, cross_batch_range=cross_batch_range)
-        if cross_batch_range == 0:
-            return None
-        B, T = tokens.shape[:2]
-        if not config.mem_layers:
-            raise ValueError("crossbatch needs memory layers; this model's mem_layers is empty.")
-        if cache is not None:
-            raise ValueError("crossbatch is a way of training: it goes without past_key_values.")
-        if attention_mask is not None and not bool(attention_mask.all()):
-            raise ValueError("crossbatch takes full rows only; put documents side by side instead of padding them.")
-        if config.max_position_embeddings < T:
-            raise ValueError(
-                f"a row of crossbatch is one context: at most {config.max_position_embeddings} tokens "
-                f"(max_position_embeddings), got {T}."
-            )
-        stepping = config.cross_batch_stepping if stepping is None else stepping
-        return earlier_contexts(B, cross_batch_range, stepping, config.dataset_packing if packing is None else packing)
+    def _check_own(self, own: dict[str, Any], *given: Any) -> dict[str, Any]:
+        return check_arguments(self.config, self.training, own, *given)
 
 
 class LongLlamaForSequenceClassification(SequenceClassifier, LongLlamaModel):
@@ -393,7 +319,7 @@ class LongLlamaForCausalLM(CausalLM, LongLlamaModel):
             raise ValueError("attention_mask has a row without tokens; prefill needs at least one in each.")
         last = inputs.last_columns()
         hidden = torch.empty(shape[0], self.config.hidden_size, dtype=self.dtype, device=device)
-        kept = self._last_context_length(last_context_length)
+        kept = check_last_context(self.config, last_context_length)
         for columns, part in self._windows(input_ids, inputs.real, cache, kept):
             if inputs.real is not None:
                 ending = (last >= columns.start) & (last < columns.stop)
