@@ -71,10 +71,8 @@ class Metrics:
         self._bar.set_postfix(self._shown, refresh=False)
 
 
-class NoMetrics(Metrics):
+class NoMetrics:
     """For ranks that do not report."""
-
-    def __init__(self) -> None: ...
 
     def advance(self, loss: float, planned_steps: float) -> None: ...
 

@@ -110,10 +110,12 @@ class Saver:
 
     def wait(self) -> None:
         """Until nothing is being written; OSError if that failed."""
-        if self._writing is not None:
-            (writing, step), (self._writing, self.step) = (self._writing, self.step), (None, None)
-            writing.result()
-            self.step = step
+        if self._writing is None:
+            return
+        writing, step = self._writing, self.step
+        self._writing = self.step = None  # where it failed, there is no checkpoint of that step
+        writing.result()
+        self.step = step
 
     def _write(self, step: int, tensors: dict[str, Tensors], write_rest: Callable[[Path], None]) -> None:
         group, error = self.mesh.saving, None

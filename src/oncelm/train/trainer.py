@@ -135,7 +135,7 @@ class Trainer:
     def _train(self) -> TrainResult:
         self._start_or_resume()
         loss = validation_loss = model_path = None
-        metrics: Metrics = NoMetrics()
+        metrics: Metrics | NoMetrics = NoMetrics()
         if self.mesh.is_main:
             reports = open_reports(self.config.report, self.out, self.step, asdict(self.config))
             metrics = Metrics(self.out, self.step, reports)
@@ -279,7 +279,7 @@ class Trainer:
         total, targets = self.mesh.sum(sums).tolist()
         return total / targets if targets else None
 
-    def _log_validation(self, metrics: Metrics) -> float | None:
+    def _log_validation(self, metrics: Metrics | NoMetrics) -> float | None:
         loss = self.evaluate()
         if loss is not None:
             if not math.isfinite(loss):
