@@ -31,7 +31,8 @@ class MixerName(Constraint):
     def check(self, name: str, value: Any) -> str:
         allowed = (*mixer_names(), *self.others)
         if not isinstance(value, str) or value not in allowed:
-            raise unknown(name, value, allowed)
+            hint = "A mixer of your own is known once its file has been imported."
+            raise ValueError(f"{unknown(name, value, allowed)} {hint}")
         return value
 
     def describe(self) -> str:
@@ -60,12 +61,13 @@ class YocoConfig(OwnConfig):
         num_self_decoder_layers, num_cross_decoder_layers: layers of each half; either may be 0 (a model without a
             cross-decoder is a plain gRetNet or sliding-window Transformer).
         self_decoder: the mixer of all layers of the self-decoder: "gated_retention", "sliding_window",
-            "full_attention" or a registered one; None where they have several.
+            "full_attention", "gated_delta" or a registered one; None where they have several.
         layer_types: the mixer of each layer, in the order of computation, "cross_attention" for those of the
-            cross-decoder: of a model whose self-decoder has several mixers, and the only thing to say of its layers.
-            None means what the other keys say, and becomes that list.
+            cross-decoder. A hybrid is said by this list alone, which implies how many layers the halves have. None
+            means what the other keys say, and becomes that list.
         num_self_heads: heads of a self-decoder layer.
-        num_self_key_value_heads: key/value heads of a sliding-window layer; None means num_self_heads.
+        num_self_key_value_heads: key/value heads of a sliding-window or full-attention layer; None means
+            num_self_heads.
         num_attention_heads: query heads of a cross-decoder layer.
         num_key_value_heads: heads of the shared K/V cache; None means num_attention_heads.
         window_size: keys that a sliding-window query sees, itself included.
