@@ -36,18 +36,18 @@ imports: $(STAMP)
 	$(BIN)/lint-imports
 
 unit: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --durations 10
 
 test-slow: $(STAMP)  ## tests of more than a few seconds
-	$(BIN)/python -m pytest -m slow --ignore tests/interop
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto -m slow --ignore tests/interop
 
 test-interop: $(STAMP)  ## Trainer, TRL, PEFT, bitsandbytes and accelerate, each beside transformers' Llama
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[interop]"
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow tests/interop
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto -m slow tests/interop
 
 test-kernels: $(STAMP)  ## the Triton kernels in Triton's interpreter, on the CPU
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "triton==3.7.1"
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(KERNEL_TESTS)
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto $(KERNEL_TESTS)
 
 test-gpu: $(STAMP)  ## tests that need a CUDA device, then each op's gate and times
 	$(BIN)/python -m pytest -m gpu

@@ -113,6 +113,7 @@ def test_the_tokenizer_named_or_the_sources_own(tmp_path, capsys) -> None:
     assert oncelm.load_tokenizer(tmp_path / "again")("Hi").input_ids == [76, 109]
 
 
+@pytest.mark.slow
 def test_cl100k_base_for_its_vocabulary(tmp_path) -> None:
     try:
         tokenizer = oncelm.load_tokenizer("cl100k_base")

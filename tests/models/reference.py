@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -41,6 +42,12 @@ def whole(model: nn.Module, ids: Tensor) -> Reference:
     logits = exact(ids, use_cache=False).logits
     errors = [_largest(plain(ids, use_cache=False).logits - logits) for plain in (model, *near)]
     return Reference(logits, torch.stack(errors).amax(0))
+
+
+def whole_rows(model: nn.Module, rows: Sequence[Tensor]) -> list[Reference]:
+    """Of each row of ids [T_i], in one pass: what stands behind a row, to fill the batch, no token of it sees."""
+    reference = whole(model, torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True))
+    return [reference[i, : len(row)] for i, row in enumerate(rows)]
 
 
 @cache

@@ -10,12 +10,14 @@ forward pass is off (reference.py).
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.models.reference import whole
+from tests.models.reference import whole, whole_rows
 from tests.models.small import KINDS, VOCAB, make_model
 
 kinds = pytest.mark.parametrize("kind", [*KINDS, "ill-conditioned"])
@@ -27,7 +29,7 @@ def draw_ids(seed: int, *shape: int) -> torch.Tensor:
 
 
 @kinds
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(data=st.data(), seed=seeds, B=st.integers(1, 3), T=st.integers(1, 40))
 def test_any_pieces_on_one_cache_give_the_full_forward(models, kind, data, seed, B, T) -> None:
     """Several turns of several tokens, decode steps among them: each piece's logits are the full forward's."""
@@ -86,7 +88,7 @@ def test_any_subset_of_positions(models, kind, data, seed, B, T) -> None:
 
 
 @kinds
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(data=st.data(), seed=seeds, T=st.integers(2, 24), steps=st.integers(0, 4))
 def test_padding_anywhere_changes_nothing(models, kind, data, seed, T, steps) -> None:
     """Left, right and scattered padding: each row's logits are those of its tokens alone, in decoding too."""
@@ -111,8 +113,7 @@ def test_padding_anywhere_changes_nothing(models, kind, data, seed, T, steps) ->
         pieces.append(model(token, attention_mask=so_far, past_key_values=cache).logits)
     together = torch.cat(pieces, dim=1)
     whole_mask = torch.cat((mask, torch.ones(3, steps, dtype=torch.long)), dim=1).bool()
-    for row in range(3):
-        alone = whole(model, ids[row : row + 1][whole_mask[row : row + 1]][None])[0]
+    for row, alone in enumerate(whole_rows(model, [ids[row][whole_mask[row]] for row in range(3)])):
         alone.check(together[row][whole_mask[row]])
         alone[: int(mask[row].sum())].check(uncached[row][mask[row].bool()])
     assert (together[~whole_mask] == 0).all()
@@ -129,8 +130,8 @@ def test_padded_prefill(models, kind, data, seed, T, chunk_size) -> None:
     mask[1, T - data.draw(st.integers(0, T - 1)) :] = 0 if T > 1 else 1
     mask[1, 0] = 1
     last = model.prefill(ids, model.new_cache(2, T), chunk_size=chunk_size, attention_mask=mask)
-    for row in range(2):
-        whole(model, ids[row][mask[row].bool()][None])[0, -1].check(last[row])
+    for row, alone in enumerate(whole_rows(model, [ids[row][mask[row].bool()] for row in range(2)])):
+        alone[-1].check(last[row])
 
 
 @kinds
@@ -144,14 +145,12 @@ def test_packed_sequences(models, kind, seed, lengths) -> None:
     packed = model(ids, cu_seqlens=borders, use_cache=False).logits
     cached = model(ids, cu_seqlens=borders, use_cache=True)
     again = model(ids.flip(1), cu_seqlens=borders, past_key_values=cached.past_key_values).logits
-    for start, end in zip(borders[:-1].tolist(), borders[1:].tolist(), strict=True):
-        if start == end:
-            continue
-        both = torch.cat((ids[:, start:end], ids.flip(1)[:, start:end]), dim=1)
-        expected = whole(model, both)
+    spans = [(start, end) for start, end in pairwise(borders.tolist()) if start < end]
+    turns = [torch.cat((ids[0, start:end], ids.flip(1)[0, start:end])) for start, end in spans]
+    for (start, end), expected in zip(spans, whole_rows(model, turns), strict=True):
         for first in (packed, cached.logits):
-            expected[:, : end - start].check(first[:, start:end])
-        expected[:, end - start :].check(again[:, start:end])
+            expected[: end - start].check(first[0, start:end])
+        expected[end - start :].check(again[0, start:end])
 
 
 @pytest.mark.parametrize("kind", KINDS)

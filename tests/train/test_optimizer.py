@@ -71,8 +71,9 @@ def test_muon_on_two_ranks_has_the_losses_of_one(tmp_path, split: dict) -> None:
         **{"log_every": 1, "save_every": 2, "eval_every": None, "optimizer": "muon"},
     }
     one, two = (options | {"out": str(tmp_path / name)} for name in ("one", "two"))
-    assert run_ranks(1, train, one, {}) == ["ended at 6"]
-    assert run_ranks(2, train, two | split | {"steps": 3}, {}) == ["ended at 3"] * 2
-    assert run_ranks(2, train, two | split | {"resume": True}, {}) == ["ended at 6"] * 2
+    shape = {"num_self_decoder_layers": 1, "num_cross_decoder_layers": 1}
+    assert run_ranks(1, train, one, shape) == ["ended at 6"]
+    assert run_ranks(2, train, two | split | {"steps": 3}, shape) == ["ended at 3"] * 2
+    assert run_ranks(2, train, two | split | {"resume": True}, shape) == ["ended at 6"] * 2
     # rounded to bfloat16 inside of Muon
     assert losses(two["out"]) == pytest.approx(losses(one["out"]), rel=5e-3)

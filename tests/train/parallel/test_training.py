@@ -14,9 +14,10 @@ from oncelm.train.checkpoint import find_checkpoint, list_checkpoints
 from tests.train.parallel.cases import die, die_while_saving, full_disk, is_learned, make_model, stop, train
 from tests.train.ranks import KILLED, run_ranks
 
+SMALL = {"num_self_decoder_layers": 1, "num_cross_decoder_layers": 1}
 SHAPES = {
-    "retention": {"tie_word_embeddings": True},
-    "window": {"self_decoder": "sliding_window", "window_size": 5},
+    "retention": {**SMALL, "tie_word_embeddings": True},
+    "window": {**SMALL, "self_decoder": "sliding_window", "window_size": 5},
     "llama": {"llama": True},
     "long": {
         **{"mem_layers": [1], "max_position_embeddings": 16, "last_context_length": 8},
