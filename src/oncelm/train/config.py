@@ -18,12 +18,12 @@ from oncelm.utils.constraints import (
     LARGEST,
     Count,
     Each,
+    Fraction,
     Keyed,
     Name,
     Number,
     OneOf,
     Positive,
-    Share,
     Whole,
     check_all,
     constraints_of,
@@ -69,7 +69,7 @@ class TrainConfig:
     target_loss: Positive | None = None  # stop here too: once an evaluation's validation loss is no more than this
 
     lr: Positive = 1e-3
-    min_lr_ratio: Share = 0.1  # the learning rate at the end, as a share of lr
+    min_lr_ratio: Fraction = 0.1  # the learning rate at the end, as a share of lr
     min_lr: Annotated[float | None, Number(0)] = None  # the learning rate at the end itself; None: min_lr_ratio says it
     warmup_steps: Annotated[int, Whole(0)] = 50
     schedule: Schedule = "cosine"  # or "linear", "polynomial", "warmup_stable_decay", "constant"
@@ -79,7 +79,7 @@ class TrainConfig:
         0.2  # of the steps behind the warm-up, their last ones, that "warmup_stable_decay" decays in
     )
     optimizer: Annotated[str, OneOf(OPTIMIZERS)] = "adamw"  # or "muon", for the matrices of the layers
-    momentum: Share = 0.95  # of "muon"
+    momentum: Fraction = 0.95  # of "muon"
     betas: Betas = (0.9, 0.95)
     eps: Positive = 1e-8
     weight_decay: Annotated[float, Number(0)] = 0.1  # of matrices; not of embeddings, norms and biases

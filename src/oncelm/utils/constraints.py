@@ -216,7 +216,7 @@ class Keyed(Constraint):
 
 Count = Annotated[int, Whole(1)]
 Positive = Annotated[float, POSITIVE]
-Share = Annotated[float, Number(0, 1)]
+Fraction = Annotated[float, Number(0, 1)]
 Name = Annotated[str, Text()]
 
 
