@@ -143,6 +143,23 @@ def test_a_mark_before_anything_is_read(kind) -> None:
     assert session.num_tokens == 0
 
 
+@pytest.mark.parametrize("read", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_generate_goes_on_from_what_was_read(kind, read) -> None:
+    ids = draw(1, 12)
+    session, row = opened(kind), ids[0]
+    for _ in range(6):
+        row = torch.cat((row, full(kind, row)[-1:].argmax(-1)))
+    if read:
+        session.read(ids[:, :-1])
+    greedy = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    assert session.generate(ids, **greedy)[0].tolist() == row.tolist()
+    if read:  # and from its last token alone
+        session = opened(kind)
+        session.read(ids[:, :-1])
+        assert session.generate(ids[:, -1:], **greedy)[0, 1:].tolist() == row[12:].tolist()
+
+
 def test_options_go_where_they_belong() -> None:
     session = opened("longllama", cache_options={"memory": "cpu", "dtype": torch.int8})
     session.read(draw(1, 9))
@@ -156,6 +173,8 @@ def test_options_go_where_they_belong() -> None:
     assert not torch.equal(found[4], found[12])
     assert opened("longllama", read_options={"last_context_length": 7}).longest == 7
     assert opened("retention", chunk_size=3).read(draw(1, 9)).shape == (1, VOCAB)
+    with pytest.raises(ValueError, match="chunk_size is not for LongLLaMA models"):
+        opened("longllama", chunk_size=3)
     for kind, options in (
         ("llama", {"cache_options": {"memory": "cpu"}}),
         ("retention", {"read_options": {"memory": 1}}),

@@ -306,6 +306,10 @@ class BaseModel(Family, PreTrainedModel):
         """The cache as it was at a mark; `cache` itself is of no use any more unless it is what is returned."""
         return copy.deepcopy(mark)
 
+    def longest_whole(self, **read_options: Any) -> int | None:
+        """Tokens of the longest text that gives the same in whatever parts it is read; None: any."""
+        return None
+
     def reuse(self, cache: Any) -> Any | None:
         """The cache without its text, for another one; None where a new one has to be made."""
         return None

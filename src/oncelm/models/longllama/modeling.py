@@ -119,6 +119,10 @@ class LongLlamaModel(CompilesLayers, BaseModel):
         window = self.config.max_position_embeddings
         return LongLlamaCache(layers, batch_size, max_tokens, window, self._cache_settings())
 
+    def longest_whole(self, last_context_length: int | None = None) -> int:  # type: ignore[override]
+        """A longer text moves to memory, up to a place that depends on where a call ends."""
+        return check_last_context(self.config, last_context_length)
+
     @property
     def kv_dtype(self) -> torch.dtype:
         return self.dtype if self.config.mem_dtype is None else getattr(torch, self.config.mem_dtype)

@@ -45,7 +45,10 @@ def open_session(
     """
     options = {"cache_options": cache_options or {}, "read_options": read_options or {}}
     check_options(model.config, **options)
-    if family(model.config).has_own_cache:
+    able = family(model.config)
+    if chunk_size is not None and able.reads_by_windows:
+        raise ValueError(f"chunk_size is not for {able.title} models: they read window by window.")
+    if able.has_own_cache:
         return CacheSession(model, rows, room, chunk_size, **options)
     return TransformersSession(model, rows, room, chunk_size)
 

@@ -33,11 +33,9 @@ class CacheSession(Session):
         super().__init__(model, rows, room, chunk_size)
         self.cache_options, self.read_options = cache_options or {}, read_options or {}
         self.branches = self.model.packs_rows
-        self.longest = None if self.branches else READ_AT_ONCE
-        if self.model.reads_by_windows:
-            self.window = model.config.max_position_embeddings
-            # a longer text moves to memory, up to a place that depends on its length
-            self.longest = self.read_options.get("last_context_length", model.config.last_context_length)
+        whole = self.model.longest_whole(**self.read_options)
+        self.longest = None if self.branches else READ_AT_ONCE if whole is None else whole
+        self.window = model.config.max_position_embeddings if self.model.reads_by_windows else None
 
     @property
     def num_tokens(self) -> int:
