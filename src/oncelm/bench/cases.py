@@ -146,5 +146,7 @@ def _timed(timing: Timing, units: int, tokens: int, work: Work, at: Conditions) 
         "flops": work.flops,
         "bytes": work.bytes,
         "floor_seconds": floor,
-        "roofline_share": floor / seconds,
+        "mfu": work.flops / seconds / at.ceilings.flops_per_second,
+        "mbu": work.bytes / seconds / at.ceilings.bytes_per_second,
+        "roofline_share": floor / seconds,  # the larger of the two
     }

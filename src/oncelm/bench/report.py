@@ -38,7 +38,7 @@ def read_records(path: str | os.PathLike[str]) -> list[Record]:
 def table(records: Sequence[Record]) -> Table:
     """The records of one run: a row each, with what it took over what the first target took at the same length."""
     first = records[0]
-    columns = _MEMORY_COLUMNS if first["benchmark"] == "memory" else _TIME_COLUMNS
+    columns = _MEMORY_COLUMNS if first["benchmark"] == "memory" else _time_columns(first["benchmark"])
     reference = {record["length"]: record for record in records if record["subject"] == first["subject"]}
     drawn = Table(title=_title(records), caption=_caption(records), caption_justify="left")
     drawn.add_column("tokens", justify="right")
@@ -67,13 +67,21 @@ def table(records: Sequence[Record]) -> Table:
 # title, how a record shows it, and the key to compare targets by
 Column = tuple[str, Callable[[Record], str], str | None]
 
-_TIME_COLUMNS: tuple[Column, ...] = (
-    ("time", lambda record: show_seconds(record["seconds"]), "seconds"),
-    ("tokens/s", lambda record: f"{record['tokens_per_second']:,.0f}", None),
-    ("of roofline", lambda record: f"{record['roofline_share']:.0%}", None),
-    ("runs", lambda record: str(record["repeats"]), None),
-    ("spread", lambda record: f"{record['spread']:.0%}", None),
-)
+# time to first token, time per output token
+TIMES = {"prefill": "TTFT", "decode": "TPOT"}
+
+
+def _time_columns(benchmark: str) -> tuple[Column, ...]:
+    return (
+        (TIMES.get(benchmark, "time"), lambda record: show_seconds(record["seconds"]), "seconds"),
+        ("tokens/s", lambda record: f"{record['tokens_per_second']:,.0f}", None),
+        ("MFU", lambda record: f"{record['mfu']:.0%}", None),
+        ("MBU", lambda record: f"{record['mbu']:.0%}", None),
+        ("runs", lambda record: str(record["repeats"]), None),
+        ("spread", lambda record: f"{record['spread']:.0%}", None),
+    )
+
+
 _MEMORY_COLUMNS: tuple[Column, ...] = (
     ("cache", lambda record: _mebibytes(record["cache_bytes"]), "cache_bytes"),
     ("peak above weights", lambda record: _mebibytes(record["peak_bytes_above_weights"]), "peak_bytes_above_weights"),

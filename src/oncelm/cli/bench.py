@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 DESCRIPTION = """\
 Measure a YOCO (or a LongLLaMA) and, in the same run, transformers' Llama of the same width, depth, heads, vocabulary.
 
-  prefill   seconds until the last token's logits and a cache are there
-  decode    seconds of one token behind a context of each length
+  prefill   seconds until the last token's logits and a cache are there (time to first token, TTFT)
+  decode    seconds of one token behind a context of each length (time per output token, TPOT)
   memory    bytes of the cache, and the peak of a prefill above the weights
   train     seconds of forward, backward and an AdamW step
   ops       each op by itself beside other implementations of it (no model; --op chooses)
@@ -30,9 +30,9 @@ Measure a YOCO (or a LongLLaMA) and, in the same run, transformers' Llama of the
   needle    a grid of needles, and what a prefill of the tokens that it reads would take
 
 First both models must pass a correctness gate: prefill in chunks, decoding and the loss have to agree with the full
-forward. Each time is the median after a warm-up; a call longer than 20 s is measured once. It is shown beside the
-least time that this machine's measured FLOP/s and bytes/s allow (the roofline). Weights are random unless --model is
-a folder: speed does not depend on them.
+forward. Each time is the median after a warm-up; a call longer than 20 s is measured once. MFU and MBU are the shares
+of this machine's measured FLOP/s and bytes/s that the work needs; the larger one is how near the roofline it comes.
+Weights are random unless --model is a folder: speed does not depend on them.
 
 The default shape is 512 wide with 12 layers, the paper's proportions at a size that a CPU measures in minutes. Its
 vocabulary is LLaMA's 32,000: at this width, the 100,288 of official YOCO would outweigh all layers together.

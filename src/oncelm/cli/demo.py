@@ -168,22 +168,22 @@ def _read_and_continue(model: YocoForCausalLM, tokenizer: PreTrainedTokenizerBas
 
     from oncelm.cli.printer import Printer
     from oncelm.models.load import quiet_transformers
+    from oncelm.models.session import open_session
 
     T = ids.shape[1]
-    cache = model.new_cache(1, T + new_tokens)
+    session = open_session(model, 1, T + new_tokens)
     start = time.perf_counter()
     with tqdm(total=T - 1, desc="read", unit="tok", unit_scale=True, file=sys.stderr) as bar:
-        model.prefill(ids[:, :-1], cache, progress=lambda done: bar.update(done - bar.n))  # generate takes the last one
+        session.read(ids[:, :-1], lambda done: bar.update(done - bar.n))  # generate takes the last one
     seconds = time.perf_counter() - start
     print(
         f"{T:,} tokens in {seconds:.1f} s ({T / seconds:,.0f} tokens/s); the cross-decoder ran on one of them. "
-        f"Cache: {cache.nbytes() / 2**20:.1f} MiB.\n"
+        f"Cache: {session.nbytes() / 2**20:.1f} MiB.\n"
     )
     print(f"... {tokenizer.decode(ids[0, -40:]).strip()}  ==>  ", end="", flush=True)
     with quiet_transformers():  # it warns that the text is longer than those of the training
-        model.generate(
+        session.generate(
             ids,
-            past_key_values=cache,
             max_new_tokens=new_tokens,
             do_sample=True,
             temperature=0.8,
