@@ -30,8 +30,8 @@ FIRST_HELD_OUT_YEAR = 2000
 @torch.no_grad()
 def compare(model: YocoForCausalLM, ids: torch.Tensor) -> dict[str, float]:
     """Relative error of the logits [B, T, V], share of equal most likely tokens, and both losses."""
-    exact = model.set_gemm(None)(ids, use_cache=False).logits.float()
-    rounded = model.set_gemm("float8")(ids, use_cache=False).logits.float()
+    exact = model.set_quantization(None)(ids, use_cache=False).logits.float()
+    rounded = model.set_quantization("float8")(ids, use_cache=False).logits.float()
     targets = ids[:, 1:].flatten()
     return {
         "logit_error": ((rounded - exact).norm() / exact.norm()).item(),

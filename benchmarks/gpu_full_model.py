@@ -33,7 +33,7 @@ from oncelm.ops import rms_norm, swiglu
 from oncelm.ops.float8 import Float8Rows, round_rows
 from oncelm.utils.environment import environment_report
 
-FLOAT8: dict[str, Any] = {"compile": True, "gemm": "float8"}
+FLOAT8: dict[str, Any] = {"compile": True, "quantization": "float8"}
 FORMS: dict[str, dict[str, Any]] = {
     "plain": {},
     "compiled": {"compile": True},

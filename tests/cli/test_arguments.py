@@ -109,3 +109,8 @@ def test_no_command_line_ends_in_a_traceback(verb, capsys, tmp_path, monkeypatch
             captured = capsys.readouterr()
             assert status in (0, 2)
             assert status == 0 or captured.err.count("\n") == 1
+
+
+def test_an_option_of_before_names_its_new_one() -> None:
+    with pytest.raises(ValueError, match="option '--gemm' is now called '--quantization'"):
+        parsed("--gemm", "float8")

@@ -146,7 +146,7 @@ def test_float8_prefill_is_near_and_leaves_all_else_exact(kind: str, float8_anyw
     names = list(model.state_dict())
     expected = model(ids, use_cache=False).logits
     few = model(ids[:, :20], use_cache=False).logits
-    model.set_gemm("float8")
+    model.set_quantization("float8")
     assert list(model.state_dict()) == names
     with torch.no_grad():
         got = model.prefill(ids, model.new_cache(1, 100), chunk_size=100)
@@ -154,11 +154,11 @@ def test_float8_prefill_is_near_and_leaves_all_else_exact(kind: str, float8_anyw
     assert 0 < error < 0.2
     assert torch.equal(model(ids[:, :20], use_cache=False).logits, few)
     model(ids, labels=ids).loss.backward()  # exact: float8 has no gradients
-    assert torch.equal(model.set_gemm(None)(ids, use_cache=False).logits, expected)
+    assert torch.equal(model.set_quantization(None)(ids, use_cache=False).logits, expected)
 
 
 def test_rounded_weights_follow_the_model(float8_anywhere) -> None:
-    model = make_model("retention").set_gemm("float8")
+    model = make_model("retention").set_quantization("float8")
     before = model.self_decoder.layers[0].ffn.fc1.rounded
     model.bfloat16()
     after = model.self_decoder.layers[0].ffn.fc1.rounded
@@ -166,11 +166,11 @@ def test_rounded_weights_follow_the_model(float8_anywhere) -> None:
     assert after.scales.dtype == torch.float32
 
 
-def test_gemm_errors_teach(float8_anywhere) -> None:
+def test_quantization_errors_teach(float8_anywhere) -> None:
     with pytest.raises(ValueError, match="did you mean 'float8'"):
-        make_model("retention").set_gemm("flaot8")
+        make_model("retention").set_quantization("flaot8")
     with pytest.raises(ValueError, match="multiples of 16; this model has 40"):
-        make_model("retention", intermediate_size=40).set_gemm("float8")
+        make_model("retention", intermediate_size=40).set_quantization("float8")
 
 
 @given(free=st.integers(0, 1 << 40), bytes_per_token=st.integers(1, 1 << 20))

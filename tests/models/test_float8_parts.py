@@ -49,7 +49,7 @@ def test_the_parts_are_as_near_to_exact_as_the_plain_ones(kind, compiling, monke
         pytest.skip("torch.compile needs a C++ compiler")
     model, ids = make(kind, monkeypatch), draw_ids(1, 70)
     exact = prefill(model, ids)
-    model.set_gemm("float8")
+    model.set_quantization("float8")
     monkeypatch.setattr(YocoForCausalLM, "token_parts", lambda model, x: PLAIN)
     plain = prefill(model, ids)
     calls = []
@@ -71,7 +71,7 @@ def test_the_parts_are_as_near_to_exact_as_the_plain_ones(kind, compiling, monke
 def test_a_layer_with_an_exact_product_is_plain(monkeypatch) -> None:
     from oncelm.models.yoco.float8 import FLOAT8
 
-    model, ids = make("retention", monkeypatch).set_gemm("float8"), draw_ids(1, 70)
+    model, ids = make("retention", monkeypatch).set_quantization("float8"), draw_ids(1, 70)
     for layer in model.self_decoder.layers:
         layer.ffn.fc1.rounded = None  # as an adapter's base layer
     results = []
@@ -84,7 +84,7 @@ def test_a_layer_with_an_exact_product_is_plain(monkeypatch) -> None:
 def test_a_hook_is_called_in_float8_too(monkeypatch) -> None:
     from oncelm.models.yoco.float8 import FLOAT8
 
-    model, ids = make("retention", monkeypatch).set_gemm("float8"), draw_ids(1, 70)
+    model, ids = make("retention", monkeypatch).set_quantization("float8"), draw_ids(1, 70)
     monkeypatch.setattr(YocoForCausalLM, "token_parts", lambda model, x: FLOAT8 if x.shape[1] > 1 else PLAIN)
     called = []
     for name in ("mixer.q_proj", "ffn.fc2"):

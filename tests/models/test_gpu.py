@@ -75,8 +75,8 @@ def test_compiled_and_float8_prefill(kind: str) -> None:
     model.bfloat16()
     ids = draw_ids(1, 500).cuda()
     expected = model.prefill(ids, model.new_cache(1, 500), chunk_size=200).float()
-    for gemm, allowed in ((None, 0.06), ("float8", 0.3)):
-        model.compile_layers().set_gemm(gemm)
+    for quantization, allowed in ((None, 0.06), ("float8", 0.3)):
+        model.compile_layers().set_quantization(quantization)
         got = model.prefill(ids, model.new_cache(1, 500), chunk_size=200).float()
         assert (got - expected).norm() < allowed * expected.norm()
 

@@ -324,8 +324,8 @@ def test_another_kind_of_model(tmp_path) -> None:
     [
         ({"dtype": "bfloat61"}, "unknown dtype 'bfloat61'; did you mean 'bfloat16'"),
         ({"device": "cdua"}, "unknown device 'cdua'; did you mean 'cuda'"),
-        ({"device": "cpu", "gemm": "float9"}, "did you mean 'float8'"),
-        ({"device": "cpu", "gemm": "float8"}, "need an NVIDIA GPU"),
+        ({"device": "cpu", "quantization": "float9"}, "did you mean 'float8'"),
+        ({"device": "cpu", "quantization": "float8"}, "need an NVIDIA GPU"),
     ],
 )
 def test_bad_options(saved, options, message) -> None:
@@ -340,8 +340,8 @@ def test_options_of_execution_are_for_our_models(saved, tmp_path) -> None:
     with pytest.raises(ValueError, match="compile is an option of YOCO and LongLLaMA models"):
         oncelm.load(tmp_path, "cpu", compile=True)
     assert oncelm.load(tmp_path, "cpu", compile=True, mem_layers=[0]).compiles_layers
-    with pytest.raises(ValueError, match="gemm is an option of YOCO models"):
-        oncelm.load(tmp_path, "cpu", gemm="float8", mem_layers=[0])
+    with pytest.raises(ValueError, match="quantization is an option of YOCO models"):
+        oncelm.load(tmp_path, "cpu", quantization="float8", mem_layers=[0])
 
 
 def test_read_config_needs_no_weights(folder) -> None:
@@ -356,3 +356,11 @@ def test_build_model() -> None:
         oncelm.build_model("yoco-tyni")
     with pytest.raises(ValueError, match="unknown YocoConfig key 'hiden_size'; did you mean 'hidden_size'"):
         oncelm.build_model("yoco-tiny", hiden_size=3)
+
+
+def test_names_of_before_are_told(saved) -> None:
+    for call in (oncelm.load, oncelm.build):
+        with pytest.raises(ValueError, match="argument 'gemm' is now called 'quantization'"):
+            call(saved, "cpu", gemm="float8")
+    with pytest.raises(ValueError, match="method 'set_gemm' is now called 'set_quantization'"):
+        oncelm.load(saved, "cpu").set_gemm("float8")

@@ -73,8 +73,8 @@ def test_presets() -> None:
     assert build("yoco-tiny", "cpu", compile=True, vocab_size=60).compiles_layers
     with pytest.raises(ValueError, match="did you mean 'hidden_size'"):
         describe("yoco-tiny", hiden_size=8)
-    with pytest.raises(ValueError, match="gemm is an option of YOCO models; llama-tiny is a LlamaForCausalLM"):
-        build("llama-tiny", "cpu", gemm="float8", vocab_size=60)
+    with pytest.raises(ValueError, match="quantization is an option of YOCO models; llama-tiny is a LlamaForCausalLM"):
+        build("llama-tiny", "cpu", quantization="float8", vocab_size=60)
 
 
 def test_names_that_are_nothing(tmp_path, monkeypatch) -> None:

@@ -61,7 +61,7 @@ def check(target: Target, dtype: torch.dtype, batch_size: int = 2, training: boo
         "decode": _error(torch.stack(decoded, dim=1), full[:, PROMPT:]),
         "loss": _error(loss, F.cross_entropy(full[:, :-1].flatten(0, 1), ids[:, 1:].flatten())),
     }
-    float8 = target.settings.get("gemm") == "float8"
+    float8 = target.settings.get("quantization") == "float8"
     allowed = max(FLOAT8_TOLERANCE if float8 else TOLERANCES[dtype], TOLERANCES[target.kv_dtype])
     _refuse(target, errors, allowed, "float8" if float8 else dtype)
     return errors

@@ -75,7 +75,7 @@ class OwnTarget(Target):
         prefill_chunk_size: None leaves it to the model, which looks at the free memory. Where a model reads by windows,
             a chunk says how many tokens stay out of memory, so that the gate's short text meets memory too.
         compile: see `compile_layers`.
-        gemm: see `YocoForCausalLM.set_gemm`.
+        quantization: see `YocoForCausalLM.set_quantization`.
         kv_dtype: as `dtype` of `new_cache`.
     """
 
@@ -84,10 +84,10 @@ class OwnTarget(Target):
         model: PreTrainedModel,
         prefill_chunk_size: int | None = None,
         compile: bool = False,
-        gemm: str | None = None,
+        quantization: str | None = None,
         kv_dtype: torch.dtype | None = None,
     ) -> None:
-        self.model: CausalLM = set_execution(model, "this model", compile, gemm)
+        self.model: CausalLM = set_execution(model, "this model", compile, quantization)
         self.name, self.compiled = self.model.title, compile
         self.cache_options = {} if kv_dtype is None else {"dtype": kv_dtype}
         self.kv_dtype = kv_dtype or self.model.kv_dtype
@@ -100,18 +100,19 @@ class OwnTarget(Target):
             "kv_dtype": str(self.kv_dtype).removeprefix("torch."),
             "prefill_chunk_size": prefill_chunk_size,  # the one in use, as soon as there is one
             "compiled": "token-wise parts of layers" if compile else "",
-            "gemm": gemm or str(model.dtype).removeprefix("torch."),
+            "quantization": quantization or str(model.dtype).removeprefix("torch."),
         }
 
     def shape(self) -> dict[str, Any]:
         return {key: getattr(self.model.config, key) for key in self.model.config.stated_keys()}
 
     def full(self, ids: torch.Tensor) -> torch.Tensor:
-        gemm = self.settings["gemm"] if self.settings["gemm"] in self.model.gemms else None
+        chosen = self.settings["quantization"]
+        quantization = chosen if chosen in self.model.quantizations else None
         set_execution(self.model, self.name, False, None)
         with torch.set_grad_enabled(self.model.reads_by_windows):  # memory is then the graph's tensors, without a cache
             logits = self.model(ids, use_cache=False, **self._kept_local(CHUNK, STEPS)).logits.detach()
-        set_execution(self.model, self.name, self.compiled, gemm)
+        set_execution(self.model, self.name, self.compiled, quantization)
         return logits
 
     def loss(self, ids: torch.Tensor) -> torch.Tensor:

@@ -17,7 +17,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, NoReturn
 
-from oncelm.utils.errors import is_out_of_memory, unknown
+from oncelm.utils.errors import is_out_of_memory, renamed, unknown
 
 VERBS = {
     "demo": "train a small YOCO and a Transformer, read a long book, compare them",
@@ -30,6 +30,8 @@ VERBS = {
     "run": "run another tool, such as lm_eval or transformers, so that it knows OnceLM's models",
     "bench": "measure prefill, decode, memory and training beside a Llama of the same shape",
 }
+
+OLD_OPTIONS = {"--gemm": "--quantization", "--validation-share": "--validation-fraction"}
 
 
 class Parser(argparse.ArgumentParser):
@@ -66,6 +68,8 @@ class Parser(argparse.ArgumentParser):
                 return
             if action is None:
                 if argument.startswith("--") and " " not in argument:
+                    if (name := argument.partition("=")[0]) in OLD_OPTIONS:
+                        raise renamed("option", name, OLD_OPTIONS[name])
                     raise unknown(f"option of {self.prog}", argument.partition("=")[0], self._option_string_actions)
                 yield argument
             elif argument.partition("=")[2] == "--" and action.nargs is None:  # argparse drops it

@@ -65,7 +65,7 @@ BENCHMARKS = (*TIMED, "ops", "harness", "needle")
 # options that go with some benchmarks only
 GOES_WITH = {
     **dict.fromkeys(("model", "hidden_size", "layers", "self_decoder", "set"), (*TIMED, "harness", "needle")),
-    **dict.fromkeys(("lengths", "prefill_chunk_size", "compile", "gemm"), (*TIMED, "needle")),
+    **dict.fromkeys(("lengths", "prefill_chunk_size", "compile", "quantization"), (*TIMED, "needle")),
     **dict.fromkeys(("batch_size", "peer_max_length", "kv_dtype", "no_peer"), TIMED),
     "profile": ("prefill", "decode", "train"),
     "mem_layers": ("prefill", "decode", "memory"),
@@ -110,7 +110,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         help="use torch.compile, for Llama too (on a GPU yes, but for decode; on a CPU no)",
     )
-    run.add_argument("--gemm", metavar="NAME", help="float8: YOCO's prefill multiplies in float8 (H100 or later)")
+    run.add_argument(
+        "--quantization", metavar="NAME", help="float8: YOCO's prefill multiplies in float8 (H100 or later)"
+    )
     run.add_argument("--no-peer", action="store_true", help="leave out Llama")
     run.add_argument("--peer-max-length", type=int, metavar="N", help=f"no Llama beyond this ({PEER_MAX_LENGTH})")
     run.add_argument("--profile", action="store_true", help="also keep the milliseconds of each kernel (with --out)")
@@ -255,7 +257,11 @@ def make_target(args: argparse.Namespace, model: Any) -> OwnTarget:
 
     if args.prefill_chunk_size is not None and model.reads_by_windows:
         raise ValueError(f"--prefill-chunk-size is not for {model.title} models: they read window by window.")
-    options = {"compile": compiles(args, model.device), "gemm": args.gemm, "kv_dtype": kv_dtype(model.config, args)}
+    options = {
+        "compile": compiles(args, model.device),
+        "quantization": args.quantization,
+        "kv_dtype": kv_dtype(model.config, args),
+    }
     return bench.OwnTarget(model, args.prefill_chunk_size, **options)
 
 

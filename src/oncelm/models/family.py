@@ -34,7 +34,7 @@ class Family:
             GPU; it knows `logits_to_keep` and `num_items_in_batch`.
         has_crossbatch: rows of a training batch may see each other (`config.cross_batch_range`, `dataset_packing`).
         can_compile: `compile_layers(enabled)`.
-        gemms: names that `set_gemm` takes.
+        quantizations: names that `set_quantization` takes.
         has_official_format: it can be written in the format of the paper's own code.
         result_keys: keys of the configuration on which results depend, beside the weights and their sizes.
         splits: settings of training on several ranks that it can follow: "tensor_parallel" (`tensor_plan`),
@@ -53,7 +53,7 @@ class Family:
     takes_host_inputs = False
     has_crossbatch = False
     can_compile = False
-    gemms: tuple[str, ...] = ()
+    quantizations: tuple[str, ...] = ()
     has_official_format = False
     result_keys: tuple[str, ...] = ()
     splits: tuple[str, ...] = ()

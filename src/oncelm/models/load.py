@@ -33,7 +33,7 @@ from oncelm.models.yoco.presets import PRESETS
 from oncelm.utils.checksums import check_folder, is_checkpoint
 from oncelm.utils.constraints import Constraint, Flag, check_all
 from oncelm.utils.device import resolve_device, resolve_dtype
-from oncelm.utils.errors import check_choice, is_out_of_memory, shown
+from oncelm.utils.errors import check_choice, is_out_of_memory, renamed, shown
 from oncelm.utils.files import bring_back
 from oncelm.utils.settings import read_json
 
@@ -52,7 +52,7 @@ def load(
     dtype: str | torch.dtype | None = None,
     *,
     compile: bool = False,
-    gemm: str | None = None,
+    quantization: str | None = None,
     verify: bool | None = None,
     config: PreTrainedConfig | None = None,
     **overrides: Any,
@@ -65,7 +65,7 @@ def load(
         device: "cpu", "cuda", ...; None means a GPU if there is one.
         dtype: "float32", "bfloat16", ... or a torch.dtype; None means the checkpoint's.
         compile: compile the layers on their first long input, of a model that can (`model.compile_layers`).
-        gemm: "float8" for a YOCO's prefill (`YocoForCausalLM.set_gemm`); None means the model's dtype.
+        quantization: "float8" for a YOCO's prefill (`YocoForCausalLM.set_quantization`); None means the model's dtype.
         verify: compare every file of the folder with its checksum first (OnceLM writes them with every model). None
             does so for a training run's checkpoint, which is as it was written or of no use.
         config: what `read_config(path, **overrides)` gave, which is then not read again.
@@ -77,8 +77,10 @@ def load(
         MemoryError: there is no room for it.
         ValueError: not a model, damaged, unsafe, or with missing or wrong-size tensors (and unexpected ones, where the
             model is OnceLM's own), also where `overrides` ask for other sizes; with `verify`, other files than were
-            written (each is named), or no checksums; `compile` or `gemm` for a model that offers no such thing.
+            written (each is named), or no checksums; `compile` or `quantization` for a model that offers no such thing.
     """
+    if "gemm" in overrides:
+        raise renamed("argument", "gemm", "quantization")
     precision, target = None if dtype is None else resolve_dtype(dtype), resolve_device(device)
     bring_back(path)
     if verify or (verify is None and is_checkpoint(Path(path))):
@@ -94,20 +96,20 @@ def load(
         if not overrides:
             raise
         raise ValueError(f"{error} (Read with {shown(overrides)}, which its weights have to fit.)") from error
-    return set_execution(model, path, compile, gemm)
+    return set_execution(model, path, compile, quantization)
 
 
 def set_execution(
-    model: PreTrainedModel, name: str | os.PathLike[str], compile: bool, gemm: str | None
+    model: PreTrainedModel, name: str | os.PathLike[str], compile: bool, quantization: str | None
 ) -> PreTrainedModel:
     """The model, run so; ValueError where its family offers no such thing."""
     able = family(model.config)
-    for option, value, has in (("compile", compile, "can_compile"), ("gemm", gemm, "gemms")):
+    for option, value, has in (("compile", compile, "can_compile"), ("quantization", quantization, "quantizations")):
         if value and not getattr(able, has):
             those = " and ".join(kind.title for kind in map(model_class, FAMILIES) if getattr(kind, has))
             raise ValueError(f"{option} is an option of {those} models; {name} is a {type(model).__name__}.")
-    if able.gemms:
-        model.set_gemm(gemm)
+    if able.quantizations:
+        model.set_quantization(quantization)
     if able.can_compile:
         model.compile_layers(compile)
     return model

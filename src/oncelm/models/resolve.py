@@ -19,7 +19,7 @@ from oncelm.models.size import check_fits, empty_model
 from oncelm.models.yoco.config import YocoConfig
 from oncelm.models.yoco.presets import PRESETS, preset_config
 from oncelm.utils.device import resolve_device, resolve_dtype
-from oncelm.utils.errors import unknown
+from oncelm.utils.errors import renamed, unknown
 from oncelm.utils.files import bring_back
 
 
@@ -66,7 +66,7 @@ def build(
     weights: bool = True,
     seed: int = 0,
     compile: bool = False,
-    gemm: str | None = None,
+    quantization: str | None = None,
     config: PreTrainedConfig | None = None,
     **overrides: Any,
 ) -> PreTrainedModel:
@@ -78,12 +78,14 @@ def build(
         dtype: "float32", "bfloat16", ... or a torch.dtype; None means the stored one, float32 of a preset.
         weights: False makes the model without values, on the meta device, and reads none.
         seed: of a preset's weights.
-        compile, gemm: as for `load`.
+        compile, quantization: as for `load`.
         config: what `describe(name, **overrides)` gave, which is then not read again.
 
     Raises:
         FileNotFoundError, MemoryError, ValueError: as for `describe` and `load`.
     """
+    if "gemm" in overrides:
+        raise renamed("argument", "gemm", "quantization")
     if config is None:
         config = describe(name, **overrides)
     if not weights:
@@ -94,8 +96,8 @@ def build(
     elif is_gguf(name):
         model = read_gguf(name, None if dtype is None else resolve_dtype(dtype))[0].to(resolve_device(device))
     else:
-        return load(name, device, dtype, compile=compile, gemm=gemm, config=config, **overrides)
-    return set_execution(model, name, compile, gemm)
+        return load(name, device, dtype, compile=compile, quantization=quantization, config=config, **overrides)
+    return set_execution(model, name, compile, quantization)
 
 
 def build_model(name: str, *, seed: int = 0, **overrides: Any) -> PreTrainedModel:

@@ -48,7 +48,7 @@ class Decoding:
     cross_decoder: CrossDecoder | None
     layer_norm: RMSNorm
     output_projection: nn.Linear
-    gemm_changes: int
+    quantization_changes: int
     embed: Callable[[torch.Tensor], torch.Tensor]
     token_parts: Callable[[torch.Tensor], TokenParts]
     _check_cache: Callable[[object], None]
@@ -94,7 +94,7 @@ class Decoding:
             run = partial(type(self)._decode, proxy(self), past=cache.step_form())
             return StepGraph(run, cache.batch_size, cache.device)
 
-        return graphs.find(cache, (self.gemm_changes, cache.batch_size, cache.addresses()), make)
+        return graphs.find(cache, (self.quantization_changes, cache.batch_size, cache.addresses()), make)
 
     def _replay(self, graph: StepGraph, tokens: torch.Tensor, cache: YocoCache) -> torch.Tensor:
         lengths = cache.lengths

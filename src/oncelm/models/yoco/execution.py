@@ -21,7 +21,7 @@ from oncelm.models.yoco.config import YocoConfig
 from oncelm.models.yoco.linear import MIN_FLOAT8_TOKENS, set_float8
 from oncelm.models.yoco.model import PLAIN, DecoderLayer, SelfDecoder, TokenParts
 from oncelm.ops.float8 import check_float8
-from oncelm.utils.errors import check_choice
+from oncelm.utils.errors import check_choice, renamed
 
 # bytes of a number -> tokens in all rows that fused kernels compute: decoding, and the one wanted token of a prefill.
 # In float32 more rows than these do not fit the registers
@@ -92,16 +92,16 @@ class Execution(CompilesLayers):
     device: torch.device
     dtype: torch.dtype
     self_decoder: SelfDecoder
-    gemm: str | None = None
-    gemm_changes = 0  # how often rounded weights were made or dropped, which a recorded graph goes on to read
+    quantization: str | None = None
+    quantization_changes = 0  # how often rounded weights were made or dropped, which a recorded graph goes on to read
 
-    def set_gemm(self, gemm: str | None) -> Self:
+    def set_quantization(self, quantization: str | None) -> Self:
         """Choose how the self-decoder's matrices are multiplied where at least 64 tokens are read without gradients.
 
         Args:
-            gemm: "float8" rounds both operands to float8 (e4m3) row by row: faster on an H100, a few percent of error
-                in the logits, a byte more of memory for each weight; the projections of retention's decay and of the
-                shared K/V stay exact. None multiplies in the model's dtype.
+            quantization: "float8" rounds both operands to float8 (e4m3) row by row: faster on an H100, a few percent of
+                error in the logits, a byte more of memory for each weight; the projections of retention's decay and of
+                the shared K/V stay exact. None multiplies in the model's dtype.
 
         Returns:
             The model itself. The rounded weights follow it to other devices, but not later changes of the weights: call
@@ -112,21 +112,24 @@ class Execution(CompilesLayers):
                 of 16; layers in 4 or 8 bits.
         """
         layers = self._float8_layers()
-        if gemm is not None:
-            check_choice("gemm", gemm, ("float8",))
+        if quantization is not None:
+            check_choice("quantization", quantization, ("float8",))
             if getattr(self, "is_quantized", False):
                 raise ValueError(
-                    "gemm='float8' is for models in bfloat16; the layers of this one are quantised already."
+                    "quantization='float8' is for models in bfloat16; the layers of this one are quantised already."
                 )
             check_float8(self.device, self.dtype)
             if odd := [size for layer in layers for size in layer.weight.shape if size % 16]:
                 raise ValueError(
-                    f"gemm='float8' needs layers whose sizes are multiples of 16; this model has {odd[0]}."
+                    f"quantization='float8' needs layers whose sizes are multiples of 16; this model has {odd[0]}."
                 )
         for layer in layers:
-            set_float8(layer, gemm is not None)
-        self.gemm, self.gemm_changes = gemm, self.gemm_changes + 1
+            set_float8(layer, quantization is not None)
+        self.quantization, self.quantization_changes = quantization, self.quantization_changes + 1
         return self
+
+    def set_gemm(self, *_: Any) -> None:
+        raise renamed("method", "set_gemm", "set_quantization")
 
     def _float8_layers(self) -> list[nn.Linear]:
         layers: Any = self.self_decoder.layers
@@ -137,8 +140,8 @@ class Execution(CompilesLayers):
     def _apply(self, fn: Callable, recurse: bool = True) -> Self:
         """Another device or dtype: the rounded weights follow."""
         super()._apply(fn, recurse)  # type: ignore[misc]
-        if self.gemm is not None:
-            self.gemm_changes += 1
+        if self.quantization is not None:
+            self.quantization_changes += 1
             for layer in self._float8_layers():
                 set_float8(layer, True)
         return self
@@ -148,7 +151,7 @@ class Execution(CompilesLayers):
         tokens, gradients = x.shape[0] * x.shape[1], torch.is_grad_enabled()
         parts = PLAIN
         if x.is_cuda and not gradients and has_fused_kernels(x.dtype):
-            if self.gemm == "float8" and tokens >= MIN_FLOAT8_TOKENS:
+            if self.quantization == "float8" and tokens >= MIN_FLOAT8_TOKENS:
                 parts = _kernel_parts("float8").FLOAT8
             elif 0 < tokens <= MOST_FUSED[x.dtype.itemsize]:
                 parts = _kernel_parts("fused").FUSED

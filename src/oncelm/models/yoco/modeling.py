@@ -48,7 +48,7 @@ class YocoModel(Execution, BaseModel):
     splits = ("tensor_parallel", "context_parallel")
     kv_dtypes = ("bfloat16", "float8", "int8")
     packs_rows = True
-    gemms = ("float8",)
+    quantizations = ("float8",)
     has_official_format = True
     own_arguments = ("past",)
     family_heads = ("output_projection", "score")

@@ -66,8 +66,8 @@ class Mixer(nn.Module):
             out, each with what happens to that: "rope" (rotated), "decay" (logsigmoid times `decay_scale`) or "plain".
             None: kernels know nothing of this mixer, and plain PyTorch computes it. With a gate, `after` must then
             be out_proj(swiglu(gate, rms_norm(o))), without one out_proj(o).
-        float8_layers: linear layers that `set_gemm("float8")` rounds, out_proj among them; `before` must multiply
-            through `project`.
+        float8_layers: linear layers that `set_quantization("float8")` rounds, out_proj among them; `before` must
+            multiply through `project`.
         groups_heads: it can have fewer key/value heads than query heads (`num_self_key_value_heads`).
         in_cuda_graphs: nothing that a decode step does waits for the device.
         usual_head_dim: of a model whose number of heads nobody chose.
