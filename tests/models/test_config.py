@@ -29,6 +29,9 @@ from oncelm import YocoConfig
         ({"window_size": 0}, "window_size must be a whole number of at least 1, got 0"),
         ({"hidden_size": "abc"}, "hidden_size"),
         ({"layer_types": ["gated_retenton"]}, r"layer_types\[0\] 'gated_retenton'; did you mean 'gated_retention'"),
+        ({"layer_types": ["sliding_attention"]}, "what others call 'sliding_attention' is 'sliding_window' here"),
+        ({"self_decoder": "gated_deltanet"}, "self_decoder: what others call 'gated_deltanet' is 'gated_delta' here"),
+        ({"self_decoder": "my_mixer"}, "A mixer of your own is known once its file has been imported"),
         ({"layer_types": "sliding_window"}, "layer_types must be a list, the name of a mixer each"),
         ({"layer_types": ["cross_attention", "sliding_window"]}, "layers of the self-decoder first"),
         ({"layer_types": ["sliding_window"], "num_cross_decoder_layers": 3}, "says num_cross_decoder_layers=0, got 3"),
@@ -67,6 +70,24 @@ def test_layer_types_follow_from_the_other_keys_or_say_them(tmp_path: Path) -> N
     assert again.to_diff_dict() == hybrid.to_diff_dict()
     other = AutoConfig.from_pretrained(tmp_path, layer_types=["sliding_window", "cross_attention"])
     assert (other.num_hidden_layers, other.self_decoder) == (2, "sliding_window")
+
+
+def test_layers_set_later_agree_or_are_refused() -> None:
+    uniform = YocoConfig(num_self_decoder_layers=2, num_cross_decoder_layers=2)
+    uniform.self_decoder, uniform.num_self_decoder_layers, uniform.layout = "full_attention", 3, "unstacked"
+    assert uniform.layer_types == ["full_attention"] * 3 + ["cross_attention"] * 2
+    hybrid = YocoConfig(layer_types=["gated_retention", "sliding_window", "cross_attention"])
+    for config, key, value in (
+        (uniform, "layer_types", ["sliding_window", "cross_attention"]),
+        (hybrid, "layer_types", ["sliding_window", "cross_attention"]),
+        (hybrid, "self_decoder", "sliding_window"),
+        (hybrid, "num_self_decoder_layers", 4),
+    ):
+        with pytest.raises(ValueError, match=f"instead of setting {key}, make another"):
+            setattr(config, key, value)
+    hybrid.layer_types = list(hybrid.layer_types)
+    other = YocoConfig.from_dict(hybrid.to_dict(), layer_types=["sliding_window", "cross_attention"])
+    assert (other.self_decoder, other.num_self_decoder_layers) == ("sliding_window", 1)
 
 
 def test_a_config_of_before_layer_types_loads(tmp_path: Path) -> None:

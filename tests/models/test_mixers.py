@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
@@ -63,6 +65,10 @@ def test_names_that_are_taken_or_mean_something_else(monkeypatch: pytest.MonkeyP
     register_mixer("mine")(type("Mine", (Mixer,), {}))
     register_mixer("mine")(type("Mine", (Mixer,), {}))  # a notebook's cell again
     assert mixer_names()[-1] == "mine"
+    with pytest.raises(TypeError, match="is not a subclass of oncelm"):
+        register_mixer("linear")(torch.nn.Linear)
+    with pytest.raises(TypeError, match=r'write @register_mixer\("name"\)'):
+        register_mixer(type("Mine", (Mixer,), {}))
 
 
 def test_kernels_take_nothing_for_granted_of_a_subclass(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,6 +92,14 @@ def test_what_a_mixer_does_not_say_is_refused() -> None:
         with pytest.raises(ValueError, match="Mine does not know how to"):
             ask()
     assert Mine.work(config) is None
+    for ask, what in (
+        (lambda: Mine().before(torch.ones(1), torch.ones(1)), "before(self, h, rotation)"),
+        (lambda: Mine().mix((), None, None), "mix(self, inputs, past, batch)"),
+        (lambda: Mine().after(torch.ones(1), None), "after(self, o, gate)"),
+        (lambda: Mine.states(config), "a classmethod states(cls, config)"),
+    ):
+        with pytest.raises(NotImplementedError, match=re.escape(f"the mixer Mine has to define {what}")):
+            ask()
 
 
 def test_hybrids_may_group_the_heads_of_their_windows() -> None:

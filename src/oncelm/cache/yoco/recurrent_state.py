@@ -11,6 +11,7 @@ import torch
 
 from oncelm.cache.batch import HISTORY, Batch
 from oncelm.cache.yoco.interface import Tensors
+from oncelm.utils.errors import check_choice
 from oncelm.utils.memory import checked_zeros
 
 
@@ -68,6 +69,8 @@ class RecurrentState(FixedSize):
         super().__init__()
         self.tensor_names = tuple(shapes)
         for name, shape in shapes.items():
+            if hasattr(self, name) or not name.isidentifier():
+                raise ValueError(f"a state cannot be called {name!r}: choose another word.")
             what = f"a state of {batch_size:,} sequences"
             setattr(self, name, checked_zeros((batch_size, *shape), torch.float32, device, what))
 
@@ -80,13 +83,16 @@ class RecurrentState(FixedSize):
         step: Callable[..., torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """As RecurrentPast.scan; the state moves past the batch's tokens. Nothing here waits for the device."""
+        check_choice("state", name, self.tensor_names)
         if self.recording:
             self.remember(batch, partial(self._redo, name, op, inputs))
         state = getattr(self, name)
         if step is not None and batch.cu_seqlens is None and inputs[0].shape[1] == 1:
             return step(*inputs, state)
         o, final_state = op(*inputs, initial_state=state, output_final_state=True, cu_seqlens=batch.cu_seqlens)
-        assert final_state is not None
+        if final_state is None or final_state.shape != state.shape:  # which copy_ might stretch
+            found = None if final_state is None else list(final_state.shape)
+            raise ValueError(f"the state {name!r} is {list(state.shape)}, and what its op returned {found}.")
         state.copy_(final_state)
         return o
 

@@ -14,6 +14,9 @@ from oncelm.utils.constraints import POSITIVE, Constraint, Count, Each, Number, 
 from oncelm.utils.errors import shown, unknown
 
 LAYOUTS = ("stacked", "unstacked", "interleaved")
+SAID = ("num_self_decoder_layers", "num_cross_decoder_layers", "self_decoder", "layout")  # by layer_types
+# names of transformers and flash-linear-attention, which are like another's of ours, or like none
+ELSEWHERE = {"sliding_attention": "sliding_window", "gated_deltanet": "gated_delta", "gated_delta_net": "gated_delta"}
 
 Width = Annotated[int, Whole(1, 2**24)]
 Layers = Annotated[int, Whole(0, 4096)]
@@ -30,6 +33,8 @@ class MixerName(Constraint):
 
     def check(self, name: str, value: Any) -> str:
         allowed = (*mixer_names(), *self.others)
+        if isinstance(value, str) and value in ELSEWHERE and value not in allowed:
+            raise ValueError(f"{name}: what others call {value!r} is {ELSEWHERE[value]!r} here.")
         if not isinstance(value, str) or value not in allowed:
             hint = "A mixer of your own is known once its file has been imported."
             raise ValueError(f"{unknown(name, value, allowed)} {hint}")
@@ -42,10 +47,14 @@ class MixerName(Constraint):
 LAYER_TYPES = Each(MixerName((CROSS_ATTENTION,)), optional=True)
 
 
+def in_turn(own: list[str], crosses: list[str]) -> list[str]:
+    """One of each in turn, as far as both go."""
+    return [name for pair in zip(own, crosses, strict=False) for name in pair]
+
+
 def changed(settings: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     """Keys of a YocoConfig with changes, among which `layer_types` takes the place of all that says the same."""
-    said = ("num_self_decoder_layers", "num_cross_decoder_layers", "self_decoder", "layout")
-    kept = {key: value for key, value in settings.items() if key not in said or changes.get("layer_types") is None}
+    kept = {key: value for key, value in settings.items() if key not in SAID or changes.get("layer_types") is None}
     return {**kept, **changes}
 
 
@@ -129,9 +138,28 @@ class YocoConfig(OwnConfig):
         super().__post_init__(**kwargs)
         self._check_halves()
         if self.layer_types is None and self.self_decoder is not None:
-            names = {"self": self.self_decoder, "cross": CROSS_ATTENTION}
-            self.layer_types = [names[half] for half, _ in self.layer_order]
+            self.layer_types = self._types()
         self._check()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As of any object; `layer_types`, said when a configuration is made, follows the keys that say the same."""
+        is_new = name not in self.__dict__ or self.layer_types is None or getattr(self, name) == value
+        if is_new or name not in (*SAID, "layer_types"):
+            super().__setattr__(name, value)
+            return
+        if name == "layer_types" or self.self_decoder is None or value is None:
+            how = "make another, YocoConfig.from_dict(config.to_dict(), layer_types=...)"
+            raise ValueError(
+                f"the layers of a configuration are said when it is made: instead of setting {name}, {how}."
+            )
+        super().__setattr__(name, value)
+        super().__setattr__("layer_types", self._types())
+
+    def _types(self) -> list[str]:
+        """`layer_types` as the other keys say it."""
+        own = [self.self_decoder or ""] * self.num_self_decoder_layers
+        crosses = [CROSS_ATTENTION] * self.num_cross_decoder_layers
+        return in_turn(own, crosses) if self.layout == "interleaved" else own + crosses
 
     @classmethod
     def completed(cls, settings: dict[str, Any]) -> dict[str, Any]:
@@ -141,8 +169,7 @@ class YocoConfig(OwnConfig):
             return settings
         own = [name for name in types if name != CROSS_ATTENTION]
         crosses = [CROSS_ATTENTION] * (len(types) - len(own))
-        in_turn = [name for pair in zip(own, crosses, strict=False) for name in pair]
-        if types not in (own + crosses, in_turn):
+        if types not in (own + crosses, in_turn(own, crosses)):
             raise ValueError(
                 "layer_types must name the layers of the self-decoder first, then those of the cross-decoder "
                 f"({CROSS_ATTENTION}), or one of each in turn, got {shown(types)}."

@@ -99,7 +99,7 @@ class Mixer(nn.Module):
 
         Token by token: this is compiled. rotation: [B or 1, T, D/2, 2].
         """
-        raise NotImplementedError
+        raise self._lacks("before(self, h, rotation)")
 
     def arrange(self, *projected: torch.Tensor) -> tuple[Tensors, torch.Tensor | None]:
         """What `before` returns, of the outputs [B, T, ...] of `projections`."""
@@ -107,11 +107,11 @@ class Mixer(nn.Module):
 
     def mix(self, inputs: Tensors, past: Any, batch: Batch) -> torch.Tensor:
         """o [B, T, H, D]; calls the layer's past as often as it likes."""
-        raise NotImplementedError
+        raise self._lacks("mix(self, inputs, past, batch)")
 
     def after(self, o: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:
         """[B, T, d], to be added to the residual stream. Token by token: this is compiled."""
-        raise NotImplementedError
+        raise self._lacks("after(self, o, gate)")
 
     def forward(self, h: torch.Tensor, rotation: torch.Tensor, past: Any, batch: Batch) -> torch.Tensor:
         """The three in turn: h [B, T, d] -> [B, T, d], to be added to the residual stream."""
@@ -128,7 +128,7 @@ class Mixer(nn.Module):
     @classmethod
     def states(cls, config: YocoConfig) -> dict[str, tuple[int, ...]]:
         """The shape of each state of a sequence, by the name under which `mix` asks its past to scan with it."""
-        raise NotImplementedError
+        raise cls._lacks("a classmethod states(cls, config), or new_cache and fresh_past")
 
     @classmethod
     def new_cache(cls, config: YocoConfig, room: Room) -> LayerCache:
@@ -171,3 +171,7 @@ class Mixer(nn.Module):
     def official_params(cls, config: YocoConfig) -> dict[str, Any]:
         """What params.json of an official folder says of it; ValueError where the official code has no such mixer."""
         raise ValueError(f"the official format knows gated_retention and sliding_window, and not {cls.__name__}.")
+
+    @classmethod
+    def _lacks(cls, what: str) -> NotImplementedError:
+        return NotImplementedError(f"the mixer {cls.__name__} has to define {what}: docs/add-a-mixer.md shows how.")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from transformers.configuration_utils import remap_legacy_layer_types
 
-from oncelm.utils.errors import unknown
+from oncelm.utils.errors import shown, unknown
 
 if TYPE_CHECKING:
     from oncelm.models.yoco.config import YocoConfig
@@ -27,9 +27,16 @@ def register_mixer(name: str) -> Callable[[Class], Class]:
 
     Raises:
         ValueError: a name that another class has, or that transformers takes for another.
+        TypeError: a decorator without its name, or a class that is no Mixer.
     """
+    if not isinstance(name, str):
+        raise TypeError(f'a mixer is registered under a name: write @register_mixer("name"), got {shown(name)}.')
 
     def register(cls: Class) -> Class:
+        from oncelm.models.yoco.mixers.base import Mixer  # which reads this module
+
+        if not (isinstance(cls, type) and issubclass(cls, Mixer)):
+            raise TypeError(f"{shown(cls)} is not a subclass of oncelm.models.yoco.mixers.Mixer.")
         known = MIXERS.get(name)
         # the same class again is a notebook's cell run again
         is_same = known is None or (known.__module__, known.__qualname__) == (cls.__module__, cls.__qualname__)
