@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 # tests that run Triton kernels: on a GPU, or with TRITON_INTERPRET=1 in Triton's interpreter
 KERNEL_TESTS := $(addprefix tests/,ops/test_gated_retention_triton.py ops/test_gated_retention_step.py \
 	ops/test_gated_delta_step.py ops/test_decode_linear.py ops/test_decode_attention.py ops/test_linear_cross_entropy.py ops/test_float8_triton.py \
-	models/test_stepper.py models/test_float8_parts.py)
+	models/test_step_graph.py models/test_float8_parts.py)
 
 .PHONY: demo test lint types imports unit test-slow test-interop test-kernels test-gpu bench clean
 
