@@ -226,6 +226,14 @@ def test_wiring_notices_what_a_graph_would_miss() -> None:
     assert not wiring().is_plain
 
 
+@pytest.mark.parametrize("name", ["conv_weight", "A_log", "dt_bias"])
+def test_wiring_notices_parameters_of_any_name(name: str) -> None:
+    model = make_model("delta")
+    mixer, made = model.self_decoder.layers[1].mixer, Wiring(model, plain_modules(model.config))
+    setattr(mixer, name, nn.Parameter(getattr(mixer, name).detach().clone()))
+    assert not made.is_unchanged
+
+
 @pytest.mark.parametrize("change", ["adapter", "hook", "weight", "data", "in place", "off"])
 def test_steps_follow_a_changed_model(change: str) -> None:
     """With the same cache, as adapters are attached, switched and merged in the middle of a text."""

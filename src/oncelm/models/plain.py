@@ -8,7 +8,8 @@ here first, and calls the module otherwise.
 from __future__ import annotations
 
 from itertools import chain
-from operator import itemgetter
+from operator import getitem
+from typing import Any
 
 import torch
 from torch import nn
@@ -68,7 +69,9 @@ class Wiring:
     def __init__(self, model: nn.Module, plain_types: tuple[type[nn.Module], ...]) -> None:
         inner = [module for module in model.modules() if module is not model]
         self._children = [module._modules for module in model.modules() if module._modules]
-        self._weights = [module._parameters for module in inner if "weight" in module._parameters]
+        found = [(held, name) for held in (m._parameters for m in inner) for name in held if held[name] is not None]
+        self._registered: list[dict[str, Any]] = [held for held, _ in found]
+        self._names = [name for _, name in found]
         self._hooks = [hooks for module in inner for hooks in (module._forward_hooks, module._forward_pre_hooks)]
         self._attributes = [module.__dict__ for module in inner]
         self._recorded = self._modules_now(), self._addresses_now(), self._attributes_now()
@@ -95,7 +98,7 @@ class Wiring:
     def _addresses_now(self) -> list[int]:
         """Of each weight; none where one is gone, as a parametrised one is, to a module of its own."""
         try:
-            return list(map(torch.Tensor.data_ptr, map(itemgetter("weight"), self._weights)))
+            return list(map(torch.Tensor.data_ptr, map(getitem, self._registered, self._names)))
         except KeyError:
             return []
 
