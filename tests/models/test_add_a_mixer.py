@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from oncelm.ops import rms_norm, swiglu
 from tests.models import small
 from tests.models import test_equality_ladder as ladder
 
@@ -64,3 +65,20 @@ def test_it_is_undone_exactly(folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
     cache.crop(-3)
     expected = model(torch.cat((ids, ids[:, :1], ids), dim=1), use_cache=False).logits[:, 7:]
     torch.testing.assert_close(model(ids, past_key_values=cache).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_kernels_leave_its_mixer_to_pytorch(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decoding on a GPU with kernels in the rest of the layer, here with PyTorch in their place."""
+    fused = pytest.importorskip("oncelm.models.yoco.fused", exc_type=ImportError)
+    monkeypatch.setitem(small.KINDS, "moving average", {"self_decoder": "moving_average"})
+
+    def norm_swiglu(y, weight, eps, fc1, gate):
+        h = rms_norm(y, weight, eps)
+        return swiglu(h @ fc1.T, h @ gate.T)
+
+    monkeypatch.setattr(fused, "norm_swiglu", norm_swiglu)
+    monkeypatch.setattr(fused, "linear_add", lambda h, weight, rows: rows + h @ weight.T)
+    layer, (x, o, gate) = small.make_model("moving average").self_decoder.layers[0], torch.randn(3, 2, 1, 32)
+    rotation = torch.ones(1, 1, 8, 2)
+    torch.testing.assert_close(fused.before(layer, x, rotation), layer.before(x, rotation))
+    torch.testing.assert_close(fused.after(layer, x, o, gate), layer.after(x, o, gate), rtol=1e-4, atol=1e-4)

@@ -50,8 +50,8 @@ def after(layer: DecoderLayer, x: torch.Tensor, o: torch.Tensor, gate: torch.Ten
     mixer, ffn, norm = layer.mixer, layer.ffn, layer.final_layer_norm
     if not is_plain_norm(norm) or not is_untouched(ffn) or not is_plain_linear(ffn.fc1, ffn.gate, ffn.fc2):
         return PLAIN.after(layer, x, o, gate)
-    head_fits = mixer.head_dim <= LARGEST_HEAD and mixer.head_dim & (mixer.head_dim - 1) == 0
-    if mixer.projections is None or not (head_fits or gate is None) or not is_plain_linear(mixer.out_proj):
+    known = mixer.projections is not None and (gate is None or _fits(mixer.head_dim))
+    if not known or not is_plain_linear(mixer.out_proj):
         y = (x + mixer.after(o, gate)).flatten(0, 1)
     else:
         rows, mixed = x.flatten(0, 1), o.flatten(2).flatten(0, 1)
@@ -87,6 +87,11 @@ def head(x: torch.Tensor, norm: RMSNorm, projection: nn.Linear) -> torch.Tensor:
         return PLAIN.head(x, norm, projection)
     (logits,) = norm_linears(x.flatten(0, 1), norm.weight, norm.eps, [projection.weight], ["plain"])
     return logits.unflatten(0, x.shape[:2])
+
+
+def _fits(head_dim: int) -> bool:
+    """Whether the kernel behind a gate takes heads of this size: powers of two."""
+    return head_dim <= LARGEST_HEAD and head_dim & (head_dim - 1) == 0
 
 
 def _rows(rotation: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
