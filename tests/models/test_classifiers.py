@@ -57,6 +57,8 @@ def test_a_text_is_judged_by_its_last_token(kind: str, tmp_path: Path) -> None:
     torch.testing.assert_close(model(ids[1:]).logits, expected[1:], **close)
     packed = model(torch.cat((ids[1:2, :6], ids[2:]), 1), cu_seqlens=torch.tensor([0, 6, 16]), labels=labels[1:])
     torch.testing.assert_close(packed.logits, expected[1:], **close)
+    with pytest.raises(ValueError, match="an empty sequence"):  # its scores would be those of the one before
+        model(ids[:1], cu_seqlens=torch.tensor([0, 6, 6, 10]))
 
 
 @families

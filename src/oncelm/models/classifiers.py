@@ -119,6 +119,8 @@ class SequenceClassifier(Classifier):
         inputs, padding = given.inputs, self.config.pad_token_id
         positions = torch.zeros(inputs.shape, dtype=torch.bool, device=given.tokens.device)
         if inputs.real is None and inputs.batch.cu_seqlens is not None:
+            if 0 in inputs.batch.lengths:
+                raise ValueError("cu_seqlens packs an empty sequence: there is no token to sort it by.")
             positions[0, [end - 1 for end in accumulate(inputs.batch.lengths)]] = True
             return positions
         last = inputs.last_columns()
