@@ -173,16 +173,16 @@ class BaseModel(Family, PreTrainedModel):
             The whole loss; `hidden_states` where all positions are computed.
         """
         total = None
-        recorded = LayerOutputs(self._stack(), given.inputs)
-        with recorded if wanted.everywhere else nullcontext():
+        recorded = LayerOutputs(self._stack(), given.inputs) if wanted.everywhere else None
+        with recorded or nullcontext():
             for columns, hidden in self._states(given, wanted):
                 if loss is not None:
                     part = loss(*wanted.learned(columns, hidden))
                     total = part if total is None else total + part
                 wanted.keep(columns, hidden)
-                if wanted.everywhere:
+                if recorded is not None:
                     recorded.take(columns)
-        return total, recorded.found() if wanted.everywhere else None
+        return total, None if recorded is None else recorded.found()
 
     def _returns_hidden_states(self, asked: bool | None) -> bool:
         return bool(self.config.output_hidden_states if asked is None else asked)
@@ -289,11 +289,12 @@ class BaseModel(Family, PreTrainedModel):
     @property
     def cache_device(self) -> torch.device:
         """Where this model computes, so where its caches are: with offloaded weights not where those are kept."""
-        if self.device.type != "meta":
-            return self.device
+        device = self.device
+        if device.type != "meta":
+            return device
         hooks = (getattr(module, "_hf_hook", None) for module in self.modules())
         devices = (getattr(hook, "execution_device", None) for hook in hooks)
-        return torch.device(next((device for device in devices if device is not None), self.device))
+        return torch.device(next((found for found in devices if found is not None), device))
 
     # -- places in a text to return to ------------------------------------------------------------------------------
 
