@@ -1,8 +1,12 @@
+# ruff: noqa: E402
 """Fixtures shared by all tests."""
 
 from __future__ import annotations
 
 import gc
+
+gc.disable()  # until all tests are imported, see pytest_collection_finish
+
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +21,7 @@ GOLDEN = Path(__file__).parents[2] / "shared" / "golden"
 def pytest_collection_finish() -> None:
     """The million objects of imported modules stay: they are not looked at again whenever garbage is collected."""
     gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session", autouse=True)

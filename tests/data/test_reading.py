@@ -29,7 +29,7 @@ def problems(path) -> list[tuple[int, str]]:
     return [(item.line, item.reason) for piece in scan(path) for item in read(piece) if isinstance(item, Malformed)]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(st.lists(st.text(min_size=1).filter(lambda t: t.isprintable()), min_size=1), st.integers(1, 200))
 def test_pieces_of_any_size_give_every_line_once(tmp_path_factory, texts: list[str], size: int) -> None:
     path = tmp_path_factory.mktemp("jsonl") / "a.jsonl"
@@ -128,6 +128,7 @@ def test_numbers_that_json_lacks_cost_no_document(tmp_path, monkeypatch, suffix,
     assert documents(path) == texts
 
 
+@settings(max_examples=40)
 @given(
     st.recursive(
         st.floats() | st.text(st.sampled_from('NaInfity-"\\{[,: ')) | st.none(),
