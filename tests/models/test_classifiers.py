@@ -136,3 +136,15 @@ def test_other_problems_than_one_class(problem: str, labels: torch.Tensor, tmp_p
     found = model(draw_ids(2, 10), labels=labels)
     loss = {"regression": F.mse_loss, "multi_label_classification": F.binary_cross_entropy_with_logits}[problem]
     torch.testing.assert_close(found.loss, loss(found.logits, labels))
+
+
+@families
+def test_labels_and_texts_that_are_wrong_are_named(kind: str, tmp_path: Path) -> None:
+    model, _ = make(kind, "texts", tmp_path)
+    ids, mask = draw_ids(3, 5), torch.ones(3, 5, dtype=torch.long)
+    for labels in (ids, torch.tensor([1, 2]), torch.zeros(2, 3)):
+        with pytest.raises(ValueError, match=r"labels must be one a text, \[3\] or \[3, 3\], got"):
+            model(ids, attention_mask=mask, labels=labels)
+    mask[1] = 0
+    with pytest.raises(ValueError, match="attention_mask hides all of text 1"):
+        model(ids, attention_mask=mask)

@@ -189,3 +189,21 @@ def test_there_is_room_for_so_much(kind) -> None:
     session.read(draw(1, 8))
     with pytest.raises(ValueError, match=r"10 tokens .*has 8; 3 more"):
         session.read(draw(1, 3))
+
+
+@pytest.mark.parametrize("kind", ["retention", "llama"])
+def test_what_a_session_cannot_do_is_refused(kind) -> None:
+    session = opened(kind)
+    with pytest.raises(ValueError, match="this session has read nothing yet"):
+        session.select([0, 0])
+    for ids in (draw(2, 3), draw(3), draw(1, 0)):
+        with pytest.raises(ValueError, match=r"a session of 1 rows takes|the cache is for a batch of 1|input_ids"):
+            session.read(ids)
+    session.read(draw(1, 8))
+    early = session.mark()
+    session.read(draw(1, 8))
+    late = session.mark()
+    session.rewind(early)
+    with pytest.raises(ValueError, match=r"this (mark is behind 16 tokens|rewind point)"):
+        session.rewind(late)
+    same(session.read(draw(1, 4)), full(kind, torch.cat((draw(1, 8), draw(1, 4)), 1)[0])[-1])

@@ -7,6 +7,7 @@ from oncelm.cache.yoco.cache import YocoCache
 from oncelm.cache.yoco.interface import HeldPast, LayerCache, Past, Pasts, SharedPast
 from oncelm.cache.yoco.recurrent_state import RecurrentState
 from oncelm.cache.yoco.shared_kv import FreshShared, SharedKV
+from oncelm.utils.lazy import renamed
 
 __all__ = [
     "Batch",
@@ -24,3 +25,19 @@ __all__ = [
     "load_snapshot",
     "save_snapshot",
 ]
+__getattr__ = renamed(
+    __name__,
+    {
+        "ModelCache": "YocoCache",
+        "Memory": "Past",
+        "HeldMemory": "HeldPast",
+        "SharedMemory": "SharedPast",
+        "RetentionState": "RecurrentState",
+        "FreshCache": "Pasts",
+        "WindowKV": "yoco.window_kv.WindowKV",
+        "WindowMemory": "yoco.interface.WindowPast",
+        "RetentionMemory": "yoco.interface.RecurrentPast",
+        "FreshRetention": "yoco.recurrent_state.FreshRecurrent",
+        "FreshWindow": "yoco.window_kv.FreshWindow",
+    },
+)

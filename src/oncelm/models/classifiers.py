@@ -123,6 +123,10 @@ class SequenceClassifier(Classifier):
                 raise ValueError("cu_seqlens packs an empty sequence: there is no token to sort it by.")
             positions[0, [end - 1 for end in accumulate(inputs.batch.lengths)]] = True
             return positions
+        if inputs.real is not None and 0 in inputs.batch.lengths:
+            raise ValueError(
+                f"attention_mask hides all of text {inputs.batch.lengths.index(0)}: there is no last token."
+            )
         last = inputs.last_columns()
         if unmasked_ids is not None and padding is not None:
             columns = torch.arange(inputs.columns, device=last.device)
@@ -139,6 +143,9 @@ class SequenceClassifier(Classifier):
     ) -> SequenceClassifierOutputWithPast:
         loss = None
         if labels is not None:
+            if len(labels) != len(scores) or labels.numel() not in (len(scores), scores.numel()):
+                each = f" or {list(scores.shape)}" if scores.shape[1] > 1 else ""
+                raise ValueError(f"labels must be one a text, [{len(scores)}]{each}, got {list(labels.shape)}.")
             loss = self.loss_function(labels=labels, pooled_logits=scores, config=self.config)
         return SequenceClassifierOutputWithPast(
             loss=loss, logits=scores, past_key_values=given.cache, hidden_states=layers

@@ -15,7 +15,7 @@ _NOT_OURS = frozenset({
     "assistant_model", "assistant_tokenizer", "cache_position", "is_first_iteration", "max_length_k", "max_length_q",
     "token_type_ids", "tokenizer",
 })  # fmt: skip
-
+RENAMED = {"memory": "past"}  # of a YOCO: memory is LongLLaMA's
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
@@ -63,6 +63,8 @@ def read_extras(
             known = inspect.signature(type(model).forward).parameters
             close = difflib.get_close_matches(name, [*known, *names], n=1, cutoff=0.5)
             hint = f"; did you mean {close[0]!r}?" if close else ""
+            if RENAMED.get(name) in known:
+                hint = f": it is now called {RENAMED[name]!r}"
             raise TypeError(f"{type(model).__name__}.forward() got an unexpected keyword argument {name!r}{hint}")
     borders, keys = kwargs.get("cu_seq_lens_q"), kwargs.get("cu_seq_lens_k")
     if borders is not None and keys is not None and not torch.equal(borders, keys):

@@ -333,3 +333,10 @@ def test_fingerprint_tells_models_apart() -> None:
     with torch.no_grad():
         model.embed_tokens.weight[0, 0] += 1
     assert model.fingerprint() != mark
+
+
+def test_names_of_before_are_answered_by_those_of_now() -> None:
+    with pytest.raises(ImportError, match=r"oncelm\.cache\.ModelCache is oncelm\.cache\.YocoCache now"):
+        from oncelm.cache import ModelCache  # noqa: F401
+    with pytest.raises(TypeError, match=r"unexpected keyword argument 'memory': it is now called 'past'"):
+        make_model("retention")(torch.ones(1, 3, dtype=torch.long), memory=None)

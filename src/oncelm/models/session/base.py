@@ -124,6 +124,16 @@ class Session(ABC):
                 f"a session with room for {self.room} tokens has {self.num_tokens}; {count} more do not fit."
             )
 
+    def _check_rows(self, ids: torch.Tensor) -> None:
+        if ids.dim() != 2 or len(ids) != self.rows or not ids.shape[1]:
+            raise ValueError(f"a session of {self.rows} rows takes ids [{self.rows}, T], got {list(ids.shape)}.")
+
+    def _check_read(self) -> None:
+        if self.cache is None:
+            raise ValueError(
+                "this session has read nothing yet: its rows begin alike, there is nothing to choose from."
+            )
+
     def _check_whole(self, texts: Sequence[torch.Tensor]) -> None:
         """ValueError unless texts may be scored by a session whose rows do not branch."""
         longest = max(map(len, texts))

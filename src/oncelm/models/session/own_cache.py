@@ -69,6 +69,7 @@ class CacheSession(Session):
         return self.model(ids, use_cache=False, logits_to_keep=kept, **self.read_options).logits
 
     def select(self, rows: Sequence[int]) -> None:
+        self._check_read()
         self.cache.select(rows)
         self.rows = len(rows)
 

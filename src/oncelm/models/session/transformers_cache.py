@@ -56,6 +56,7 @@ class TransformersSession(Session):
 
     @torch.no_grad()
     def read(self, ids: torch.Tensor, progress: Callable[[int], object] | None = None) -> torch.Tensor:
+        self._check_rows(ids)
         self._check_room(ids.shape[1])
         for chunk in ids.split(self.chunk_size or READ_AT_ONCE, dim=1):
             logits = self._forward(chunk, keep=1)[:, -1].clone()  # a view would keep all of a model's that leaves none
@@ -65,6 +66,7 @@ class TransformersSession(Session):
 
     @torch.no_grad()
     def step(self, tokens: torch.Tensor) -> torch.Tensor:
+        self._check_rows(tokens)
         self._check_room(1)
         return self._forward(tokens, keep=1)[:, -1]
 
@@ -83,6 +85,7 @@ class TransformersSession(Session):
             return self.model(ids.to(self.model.device), use_cache=False).logits
 
     def select(self, rows: Sequence[int]) -> None:
+        self._check_read()
         self.cache.reorder_cache(torch.tensor(rows))
         self._real = None if self._real is None else self._real[rows]
         self.rows = len(rows)
@@ -91,12 +94,16 @@ class TransformersSession(Session):
         return self._columns, self._real, None if keeps_every_token(self.cache) else copy.deepcopy(self.cache)
 
     def rewind(self, mark: Any) -> None:
-        columns, self._real, saved = mark
+        columns, real, saved = mark
         if saved is not None or not columns:
             self.cache = copy.deepcopy(saved)
+        elif self._columns < columns:
+            raise ValueError(
+                f"this mark is behind {columns} tokens a row, of which a return to an earlier one left {self._columns}."
+            )
         elif self._columns > columns:
             self.cache.crop(columns - self._columns)
-        self._columns = columns
+        self._columns, self._real = columns, real
 
     def reset(self) -> None:
         self.free()
