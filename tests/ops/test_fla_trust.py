@@ -91,6 +91,14 @@ def test_each_combination_is_tried_once(library):
     assert rule.calls == 7
 
 
+def test_behind_its_trial_no_tensor_is_sent_to_the_gpu(library, monkeypatch):
+    x, weight, state = torch.randn(1, sum(LENGTHS), 6), torch.randn(6, 4), torch.randn(3, 3, 6)
+    for _ in range(2):
+        delta.chunk(*delta_inputs(), 1.0, None, BORDERS)
+        convolution.convolve(x, weight, state, BORDERS)
+        monkeypatch.setattr(torch, "tensor", refuses)
+
+
 @pytest.mark.parametrize("inputs", [{"dtype": torch.float32}, {"K": 24}, {"K": 272}])
 def test_kernels_are_not_asked_for_what_they_round_or_lack(library, inputs):
     made = delta_inputs(**inputs)

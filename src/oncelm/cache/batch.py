@@ -54,7 +54,8 @@ class Batch:
         if len(set(starts)) == 1:
             positions = torch.arange(starts[0], starts[0] + length, device=device)[None]
         else:
-            positions = torch.tensor(starts, device=device)[:, None] + torch.arange(length, device=device)
+            firsts = torch.tensor(starts).to(device, non_blocking=True)
+            positions = firsts[:, None] + torch.arange(length, device=device)
         return cls(starts, (length,) * len(starts), tuple(start + length for start in starts), positions)
 
     @classmethod

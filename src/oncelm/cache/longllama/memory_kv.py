@@ -69,7 +69,8 @@ class MemoryKV(Rows):
                 self.raw_keys.raw[group.rows, group.start : stop] = raw
         if at_once:
             seen = [held + end for held, end in zip(segment.remembered, segment.batch.ends, strict=True)]
-            return decode_attention(q, self.k, self.v, lengths=torch.tensor(seen, device=q.device)).to(dtype)
+            lengths = torch.tensor(seen).to(q.device, non_blocking=True)
+            return decode_attention(q, self.k, self.v, lengths=lengths).to(dtype)
         return segment.batch.join(outputs).to(dtype)
 
     def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, start: int) -> torch.Tensor:

@@ -89,5 +89,6 @@ class Crossbatch(torch.autograd.Function):
 def _rounds(counts, device):
     """(rows, the rows they see) of round 1, 2, ...: index vectors."""
     for distance in range(1, max(counts, default=0) + 1):
-        rows = torch.tensor([row for row, count in enumerate(counts) if count >= distance], device=device)
+        rows = torch.tensor([row for row, count in enumerate(counts) if count >= distance])
+        rows = rows.to(device, non_blocking=True)
         yield rows, rows - distance
