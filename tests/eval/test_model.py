@@ -139,3 +139,9 @@ def test_the_fingerprint_tells_models_and_tokenizers_apart(language_models) -> N
     assert one["weights"] != other["weights"]
     assert one == language_models("llama").describe()
     assert one["tokenizer"] == other["tokenizer"]
+
+
+def test_how_keys_are_kept_is_told_beside_the_dtype_of_the_model(language_models) -> None:
+    one = language_models("retention")
+    told = LanguageModel(one.model, one.codec.tokenizer, "8 bits", cache_options={"dtype": torch.int8}).describe()
+    assert (told["dtype"], told["kv_dtype"]) == (one.describe()["dtype"], "int8")

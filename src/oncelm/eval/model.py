@@ -61,6 +61,9 @@ class LanguageModel:
     def describe(self) -> dict[str, Any]:
         """What results depend on, as plain JSON values."""
         config, model = self.model.config, self.model
+        cache = dict(self.cache_options)
+        if (kept := cache.pop("dtype", None)) is not None:
+            cache["kv_dtype"] = str(kept).removeprefix("torch.")
         return {
             "name": self.name,
             "type": config.model_type,
@@ -69,7 +72,7 @@ class LanguageModel:
             "weights": model.fingerprint() if self.family.has_own_cache else fingerprint(model, ()),
             "tokenizer": self.codec.fingerprint(),
             **{key: getattr(config, key) for key in self.family.result_keys},
-            **self.cache_options,
+            **cache,
             **self.read_options,
         }
 
