@@ -1,20 +1,19 @@
-# ruff: noqa: E402
-"""Fixtures shared by all tests."""
+"""Fixtures shared by all tests; torch is imported in them, as pytest-xdist's first process needs none."""
 
 from __future__ import annotations
 
 import gc
-
-gc.disable()  # until all tests are imported, see pytest_collection_finish
-
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
-import torch
 
+if TYPE_CHECKING:
+    import torch
+
+gc.disable()  # until all tests are imported, see pytest_collection_finish
 GOLDEN = Path(__file__).parents[2] / "shared" / "golden"
 
 
@@ -27,6 +26,8 @@ def pytest_collection_finish() -> None:
 @pytest.fixture(scope="session", autouse=True)
 def _few_threads() -> None:
     """Tensors in tests are tiny: many threads, on top of pytest-xdist's processes, only wait for each other."""
+    import torch
+
     torch.set_num_threads(1)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
@@ -34,6 +35,8 @@ def _few_threads() -> None:
 @pytest.fixture(autouse=True)
 def _same_numbers_every_time() -> None:
     """A test that draws from torch's own generator draws the same numbers in every run and order."""
+    import torch
+
     torch.manual_seed(0)
 
 
@@ -47,6 +50,8 @@ def golden() -> Path:
 
 def _poison(tensor: torch.Tensor) -> torch.Tensor:
     """NaN, or of integers a number that is no index, no count and no token of a test."""
+    import torch
+
     if tensor.device.type == "meta":
         return tensor
     if tensor.is_floating_point() or tensor.is_complex():
@@ -64,6 +69,8 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     def poisoned(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         return lambda *args, **kwargs: _poison(make(*args, **kwargs))
 
+    import torch
+
     for name in ("empty", "empty_like", "empty_strided"):
         monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))
     for name in ("new_empty", "new_empty_strided"):
@@ -75,6 +82,7 @@ def exact_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton's interpreter (3.7) truncates to bfloat16, and rounds 7.9 to 4 in float8: torch rounds in its place."""
     if os.environ.get("TRITON_INTERPRET") != "1":
         return
+    import torch
     from triton import language as tl
     from triton.runtime import interpreter
 

@@ -142,7 +142,7 @@ def test_a_rank_that_dies_ends_the_run_and_loses_nothing_saved(options) -> None:
     assert run(2, options(resume=True)) == ["ended at 6"] * 2
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_rank_that_dies_while_saving_leaves_the_checkpoint_before(options, rank: int) -> None:
     assert run(2, options(), "retention", rank, 3, die_while_saving)[rank] == KILLED
     checkpoints = Path(options()["out"]) / "checkpoints"
@@ -151,7 +151,7 @@ def test_a_rank_that_dies_while_saving_leaves_the_checkpoint_before(options, ran
     assert not list(checkpoints.glob(".*"))
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_disk_that_fills_leaves_the_checkpoint_before(options, rank: int) -> None:
     for ending in run(2, options(), "retention", rank, 3, full_disk):
         assert ending.startswith("OSError: cannot write")
