@@ -8,6 +8,7 @@ import signal
 from collections.abc import Callable
 
 import numpy as np
+import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint import HuggingFaceStorageWriter
@@ -128,16 +129,22 @@ def train(options: dict, shape: dict, rank: int = -1, step: int = 0, event: Call
     """Train; rank `rank` does `event` when it asks for the batch of `step`. Returns how it ended, in a few words."""
     try:
         config = TrainConfig(**options)
-        with join_mesh("cpu", tensor=config.tensor_parallel, context=config.context_parallel) as mesh:
+        with (
+            join_mesh("cpu", tensor=config.tensor_parallel, context=config.context_parallel) as mesh,
+            pytest.MonkeyPatch.context() as patch,
+        ):
             with torch.device("cpu" if mesh.is_main else "meta"):
                 model = make_model(torch.float32, **shape)
             dataset = make_conversations() if config.task == "sft" else make_dataset(config.crossbatch_rows)
             if event is not None and mesh.world.index == rank:
                 batch = ReadAhead.batch
-                ReadAhead.batch = lambda self, asked, *rest: (
-                    event() if asked == step else None,
-                    batch(self, asked, *rest),
-                )[1]
+
+                def eventful(self, asked, *rest):
+                    if asked == step:
+                        event()
+                    return batch(self, asked, *rest)
+
+                patch.setattr(ReadAhead, "batch", eventful)
             running.append(Trainer(model, dataset, config, mesh=mesh))
             result = running[-1].train()
     except (OSError, ValueError, FloatingPointError, SystemExit) as error:

@@ -44,7 +44,7 @@ def logged(options: dict, name: str = "loss") -> dict[int, float]:
 
 
 def run(size: int, options: dict, shape: str = "retention", *event) -> list[str]:
-    return run_ranks(size, train, options, SHAPES[shape], *event, fresh=bool(event))
+    return run_ranks(size, train, options, SHAPES[shape], *event, fresh=bool(event) and event[-1] is not stop)
 
 
 @pytest.mark.parametrize(
