@@ -69,6 +69,11 @@ def test_it_learns_reports_and_exports(make_model, dataset, make_config) -> None
     assert load_tokenizer(result.model_path)("a")["input_ids"] == tokenizer("a")["input_ids"]
 
 
+def test_documents_are_not_left_unmasked(make_model, dataset, make_config) -> None:
+    with pytest.raises(ValueError, match="not of the data, which does not say where documents begin"):
+        Trainer(make_model(), dataset, make_config(document_masking=True)).train()
+
+
 def test_accumulation_is_one_larger_batch(make_model, dataset, make_config, tmp_path) -> None:
     ends = []
     for batch_size, grad_accumulation in ((4, 1), (1, 4)):

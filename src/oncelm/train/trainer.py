@@ -213,6 +213,8 @@ class Trainer:
         with self.meter.waiting():
             targets = batches.num_targets(self.step, count)
             batch = batches.batch(self.step, count, self.mesh.rows(count))
+        if config.masks_documents and batch.lengths is None:
+            raise ValueError("document_masking is set, but not of the data, which does not say where documents begin.")
         # Losses are summed over tokens and ranks, and FSDP takes the mean of gradients over ranks: both come out here.
         divisor = targets / self.mesh.shards
         parts = batch.split(config.batch_size)
