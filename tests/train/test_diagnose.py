@@ -7,6 +7,7 @@ import torch
 
 from oncelm.train.diagnose import find_not_finite
 from oncelm.train.trainer import Trainer
+from tests.models.small import make_model
 from tests.train.parallel import cases
 from tests.train.ranks import run_ranks
 
@@ -47,6 +48,13 @@ def test_the_module_that_overflows(compute, llama: bool) -> None:
     module = model.get_submodule(names[1])
     module.register_forward_hook(lambda module, inputs, output: output * float("inf"))
     assert find_not_finite(model, compute(model)).place == f"the output of {names[1]}"
+
+
+def test_where_decoders_are_not_called_as_a_whole() -> None:
+    model, ids = make_model("interleaved"), torch.arange(8)[None]
+    model.self_decoder.layers[1].ffn.fc2.register_forward_hook(lambda module, inputs, output: output * float("nan"))
+    found = find_not_finite(model, lambda: model(ids, labels=ids, use_cache=False).loss)
+    assert found.place == "the output of self_decoder.layers.1.ffn.fc2"
 
 
 @MODELS

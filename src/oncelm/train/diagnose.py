@@ -50,7 +50,13 @@ def find_not_finite(model: nn.Module, compute: Callable[[], Tensor]) -> NotFinit
 
         return hook
 
-    handles = [module.register_forward_hook(after(name)) for name, module in model.named_modules()]
+    # but containers right below the model: they give what their last module gives, and some are not called as a whole
+    hooked = [
+        (name, module)
+        for name, module in model.named_modules()
+        if not name or "." in name or next(module.children(), None) is None
+    ]
+    handles = [module.register_forward_hook(after(name)) for name, module in hooked]
     try:
         loss = compute()
         if not found and not _is_finite(loss):
