@@ -76,6 +76,9 @@ def test_tokens_with_labels_are_judged(kind: str, tmp_path: Path) -> None:
     torch.testing.assert_close(found.loss, F.cross_entropy(expected[counted], labels[counted]), **close)
     found.loss.backward()
     assert model.score.bias.grad.any()
+    nothing = model(ids, labels=torch.full((2, 10), -100)).loss
+    nothing.backward()
+    assert nothing == 0
     with pytest.raises(ValueError, match=r"labels must be \[B, T\] = \[2, 10\]"):
         model(ids, labels=labels[:, 1:])
 

@@ -120,5 +120,6 @@ def test_a_cache_of_other_layers_is_refused() -> None:
     model = make_model("hybrid")
     types = ["sliding_window", "gated_retention", "full_attention", "cross_attention"]
     cache = make_model("hybrid", layer_types=types).new_cache(1, 8)
-    with pytest.raises(ValueError, match="made for a model with layer_types="):
-        model(draw_ids(1, 3), past_key_values=cache)
+    for other in (cache, make_model("full", num_cross_decoder_layers=1, num_self_decoder_layers=3).new_cache(1, 8)):
+        with pytest.raises(ValueError, match="made for a model with layer_types="):
+            model(draw_ids(1, 3), past_key_values=other)

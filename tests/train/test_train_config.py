@@ -37,6 +37,7 @@ def test_written_settings_read_back_the_same(tmp_path) -> None:
     ("override", "message"),
     [
         ("step=5", r"unknown setting 'step'; did you mean 'steps'\?"),
+        ("layer_types=[sliding_window]", r"is a key of the model, no setting: give it as model_overrides\.layer_types"),
         ("steps=many", "steps must be a whole number of at least 1, got 'many'"),
         ("steps=2.5", "steps must be a whole number of at least 1, got 2.5"),
         ("steps=true", "steps must be a whole number of at least 1, got True"),

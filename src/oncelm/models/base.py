@@ -273,13 +273,14 @@ class BaseModel(Family, PreTrainedModel):
                 "past_key_values, and what prefill fills, must be a cache of this model: "
                 f"model.new_cache(batch_size, max_tokens=...), got {type(cache).__name__}.{prefix}"
             )
-        for key in self.cache_keys:
-            made_for, wanted = cache.made_for.get(key), getattr(self.config, key)
-            if made_for != wanted:
-                raise ValueError(
-                    f"the cache was made for a model with {key}={made_for}, this one has {wanted}: it belongs to "
-                    "another model."
-                )
+        wanted, found = self._cache_settings(), cache.made_for
+        if differing := [key for key in wanted if found.get(key) != wanted[key]]:
+            # self_decoder of a hybrid is None, and tells less than its layer_types
+            key = min(differing, key=lambda name: None in (found.get(name), wanted[name]))
+            raise ValueError(
+                f"the cache was made for a model with {key}={found.get(key)}, this one has {wanted[key]}: it "
+                "belongs to another model."
+            )
 
     @property
     def kv_dtype(self) -> torch.dtype:

@@ -178,6 +178,8 @@ class TokenClassifier(Classifier):
     ) -> TokenClassifierOutput:
         if labels is None or positions is None:
             return TokenClassifierOutput(logits=scores, hidden_states=layers)
-        loss = self.loss_function(scores, labels.to(scores.device)[positions], self.config)
+        # no label at all is a loss of 0, as of a causal language model, and not nan
+        targets = labels.to(scores.device)[positions]
+        loss = self.loss_function(scores, targets, self.config) if len(targets) else scores.sum()
         logits = scores.new_zeros(*positions.shape, scores.shape[-1]).index_put((positions,), scores)
         return TokenClassifierOutput(loss=loss, logits=logits, hidden_states=layers)

@@ -51,6 +51,10 @@ def check_names(settings: Collection[str], known: Collection[str]) -> None:
         if name in RENAMED:
             raise renamed("setting", name, RENAMED[name])
         if name not in known:
+            from oncelm.models.registry import FAMILIES, model_class  # here: help and recipes are read without torch
+
+            if any(name in model_class(model_type).config_class.own_keys() for model_type in FAMILIES):
+                raise ValueError(f"{name!r} is a key of the model, no setting: give it as model_overrides.{name}.")
             raise unknown("setting", name, known)
 
 
