@@ -130,24 +130,24 @@ def add_task_options(parser: argparse.ArgumentParser, task: type[Task]) -> None:
         if kind is bool:
             group.add_argument(flag, action=argparse.BooleanOptionalAction, default=default, help=help)
         else:
-            parse, metavar = _parser_of(name, kind)
+            parse, metavar = _parser_of(kind)
             group.add_argument(flag, type=parse, default=default, metavar=metavar, help=help + shown)
 
 
-def _parser_of(name: str, kind: Any) -> tuple[Any, str]:
+def _parser_of(kind: Any) -> tuple[Any, str]:
     """How an option's text is read, and how its value is shown in the help."""
     from oncelm.eval.task import parse_tokens
 
     if isinstance(kind, UnionType):  # int | None
         kind = next(part for part in get_args(kind) if part is not type(None))
     if get_args(kind):  # tuple[int, ...]
-        return _told(name, lambda text: tuple(parse_tokens(part) for part in text.split(","))), "N,N"
+        return _told(lambda text: tuple(parse_tokens(part) for part in text.split(","))), "N,N"
     if kind is int:
-        return _told(name, parse_tokens), "N"
+        return _told(parse_tokens), "N"
     return kind, {float: "X", str: "TEXT"}.get(kind, "VALUE")
 
 
-def _told(name: str, parse: Any) -> Any:
+def _told(parse: Any) -> Any:
     """`parse`, with its error as argparse likes it."""
 
     def call(text: str) -> Any:

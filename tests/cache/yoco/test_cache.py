@@ -88,6 +88,12 @@ def test_snapshot_and_restore(kind: str, first: int, second: int, shared: bool) 
         torch.testing.assert_close(model(ids(2, second, seed=1), past_key_values=cache).logits, expected)
 
 
+def test_a_snapshot_says_how_keys_are_kept_without_a_cross_decoder_too() -> None:
+    cache = make_model("full", num_cross_decoder_layers=0).new_cache(1, 4, torch.int8)
+    assert cache.snapshot().kv_dtype == torch.int8
+    assert make_model("retention-only").new_cache(1, 4).snapshot().kv_dtype is None
+
+
 @kinds
 def test_a_snapshot_fits_another_cache(kind: str) -> None:
     model = MODELS[kind]

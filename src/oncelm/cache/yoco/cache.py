@@ -119,8 +119,8 @@ class YocoCache(SequenceCache):
         if not shared:
             point = RewindPoint(self.lengths)
             self._rewind_points.add(point)
-        kv_dtype = None if self.shared is None else self.shared.k.dtype
-        return Snapshot(held, self.lengths, self.columns, point, kv_dtype)
+        of_tokens = [getattr(store, store.tensor_names[0]) for store in self._stores().values() if store.grows]
+        return Snapshot(held, self.lengths, self.columns, point, of_tokens[-1].dtype if of_tokens else None)
 
     def restore(self, snapshot: Snapshot) -> None:
         """Return to a snapshot of this cache, or of another one for the same model and batch size."""
