@@ -1,6 +1,6 @@
 """One token a sequence with positions on the device: the same logits and the same cache as the ordinary path.
 
-Without a GPU nothing is recorded, but the same memories run, and with Triton's interpreter the same fused kernels.
+Without a GPU nothing is recorded, but the same pasts are asked, and with Triton's interpreter the same fused kernels.
 """
 
 from __future__ import annotations
@@ -54,6 +54,15 @@ def test_steps_equal_a_full_forward(kind, parts):
         torch.testing.assert_close(model.step(ids[:, t : t + 1], cache), expected[:, t], **close)
     assert cache.lengths == (12, 12)
     assert cache.columns == 12
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (2, 2)])
+def test_other_tokens_than_one_a_sequence_are_refused(shape):
+    model = make("retention")
+    cache = model.new_cache(2, 12)
+    with pytest.raises(ValueError, match="a token a sequence, \\[2, 1\\], got"):
+        model.step(draw_ids(*shape), cache)
+    model.step(draw_ids(2, 1), cache)  # nothing has changed
 
 
 @pytest.mark.parametrize("kind", ["retention", "window"])

@@ -59,7 +59,12 @@ class Decoding:
 
         `forward` does this by itself where it is given one token and a cache on a GPU, unless adapters, hooks or other
         things are in the model that a graph would pass over, or `model.use_cuda_graphs` is False.
+
+        Raises:
+            ValueError: tokens of another shape, or a cache without room for them; nothing has been changed then.
         """
+        if tokens.shape != (cache.batch_size, 1):
+            raise ValueError(f"a step takes a token a sequence, [{cache.batch_size}, 1], got {list(tokens.shape)}.")
         graph = self._graph(cache)
         if graph is not None:
             return self._replay(graph, tokens, cache)
