@@ -11,6 +11,7 @@ from oncelm import bench
 from oncelm.bench import CASES, append_record, read_records, table
 from oncelm.cache import SharedKV
 from oncelm.cli import main
+from oncelm.models.yoco.mixers.gated_retention import GatedRetention
 from tests.models.test_longllama import make_llama
 
 TINY = ["--hidden-size", "64", "--layers", "2", "--set", "vocab_size=97", "--device", "cpu", "--repeats", "1"]
@@ -42,6 +43,17 @@ def test_every_benchmark_writes_records_and_a_table(benchmark, tmp_path, quick_c
     assert main(["bench", benchmark, *arguments]) == 0
     assert len(read_records(out)) == 6
     assert read_records(out)[:3] == records
+
+
+@pytest.mark.parametrize("benchmark", ["prefill", "decode", "train"])
+def test_a_mixer_that_does_not_say_its_work_is_timed(benchmark, tmp_path, quick_ceilings, capsys, monkeypatch):
+    monkeypatch.setattr(GatedRetention, "work", classmethod(lambda cls, config: None))
+    out = tmp_path / "figures.jsonl"
+    assert main(["bench", benchmark, *TINY, "--lengths", "24", "--no-peer", "--out", str(out)]) == 0
+    (record,) = read_records(out)
+    assert record["seconds"] > 0
+    assert "mfu" not in record
+    assert "MFU" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("benchmark", ["prefill", "decode", "train"])

@@ -52,7 +52,8 @@ def prefill(target: Target, length: int, at: Conditions) -> dict[str, Any]:
     target.prefill(ids[:, :WARM_UP_TOKENS])
     with PeakMemory(device) as peak:
         timing = measure(run, at.repeats, device)
-    figures = _timed(timing, 1, at.batch_size * length, target.work.prefill(at.batch_size, length), at)
+    work = target.work.prefill(at.batch_size, length) if target.work else None
+    figures = _timed(timing, 1, at.batch_size * length, work, at)
     return {**figures, **peak.figures(), **at.profiled(run, device)}
 
 
@@ -68,7 +69,8 @@ def decode(target: Target, length: int, at: Conditions) -> dict[str, Any]:
             session.step(token)
 
     timing = measure(steps, at.repeats, device)
-    figures = _timed(timing, DECODED_TOKENS, at.batch_size, target.work.decode(at.batch_size, length), at)
+    work = target.work.decode(at.batch_size, length) if target.work else None
+    figures = _timed(timing, DECODED_TOKENS, at.batch_size, work, at)
     return {**figures, **at.profiled(steps, device)}
 
 
@@ -113,7 +115,8 @@ def train(target: Target, length: int, at: Conditions) -> dict[str, Any]:
         timing = measure(step, at.repeats, model.device)
     profile = at.profiled(step, model.device)
     optimizer.zero_grad()
-    figures = _timed(timing, 1, at.batch_size * length, target.work.train(at.batch_size, length), at)
+    work = target.work.train(at.batch_size, length) if target.work else None
+    figures = _timed(timing, 1, at.batch_size * length, work, at)
     return {**figures, **errors, **peak.figures(), **profile}
 
 
@@ -133,16 +136,20 @@ def random_ids(target: Target, batch_size: int, length: int) -> torch.Tensor:
     return ids.to(target.model.device)
 
 
-def _timed(timing: Timing, units: int, tokens: int, work: Work, at: Conditions) -> dict[str, Any]:
-    """The figures of a call that does `units` times `work`, on `tokens` tokens each time."""
+def _timed(timing: Timing, units: int, tokens: int, work: Work | None, at: Conditions) -> dict[str, Any]:
+    """The figures of a call that does `units` times `work`, if that is known, on `tokens` tokens each time."""
     seconds = timing.median / units
-    floor = at.ceilings.floor_seconds(work)
-    return {
+    figures = {
         "seconds": seconds,
         "runs": [run / units for run in timing.runs],
         "repeats": len(timing.runs),
         "spread": timing.spread,
         "tokens_per_second": tokens / seconds,
+    }
+    if work is None:
+        return figures
+    floor = at.ceilings.floor_seconds(work)
+    return figures | {
         "flops": work.flops,
         "bytes": work.bytes,
         "floor_seconds": floor,

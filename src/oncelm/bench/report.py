@@ -75,8 +75,8 @@ def _time_columns(benchmark: str) -> tuple[Column, ...]:
     return (
         (TIMES.get(benchmark, "time"), lambda record: show_seconds(record["seconds"]), "seconds"),
         ("tokens/s", lambda record: f"{record['tokens_per_second']:,.0f}", None),
-        ("MFU", lambda record: f"{record['mfu']:.0%}", None),
-        ("MBU", lambda record: f"{record['mbu']:.0%}", None),
+        ("MFU", lambda record: f"{record['mfu']:.0%}" if "mfu" in record else "", None),
+        ("MBU", lambda record: f"{record['mbu']:.0%}" if "mbu" in record else "", None),
         ("runs", lambda record: str(record["repeats"]), None),
         ("spread", lambda record: f"{record['spread']:.0%}", None),
     )

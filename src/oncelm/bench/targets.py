@@ -27,12 +27,13 @@ class Target(ABC):
         settings: how it is run, for the record.
         compiled: by torch.compile, so that the first call of a kind takes much longer.
         kv_dtype: of the keys and values in its cache.
+        work: what it costs; None where a mixer of its does not say.
         is_peer: whether it is there to be compared with.
     """
 
     name: str
     model: Any
-    work: WorkCounts
+    work: WorkCounts | None
     settings: dict[str, Any]
     compiled: bool
     kv_dtype: torch.dtype
