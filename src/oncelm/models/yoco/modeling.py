@@ -94,10 +94,10 @@ class YocoModel(Execution, BaseModel):
         dtype = dtype or self.dtype
         check_choice("dtype of a cache", dtype, STORED_DTYPES)
         room = Room(batch_size, max_tokens, dtype, dtype if dtype not in LARGEST else self.dtype, device)
-        layers = [mixer.new_cache(config, room) for mixer in mixers_of(config)]
-        shared = None
+        shared = None  # made first: the largest part is refused before memory is taken for the others
         if config.num_cross_decoder_layers:
             shared = SharedKV(batch_size, max_tokens, config.shared_kv_heads, config.head_dim, dtype, device)
+        layers = [mixer.new_cache(config, room) for mixer in mixers_of(config)]
         return YocoCache(layers, shared, batch_size, max_tokens, self._cache_settings())
 
     def _fresh_past(self) -> Pasts:
