@@ -86,6 +86,10 @@ def test_a_window_a_layout_and_a_tokenizer(info, tmp_path) -> None:
     assert "2 layers of sliding-window attention, 2 heads of 16, 1 key/value heads, window 5" in shown
     assert "layout interleaved" in shown
     assert re.search(r"tokenizer \w+, 260 tokens", shown)
+    make_model("hybrid").save_pretrained(tmp_path)
+    shown = info(str(tmp_path))
+    assert "self-decoder 1 layer of gated retention" in shown
+    assert "self-decoder 1 layer of full attention" in shown
 
 
 def test_an_official_folder_without_reading_its_weights(info, tmp_path) -> None:

@@ -136,8 +136,12 @@ class YocoModel(Execution, BaseModel):
     @classmethod
     def layers_in_words(cls, config: YocoConfig) -> list[tuple[str, str]]:
         kinds = Counter(mixers_of(config)).items()
-        own = [("self-decoder", f"{count} layers of {mixer.describe(config)}") for mixer, count in kinds]
-        cross = f"{config.num_cross_decoder_layers} layers of attention, {config.num_attention_heads} heads"
+
+        def layers(count: int) -> str:
+            return "1 layer" if count == 1 else f"{count} layers"
+
+        own = [("self-decoder", f"{layers(count)} of {mixer.describe(config)}") for mixer, count in kinds]
+        cross = f"{layers(config.num_cross_decoder_layers)} of attention, {config.num_attention_heads} heads"
         cross += f" of {config.head_dim}, {config.shared_kv_heads} shared key/value heads"
         return [
             *(own or [("self-decoder", "0 layers")]),
