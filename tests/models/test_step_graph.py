@@ -158,3 +158,9 @@ def test_a_layer_with_an_adapter_is_computed_as_it_is():
         torch.testing.assert_close(inputs, expected)
         o = torch.randn_like(inputs[2])
         torch.testing.assert_close(FUSED.after(layer, x, o, gate), PLAIN.after(layer, x, o, expected_gate))
+
+
+def test_a_step_with_another_models_cache_is_refused():
+    model, other = make("retention"), make("window")
+    with pytest.raises(ValueError, match="the cache was made for a model with"):
+        model.step(draw_ids(2, 1), other.new_cache(2, 12))

@@ -56,9 +56,11 @@ class YocoCache(SequenceCache):
         return self._in_use(None)
 
     def addresses(self) -> tuple[int, ...]:
-        """Where each of them is: CUDA graphs are recorded anew when one has moved. Read at every step of decoding."""
+        """Where each of them is, and how long the shared ones are: CUDA graphs are recorded anew when that has changed.
+        Read at every step of decoding."""
         stores = self.layers if self.shared is None else (*self.layers, self.shared)
-        return tuple(getattr(store, part).data_ptr() for store in stores for part in store.tensor_names)
+        capacity = 0 if self.shared is None else self.shared.k.shape[1]
+        return capacity, *(getattr(store, part).data_ptr() for store in stores for part in store.tensor_names)
 
     def _stores(self) -> dict[str, LayerCache]:
         """All that holds tensors, by name."""

@@ -61,8 +61,10 @@ class Decoding:
         things are in the model that a graph would pass over, or `model.use_cuda_graphs` is False.
 
         Raises:
-            ValueError: tokens of another shape, or a cache without room for them; nothing has been changed then.
+            ValueError: tokens of another shape, or a cache of another model or without room for them; nothing has been
+                changed then.
         """
+        self._check_cache(cache)
         if tokens.shape != (cache.batch_size, 1):
             raise ValueError(f"a step takes a token a sequence, [{cache.batch_size}, 1], got {list(tokens.shape)}.")
         graph = self._graph(cache)

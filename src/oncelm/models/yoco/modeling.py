@@ -42,7 +42,7 @@ class YocoModel(Execution, BaseModel):
     base_model_prefix = ""
     cache_keys = (
         "self_decoder", "num_self_decoder_layers", "num_cross_decoder_layers", "layer_types", "hidden_size",
-        "num_self_heads", "self_kv_heads", "window_size", "num_attention_heads", "shared_kv_heads",
+        "num_self_heads", "self_kv_heads", "window_size", "conv_size", "num_attention_heads", "shared_kv_heads",
     )  # fmt: skip
     title = "YOCO"
     splits = ("tensor_parallel", "context_parallel")
