@@ -151,3 +151,12 @@ def test_labels_and_texts_that_are_wrong_are_named(kind: str, tmp_path: Path) ->
     mask[1] = 0
     with pytest.raises(ValueError, match="attention_mask hides all of text 1"):
         model(ids, attention_mask=mask)
+
+
+def test_texts_without_a_mask_need_a_padding_token(tmp_path: Path) -> None:
+    model, _ = make("retention", "texts", tmp_path)
+    model.config.pad_token_id = None
+    assert model(draw_ids(1, 5)).logits.shape == (1, 3)
+    assert model(draw_ids(2, 5), attention_mask=torch.ones(2, 5, dtype=torch.long)).logits.shape == (2, 3)
+    with pytest.raises(ValueError, match="which tokens of 2 texts are padding"):
+        model(draw_ids(2, 5))

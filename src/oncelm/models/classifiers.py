@@ -128,6 +128,11 @@ class SequenceClassifier(Classifier):
                 f"attention_mask hides all of text {inputs.batch.lengths.index(0)}: there is no last token."
             )
         last = inputs.last_columns()
+        if unmasked_ids is not None and padding is None and len(unmasked_ids) > 1:
+            raise ValueError(
+                f"which tokens of {len(unmasked_ids)} texts are padding? config.pad_token_id is None: give an "
+                "attention_mask, or set it."
+            )
         if unmasked_ids is not None and padding is not None:
             columns = torch.arange(inputs.columns, device=last.device)
             last = (columns * (unmasked_ids.to(last.device) != padding)).argmax(1)
