@@ -6,11 +6,13 @@ Without a GPU nothing is recorded, but the same pasts are asked, and with Triton
 from __future__ import annotations
 
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from oncelm import YocoForCausalLM
+from oncelm.models import step_graph
 from oncelm.models.yoco.model import PLAIN
 from tests.models.small import KINDS, VOCAB, make_model
 
@@ -164,3 +166,47 @@ def test_a_step_with_another_models_cache_is_refused():
     model, other = make("retention"), make("window")
     with pytest.raises(ValueError, match="the cache was made for a model with"):
         model.step(draw_ids(2, 1), other.new_cache(2, 12))
+
+
+class OnGpu(torch.Tensor):
+    """Ids that say they are on a GPU."""
+
+    is_cuda = property(lambda self: True)
+
+
+@pytest.mark.parametrize("kind", ["retention", "hybrid", "interleaved"])
+def test_a_graph_follows_cache_and_weights(kind, monkeypatch):
+    """With a graph whose replay runs what would have been recorded, on the same tensors."""
+    recorded = []
+
+    def record(graph: step_graph.StepGraph) -> None:
+        graph.graph = SimpleNamespace(replay=lambda: recorded.append(graph) or graph._step())
+
+    monkeypatch.setattr(step_graph.StepGraph, "_record", record)
+    model, ids = make_model(kind), draw_ids(2, 14)
+
+    def check(cache, rows) -> None:
+        expected = model(ids[rows], use_cache=False).logits
+        for t in range(cache.num_tokens, 14):
+            found = model(ids[rows, t : t + 1].as_subclass(OnGpu), past_key_values=cache).logits
+            torch.testing.assert_close(found[:, 0].as_subclass(torch.Tensor), expected[:, t], **close)
+
+    with torch.no_grad():
+        for max_tokens in (14, None):  # of one size; growing, so that it moves
+            cache = model.new_cache(2, max_tokens)
+            model.prefill(ids[:, :3], cache)
+            start = cache.snapshot()
+            check(cache, [0, 1])
+            cache.restore(start)
+            check(cache, [0, 1])
+            cache.restore(start)
+            cache.select([1, 0, 1])
+            check(cache, [1, 0, 1])
+        assert len({*recorded}) > 2
+        before = len(recorded)
+        for weight in model.parameters():
+            weight.data = weight.data * 1.1
+        cache.reset()
+        model.prefill(ids[[1, 0, 1], :3], cache)
+        check(cache, [1, 0, 1])
+    assert len(recorded) > before
