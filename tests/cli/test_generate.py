@@ -308,7 +308,7 @@ def test_a_bad_model_or_tokenizer(yoco, llama, tmp_path, capsys) -> None:
     assert_refused(capsys, bytes_too, "the tokenizer gives token 199, but the model knows 61 tokens only")
     for option in ("--save-cache", "--load-cache"):
         with_cache = ["--model", str(llama), *prompt, option, str(tmp_path / "x")]
-        assert_refused(capsys, with_cache, "need a YOCO or LongLLaMA model")
+        assert_refused(capsys, with_cache, "are for YOCO and LongLLaMA models")
 
 
 # -- text in pieces ---------------------------------------------------------------------------------------------------
@@ -402,7 +402,7 @@ def test_longllama_options(long, llama, yoco, generate, capsys) -> None:
         (long, ["--last-context-length", "0"], "from 1 to the model's window of 16, got 0"),
         (long, ["--memory", "cpus"], "did you mean 'cpu'"),
         (long, ["--mem-layers", "0"], "are not the checkpoint's"),
-        (llama, ["--memory", "cpu"], "with --mem-layers a LLaMA-family model becomes one"),
+        (llama, ["--memory", "cpu"], "With mem_layers it is read as a LongLLaMA"),
         (long, ["--kv-dtype", "float8"], "--kv-dtype float8 is not for LongLLaMA models: auto, bfloat16 or int8"),
         (
             llama,

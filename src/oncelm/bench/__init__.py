@@ -12,7 +12,7 @@ from oncelm.bench.measure import PeakMemory, Timing, measure
 from oncelm.bench.needle import needle_table, run_needle
 from oncelm.bench.ops import ops_table, run_ops
 from oncelm.bench.ops_cases import OPS
-from oncelm.bench.peer import PeerTarget, llama_config, plain_config
+from oncelm.bench.peer import PeerTarget, llama_config
 from oncelm.bench.report import append_record, read_records, table
 from oncelm.bench.roofline import Ceilings, measure_ceilings
 from oncelm.bench.runner import run
@@ -43,7 +43,6 @@ __all__ = [
     "measure_ceilings",
     "needle_table",
     "ops_table",
-    "plain_config",
     "read_records",
     "run",
     "run_harness",
@@ -53,5 +52,12 @@ __all__ = [
 ]
 
 __getattr__ = renamed(
-    __name__, {"Subject": "Target", "Yoco": "OwnTarget", "LongLlama": "OwnTarget", "Llama": "PeerTarget"}
+    __name__,
+    {
+        "Subject": "Target",
+        "Yoco": "OwnTarget",
+        "LongLlama": "OwnTarget",
+        "Llama": "PeerTarget",
+        "plain_config": "llama_config",
+    },
 )

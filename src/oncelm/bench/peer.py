@@ -5,29 +5,21 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedConfig, StaticCache
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from oncelm.bench.targets import Target
-from oncelm.models import LongLlamaConfig, YocoConfig
-from oncelm.models.llama import llama_twin
+from oncelm.models.family import SIZES
+from oncelm.models.registry import family
 from oncelm.models.session import Session, open_session
 from oncelm.models.work import LlamaWork
 
-SHAPE_KEYS = (
-    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-    "num_key_value_heads", "head_dim", "tie_word_embeddings",
-)  # fmt: skip
 
-
-def llama_config(config: YocoConfig) -> LlamaConfig:
-    """The Llama that a YOCO is compared with (`llama_twin`), with SDPA attention."""
-    return LlamaConfig(**llama_twin(config), attn_implementation="sdpa")
-
-
-def plain_config(config: LongLlamaConfig) -> LlamaConfig:
-    """The Llama that a LongLLaMA is compared with: itself without memory, which keeps all keys of all layers."""
-    return LlamaConfig(**{key: getattr(config, key) for key in SHAPE_KEYS}, attn_implementation="sdpa")
+def llama_config(config: PreTrainedConfig) -> LlamaConfig:
+    """The Llama that a model of this configuration is compared with (`Family.peer_config`), with SDPA attention."""
+    peer = family(config).peer_config(config)
+    peer._attn_implementation = "sdpa"
+    return peer
 
 
 class PeerTarget(Target):
@@ -62,7 +54,7 @@ class PeerTarget(Target):
         }
 
     def shape(self) -> dict[str, Any]:
-        return {key: getattr(self.model.config, key) for key in SHAPE_KEYS}
+        return {key: getattr(self.model.config, key) for key in SIZES}
 
     def full(self, ids: torch.Tensor) -> torch.Tensor:
         return self.model(ids, use_cache=False).logits

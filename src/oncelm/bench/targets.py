@@ -69,14 +69,13 @@ class Target(ABC):
 
 
 class OwnTarget(Target):
-    """A model of one of OnceLM's families, read into a preallocated cache: a YOCO in chunks with early exit, a
-    LongLLaMA by windows into memory on its device.
+    """A model of one of OnceLM's families, read into a preallocated cache: in chunks, or by windows into memory.
 
     Args:
         prefill_chunk_size: None leaves it to the model, which looks at the free memory. Where a model reads by windows,
             a chunk says how many tokens stay out of memory, so that the gate's short text meets memory too.
         compile: see `compile_layers`.
-        quantization: see `YocoForCausalLM.set_quantization`.
+        quantization: one of `Family.quantizations`.
         kv_dtype: as `dtype` of `new_cache`.
     """
 
@@ -112,13 +111,12 @@ class OwnTarget(Target):
         quantization = chosen if chosen in self.model.quantizations else None
         set_execution(self.model, self.name, False, None)
         with torch.set_grad_enabled(self.model.reads_by_windows):  # memory is then the graph's tensors, without a cache
-            logits = self.model(ids, use_cache=False, **self._kept_local(CHUNK, STEPS)).logits.detach()
+            logits = self.model(ids, use_cache=False, **self._all_local()).logits.detach()
         set_execution(self.model, self.name, self.compiled, quantization)
         return logits
 
     def loss(self, ids: torch.Tensor) -> torch.Tensor:
-        options = self._kept_local(CHUNK, STEPS)
-        return self.model(ids, labels=ids, use_cache=False, logits_to_keep=NOTHING, **options).loss
+        return self.model(ids, labels=ids, use_cache=False, logits_to_keep=NOTHING, **self._all_local()).loss
 
     def session(self, batch_size: int, tokens: int, room: int, chunk_size: int | None) -> Session:
         read_options, size = {}, None
@@ -126,15 +124,13 @@ class OwnTarget(Target):
             size = chunk_size or self.prefill_chunk_size or self.model.prefill_chunk_size(batch_size)
             self.settings["prefill_chunk_size"] = size
         elif chunk_size is not None:
-            read_options = self._kept_local(chunk_size)
+            read_options = self.model.local_options(self.model.config, chunk_size, STEPS)
         options: dict[str, Any] = {"cache_options": self.cache_options, "read_options": read_options}
         return open_session(self.model, batch_size, tokens + room, size, **options)
 
-    def _kept_local(self, tokens: int, more: int = 0) -> dict[str, int]:
-        """What keeps so many tokens out of memory, so few that STEPS more fit into the window; `more` come on top."""
-        if not self.model.reads_by_windows:
-            return {}
-        return {"last_context_length": min(tokens, self.model.config.max_position_embeddings - STEPS) + more}
+    def _all_local(self) -> dict[str, Any]:
+        """What makes local, in one pass, what is local behind the gate's prefill and steps."""
+        return self.model.local_options(self.model.config, CHUNK + STEPS)
 
 
 def default_config(

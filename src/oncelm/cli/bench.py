@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from oncelm.bench import OwnTarget, Target
     from oncelm.eval import LanguageModel
     from oncelm.models import YocoConfig
+    from oncelm.models.family import Family
 
 DESCRIPTION = """\
 Measure a YOCO (or a LongLLaMA) and, in the same run, transformers' Llama of the same width, depth, heads, vocabulary.
@@ -245,9 +246,8 @@ def make_targets(args: argparse.Namespace, device: torch.device, dtype: torch.dt
     own = make_target(args, model)
     if args.no_peer:
         return [own]
-    peer_config = bench.plain_config if model.reads_by_windows else bench.llama_config
     form = "model" if args.benchmark == "train" else "norms and feed-forward layers"
-    peer = fresh(peer_config(model.config), device, kept).eval()
+    peer = fresh(bench.llama_config(model.config), device, kept).eval()
     return [own, bench.PeerTarget(peer, compile=form if own.compiled else "")]
 
 
@@ -275,7 +275,7 @@ def make_model(args: argparse.Namespace, device: torch.device, dtype: torch.dtyp
     import torch
 
     from oncelm.models import load
-    from oncelm.models.registry import family
+    from oncelm.models.registry import adoption, family, titles
     from oncelm.models.resolve import fresh
 
     torch.manual_seed(0)
@@ -283,13 +283,14 @@ def make_model(args: argparse.Namespace, device: torch.device, dtype: torch.dtyp
         return fresh(make_config(args, **changes), device, dtype).eval()
     refuse_shape_options(args, but=())
     model = load(args.model, device, dtype, **model_keys(args))
-    able = family(model.config)
-    measured = able.has_own_cache and (not able.reads_by_windows or args.benchmark in GOES_WITH["mem_layers"])
-    if not measured and args.benchmark != "harness":
+
+    def is_measured(able: type[Family]) -> bool:
+        return able.has_own_cache and (not able.reads_by_windows or args.benchmark in GOES_WITH["mem_layers"])
+
+    if not is_measured(family(model.config)) and args.benchmark != "harness":
         raise ValueError(
-            f"model {args.model!r} is a {type(model).__name__}; `oncelm bench {args.benchmark}` measures YOCO models "
-            f"({', '.join(GOES_WITH['mem_layers'])} also LLaMA-family models as LongLLaMA, with --mem-layers; "
-            "harness any causal model)."
+            f"model {args.model!r} is a {type(model).__name__}; `oncelm bench {args.benchmark}` measures "
+            f"{titles(is_measured)} models (harness any causal model).{adoption(model.config.model_type)}"
         )
     return model
 

@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from oncelm.models.gguf import is_gguf
     from oncelm.models.load import load, read_config
-    from oncelm.models.registry import family
+    from oncelm.models.registry import family, titles
     from oncelm.models.yoco.official import is_official_folder, write_official
     from oncelm.utils.checksums import MANIFEST
     from oncelm.utils.errors import check_choice
@@ -77,7 +77,8 @@ def run(args: argparse.Namespace) -> int:
     if to == "hf":
         tokenizer = choose_tokenizer(source, args.tokenizer, config.get_text_config().vocab_size)
     elif not family(config).has_official_format:
-        raise ValueError(f"only YOCO models have an official format; {source} is a model of type {config.model_type}.")
+        those = titles(lambda one: one.has_official_format)
+        raise ValueError(f"only {those} models have an official format; {source} is of type {config.model_type}.")
     elif args.tokenizer:
         raise ValueError("--tokenizer goes with --to hf: the official format has no tokenizer.")
 

@@ -96,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
 
     from oncelm.cli.sampling import keep_what_fits
     from oncelm.models.load import load, quiet_transformers, read_config
-    from oncelm.models.registry import family
+    from oncelm.models.registry import family, titles
 
     config = read_config(args.model, **model_keys(args))  # what is wrong with it shows before anything large is read
     options, able = session_options(config, args), family(config)
@@ -106,8 +106,8 @@ def run(args: argparse.Namespace) -> int:
         options["cache_options"]["dtype"] = dtype
     if not able.has_own_cache and (args.save_cache or args.load_cache):
         raise ValueError(
-            f"--save-cache and --load-cache need a YOCO or LongLLaMA model; {args.model} is a model of type "
-            f"{config.model_type}."
+            f"--save-cache and --load-cache are for {titles(lambda one: one.has_own_cache)} models; {args.model} is a "
+            f"model of type {config.model_type}."
         )
     tokenizer = find_tokenizer(args.model, args.tokenizer)
     model = load(args.model, args.device, args.dtype, config=config)

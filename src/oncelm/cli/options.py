@@ -52,7 +52,7 @@ def model_keys(args: argparse.Namespace) -> dict[str, Any]:
 def session_options(config: PreTrainedConfig, args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """What the command line says of caches and of reading, as `open_session` takes it; ValueError for what a model of
     this configuration does not take."""
-    from oncelm.models.registry import family
+    from oncelm.models.registry import adoption, family, titles
 
     able = family(config)
     options: dict[str, dict[str, Any]] = {"cache_options": {}, "read_options": {}}
@@ -61,8 +61,8 @@ def session_options(config: PreTrainedConfig, args: argparse.Namespace) -> dict[
             continue
         if name not in getattr(able, kind):
             raise ValueError(
-                f"--{name.replace('_', '-')} is for LongLLaMA models, {args.model} is a model of type "
-                f"{config.model_type}; with --mem-layers a LLaMA-family model becomes one."
+                f"--{name.replace('_', '-')} is for {titles(lambda one: name in getattr(one, kind))} models, "  # noqa: B023
+                f"{args.model} is a model of type {config.model_type}.{adoption(config.model_type)}"
             )
         options[kind][name] = value
     given = args.last_context_length
@@ -75,16 +75,15 @@ def session_options(config: PreTrainedConfig, args: argparse.Namespace) -> dict[
 def kv_dtype(config: PreTrainedConfig, args: argparse.Namespace) -> torch.dtype | None:
     """What --kv-dtype asks a cache to store, None for what it stores anyway; ValueError where models of this
     configuration cannot."""
-    from oncelm.models.registry import family
+    from oncelm.models.registry import family, titles
     from oncelm.utils.device import resolve_kv_dtype
 
     name = args.kv_dtype or "auto"
     wanted, able = resolve_kv_dtype(name), family(config)
     if wanted is not None and name not in able.kv_dtypes:
         if not able.has_own_cache:
-            raise ValueError(
-                f"--kv-dtype is for YOCO and LongLLaMA models; {args.model} is a model of type {config.model_type}."
-            )
+            those = titles(lambda one: one.kv_dtypes)
+            raise ValueError(f"--kv-dtype is for {those} models; {args.model} is a model of type {config.model_type}.")
         raise ValueError(f"--kv-dtype {name} is not for {able.title} models: auto, {' or '.join(able.kv_dtypes)}.")
     return wanted
 

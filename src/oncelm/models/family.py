@@ -8,10 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-    from transformers import PreTrainedConfig
+    from transformers import LlamaConfig, PreTrainedConfig
 
     from oncelm.models.split import Split
     from oncelm.models.work import WorkCounts
+
+# keys of a Llama's configuration that fix its sizes
+SIZES = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "tie_word_embeddings",
+)  # fmt: skip
 
 
 class Family:
@@ -88,6 +94,22 @@ class Family:
         from oncelm.models.work import LlamaWork
 
         return LlamaWork(config, element_size) if isinstance(config, LlamaConfig) else None
+
+    @classmethod
+    def peer_config(cls, config: PreTrainedConfig) -> LlamaConfig:
+        """The Llama that a model of that configuration is compared with; here of the same sizes, by their usual names.
+
+        A LongLLaMA's is itself without memory, which keeps all keys of all layers.
+        """
+        from transformers import LlamaConfig
+
+        return LlamaConfig(**{key: getattr(config, key) for key in SIZES if hasattr(config, key)})
+
+    @classmethod
+    def local_options(cls, config: PreTrainedConfig, tokens: int, room: int = 0) -> dict[str, Any]:
+        """Some of `read_options`: with them a short text meets whatever a long one does, since no more than its last
+        `tokens` tokens are local, so few that `room` more stay local too. Here there is nothing of the kind."""
+        return {}
 
     @classmethod
     def kept_numbers(cls, config: PreTrainedConfig) -> tuple[list[int], int] | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from oncelm.models.checks import refuse_incomplete
 from oncelm.models.generation_keys import check_generation, check_generation_file
 from oncelm.models.longllama.config import check_llama_keys
 from oncelm.models.own_config import Dtype, OwnConfig
-from oncelm.models.registry import FAMILIES, family, model_class
+from oncelm.models.registry import FAMILIES, adoption, families, family, titles
 from oncelm.models.sharded import is_sharded_folder, read_shards
 from oncelm.models.size import check_fits, check_stored
 from oncelm.models.yoco.config import YocoConfig, changed
@@ -106,7 +106,7 @@ def set_execution(
     able = family(model.config)
     for option, value, has in (("compile", compile, "can_compile"), ("quantization", quantization, "quantizations")):
         if value and not getattr(able, has):
-            those = " and ".join(kind.title for kind in map(model_class, FAMILIES) if getattr(kind, has))
+            those = titles(lambda one, has=has: getattr(one, has))  # type: ignore[misc]
             raise ValueError(f"{option} is an option of {those} models; {name} is a {type(model).__name__}.")
     if able.quantizations:
         model.set_quantization(quantization)
@@ -161,23 +161,21 @@ def read_config(path: str | os.PathLike[str], **overrides: Any) -> PreTrainedCon
         return config_class.from_dict(settings, name_or_path=str(path), **overrides)
 
 
-def own_config_class(path: str | os.PathLike[str], model_type: str | None, keys: Iterable[str]) -> type[OwnConfig]:
+def own_config_class(path: str | os.PathLike[str], model_type: str | None, keys: Collection[str]) -> type[OwnConfig]:
     """The class that reads the configuration of a model of this type with these keys changed: its own family's, or that
     of a family that adopts it; ValueError where there is none, or it has no such key."""
-    families = [model_class(name) for name in FAMILIES]
-    adopters = [one for one in families if model_type in one.adopts]
-    takers = [one for one in families if model_type == one.config_class.model_type]
-    takers += [one for one in adopters if one.adopts[model_type] in keys]
+    takers = [one for one in families() if model_type == one.config_class.model_type]
+    takers += [one for one in families() if one.adopts.get(model_type) in keys]
     if not takers:
-        hint = "".join(f" With {one.adopts[model_type]} it is read as a {one.title}." for one in adopters)
-        raise ValueError(f"{path} is a model of type {model_type}, in which {', '.join(keys)} cannot be changed.{hint}")
+        raise ValueError(
+            f"{path} is a model of type {model_type}, in which {', '.join(keys)} cannot be changed."
+            f"{adoption(model_type)}"
+        )
     config_class = takers[0].config_class
     for key in keys:
-        others = [one.title for one in families if key in one.config_class.own_keys()]
+        others = titles(lambda one, key=key: key in one.config_class.own_keys())  # type: ignore[misc]
         if key not in config_class.own_keys() and others:
-            raise ValueError(
-                f"{path} is a model of type {model_type}; {key} is a key of {' and '.join(others)} models."
-            )
+            raise ValueError(f"{path} is a model of type {model_type}; {key} is a key of {others} models.")
         check_choice(f"{config_class.__name__} key", key, config_class.own_keys())
     return config_class
 

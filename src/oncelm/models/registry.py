@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING
 
@@ -28,6 +29,26 @@ def family(config: PreTrainedConfig) -> type[Family]:
     """
     model_type = type(config).model_type  # an instance made of another's keys may have that one's
     return model_class(model_type) if model_type in FAMILIES else Family
+
+
+def families() -> list[type[CausalLM]]:
+    """All of FAMILIES, by the classes of their causal language models."""
+    return [model_class(model_type) for model_type in FAMILIES]
+
+
+def titles(can: Callable[[type[CausalLM]], object]) -> str:
+    """The families that can do something, in words for an error.
+
+    >>> titles(lambda one: one.can_compile)
+    'YOCO and LongLLaMA'
+    """
+    return " and ".join(one.title for one in families() if can(one))
+
+
+def adoption(model_type: str | None) -> str:
+    """What makes a model of transformers one of a family's, as a sentence for an error; "" where nothing does."""
+    adopters = [one for one in families() if model_type in one.adopts]
+    return "".join(f" With {one.adopts[model_type]} it is read as a {one.title}." for one in adopters)
 
 
 def model_class(model_type: str) -> type[CausalLM]:

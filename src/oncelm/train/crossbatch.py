@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers import PreTrainedConfig
 
-from oncelm.models.registry import family
+from oncelm.models.registry import family, titles
 from oncelm.ops.crossbatch import earlier_contexts
 from oncelm.train.config import TrainConfig
 
@@ -15,14 +15,15 @@ def check_crossbatch(config: TrainConfig, model: PreTrainedConfig) -> None:
     if config.crossbatch_rows is None:
         if has_crossbatch and model.cross_batch_range:
             raise ValueError(
-                f"this LongLLaMA trains with crossbatch (cross_batch_range {model.cross_batch_range}): set "
+                f"this {family(model).title} trains with crossbatch (cross_batch_range {model.cross_batch_range}): set "
                 f"crossbatch_rows, those that hold one piece of a document (it had {model.dataset_packing}), or "
                 "model_overrides.cross_batch_range=0 to train without."
             )
         return
     if not (has_crossbatch and model.mem_layers):
         hint = "name layers of a LLaMA-family model with model_overrides.mem_layers=[...]"
-        raise ValueError(f"crossbatch_rows is for LongLLaMA models; {config.model!r} has no memory layers: {hint}.")
+        those = titles(lambda one: one.has_crossbatch)
+        raise ValueError(f"crossbatch_rows is for {those} models; {config.model!r} has no memory layers: {hint}.")
     if not model.cross_batch_range:
         raise ValueError(
             "crossbatch_rows needs model_overrides.cross_batch_range: how many rows before it a row sees at most "

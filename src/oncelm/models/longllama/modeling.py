@@ -139,6 +139,10 @@ class LongLlamaModel(CompilesLayers, BaseModel):
         return LongLlamaWork(config, element_size)
 
     @classmethod
+    def local_options(cls, config: LongLlamaConfig, tokens: int, room: int = 0) -> dict[str, int]:
+        return {"last_context_length": min(tokens, config.max_position_embeddings - room)}
+
+    @classmethod
     def layers_in_words(cls, config: LongLlamaConfig) -> list[tuple[str, str]]:
         layers, *rest = super().layers_in_words(config)
         memory = f"layers {', '.join(map(str, config.mem_layers))}" if config.mem_layers else "no layers"

@@ -21,7 +21,7 @@ from typing import Any
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from oncelm.models.family import Family
-from oncelm.models.registry import FAMILIES, family, model_class
+from oncelm.models.registry import family, titles
 from oncelm.models.session.base import READ_AT_ONCE, Session
 from oncelm.models.session.own_cache import CacheSession
 from oncelm.models.session.transformers_cache import TransformersSession
@@ -63,6 +63,6 @@ def check_options(config: PreTrainedConfig, cache_options: dict[str, Any], read_
     for option in (*(f"cache {name}" for name in cache_options), *(f"read {name}" for name in read_options)):
         if option not in taken(family(config)):
             name = option.partition(" ")[2]
-            titles = [able.title for able in map(model_class, FAMILIES) if option in taken(able)]
-            those = f"for {' and '.join(titles)} models" if titles else "no option of a session"
+            able = titles(lambda one, option=option: option in taken(one))  # type: ignore[misc]
+            those = f"for {able} models" if able else "no option of a session"
             raise ValueError(f"{name} is {those}; this is a model of type {config.model_type}.")

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig
+from transformers import LlamaConfig, PreTrainedConfig
 from transformers import initialization as init
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -29,6 +29,7 @@ from oncelm.models.yoco.execution import Execution
 from oncelm.models.yoco.mixers import Mixer, Room, mixers_of
 from oncelm.models.yoco.model import CrossDecoder, SelfDecoder, run_layers
 from oncelm.models.yoco.parallel import context_past, tensor_plan
+from oncelm.models.yoco.presets import llama_twin
 from oncelm.models.yoco.work import YocoWork
 from oncelm.ops.quantize import LARGEST
 from oncelm.utils.errors import check_choice, check_whole
@@ -123,6 +124,10 @@ class YocoModel(Execution, BaseModel):
     def work(cls, config: YocoConfig, element_size: int, kv_element_size: float | None = None) -> YocoWork | None:
         known = all(mixer.work(config) is not None for mixer in mixers_of(config))
         return YocoWork(config, element_size, kv_element_size) if known else None
+
+    @classmethod
+    def peer_config(cls, config: YocoConfig) -> LlamaConfig:
+        return LlamaConfig(**llama_twin(config))
 
     @classmethod
     def kept_numbers(cls, config: YocoConfig) -> tuple[list[int], int]:
