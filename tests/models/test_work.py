@@ -121,6 +121,14 @@ def test_longllama_trains_with_crossbatch(every_pair):
     assert linear == pytest.approx(expected.linear, rel=0.01)  # a row's last token has no target
 
 
+@pytest.mark.parametrize("make", [make_long, lambda: tiny_yoco().model])
+def test_a_cache_of_fewer_bits_moves_fewer_bytes(make):
+    model = make()
+    whole, narrow = (model.work(model.config, 4, kv_element_size).decode(B, T) for kv_element_size in (None, 1.25))
+    assert narrow.bytes < whole.bytes
+    assert narrow.flops == whole.flops
+
+
 def test_causal_pairs():
     assert work.causal_pairs(5) == 15
     assert work.causal_pairs(5, window=2) == 1 + 2 * 4

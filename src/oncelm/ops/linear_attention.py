@@ -1,11 +1,41 @@
-"""What gated retention and the gated delta rule share: checks of their inputs, and the cut into chunks."""
+"""What gated retention and the gated delta rule share: checks of their inputs, their call, and the cut into chunks."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
 
-from oncelm.ops.packed import count_sequences
+from oncelm.ops.dispatch import choose
+from oncelm.ops.dtypes import one_dtype
+from oncelm.ops.packed import by_sequence, count_sequences
+
+
+def scan(
+    op: str,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    gates: dict[str, torch.Tensor],
+    scale: float | None,
+    initial_state: torch.Tensor | None,
+    output_final_state: bool,
+    cu_seqlens: torch.Tensor | None,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What `op` returns for these arguments; its backends take the gates [B, T, H] in their order."""
+    check_inputs(q, k, v, gates, initial_state, cu_seqlens)
+    if backend == "auto" and q.shape[1] == 1 and cu_seqlens is None:
+        backend = "recurrent"
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    out_dtype = v.dtype
+    q, k, v = one_dtype(q, k, v)
+    inputs = (q, k, v, *(gate.to(torch.promote_types(q.dtype, torch.float32)) for gate in gates.values()))
+    chosen = choose(op, backend, q.device)
+    if chosen.packed:
+        o, final_state = chosen.load()(*inputs, scale, initial_state, cu_seqlens)
+    else:
+        o, final_state = by_sequence(chosen.load(), inputs, (scale,), initial_state, cu_seqlens)
+    return o.to(out_dtype), (final_state if output_final_state else None)
 
 
 def check_inputs(

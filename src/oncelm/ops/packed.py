@@ -14,12 +14,14 @@ def by_sequence(
     inputs: tuple[torch.Tensor, ...],
     constants: tuple[Any, ...],
     initial_state: torch.Tensor | None,
-    cu_seqlens: torch.Tensor,
+    cu_seqlens: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """compute(*inputs, *constants, state) -> (o, final state) of each sequence; those of one length in one batch.
 
-    inputs: each [1, T, ...]; states: [N, ...] for N sequences.
+    inputs: each [1, T, ...], without cu_seqlens [N, T, ...]; states: [N, ...] for N sequences.
     """
+    if cu_seqlens is None:
+        return compute(*inputs, *constants, initial_state)
     bounds = cu_seqlens.tolist()
     check_borders("cu_seqlens", bounds, inputs[0].shape[1])
     lengths = [end - start for start, end in pairwise(bounds)]

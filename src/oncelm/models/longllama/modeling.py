@@ -136,7 +136,7 @@ class LongLlamaModel(CompilesLayers, BaseModel):
 
     @classmethod
     def work(cls, config: PreTrainedConfig, element_size: int, kv_element_size: float | None = None) -> LongLlamaWork:
-        return LongLlamaWork(config, element_size)
+        return LongLlamaWork(config, element_size, kv_element_size)
 
     @classmethod
     def local_options(cls, config: LongLlamaConfig, tokens: int, room: int = 0) -> dict[str, int]:

@@ -12,10 +12,7 @@ from __future__ import annotations
 
 import torch
 
-from oncelm.ops.dispatch import choose
-from oncelm.ops.dtypes import one_dtype
-from oncelm.ops.linear_attention import check_inputs
-from oncelm.ops.packed import by_sequence
+from oncelm.ops.linear_attention import scan
 
 __all__ = ["gated_delta"]
 
@@ -55,19 +52,6 @@ def gated_delta(
     Raises:
         ValueError: shapes that do not fit together, or an unknown backend.
     """
-    check_inputs(q, k, v, {"g": g, "beta": beta}, initial_state, cu_seqlens)
-    if backend == "auto" and q.shape[1] == 1 and cu_seqlens is None:
-        backend = "recurrent"
-    chosen = choose("gated_delta", backend, q.device)
-    compute = chosen.load()
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    out_dtype = v.dtype
-    q, k, v = one_dtype(q, k, v)
-    g, beta = (x.to(torch.promote_types(q.dtype, torch.float32)) for x in (g, beta))
-    if cu_seqlens is None:
-        o, final_state = compute(q, k, v, g, beta, scale, initial_state)
-    elif chosen.packed:
-        o, final_state = compute(q, k, v, g, beta, scale, initial_state, cu_seqlens)
-    else:
-        o, final_state = by_sequence(compute, (q, k, v, g, beta), (scale,), initial_state, cu_seqlens)
-    return o.to(out_dtype), (final_state if output_final_state else None)
+    return scan(
+        "gated_delta", q, k, v, {"g": g, "beta": beta}, scale, initial_state, output_final_state, cu_seqlens, backend
+    )

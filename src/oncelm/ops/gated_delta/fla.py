@@ -81,6 +81,4 @@ def _kernels(q, k, v, g, beta, scale, initial_state, cu_seqlens):
 
 
 def _portable(q, k, v, g, beta, scale, initial_state, cu_seqlens):
-    if cu_seqlens is None:
-        return portable.chunk(q, k, v, g, beta, scale, initial_state)
     return by_sequence(portable.chunk, (q, k, v, g, beta), (scale,), initial_state, cu_seqlens)

@@ -316,8 +316,6 @@ def chunk(
     K, V = q.shape[-1], v.shape[-1]
     dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
     if dtype not in DTYPES or max(K, V) > LARGEST_DIM:
-        if cu_seqlens is None:
-            return portable.chunk(q, k, v, g, scale, initial_state)
         return by_sequence(portable.chunk, (q, k, v, g), (scale,), initial_state, cu_seqlens)
     padded_k, padded_v = (max(SMALLEST_DIM, triton.next_power_of_2(D)) for D in (K, V))
     q, k = (F.pad(x, (0, padded_k - K)) if padded_k > K else x for x in (q, k))

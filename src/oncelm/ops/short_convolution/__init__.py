@@ -50,14 +50,11 @@ def short_convolution(
     elif initial_state.shape != expected:
         raise ValueError(f"initial_state must be [N, W - 1, D] = {expected}, got {tuple(initial_state.shape)}.")
     chosen = choose("short_convolution", backend, x.device)
-    compute = chosen.load()
     state = initial_state.to(x.dtype)
-    if cu_seqlens is None:
-        y, final_state = compute(x, weight, state)
-    elif chosen.packed:
-        y, final_state = compute(x, weight, state, cu_seqlens)
+    if chosen.packed:
+        y, final_state = chosen.load()(x, weight, state, cu_seqlens)
     else:
-        y, final_state = by_sequence(compute, (x,), (weight,), state, cu_seqlens)
+        y, final_state = by_sequence(chosen.load(), (x,), (weight,), state, cu_seqlens)
     return y.to(x.dtype), (final_state if output_final_state else None)
 
 
