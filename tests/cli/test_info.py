@@ -48,7 +48,7 @@ def test_the_installation(info) -> None:
         assert f"{op} {rows[0].backend}" in shown
         assert all(row.backend in shown for row in rows)
     assert all(name in shown for name in PRESETS)
-    assert "yoco-3b 13 + 13 3,072 3,445,303,296 2,829,133,824" in shown
+    assert "yoco-3b 26 3,072 3,445,303,296 2,829,133,824" in shown
 
 
 def test_a_preset(info) -> None:

@@ -7,8 +7,7 @@ import torch
 
 from oncelm.bench import llama_config
 from oncelm.models import build_model
-from oncelm.models.llama import LLAMA_PRESETS
-from oncelm.models.yoco.presets import PRESETS
+from oncelm.models.yoco.presets import LLAMA_PRESETS, PRESETS
 
 # feed-forward widths of the twins: 8/3 d up to a multiple of 128, as LLaMA's own (4096: 11008, that of its 7B)
 WIDTHS = {128: 384, 256: 768, 768: 2048, 1024: 2816, 1536: 4096, 2048: 5504, 2560: 6912, 3072: 8192, 4096: 11008,

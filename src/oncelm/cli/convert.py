@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ examples:
       llama.cpp's format to Hugging Face; then `oncelm generate --model smollm2/ --mem-layers 8,16,24 ...`
 """
 
-FORMATS = {"hf": "Hugging Face", "official": "official YOCO"}
+FORMATS = {"hf": "Hugging Face", "official": "official"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,8 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from oncelm.models.gguf import is_gguf
     from oncelm.models.load import load, read_config
-    from oncelm.models.registry import family, titles
-    from oncelm.models.yoco.official import is_official_folder, write_official
+    from oncelm.models.registry import family, official_format, titles
     from oncelm.utils.checksums import MANIFEST
     from oncelm.utils.errors import check_choice
     from oncelm.utils.files import bring_back
@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     source, target = Path(args.source), Path(args.target)
     for folder in (source, target):  # a --overwrite that was killed may have left it aside
         bring_back(folder)
-    is_model = not (is_official_folder(source) or is_gguf(source) or (source / MANIFEST).is_file())
+    is_model = not (official_format(source) is not None or is_gguf(source) or (source / MANIFEST).is_file())
     to = args.to or ("official" if is_model else "hf")
     check_choice("--to", to, FORMATS)
     check_target(source, target, args.overwrite)
@@ -76,8 +76,8 @@ def run(args: argparse.Namespace) -> int:
     tokenizer = None
     if to == "hf":
         tokenizer = choose_tokenizer(source, args.tokenizer, config.get_text_config().vocab_size)
-    elif not family(config).has_official_format:
-        those = titles(lambda one: one.has_official_format)
+    elif not (official := family(config).official_format):
+        those = titles(lambda one: one.official_format)
         raise ValueError(f"only {those} models have an official format; {source} is of type {config.model_type}.")
     elif args.tokenizer:
         raise ValueError("--tokenizer goes with --to hf: the official format has no tokenizer.")
@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
     if to == "hf":
         write_hugging_face(model, tokenizer, target)
     else:
-        write_official(model, target)
+        resolve_name(official).write_official(model, target)
     report(model, target, to)
     if to == "hf" and tokenizer is None:
         print("no tokenizer found to save beside it; name one with --tokenizer.", file=sys.stderr)

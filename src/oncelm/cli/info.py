@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
 def installation() -> list[Table]:
     """The environment, the dispatch table of the ops, and the presets."""
     from oncelm.models import build
-    from oncelm.models.yoco.presets import PRESETS
+    from oncelm.models.registry import FAMILIES, presets
     from oncelm.ops.dispatch import ANY, TABLE
     from oncelm.utils.environment import environment_report
 
@@ -84,13 +84,13 @@ def installation() -> list[Table]:
             ]
             ops.add_row(op if row is rows[0] else "", row.backend, *runs, row.note)
 
-    presets = new_table("Presets", "name", "|self + cross layers", "|width", "|parameters", "|without embeddings")
-    for name in PRESETS:
-        model = build(name, weights=False)
-        config, (total, inner) = model.config, count_parameters(model)
-        layers = f"{config.num_self_decoder_layers} + {config.num_cross_decoder_layers}"
-        presets.add_row(name, layers, f"{config.hidden_size:,}", f"{total:,}", f"{inner:,}")
-    return [environment, ops, presets]
+    shapes = new_table("Presets", "name", "|layers", "|width", "|parameters", "|without embeddings")
+    for name, keys in presets().items():
+        if keys["model_type"] in FAMILIES:  # the others are what these are compared with
+            model = build(name, weights=False)
+            config, (total, inner) = model.config, count_parameters(model)
+            shapes.add_row(name, str(config.num_hidden_layers), f"{config.hidden_size:,}", f"{total:,}", f"{inner:,}")
+    return [environment, ops, shapes]
 
 
 def readable(name: str, value: Any) -> str:

@@ -275,10 +275,10 @@ def _from_file(path: Path) -> PreTrainedTokenizerBase:
 
 def _from_folder(folder: Path) -> PreTrainedTokenizerBase:
     if not any(next(folder.glob(pattern), None) for pattern in TOKENIZER_FILES):
-        from oncelm.models.yoco.official import is_official_folder  # here: tokenizers need no models
+        from oncelm.models.registry import official_format  # here: tokenizers need no models
 
-        if is_official_folder(folder):
-            return load_tokenizer("cl100k_base")
+        if (official := official_format(folder)) is not None:
+            return load_tokenizer(official.TOKENIZER)
         raise ValueError(f"folder {str(folder)!r} holds no tokenizer (no {', '.join(TOKENIZER_FILES)}).")
     described = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
     if not described and (folder / "tokenizer.model").is_file():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Iterable
 from typing import Any
 
@@ -67,3 +68,11 @@ def refuse_incomplete(path: object, info: dict[str, Any], unexpected_too: bool =
             if problem == "missing" or unexpected_too:
                 raise ValueError(f"{path} has {some}.")
             logger.warning("%s has %s.", path, some)
+
+
+def unsafe_pickle(path: str | os.PathLike[str]) -> ValueError:
+    """The error for a checkpoint that asks the unpickler for anything but tensors and plain data."""
+    return ValueError(
+        f"{path} holds Python objects that are not tensors (or is damaged): loading it could run code, so it is "
+        "refused. A checkpoint must be a plain dict of tensors."
+    )

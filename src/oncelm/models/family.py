@@ -41,7 +41,10 @@ class Family:
         has_crossbatch: rows of a training batch may see each other (`config.cross_batch_range`, `dataset_packing`).
         can_compile: `compile_layers(enabled)`.
         quantizations: names that `set_quantization` takes.
-        has_official_format: it can be written in the format of the paper's own code.
+        official_format: the module that reads and writes the format of the paper's own code, with the functions and
+            constants of `yoco/official.py`.
+        presets: shapes without weights by name: the keys of a configuration, of the family's own or of the
+            `model_type` that stands among them.
         result_keys: keys of the configuration on which results depend, beside the weights and their sizes.
         splits: settings of training on several ranks that it can follow: "tensor_parallel" (`tensor_plan`),
             "context_parallel" (`context_past`).
@@ -60,7 +63,8 @@ class Family:
     has_crossbatch = False
     can_compile = False
     quantizations: tuple[str, ...] = ()
-    has_official_format = False
+    official_format = ""
+    presets: Mapping[str, Mapping[str, Any]] = MappingProxyType({})
     result_keys: tuple[str, ...] = ()
     splits: tuple[str, ...] = ()
     has_fused_loss = False

@@ -20,16 +20,22 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from oncelm.models.checks import refuse_incomplete
+from oncelm.models.checks import refuse_incomplete, unsafe_pickle
 from oncelm.models.generation_keys import check_generation, check_generation_file
-from oncelm.models.longllama.config import check_llama_keys
+from oncelm.models.llama import check_llama_keys
 from oncelm.models.own_config import Dtype, OwnConfig
-from oncelm.models.registry import FAMILIES, adoption, families, family, titles
+from oncelm.models.registry import (
+    FAMILIES,
+    adoption,
+    families,
+    family,
+    official_format,
+    official_formats,
+    presets,
+    titles,
+)
 from oncelm.models.sharded import is_sharded_folder, read_shards
 from oncelm.models.size import check_fits, check_stored
-from oncelm.models.yoco.config import YocoConfig, changed
-from oncelm.models.yoco.official import is_official_folder, read_official, read_params, unsafe_pickle
-from oncelm.models.yoco.presets import PRESETS
 from oncelm.utils.checksums import check_folder, is_checkpoint
 from oncelm.utils.constraints import Constraint, Flag, check_all
 from oncelm.utils.device import resolve_device, resolve_dtype
@@ -65,7 +71,7 @@ def load(
         device: "cpu", "cuda", ...; None means a GPU if there is one.
         dtype: "float32", "bfloat16", ... or a torch.dtype; None means the checkpoint's.
         compile: compile the layers on their first long input, of a model that can (`model.compile_layers`).
-        quantization: "float8" for a YOCO's prefill (`YocoForCausalLM.set_quantization`); None means the model's dtype.
+        quantization: "float8", of a model that can (`Family.quantizations`); None means the model's dtype.
         verify: compare every file of the folder with its checksum first (OnceLM writes them with every model). None
             does so for a training run's checkpoint, which is as it was written or of no use.
         config: what `read_config(path, **overrides)` gave, which is then not read again.
@@ -88,8 +94,8 @@ def load(
     if config is None:
         config = read_config(path, **overrides)
     try:
-        if is_official_folder(path):
-            model = read_official(path, precision, config).to(target)
+        if (official := official_format(path)) is not None:
+            model = official.read_official(path, precision, config).to(target)
         else:
             model = _read_model(path, target, precision, config)
     except ValueError as error:
@@ -143,12 +149,13 @@ def _read_model(
 def read_config(path: str | os.PathLike[str], **overrides: Any) -> PreTrainedConfig:
     """The configuration of a model folder or hub id, as `load` would use it; no weights are read."""
     bring_back(path)
-    if is_official_folder(path):
-        config = read_params(path)
+    if (official := official_format(path)) is not None:
+        config = official.read_params(path)
         if not overrides:
             return config
-        own_config_class(path, config.model_type, overrides)
-        return YocoConfig(**changed({key: getattr(config, key) for key in config.stated_keys()}, overrides))
+        config_class = own_config_class(path, config.model_type, overrides)
+        stated = {key: getattr(config, key) for key in config.stated_keys()}
+        return config_class(**config_class.changed(stated, overrides))
     settings = _check_folder(path)
     with errors_in_one_line(path), quiet_transformers():
         check_all(settings, OF_ANY_MODEL)
@@ -201,14 +208,16 @@ def _check_folder(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not folder.exists():
         if _may_be_hub_id(path):
             return {}
-        hint = " That is a preset: a shape without weights; `oncelm train` makes some." if str(path) in PRESETS else ""
+        hint = (
+            " That is a preset: a shape without weights; `oncelm train` makes some." if str(path) in presets() else ""
+        )
         raise FileNotFoundError(f"no model folder at {path}.{hint}")
     config = folder / "config.json"
     if not config.is_file():
         found = ", ".join(sorted(file.name for file in folder.iterdir())[:6]) if folder.is_dir() else "a file"
+        others = "".join(f" or {one.PARAMS} and {one.WEIGHTS} (official format)" for one in official_formats())
         raise ValueError(
-            f"{path} is no model folder: it needs config.json (Hugging Face) or params.json and checkpoint.pth "
-            f"(official YOCO); found: {found or 'nothing'}."
+            f"{path} is no model folder: it needs config.json (Hugging Face){others}; found: {found or 'nothing'}."
         )
     settings = read_json(config)
     if not isinstance(settings, dict) or "model_type" not in settings:

@@ -93,6 +93,11 @@ class OwnConfig(PreTrainedConfig):
         common = {entry.name for entry in dataclasses.fields(PreTrainedConfig)}
         return [entry.name for entry in dataclasses.fields(cls) if entry.name not in common]
 
+    @staticmethod
+    def changed(settings: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+        """Keys of such a configuration with changes, without those whose place a change takes."""
+        return {**settings, **changes}
+
     def stated_keys(self) -> list[str]:
         """Those of them that say what the model is, without what follows from others."""
         return self.own_keys()

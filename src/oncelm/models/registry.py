@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pkgutil import resolve_name
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from oncelm.models.family import Family
 
@@ -49,6 +50,25 @@ def adoption(model_type: str | None) -> str:
     """What makes a model of transformers one of a family's, as a sentence for an error; "" where nothing does."""
     adopters = [one for one in families() if model_type in one.adopts]
     return "".join(f" With {one.adopts[model_type]} it is read as a {one.title}." for one in adopters)
+
+
+def presets() -> dict[str, dict[str, Any]]:
+    """Every family's presets by name: keys of a configuration, `model_type` among them."""
+    return {
+        name: {"model_type": one.config_class.model_type, **keys}
+        for one in families()
+        for name, keys in one.presets.items()
+    }
+
+
+def official_formats() -> list[Any]:
+    """The modules of all official formats (`Family.official_format`)."""
+    return [resolve_name(one.official_format) for one in families() if one.official_format]
+
+
+def official_format(folder: str | os.PathLike[str]) -> Any | None:
+    """The one that a folder is in; None: it is in none."""
+    return next((one for one in official_formats() if one.is_official_folder(folder)), None)
 
 
 def model_class(model_type: str) -> type[CausalLM]:

@@ -10,22 +10,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from oncelm.models.gguf import is_gguf, read_gguf, read_gguf_config
-from oncelm.models.llama import LLAMA_PRESETS, llama_preset_config
+from oncelm.models.llama import check_llama_keys
 from oncelm.models.load import load, own_config_class, quiet_transformers, read_config, set_execution
+from oncelm.models.registry import FAMILIES, families, presets
 from oncelm.models.size import check_fits, empty_model
-from oncelm.models.yoco.config import YocoConfig
-from oncelm.models.yoco.presets import PRESETS, preset_config
 from oncelm.utils.device import resolve_device, resolve_dtype
-from oncelm.utils.errors import renamed, unknown
+from oncelm.utils.errors import check_choice, renamed, unknown
 from oncelm.utils.files import bring_back
 
 
 def is_preset(name: str | os.PathLike[str]) -> bool:
     """Whether a name stands for a shape without weights; a file or folder of that name comes first."""
-    return str(name) in (*PRESETS, *LLAMA_PRESETS) and not Path(name).exists()
+    return str(name) in presets() and not Path(name).exists()
 
 
 def describe(name: str | os.PathLike[str], **overrides: Any) -> PreTrainedConfig:
@@ -54,7 +53,7 @@ def describe(name: str | os.PathLike[str], **overrides: Any) -> PreTrainedConfig
         return read_gguf_config(name)
     bring_back(name)
     if not Path(name).exists() and "/" not in str(name):
-        raise unknown("model", str(name), [*PRESETS, *LLAMA_PRESETS, "a model folder", "a hub id"])
+        raise unknown("model", str(name), [*presets(), "a model folder", "a hub id"])
     return read_config(name, **overrides)
 
 
@@ -111,8 +110,7 @@ def build_model(name: str, *, seed: int = 0, **overrides: Any) -> PreTrainedMode
     Raises:
         ValueError: no such preset, or a key or value that it cannot have (with the nearest).
     """
-    if name not in (*PRESETS, *LLAMA_PRESETS):
-        raise unknown("preset", name, (*PRESETS, *LLAMA_PRESETS))
+    check_choice("preset", name, presets())
     return fresh(_preset_config(name, overrides), seed=seed)
 
 
@@ -141,7 +139,14 @@ def fresh(
 
 
 def _preset_config(name: str, overrides: dict[str, Any]) -> PreTrainedConfig:
-    if name in LLAMA_PRESETS:
-        return llama_preset_config(name, **overrides)
-    own_config_class(name, YocoConfig.model_type, overrides)  # a key of another family is told as such
-    return preset_config(name, **overrides)
+    settings = presets()[name]
+    model_type = settings.pop("model_type")
+    if model_type in FAMILIES or any(one.adopts.get(model_type) in overrides for one in families()):
+        own = own_config_class(name, model_type, overrides)
+        return own(**own.changed(settings, overrides))
+    plain = AutoConfig.for_model(model_type)
+    known = plain.to_dict()
+    for key in overrides:
+        check_choice(f"{type(plain).__name__} key", key, known)
+    check_llama_keys(overrides)
+    return type(plain)(**settings | overrides)

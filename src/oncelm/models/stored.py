@@ -13,8 +13,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
+from oncelm.models.registry import official_format
 from oncelm.models.sharded import is_sharded_folder
-from oncelm.models.yoco.official import WEIGHTS, is_official_folder
 
 # safetensors' name -> torch's
 NAMES = {
@@ -42,8 +42,8 @@ def stored_dtypes(path: str | os.PathLike[str]) -> dict[str, int]:
 
 def weight_files(folder: Path) -> list[Path]:
     """The files that loading the folder would read."""
-    if is_official_folder(folder):
-        return [folder / WEIGHTS]
+    if (official := official_format(folder)) is not None:
+        return [folder / official.WEIGHTS]
     if is_sharded_folder(folder):
         return sorted(folder.glob("shard-*.safetensors"))
     for whole, index in ((SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME), (WEIGHTS_NAME, WEIGHTS_INDEX_NAME)):

@@ -190,6 +190,8 @@ class YocoConfig(OwnConfig):
         own = {key: kwargs.pop(key) for key in cls.own_keys() if key in kwargs}
         return super().from_dict(changed(config_dict, own), **kwargs)
 
+    changed = staticmethod(changed)
+
     def to_dict(self) -> dict[str, Any]:
         """As in Hugging Face, without a `layer_types` that follows from the other keys."""
         says_nothing = {"layer_types"} - set(self.stated_keys())

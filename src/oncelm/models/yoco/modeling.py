@@ -29,7 +29,7 @@ from oncelm.models.yoco.execution import Execution
 from oncelm.models.yoco.mixers import Mixer, Room, mixers_of
 from oncelm.models.yoco.model import CrossDecoder, SelfDecoder, run_layers
 from oncelm.models.yoco.parallel import context_past, tensor_plan
-from oncelm.models.yoco.presets import llama_twin
+from oncelm.models.yoco.presets import LLAMA_PRESETS, PRESETS, llama_twin
 from oncelm.models.yoco.work import YocoWork
 from oncelm.ops.quantize import LARGEST
 from oncelm.utils.errors import check_choice, check_whole
@@ -50,7 +50,8 @@ class YocoModel(Execution, BaseModel):
     kv_dtypes = ("bfloat16", "float8", "int8")
     packs_rows = True
     quantizations = ("float8",)
-    has_official_format = True
+    official_format = "oncelm.models.yoco.official"
+    presets = {**PRESETS, **LLAMA_PRESETS}  # noqa: RUF012
     own_arguments = ("past",)
     family_heads = ("output_projection", "score")
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from oncelm.models.checks import unsafe_pickle
 from oncelm.models.size import empty_model
 from oncelm.models.yoco.config import YocoConfig
 from oncelm.models.yoco.mixers import find_mixer
@@ -24,6 +25,7 @@ from oncelm.utils.files import atomic_folder
 from oncelm.utils.settings import read_json
 
 PARAMS, WEIGHTS = "params.json", "checkpoint.pth"
+TOKENIZER = "cl100k_base"  # which no folder brings along
 
 # official name -> ours
 _KEYS = {
@@ -134,14 +136,6 @@ def _read_weights(file: Path) -> dict[str, torch.Tensor]:
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise ValueError(f"{file} must hold a dict of tensors by name.")
     return state
-
-
-def unsafe_pickle(path: str | os.PathLike[str]) -> ValueError:
-    """The error for a checkpoint that asks the unpickler for anything but tensors and plain data."""
-    return ValueError(
-        f"{path} holds Python objects that are not tensors (or is damaged): loading it could run code, so it is "
-        "refused. A checkpoint must be a plain dict of tensors."
-    )
 
 
 def fixed_keys(config: YocoConfig) -> dict[str, Any]:

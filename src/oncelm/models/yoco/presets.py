@@ -84,3 +84,8 @@ def llama_twin(config: YocoConfig) -> dict[str, Any]:
         "max_position_embeddings": config.max_position_embeddings,
         "tie_word_embeddings": config.tie_word_embeddings,
     }
+
+
+LLAMA_PRESETS = {
+    name.replace("yoco", "llama"): {"model_type": "llama", **llama_twin(preset_config(name))} for name in PRESETS
+}

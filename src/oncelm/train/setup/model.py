@@ -7,9 +7,8 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from oncelm.models.llama import LLAMA_PRESETS
+from oncelm.models.registry import presets
 from oncelm.models.resolve import build
-from oncelm.models.yoco.presets import PRESETS
 from oncelm.train.config import TrainConfig
 from oncelm.train.crossbatch import check_crossbatch
 from oncelm.utils.errors import check_choice
@@ -26,7 +25,7 @@ def make_model(config: TrainConfig, vocab_size: int, *, weights: bool = True) ->
     if config.crossbatch_rows is not None:
         overrides["dataset_packing"] = config.crossbatch_rows
     if not Path(config.model).is_dir():
-        check_choice("model", config.model, (*PRESETS, *LLAMA_PRESETS))
+        check_choice("model", config.model, presets())
         overrides = {"vocab_size": vocab_size} | overrides
     return build(config.model, "cpu", weights=weights, seed=config.seed, **overrides)
 
