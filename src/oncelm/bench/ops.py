@@ -6,7 +6,6 @@ import functools
 import gc
 import math
 from collections.abc import Callable, Sequence
-from importlib.metadata import PackageNotFoundError, version
 
 import torch
 from rich.table import Table
@@ -19,7 +18,7 @@ from oncelm.bench.ops_cases import OPS
 from oncelm.bench.record import Record, circumstances
 from oncelm.bench.roofline import Ceilings, measure_ceilings
 from oncelm.models.work import Work
-from oncelm.utils.environment import environment_report
+from oncelm.utils.environment import environment_report, package_version
 from oncelm.utils.errors import check_choice, check_positive
 
 OURS = "oncelm"
@@ -61,7 +60,7 @@ def run_ops(
         check_choice("op", name, OPS)
     check_positive(repeats=repeats)
     kind = "cuda" if device.type == "cuda" else "cpu"
-    environment = environment_report() | {name: _version(name) for name in PEER_PACKAGES}
+    environment = environment_report() | {name: package_version(name) for name in PEER_PACKAGES}
     records = []
     with tqdm(total=2 * len(names) + 1, desc="correctness gates", unit="op", dynamic_ncols=True) as bar:
         errors = {}
@@ -227,13 +226,6 @@ def _free(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def ops_table(records: Sequence[Record]) -> Table:

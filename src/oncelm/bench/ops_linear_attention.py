@@ -12,28 +12,31 @@ from oncelm.models.work import Work
 from oncelm.ops import gated_delta, gated_retention, short_convolution
 
 
-def gated_retention_case() -> OpCase:
-    def inputs(n: Sizes, normal: Callable[..., Tensor]) -> tuple[Tensor, ...]:
-        q, k, v = (normal(n["B"], n["T"], n["H"], n["D"]) for _ in "qkv")
-        return q, k, v, F.logsigmoid(normal(n["B"], n["T"], n["H"]).float()) / 16
+def state_op_case(
+    op: Callable[..., tuple[Tensor, Tensor | None]],
+    inputs: Callable[[Sizes, Callable[..., Tensor]], tuple[Tensor, ...]],
+    fla: Callable[[Sizes], Function],
+    sizes: dict[str, tuple[Sizes, ...]],
+    products: tuple[int, int],
+) -> OpCase:
+    """An op of queries, keys, values and gates, which keeps a state [D, D] a head.
+
+    products: with a state, 2 D^2 FLOPs each a head and token: of the forward pass, and with the backward pass.
+    """
 
     def by(backend: str) -> Callable[[Sizes], Function]:
-        return lambda n: lambda q, k, v, g: gated_retention(q, k, v, g, backend=backend)[0]
+        return lambda n: lambda *tensors: op(*tensors, backend=backend)[0]
 
     def plain(n: Sizes) -> Function:
-        def run(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
+        def run(*tensors: Tensor) -> Tensor:
+            q = tensors[0]
             with torch.autocast(q.device.type, q.dtype, enabled=q.dtype.itemsize == 2):
-                return gated_retention(q, k, v, g, backend="chunk")[0]
+                return op(*tensors, backend="chunk")[0]
 
         return run
 
-    def fla(n: Sizes) -> Function:
-        from fla.ops.simple_gla import chunk_simple_gla
-
-        return lambda q, k, v, g: chunk_simple_gla(q, k, v, g=g, scale=q.shape[-1] ** -0.5)[0]
-
     def work(tensors: int, products: int) -> Callable[[Sizes, int], Work]:
-        """q, k, v, o (and for gradients again, with theirs); k^T v and q S, 2 D^2 each a head and token."""
+        """q, k, v, o, and for gradients again, with theirs."""
 
         def count(n: Sizes, size: int) -> Work:
             tokens = n["B"] * n["T"] * n["H"]
@@ -42,19 +45,33 @@ def gated_retention_case() -> OpCase:
         return count
 
     return OpCase(
-        sizes={
-            "gate": ({"B": 2, "T": 300, "H": 2, "D": 64},),
-            "cpu": ({"B": 1, "T": 1024, "H": 4, "D": 64},),
-            "cuda": ({"B": 1, "T": 32768, "H": 24, "D": 128}, {"B": 1, "T": 32768, "H": 12, "D": 256}),
-        },
+        sizes=sizes,
         inputs=inputs,
         ours=by("auto"),
         exact=by("naive"),
         plain=plain,
         peers={"PyTorch": plain, "flash-linear-attention": fla},
-        work=work(4, 2),
-        work_both=work(11, 7),
+        work=work(4, products[0]),
+        work_both=work(11, products[1]),
     )
+
+
+def gated_retention_case() -> OpCase:
+    def inputs(n: Sizes, normal: Callable[..., Tensor]) -> tuple[Tensor, ...]:
+        q, k, v = (normal(n["B"], n["T"], n["H"], n["D"]) for _ in "qkv")
+        return q, k, v, F.logsigmoid(normal(n["B"], n["T"], n["H"]).float()) / 16
+
+    def fla(n: Sizes) -> Function:
+        from fla.ops.simple_gla import chunk_simple_gla
+
+        return lambda q, k, v, g: chunk_simple_gla(q, k, v, g=g, scale=q.shape[-1] ** -0.5)[0]
+
+    sizes: dict[str, tuple[Sizes, ...]] = {
+        "gate": ({"B": 2, "T": 300, "H": 2, "D": 64},),
+        "cpu": ({"B": 1, "T": 1024, "H": 4, "D": 64},),
+        "cuda": ({"B": 1, "T": 32768, "H": 24, "D": 128}, {"B": 1, "T": 32768, "H": 12, "D": 256}),
+    }
+    return state_op_case(gated_retention, inputs, fla, sizes, products=(2, 7))  # k^T v and q S
 
 
 def gated_delta_case() -> OpCase:
@@ -63,45 +80,17 @@ def gated_delta_case() -> OpCase:
         g, beta = (normal(n["B"], n["T"], n["H"]).float() for _ in range(2))
         return q, F.normalize(k, dim=-1), v, F.logsigmoid(g) / 4, beta.sigmoid()
 
-    def by(backend: str) -> Callable[[Sizes], Function]:
-        return lambda n: lambda *tensors: gated_delta(*tensors, backend=backend)[0]
-
-    def plain(n: Sizes) -> Function:
-        def run(*tensors: Tensor) -> Tensor:
-            q = tensors[0]
-            with torch.autocast(q.device.type, q.dtype, enabled=q.dtype.itemsize == 2):
-                return gated_delta(*tensors, backend="chunk")[0]
-
-        return run
-
     def fla(n: Sizes) -> Function:
         from fla.ops.gated_delta_rule import chunk_gated_delta_rule
 
         return lambda q, k, v, g, beta: chunk_gated_delta_rule(q, k, v, g, beta)[0]
 
-    def work(tensors: int, products: int) -> Callable[[Sizes, int], Work]:
-        """q, k, v, o (and for gradients again, with theirs); k S, k^T u and q S, 2 D^2 each a head and token."""
-
-        def count(n: Sizes, size: int) -> Work:
-            tokens = n["B"] * n["T"] * n["H"]
-            return Work(0, products * 2 * tokens * n["D"] ** 2, tensors * tokens * n["D"] * size)
-
-        return count
-
-    return OpCase(
-        sizes={
-            "gate": ({"B": 2, "T": 150, "H": 2, "D": 64},),
-            "cpu": ({"B": 1, "T": 1024, "H": 4, "D": 64},),
-            "cuda": ({"B": 1, "T": 32768, "H": 24, "D": 128},),
-        },
-        inputs=inputs,
-        ours=by("auto"),
-        exact=by("naive"),
-        plain=plain,
-        peers={"PyTorch": plain, "flash-linear-attention": fla},
-        work=work(4, 3),
-        work_both=work(11, 10),
-    )
+    sizes: dict[str, tuple[Sizes, ...]] = {
+        "gate": ({"B": 2, "T": 150, "H": 2, "D": 64},),
+        "cpu": ({"B": 1, "T": 1024, "H": 4, "D": 64},),
+        "cuda": ({"B": 1, "T": 32768, "H": 24, "D": 128},),
+    }
+    return state_op_case(gated_delta, inputs, fla, sizes, products=(3, 10))  # k S, k^T u and q S
 
 
 def short_convolution_case() -> OpCase:

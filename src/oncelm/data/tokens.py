@@ -174,19 +174,25 @@ class ShardStream:
 
     def _spans(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
         """The shards that hold tokens `start` to `stop`, each with the bounds of its part."""
-        shard = int(np.searchsorted(self.bounds, start, side="right")) - 1
-        while start < stop:
-            base, end = int(self.bounds[shard]), int(self.bounds[shard + 1])
-            high = min(stop, end)
-            if high > start:
-                yield shard, start - base, high - base
-                start = high
-            shard += 1
+        for shard, low, high in _pieces_between(self.bounds, start, stop):
+            base = int(self.bounds[shard])
+            yield shard, low - base, high - base
 
 
 @lru_cache(maxsize=256)  # an open map holds a file handle, of which there are not many
 def _mapped(path: Path, dtype: str, size: int) -> np.ndarray:
     return np.memmap(path, dtype, mode="r", shape=(size,)) if size else np.empty(0, dtype)
+
+
+def _pieces_between(bounds: np.ndarray, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+    """(part, low, high) of the parts that hold `start` to `stop`; part i goes from bounds[i] to bounds[i + 1]."""
+    part = int(np.searchsorted(bounds, start, side="right")) - 1
+    while start < stop:
+        high = min(stop, int(bounds[part + 1]))
+        if high > start:
+            yield part, start, high
+            start = high
+        part += 1
 
 
 class SpanStream:
@@ -216,15 +222,9 @@ class SpanStream:
 
     def _pieces(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
         """(position here, bounds in the stream) of what tokens `start` to `stop` are made of."""
-        part = int(np.searchsorted(self.bounds, start, side="right")) - 1
-        while start < stop:
-            base, end = int(self.bounds[part]), int(self.bounds[part + 1])
-            high = min(stop, end)
-            if high > start:
-                shift = int(self.starts[part]) - base
-                yield start, start + shift, high + shift
-                start = high
-            part += 1
+        for part, low, high in _pieces_between(self.bounds, start, stop):
+            shift = int(self.starts[part]) - int(self.bounds[part])
+            yield low, low + shift, high + shift
 
 
 class DocumentStream(SpanStream):

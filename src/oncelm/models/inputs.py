@@ -62,13 +62,18 @@ class Inputs:
 
     def spread(self, x: torch.Tensor) -> torch.Tensor:
         """x [1, total, d] or [B, T, d] in the batch's layout -> on the caller's grid, zeros at padding."""
-        if self.real is None:
-            return x
-        return x.new_zeros(*self.shape, x.shape[-1]).index_put((self.real,), x[0])
+        return spread(x, self.real)
 
     def select(self, mask: torch.Tensor) -> Selection:
         """The Selection of the positions marked in mask [B, T] over the caller's grid."""
         return self.batch.pick(mask if self.real is None else mask[self.real][None])
+
+
+def spread(x: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
+    """x [B, T, d], or packed [1, number of True, d], on the grid of real [B, T], with zeros where that is False."""
+    if real is None or x.shape[:2] == real.shape:
+        return x
+    return x.new_zeros(*real.shape, x.shape[-1]).index_put((real,), x[0])
 
 
 def read_inputs(

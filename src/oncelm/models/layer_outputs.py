@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from oncelm.models.inputs import Inputs
+from oncelm.models.inputs import Inputs, spread
 
 
 class LayerOutputs:
@@ -43,16 +43,9 @@ class LayerOutputs:
     def take(self, columns: slice) -> None:
         """The layers have run on these columns of the input."""
         real = None if self.inputs.real is None else self.inputs.real[:, columns]
-        self._windows.append([_spread(x, real) for x in self._latest])
+        self._windows.append([spread(x, real) for x in self._latest])
         self._latest = []
 
     def found(self) -> tuple[torch.Tensor, ...]:
         """[B, T, d] of each, zeros at padding."""
         return tuple(torch.cat(parts, 1) if len(parts) > 1 else parts[0] for parts in zip(*self._windows, strict=True))
-
-
-def _spread(x: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
-    """x [B, t, d], or packed [1, number of True, d], on the grid of real [B, t]."""
-    if real is None or x.shape[:2] == real.shape:
-        return x
-    return x.new_zeros(*real.shape, x.shape[-1]).index_put((real,), x[0])

@@ -41,7 +41,7 @@ def environment_report() -> dict[str, Any]:
         "driver": _driver() if gpus else None,
         "cuda": torch.version.cuda if gpus else None,
         "python": platform.python_version(),
-        **{name: _version(name) for name in PACKAGES},
+        **{name: package_version(name) for name in PACKAGES},
         "platform": f"{platform.system()} {platform.machine()}",
     }
 
@@ -73,7 +73,8 @@ def _driver() -> str | None:
     return answer.stdout.split("\n")[0].strip() or None
 
 
-def _version(package: str) -> str | None:
+def package_version(package: str) -> str | None:
+    """None where it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:

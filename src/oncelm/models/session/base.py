@@ -78,10 +78,6 @@ class Session(ABC):
         """Return to a mark."""
 
     @abstractmethod
-    def reset(self) -> None:
-        """Forget the texts, to read others; memory is kept where the model knows how."""
-
-    @abstractmethod
     def bytes_of(self, tokens: int) -> int:
         """Bytes that a row of so many tokens leaves behind `score`; 0 where rows do not branch, which leaves none."""
 
@@ -112,6 +108,10 @@ class Session(ABC):
     def free(self) -> None:
         """Forget the texts, and give their memory back."""
         self.cache = None
+
+    def reset(self) -> None:
+        """Forget the texts, to read others; memory is kept where the model knows how."""
+        self.free()
 
     def start(self, rows: int, room: int | None) -> None:
         """Begin with other numbers of rows and tokens."""

@@ -105,9 +105,6 @@ class TransformersSession(Session):
             self.cache.crop(columns - self._columns)
         self._columns, self._real = columns, real
 
-    def reset(self) -> None:
-        self.free()
-
     def free(self) -> None:
         super().free()
         self._columns, self._real = 0, None
