@@ -7,13 +7,13 @@ import torch
 from transformers import LlamaForCausalLM
 
 from oncelm.bench import Ceilings, OwnTarget, PeerTarget, llama_config, runner
-from oncelm.bench.targets import default_config
 from oncelm.models import YocoConfig, YocoForCausalLM
+from oncelm.models.yoco.presets import sized_config
 from tests.models.small import make_long
 
 
 def tiny_config(**changes) -> YocoConfig:
-    return default_config(64, 4, **{"vocab_size": 97, "num_attention_heads": 4, "num_key_value_heads": 2, **changes})
+    return sized_config(64, 4, **{"vocab_size": 97, "num_attention_heads": 4, "num_key_value_heads": 2, **changes})
 
 
 def tiny_yoco(**changes) -> OwnTarget:

@@ -18,7 +18,6 @@ from oncelm.bench.roofline import Ceilings, measure_ceilings
 from oncelm.bench.runner import run
 from oncelm.bench.targets import OwnTarget, Target
 from oncelm.models.work import LlamaWork, Work
-from oncelm.models.yoco.work import YocoWork
 from oncelm.utils.lazy import renamed
 
 __all__ = [
@@ -34,7 +33,6 @@ __all__ = [
     "Target",
     "Timing",
     "Work",
-    "YocoWork",
     "append_record",
     "check",
     "harness_table",

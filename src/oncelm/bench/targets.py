@@ -9,14 +9,11 @@ import torch
 from transformers import PreTrainedModel
 
 from oncelm.bench.gate import CHUNK, STEPS
-from oncelm.models import YocoConfig
 from oncelm.models.causal_lm import CausalLM
 from oncelm.models.inputs import NOTHING
 from oncelm.models.load import set_execution
 from oncelm.models.session import Session, open_session
 from oncelm.models.work import WorkCounts
-from oncelm.models.yoco.config import changed
-from oncelm.models.yoco.mixers import find_mixer
 from oncelm.ops.quantize import LARGEST
 
 
@@ -131,26 +128,3 @@ class OwnTarget(Target):
     def _all_local(self) -> dict[str, Any]:
         """What makes local, in one pass, what is local behind the gate's prefill and steps."""
         return self.model.local_options(self.model.config, CHUNK + STEPS)
-
-
-def default_config(
-    hidden_size: int = 512, num_layers: int = 12, self_decoder: str = "gated_retention", **changes: Any
-) -> YocoConfig:
-    """A shape that a CPU measures in minutes, in the paper's proportions, with any keys changed.
-
-    Half the layers are self-decoder, feed-forward 3 d, retention heads of 256, attention heads of 64, two query heads
-    a key/value head. 32,000 is LLaMA's vocabulary: at this width a larger one would weigh more than all layers.
-    """
-    heads = hidden_size // 64
-    shape = {
-        "vocab_size": 32000,
-        "hidden_size": hidden_size,
-        "intermediate_size": 3 * hidden_size,
-        "num_self_decoder_layers": num_layers - num_layers // 2,
-        "num_cross_decoder_layers": num_layers // 2,
-        "self_decoder": self_decoder,
-        "num_self_heads": max(1, hidden_size // find_mixer(self_decoder).usual_head_dim),
-        "num_attention_heads": heads,
-        "num_key_value_heads": max(1, heads // 2),
-    }
-    return YocoConfig(**changed(shape, changes))

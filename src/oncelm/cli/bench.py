@@ -13,10 +13,10 @@ from oncelm.utils.files import check_place
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedConfig
 
     from oncelm.bench import OwnTarget, Target
     from oncelm.eval import LanguageModel
-    from oncelm.models import YocoConfig
     from oncelm.models.family import Family
 
 DESCRIPTION = """\
@@ -280,34 +280,39 @@ def make_model(args: argparse.Namespace, device: torch.device, dtype: torch.dtyp
 
     torch.manual_seed(0)
     if args.model is None or not Path(args.model).is_dir():
-        return fresh(make_config(args, **changes), device, dtype).eval()
-    refuse_shape_options(args, but=())
-    model = load(args.model, device, dtype, **model_keys(args))
+        model = fresh(make_config(args, **changes), device, dtype).eval()
+    else:
+        refuse_shape_options(args, but=())
+        model = load(args.model, device, dtype, **model_keys(args))
 
     def is_measured(able: type[Family]) -> bool:
         return able.has_own_cache and (not able.reads_by_windows or args.benchmark in GOES_WITH["mem_layers"])
 
     if not is_measured(family(model.config)) and args.benchmark != "harness":
+        hint = adoption(model.config.model_type) if args.benchmark in GOES_WITH["mem_layers"] else ""
         raise ValueError(
             f"model {args.model!r} is a {type(model).__name__}; `oncelm bench {args.benchmark}` measures "
-            f"{titles(is_measured)} models (harness any causal model).{adoption(model.config.model_type)}"
+            f"{titles(is_measured)} models (harness any causal model).{hint}"
         )
     return model
 
 
-def make_config(args: argparse.Namespace, **changes: Any) -> YocoConfig:
+def make_config(args: argparse.Namespace, **changes: Any) -> PreTrainedConfig:
     """The preset or the default shape, with `changes` and then the command line's."""
-    from oncelm.bench.targets import default_config
-    from oncelm.models.yoco.presets import preset_config
+    from oncelm.models import describe
+    from oncelm.models.registry import presets
+    from oncelm.models.yoco.presets import sized_config
+    from oncelm.utils.errors import check_choice
 
-    changes |= parse_settings(args.set)
+    changes |= parse_settings(args.set) | model_keys(args)
     if args.self_decoder is not None:
         changes["self_decoder"] = args.self_decoder
     if args.model is not None:
         refuse_shape_options(args, but=("self_decoder", "set"))
-        return preset_config(args.model, **changes)
+        check_choice("preset", args.model, presets())
+        return describe(args.model, **changes)
     sizes = {"hidden_size": args.hidden_size, "num_layers": args.layers}
-    return default_config(**{name: value for name, value in sizes.items() if value is not None}, **changes)
+    return sized_config(**{name: value for name, value in sizes.items() if value is not None}, **changes)
 
 
 def refuse_shape_options(args: argparse.Namespace, but: tuple[str, ...]) -> None:

@@ -164,10 +164,11 @@ def cache_tables(model: PreTrainedModel, config: PreTrainedConfig, loaded: torch
 
     dtype = loaded or torch.bfloat16
     title = f"Cache of one sequence, in {dtype_name(dtype)}"
-    if family(config).has_own_cache:
+    if (able := family(config)).has_own_cache:
+        peer = able.peer_config(config)
         table = new_table(title, "|tokens", "|this model", "|Llama of this shape", "|Llama / this")
         for label, tokens in CACHE_LENGTHS.items():
-            own, llama = model.cache_bytes(tokens, dtype), llama_cache_bytes(config, tokens, dtype)
+            own, llama = model.cache_bytes(tokens, dtype), llama_cache_bytes(peer, tokens, dtype)
             table.add_row(label, size(own), size(llama), f"{llama / own:.1f}")
         return [table]
     if (

@@ -27,7 +27,8 @@ class Family:
 
     Attributes:
         title: its name in words.
-        has_own_cache: `new_cache(batch_size, max_tokens, dtype)`, `prefill(ids, cache)`, `mark`, `rewind`, `reuse`.
+        has_own_cache: `new_cache(batch_size, max_tokens, dtype)`, `prefill(ids, cache, progress=)`, `mark`, `rewind`,
+            `reuse`; where a text may be read in any parts, `prefill(chunk_size=)` and `prefill_chunk_size(batch_size)`.
         kv_dtypes: names (`utils/device.KV_DTYPES`) of what its cache can store keys and values in, beside the model's
             own dtype.
         cache_options: further arguments of `new_cache`, which `generate` takes too.

@@ -82,7 +82,11 @@ COMMON: dict[str, Constraint] = {
 
 
 class OwnConfig(PreTrainedConfig):
-    """A configuration that is checked whenever a key is set. Subclasses are decorated with `checked`."""
+    """A configuration that is checked whenever a key is set. Subclasses are decorated with `checked`.
+
+    Each has `vocab_size`, `hidden_size`, `num_hidden_layers`, `max_position_embeddings`, `tie_word_embeddings` and
+    `use_cache`.
+    """
 
     constraints: ClassVar[dict[str, Constraint]] = {}
     older_keys: ClassVar[frozenset[str]] = frozenset()  # of earlier versions, which __post_init__ translates

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from oncelm.models.yoco.config import YocoConfig, changed
+from oncelm.models.yoco.mixers import find_mixer
 from oncelm.utils.errors import unknown
 
 
@@ -65,6 +66,29 @@ def preset_config(name: str, **overrides: Any) -> YocoConfig:
     if name not in PRESETS:
         raise unknown("preset", name, PRESETS)
     return YocoConfig(**changed(PRESETS[name], overrides))
+
+
+def sized_config(
+    hidden_size: int = 512, num_layers: int = 12, self_decoder: str = "gated_retention", **changes: Any
+) -> YocoConfig:
+    """A shape that a CPU measures in minutes, in the paper's proportions, with any keys changed.
+
+    Half the layers are self-decoder, feed-forward 3 d, retention heads of 256, attention heads of 64, two query heads
+    a key/value head. 32,000 is LLaMA's vocabulary: at this width a larger one would weigh more than all layers.
+    """
+    heads = hidden_size // 64
+    shape = {
+        "vocab_size": 32000,
+        "hidden_size": hidden_size,
+        "intermediate_size": 3 * hidden_size,
+        "num_self_decoder_layers": num_layers - num_layers // 2,
+        "num_cross_decoder_layers": num_layers // 2,
+        "self_decoder": self_decoder,
+        "num_self_heads": max(1, hidden_size // find_mixer(self_decoder).usual_head_dim),
+        "num_attention_heads": heads,
+        "num_key_value_heads": max(1, heads // 2),
+    }
+    return YocoConfig(**changed(shape, changes))
 
 
 def llama_twin(config: YocoConfig) -> dict[str, Any]:
