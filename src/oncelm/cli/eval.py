@@ -61,8 +61,9 @@ def command(arguments: list[str]) -> Command:
         lines = "\n".join(f"  {name:<15} {task.summary}" for name, task in TASKS.items())
         return Command(DESCRIPTION.format(tasks=lines), add_run_arguments, refuse_task)
     task = find_task(named) if named.endswith(".py") else _known(named)
+    description = " ".join((task.__doc__ or "").split())
     return Command(
-        f"{task.name}: {task.summary}\n\n{_doc(task)}",
+        f"{task.name}: {task.summary}\n\n{description}",
         partial(add_run_arguments, task=task),
         partial(run_task, task),
     )
@@ -112,10 +113,6 @@ def _known(name: str) -> type[Task]:
 
     check_choice("task", name, (*TASKS, "report"))
     return TASKS[name]
-
-
-def _doc(task: type[Task]) -> str:
-    return " ".join((task.__doc__ or "").split())
 
 
 # -- a task -----------------------------------------------------------------------------------------------------------

@@ -30,10 +30,6 @@ def is_whole(value: Any, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and least <= value <= LARGEST
 
 
-def _fit(value: Any, kinds: Kinds) -> bool:
-    return isinstance(value, dict) and all(kind.fits(value[name]) for name, kind in kinds.items() if name in value)
-
-
 NUMBER = Kind("a number", is_number)
 SHARE = Kind("a number from 0 to 1", lambda value: is_number(value) and 0 <= value <= 1)
 WHOLE = Kind("a whole number of at least 0", lambda value: is_whole(value, 0))
@@ -50,7 +46,7 @@ TAG = Kind("a number or a text", lambda value: isinstance(value, str) or is_numb
 SCORE = Kind("a number or a list of numbers", lambda value: is_number(value) or NUMBERS.fits(value))
 GPUS = Kind(
     "a list of objects with names",
-    lambda value: isinstance(value, list) and all(_fit(gpu, {"name": TEXT}) and "name" in gpu for gpu in value),
+    lambda value: isinstance(value, list) and all(OBJECT.fits(gpu) and TEXT.fits(gpu.get("name")) for gpu in value),
 )
 
 RUN = {"configuration": OBJECT, "environment": OBJECT, "device": TEXT, "time": TEXT}

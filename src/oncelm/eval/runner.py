@@ -132,7 +132,8 @@ def _ask(
     start = time.perf_counter()
     try:
         reader, tokens_read = prefix.read(example, upcoming, progress)
-        _wait(model)
+        if model.model.device.type == "cuda":  # so that times are what they say
+            torch.cuda.synchronize(model.model.device)
         read = time.perf_counter()
         if isinstance(example, Generate):
             output: Output = _write(task, model, reader, example)
@@ -167,12 +168,6 @@ def _write(task: Task, model: LanguageModel, reader: Reader, example: Generate) 
 
     text = model.codec.decode(reader.generate(example.max_new_tokens, is_complete))
     return text.partition(example.stop)[0] if example.stop else text
-
-
-def _wait(model: LanguageModel) -> None:
-    """For the device, so that times are what they say."""
-    if model.model.device.type == "cuda":
-        torch.cuda.synchronize(model.model.device)
 
 
 def _check_length(tokens: int | None, model: LanguageModel) -> None:

@@ -272,7 +272,8 @@ def _line(
         scores["log_likelihoods"] = [float(value) for value, _ in results]
         if len(results) > 1:
             best = asked[int(np.argmax(scores["log_likelihoods"]))]
-            output = best.args[0][-80:] + best.args[1] if _inside(asked) else best.args[1]
+            inside = len({request.args[1] for request in asked}) == 1  # choices are parts of prompts, not what follows
+            output = best.args[0][-80:] + best.args[1] if inside else best.args[1]
     elif isinstance(results[0], str):
         output = results[0]
     return {
@@ -291,11 +292,6 @@ def _tokens(model: LanguageModel, requests: Sequence[Instance]) -> list[int]:
     """Tokens of all the text of each request."""
     texts = ["".join(part for part in request.args if isinstance(part, str)) for request in requests]
     return [len(model.codec.prefix) + count for count in model.codec.counts(texts)]
-
-
-def _inside(asked: Sequence[Instance]) -> bool:
-    """Whether the choices are parts of the prompts and not what follows them."""
-    return len({request.args[1] for request in asked}) == 1
 
 
 def _target(task: ConfigurableTask, doc: Any) -> str:

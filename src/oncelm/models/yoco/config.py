@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from huggingface_hub.dataclasses import strict
 
@@ -12,6 +12,8 @@ from oncelm.models.yoco.mixers.registry import CROSS_ATTENTION, kinds_of, mixer_
 from oncelm.ops.rope import PAIRINGS, SPACINGS
 from oncelm.utils.constraints import POSITIVE, Constraint, Count, Each, Number, OneOf, Positive, Whole
 from oncelm.utils.errors import shown, unknown
+
+T = TypeVar("T")
 
 LAYOUTS = ("stacked", "unstacked", "interleaved")
 SAID = ("num_self_decoder_layers", "num_cross_decoder_layers", "self_decoder", "layout")  # by layer_types
@@ -47,9 +49,9 @@ class MixerName(Constraint):
 LAYER_TYPES = Each(MixerName((CROSS_ATTENTION,)), optional=True)
 
 
-def in_turn(own: list[str], crosses: list[str]) -> list[str]:
+def in_turn(own: list[T], crosses: list[T]) -> list[T]:
     """One of each in turn, as far as both go."""
-    return [name for pair in zip(own, crosses, strict=False) for name in pair]
+    return [one for pair in zip(own, crosses, strict=False) for one in pair]
 
 
 def changed(settings: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
@@ -289,6 +291,4 @@ class YocoConfig(OwnConfig):
         """("self" or "cross", index in that half) in the order of computation."""
         own = [("self", i) for i in range(self.num_self_decoder_layers)]
         cross = [("cross", i) for i in range(self.num_cross_decoder_layers)]
-        if self.layout == "interleaved":
-            return [layer for pair in zip(own, cross, strict=True) for layer in pair]
-        return own + cross
+        return in_turn(own, cross) if self.layout == "interleaved" else own + cross

@@ -102,9 +102,6 @@ class YocoModel(Execution, BaseModel):
         layers = [mixer.new_cache(config, room) for mixer in mixers_of(config)]
         return YocoCache(layers, shared, batch_size, max_tokens, self._cache_settings())
 
-    def _fresh_past(self) -> Pasts:
-        return Pasts([mixer.fresh_past(self.config) for mixer in mixers_of(self.config)], FreshShared())
-
     def mark(self, cache: YocoCache) -> Snapshot:
         """A rewind point: shared keys and values stay where they are, and must not be overwritten."""
         return cache.snapshot(shared=False)
@@ -169,7 +166,8 @@ class YocoModel(Execution, BaseModel):
 
     def _states(self, given: Pass, wanted: Wanted) -> Iterator[tuple[slice, torch.Tensor]]:
         inputs, past = given.inputs, given.options.get("past") if given.cache is None else given.cache
-        past = self._fresh_past() if past is None else past
+        if past is None:
+            past = Pasts([mixer.fresh_past(self.config) for mixer in mixers_of(self.config)], FreshShared())
         hidden, everything = self._hidden(given.tokens, inputs, past, wanted.selection), slice(0, inputs.columns)
         yield everything, wanted.within(everything, inputs.spread(hidden)) if wanted.everywhere else hidden
 

@@ -76,7 +76,6 @@ def describe_run(config: TrainConfig, processes: int = 1) -> str:
 
 def check_out(config: TrainConfig) -> None:
     """ValueError where the run's folder could not be one, or is of a run that made itself another tokenizer."""
-
     out = Path(config.out)
     for folder in (out, *out.parents):
         if folder.exists() and not folder.is_dir():
