@@ -24,7 +24,7 @@ from oncelm.cli import main
 from oncelm.cli.info import CACHE_LENGTHS, count_parameters, describe, llama_cache_bytes
 from oncelm.models.size import empty_model
 from oncelm.models.yoco.official import WEIGHTS, write_official
-from oncelm.models.yoco.presets import PRESETS, preset_config
+from oncelm.models.yoco.presets import PRESETS
 from oncelm.ops.dispatch import TABLE
 from tests.models.small import KINDS, make_long, make_model
 
@@ -125,7 +125,7 @@ def test_other_architectures(info, tmp_path) -> None:
 
 
 def test_no_memory_is_taken() -> None:
-    model = empty_model(preset_config("yoco-13b"))
+    model = empty_model(oncelm.describe("yoco-13b"))
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
     assert len(describe("yoco-13b")) == 2
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from oncelm import YocoForCausalLM
-from oncelm.models.yoco.presets import PRESETS, preset_config
+from oncelm import YocoForCausalLM, describe
+from oncelm.models.yoco.presets import PRESETS
 
 # the names in the paper (section 4.3) say the size of the Transformer that each YOCO is compared with
 NAMED = {"160m": 160e6, "400m": 400e6, "830m": 830e6, "1.4b": 1.4e9, "2.7b": 2.7e9, "6.8b": 6.8e9, "13b": 13e9}
@@ -15,7 +15,7 @@ NAMED = {"160m": 160e6, "400m": 400e6, "830m": 830e6, "1.4b": 1.4e9, "2.7b": 2.7
 def count(name: str) -> tuple[int, int]:
     """Parameters in all, and without embeddings and output projection."""
     with torch.device("meta"):
-        model = YocoForCausalLM(preset_config(name))
+        model = YocoForCausalLM(describe(name))
     total = sum(parameter.numel() for parameter in model.parameters())
     vocabulary = model.config.vocab_size * model.config.hidden_size
     return total, total - vocabulary * (1 if model.config.tie_word_embeddings else 2)
@@ -33,19 +33,19 @@ def test_3b_is_the_papers_2_83b_without_embeddings() -> None:
 
 
 def test_paper_shapes() -> None:
-    config = preset_config("yoco-13b")
+    config = describe("yoco-13b")
     assert (config.hidden_size, config.num_hidden_layers, config.num_attention_heads) == (5120, 40, 40)
     assert config.self_head_dim == 256
     assert config.intermediate_size == 3 * 5120
-    assert preset_config("yoco-3b").self_head_dim == 128
+    assert describe("yoco-3b").self_head_dim == 128
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_with_a_sliding_window(name: str) -> None:
-    config = preset_config(name, self_decoder="sliding_window", window_size=1024)
+    config = describe(name, self_decoder="sliding_window", window_size=1024)
     assert config.window_size == 1024
 
 
 def test_unknown_preset() -> None:
     with pytest.raises(ValueError, match="did you mean 'yoco-160m'"):
-        preset_config("yoco-160")
+        describe("yoco-160")

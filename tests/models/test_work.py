@@ -12,12 +12,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from oncelm.bench import Ceilings
 from oncelm.bench.peer import llama_config
-from oncelm.models import work
+from oncelm.models import describe, work
 from oncelm.models.longllama import work as long_work
 from oncelm.models.work import Work
 from oncelm.models.yoco import work as yoco_work
 from oncelm.models.yoco.mixers import full_attention, sliding_window
-from oncelm.models.yoco.presets import preset_config, sized_config
+from oncelm.models.yoco.presets import sized_config
 from tests.bench.conftest import tiny_llama, tiny_yoco
 from tests.models.small import make_long
 
@@ -141,7 +141,7 @@ def test_the_floor_is_the_slower_of_computing_and_moving():
 
 
 @pytest.mark.parametrize(
-    "config", [sized_config(), *(preset_config(name) for name in ("yoco-160m", "yoco-1.4b", "yoco-3b", "yoco-13b"))]
+    "config", [sized_config(), *(describe(name) for name in ("yoco-160m", "yoco-1.4b", "yoco-3b", "yoco-13b"))]
 )
 def test_the_peer_is_of_the_same_size_or_a_little_smaller(config):
     yoco, llama = yoco_work.YocoWork(config, 4), work.LlamaWork(llama_config(config), 4)

@@ -10,9 +10,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import oncelm
 from oncelm.bench import llama_config
+from oncelm.models import describe
 from oncelm.models.longllama import LongLlamaConfig
 from oncelm.models.yoco import YocoConfig, YocoForCausalLM
-from oncelm.models.yoco.presets import preset_config
 from oncelm.train.config import TrainConfig
 from oncelm.train.optimizer import build_optimizers
 from oncelm.train.plan import activation_bytes, check_machine, describe_plan, estimate_memory
@@ -82,7 +82,7 @@ SMOLLM2 = {
     ],
 )
 def test_estimates_are_near_what_compiled_runs_took(make_config, model, rows, seq_len, checkpointing, measured) -> None:
-    yoco = preset_config("yoco-160m")
+    yoco = describe("yoco-160m")
     config = {"yoco": yoco, "llama": llama_config(yoco), "smollm2": LongLlamaConfig(**SMOLLM2)}[model]
     options = {"dtype": "bfloat16", "compile": True, "activation_checkpointing": checkpointing}
     with torch.device("meta"):

@@ -49,13 +49,5 @@ __all__ = [
     "table",
 ]
 
-__getattr__ = renamed(
-    __name__,
-    {
-        "Subject": "Target",
-        "Yoco": "OwnTarget",
-        "LongLlama": "OwnTarget",
-        "Llama": "PeerTarget",
-        "plain_config": "llama_config",
-    },
-)
+OLD = {"Subject": "Target", "Yoco": "OwnTarget", "LongLlama": "OwnTarget", "Llama": "PeerTarget"}
+__getattr__ = renamed(__name__, OLD | {"plain_config": "llama_config"})

@@ -7,18 +7,7 @@ from typing import Any
 
 from transformers.activations import ACT2FN
 
-from oncelm.utils.constraints import (
-    POSITIVE,
-    Constraint,
-    Each,
-    Flag,
-    Keyed,
-    Number,
-    OneOf,
-    Text,
-    Whole,
-    check_all,
-)
+from oncelm.utils.constraints import POSITIVE, Constraint, Each, Flag, Keyed, Number, OneOf, Text, Whole, check_all
 
 HEADS = Whole(1, 2**16, optional=True)
 TOKEN = Whole(-1, optional=True)  # -1 in the first LLaMA's folders: none

@@ -40,8 +40,10 @@ def describe(name: str | os.PathLike[str], **overrides: Any) -> PreTrainedConfig
         FileNotFoundError: no such folder.
         ValueError: no such name (with the nearest), no model, or a key or value that it cannot have.
 
-    >>> describe("yoco-tiny", window_size=64).window_size
+    >>> describe("yoco-tiny", self_decoder="sliding_window", window_size=64).window_size
     64
+    >>> describe("llama-160m", mem_layers=[8]).model_type
+    'longllama'
     """
     if is_preset(name):
         return _preset_config(str(name), overrides)

@@ -11,15 +11,7 @@ from transformers import GenerationConfig, LlamaConfig
 
 from oncelm.models.llama import LLAMA, TRANSLATED
 from oncelm.models.own_config import TRANSFORMERS_KEYS, OwnConfig, checked
-from oncelm.utils.constraints import (
-    Constraint,
-    Count,
-    Each,
-    OneOf,
-    Only,
-    Whole,
-    check_all,
-)
+from oncelm.utils.constraints import Constraint, Count, Each, OneOf, Only, Whole, check_all
 from oncelm.utils.device import DTYPES
 from oncelm.utils.errors import check_choice, shown
 

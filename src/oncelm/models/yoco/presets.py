@@ -6,7 +6,6 @@ from typing import Any
 
 from oncelm.models.yoco.config import YocoConfig, changed
 from oncelm.models.yoco.mixers import find_mixer
-from oncelm.utils.errors import unknown
 
 
 def _scaling(hidden_size: int, num_layers: int, num_heads: int) -> dict[str, Any]:
@@ -57,17 +56,6 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def preset_config(name: str, **overrides: Any) -> YocoConfig:
-    """The configuration of a preset, with any keys changed.
-
-    >>> preset_config("yoco-160m", self_decoder="sliding_window").window_size
-    1024
-    """
-    if name not in PRESETS:
-        raise unknown("preset", name, PRESETS)
-    return YocoConfig(**changed(PRESETS[name], overrides))
-
-
 def sized_config(
     hidden_size: int = 512, num_layers: int = 12, self_decoder: str = "gated_retention", **changes: Any
 ) -> YocoConfig:
@@ -98,18 +86,16 @@ def llama_twin(config: YocoConfig) -> dict[str, Any]:
     8/3 d wide, rounded up to a multiple of 128: the YOCO paper pairs that with 3 d for its own model, which spends less
     on key and value projections. So the Llama has a few percent fewer parameters, never more.
     """
-    return {
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": -(-8 * config.hidden_size // (3 * 128)) * 128,
-        "num_hidden_layers": config.num_hidden_layers,
-        "num_attention_heads": config.num_attention_heads,
-        "num_key_value_heads": config.shared_kv_heads,
-        "max_position_embeddings": config.max_position_embeddings,
-        "tie_word_embeddings": config.tie_word_embeddings,
-    }
+    same = (
+        *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"),
+        *("max_position_embeddings", "tie_word_embeddings"),
+    )
+    inner = -(-8 * config.hidden_size // (3 * 128)) * 128
+    other = {"intermediate_size": inner, "num_key_value_heads": config.shared_kv_heads}
+    return {key: getattr(config, key) for key in same} | other
 
 
 LLAMA_PRESETS = {
-    name.replace("yoco", "llama"): {"model_type": "llama", **llama_twin(preset_config(name))} for name in PRESETS
+    name.replace("yoco", "llama"): {"model_type": "llama", **llama_twin(YocoConfig(**keys))}
+    for name, keys in PRESETS.items()
 }
