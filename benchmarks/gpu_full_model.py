@@ -28,7 +28,7 @@ from oncelm.bench.measure import PeakMemory, kernel_times, measure
 from oncelm.bench.plot import Panel, plot_by_length
 from oncelm.models import YocoConfig, YocoForCausalLM
 from oncelm.models.compiling import OPTIONS
-from oncelm.models.yoco.presets import preset_config
+from oncelm.models.resolve import describe
 from oncelm.ops import rms_norm, swiglu
 from oncelm.ops.float8 import Float8Rows, round_rows
 from oncelm.utils.environment import environment_report
@@ -156,7 +156,7 @@ def main() -> None:
         parser.error("--plot needs matplotlib")
     if args.longest < LENGTHS[0]:
         parser.error(f"--longest must be at least {LENGTHS[0]}, got {args.longest}")
-    config, environment = preset_config(args.model), environment_report()
+    config, environment = describe(args.model), environment_report()
     model = make(AutoModelForCausalLM.from_config, config)
     lengths = [length for length in LENGTHS if length <= args.longest]
     chunk = max(length for length in LENGTHS[:2] if length <= args.longest)

@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from oncelm import bench
 from oncelm.bench.measure import PeakMemory, measure
-from oncelm.models.yoco.presets import preset_config
+from oncelm.models.resolve import describe
 from oncelm.ops import linear_cross_entropy
 from oncelm.train.config import TrainConfig
 from oncelm.train.optimizer import build_optimizers
@@ -131,7 +131,7 @@ def main() -> None:
     whole = torch.cuda.get_device_properties(0).total_memory
     limit = min(whole, int(args.memory * 1e9)) if args.memory else whole
     torch.cuda.set_per_process_memory_fraction(limit / whole)
-    yoco, environment = preset_config(args.model), environment_report()
+    yoco, environment = describe(args.model), environment_report()
     settings = TrainConfig(data="", out="", dtype="bfloat16", compile=True, activation_checkpointing=args.checkpointing)
     llama = bench.llama_config(yoco)
     shapes = {"YOCO": yoco, "Llama": llama, "Llama, chunked loss": llama}

@@ -40,11 +40,10 @@ def timed(run: Callable[[], object], count: int) -> list[float]:
 def measure_inference(write: Callable[..., None]) -> None:
     import torch
 
-    from oncelm.models import YocoForCausalLM
-    from oncelm.models.yoco.presets import preset_config
+    from oncelm.models import build_model
 
     with torch.device("cuda"):
-        model = YocoForCausalLM(preset_config("yoco-3b")).to(torch.bfloat16).eval()
+        model = build_model("yoco-3b").to(torch.bfloat16).eval()
     ids = torch.randint(5, 100_000, (1, 32_768), device="cuda")
     cache = model.new_cache(1, PROMPT + 20 * STEPS)
     with torch.no_grad():
@@ -89,11 +88,10 @@ def measure_inference(write: Callable[..., None]) -> None:
 def measure_training(write: Callable[..., None]) -> None:
     import torch
 
-    from oncelm.models import YocoForCausalLM
-    from oncelm.models.yoco.presets import preset_config
+    from oncelm.models import build_model
 
     with torch.device("cuda"):
-        model = YocoForCausalLM(preset_config("yoco-160m")).train().compile_layers()
+        model = build_model("yoco-160m").train().compile_layers()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     rows = torch.randint(5, 100_000, (16, 2048), device="cuda")
 

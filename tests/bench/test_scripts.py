@@ -1,0 +1,26 @@
+"""What scripts of benchmarks/ and recipes/ import of OnceLM is there: most need a GPU, so none runs here."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SCRIPTS = [path for folder in ("benchmarks", "recipes") for path in sorted((ROOT / folder).rglob("*.py"))]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_its_imports_are_there(script: Path) -> None:
+    for node in ast.walk(ast.parse(script.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "oncelm":
+            if ".hopper" in node.module or "triton" in node.module:
+                continue  # needs Triton
+            module = importlib.import_module(node.module)
+            for name in node.names:
+                if not hasattr(module, name.name):
+                    if "triton" in name.name:
+                        continue
+                    importlib.import_module(f"{node.module}.{name.name}")
