@@ -1,4 +1,4 @@
-"""What a model remembers of the tokens it has read. README.md beside this file explains how the pieces fit."""
+"""What a model keeps of the tokens that it has read. README.md in this folder lists the files."""
 
 from oncelm.cache.base import Snapshot
 from oncelm.cache.batch import Batch, Selection

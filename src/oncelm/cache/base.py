@@ -1,4 +1,4 @@
-"""What the caches of all models have in common: N sequences, how far each is, whether more fits, which rows to keep.
+"""What the caches of all models share: the lengths of N sequences, room for more tokens, and selection of rows.
 
 A cache is a `transformers.Cache`, so Hugging Face `generate` takes it as `past_key_values`.
 """

@@ -1,4 +1,4 @@
-"""What a forward pass is given: which tokens, of which sequences, at which positions.
+"""The tokens of a forward pass: of which sequences they are, and at which positions.
 
 Two layouts serve every use. *Dense*: x is [N, T, ...], N sequences with T new tokens each. *Packed*: x is
 [1, total, ...], the new tokens of N sequences side by side, `cu_seqlens` marking the borders; a padded batch is packed

@@ -1,7 +1,7 @@
 """A cache on disk: one safetensors file, written atomically, checked when read.
 
 Its header holds the sequence lengths, the fingerprint of the model that computed it, and a checksum of all of it: a
-file of another model, a damaged one or half of one is refused with a ValueError, never used.
+file of another model, a damaged or an incomplete file is refused with a ValueError.
 """
 
 from __future__ import annotations

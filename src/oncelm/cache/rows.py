@@ -1,4 +1,4 @@
-"""Tensors with a row a token, preallocated, written in place, never moved unless they must grow."""
+"""Preallocated tensors with a row for each token, written in place; they are copied only where they must grow."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a forward pass is trained on, on the host: everything that is counted or cut is known before a GPU sees it."""
+"""Training batches in CPU memory: all counting and cutting is done before a batch is sent to a GPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A tokenizer by its name, where that may be one that is made from the text and kept."""
+"""A tokenizer by its name, `bpe:SIZE` included, which is trained on the text and kept."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A line of a conversation file to messages: every field of it is honoured, refused by name, or told of as unread.
+"""A line of a conversation file to messages: every field is used, refused by name, or listed in a warning.
 
 A line is one JSON object, in any of these forms:
 
@@ -7,7 +7,7 @@ A line is one JSON object, in any of these forms:
     {"prompt": ..., "response": ...}        prompt, question or instruction; response, answer, completion or output;
                                             prompt and completion may be lists of messages
 
-What else it may say:
+Other fields:
 
     system, system_prompt               of a line: its first message
     tools                               of a line: what the assistant can call, for the chat template
@@ -15,7 +15,7 @@ What else it may say:
     weight, train, training, loss       of a message: 0 or false where an answer is not to be learned
     name, tool_calls, reasoning, ...    of a message: for the chat template (`PASSED_ON`)
 
-A field that is null is not there.
+A field that is null counts as missing.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Everything in a folder of tokens read once, and compared with what was written."""
+"""`oncelm data check`: reads a folder of tokens once and compares it with its checksums."""
 
 from __future__ import annotations
 

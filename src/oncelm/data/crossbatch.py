@@ -4,7 +4,7 @@
 
 In memory layers a row then sees the rows before it: earlier parts of its own document (positives), and through
 `cross_batch_range` parts of the document above it in the batch (negatives); see `oncelm.ops.crossbatch`. Sequences are
-drawn by TokenDataset, so mixture, shuffle and what is held out are its: a batch is a pure function of (seed, step).
+drawn by TokenDataset, with its mixture, shuffle and held-out part: a batch depends on (seed, step) alone.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Text to token ids at the tokenizer library's own speed, long texts in pieces that give the same tokens.
 
-A text of tens of megabytes, encoded at once, takes gigabytes. It is cut where no token can span the cut, which is
-not assumed of a tokenizer but tried at every cut: the text around it must give the same ids whole and cut.
+A text of tens of megabytes, encoded at once, takes gigabytes. It is cut where no token spans the cut. That is
+tested at every cut: the text around it must give the same ids whole and cut.
 
 Text without such a place for `_FARTHEST` characters (a file of nothing but letters, or of spaces) is cut all the same,
 so that memory and time stay bounded: there ids may differ from those of the whole, and a warning says so.

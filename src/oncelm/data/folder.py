@@ -1,4 +1,4 @@
-"""Which files lie in a folder, behind links too, and what of it is left out: by name, never without a word."""
+"""Which files are in a folder, links followed, and the names of those that are left out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Units of text to shards of tokens: in parallel, each complete or absent."""
+"""Units of text (units.py) to shards of tokens, in parallel; a shard exists only when it is complete."""
 
 from __future__ import annotations
 

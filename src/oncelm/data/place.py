@@ -1,4 +1,4 @@
-"""Where tokens are kept: a folder that can be written to, by one process at a time."""
+"""The folder where tokens are kept: it must be writable, and one process at a time may write to it."""
 
 from __future__ import annotations
 

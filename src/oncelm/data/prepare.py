@@ -1,4 +1,4 @@
-"""A corpus to token shards on disk: in parallel, restartable at any moment, only what changed made anew.
+"""A corpus to token shards on disk: in parallel, restartable at any moment; unchanged text is not tokenized again.
 
     corpus -> units, each the text of a shard (units.py) -> the shards that are missing (making.py) -> tokens.json
 

@@ -1,7 +1,7 @@
-"""Token streams: what was prepared on disk, an array in memory, or parts of either, read at any place.
+"""Token streams: shards on disk, an array in memory, or parts of either, read at any position.
 
-A stream is the tokens of all documents of a source, one behind the other. Nothing of it is held in memory but the
-number of tokens in every shard, so that a position is found by bisection and read from a memory map.
+A stream is the tokens of all documents of a source, one after the other. Only the number of tokens of each shard is in
+memory: a position is found by bisection and read from a memory map.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Which text becomes which shard, and which shards are not there yet.
+"""Which text becomes which shard, and which shards are still missing.
 
-A shard's key is a checksum of the text's bytes, the tokenizer and the format. What is on disk under a key is therefore
-what would be computed, whenever and by whichever run it was made, and is never computed twice.
+A shard's key is a checksum of the text's bytes, the tokenizer and the format. So a shard on disk
+is what would be computed now, whichever run made it, and is never computed twice.
 
     FOLDER/scan.json  size, time and checksums of the text's files, so that a restart need not read them
 """

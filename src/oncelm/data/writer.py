@@ -1,4 +1,4 @@
-"""Documents to the two files of a shard: encoded by many threads while the next are read, written in their order."""
+"""Documents to the two files of a shard: many threads encode while the next are read; written in order."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the models of all families have in common without a head: inputs, caches, hidden states, loading."""
+"""What the models of all families share, with any head or none: inputs, caches, hidden states, loading."""
 
 from __future__ import annotations
 

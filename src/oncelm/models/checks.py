@@ -1,4 +1,4 @@
-"""What every model of OnceLM checks alike: its inputs, its weight files, whose cache it is given."""
+"""Checks of every model: its inputs, its weight files, and whether a cache was made for it."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Every family's classifiers of whole texts and of tokens, as transformers' own models have them.
 
-Only the positions that are asked about are computed, as far as a family can.
+Where a family can, only the positions that a classifier needs are computed.
 """
 
 from __future__ import annotations

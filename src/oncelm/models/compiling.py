@@ -1,9 +1,9 @@
 """Token-wise parts of layers through torch.compile: once for all layers of a kind, not once a layer.
 
 Compiling fuses norms, rotations, gates and residual sums into few kernels. Dynamo takes a layer's weights as inputs, so
-that layers of a kind share a graph. What mixes tokens stays as it is, so every past works, and a chunk's place in the
-text never reaches a compiler. Without gradients there is one graph for any T, with gradients one for the first shape
-and one for all others; B = 1 and B > 1 are two graphs, and so are two dtypes.
+that layers of a kind share a graph. The calls in which tokens meet are not compiled, so any past works, and a chunk's
+position in the text causes no recompilation. Without gradients there is one graph for any T, with gradients one for the
+first shape and one for all others; B = 1 and B > 1 are two graphs, and so are two dtypes.
 """
 
 from __future__ import annotations

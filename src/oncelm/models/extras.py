@@ -1,4 +1,4 @@
-"""Arguments of a forward pass: a family's own, and those that Hugging Face tools pass under names of their own."""
+"""Further arguments of `forward`: a family's own, and those that Hugging Face tools pass under other names."""
 
 from __future__ import annotations
 

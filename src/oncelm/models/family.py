@@ -1,4 +1,4 @@
-"""What a family of models offers beyond transformers' own face. It is asked for by name, never guessed from a type."""
+"""What a family of models can do beyond any model of transformers. Code asks these attributes, never a model's type."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What generation_config.json may say: transformers looks at little of it before it is in the middle of a text."""
+"""Checks of generation_config.json: transformers checks little of it before generation has begun."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The loss of a model's head, whatever tools have made of the head."""
+"""The loss computed through a model's head, which tools may have replaced or wrapped."""
 
 from __future__ import annotations
 

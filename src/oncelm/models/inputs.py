@@ -1,4 +1,4 @@
-"""From what a caller passes (padded, packed or plain ids; labels) to a Batch and targets."""
+"""Turns what a caller passes (padded, packed or plain ids; labels) into a Batch and targets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the configurations of both families do alike: their own keys are checked, keys of other tools are kept."""
+"""What the configurations of all families share: their own keys are checked, keys of other tools are kept."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether a module computes just what its class says, so that a kernel may read its weights instead of calling it.
+"""Whether a module computes only what its class computes, so that a kernel may read its weights instead of calling it.
 
 Tools change what a module computes without touching its weights: adapters take its place, 4-bit layers too, hooks stand
 before and behind it, offloading replaces the `forward` of the instance. Whoever reads a weight past its module asks

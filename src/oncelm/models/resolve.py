@@ -1,6 +1,6 @@
-"""A model by its name, whatever that is: a preset, a folder, a hub id, a GGUF file.
+"""Models by name: a preset, a folder, a hub id or a GGUF file.
 
-`describe` gives the configuration, `build` the model. Everything that takes a model's name goes through one of them.
+`describe` gives the configuration, `build` the model. All code that takes a model's name calls one of them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Weights that several processes of a training run saved, each its parts, by torch.distributed.checkpoint."""
+"""Reads weights that several processes of a training run saved, each its parts, with torch.distributed.checkpoint."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How large a model would be, asked before any memory is taken for it."""
+"""How large a model would be, computed before memory is allocated for it."""
 
 from __future__ import annotations
 

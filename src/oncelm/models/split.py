@@ -1,4 +1,4 @@
-"""The words of a tensor-parallel plan, by which a family says how its modules are split over ranks."""
+"""The ways to split a module over ranks, for a family's tensor-parallel plan."""
 
 from __future__ import annotations
 

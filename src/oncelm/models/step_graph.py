@@ -1,7 +1,7 @@
 """One new token a sequence as a CUDA graph: a decode step costs what its kernels cost, not what Python costs.
 
-A step is recorded at its second run in a row (in beam search, which reorders rows at every step, a recording is not
-worth its time) and replayed from then on, whatever positions the sequences have reached.
+A step is recorded the second time it runs in succession (beam search reorders rows at every step, so recording would
+not pay there) and replayed from then on, at any positions of the sequences.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which positions a forward pass is for, and how its loss and its logits are read from their hidden states.
+"""The wanted positions of a forward pass, and how loss and logits are computed from their hidden states.
 
 A model computes positions in one piece (a YOCO, just the wanted ones) or window by window (a LongLLaMA). The hidden
 states of the wanted positions in some columns are handed to `Wanted`, which brings them into the order asked for.

@@ -1,4 +1,4 @@
-"""The folder of a run belongs to one run at a time."""
+"""A lock: one run at a time may write to a run's folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a training run is told: one frozen dataclass, whose settings are checked when it is made."""
+"""The settings of a training run: one frozen dataclass, checked when it is made."""
 
 from __future__ import annotations
 

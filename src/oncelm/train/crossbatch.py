@@ -1,4 +1,4 @@
-"""What a run with LongLLaMA's crossbatch (arXiv 2307.03170) asks of its model, and what its rows see."""
+"""Settings of a run with LongLLaMA's crossbatch (arXiv 2307.03170): checks, and which rows each row sees."""
 
 from __future__ import annotations
 

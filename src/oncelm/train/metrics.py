@@ -1,4 +1,4 @@
-"""Where a run reports: metrics.jsonl, a progress bar, and what `reports.py` has.
+"""Where a run writes its metrics: metrics.jsonl, a progress bar, and those of `reports.py`.
 
 A line of metrics.jsonl is `{"step": 40, "loss": 3.2, ...}` or `{"step": 200, "validation_loss": 3.1}`.
 """

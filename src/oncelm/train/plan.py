@@ -1,4 +1,4 @@
-"""What a run will take before it starts: parameters, memory of each process, steps and tokens."""
+"""What a run will need, computed before it starts: parameters, memory of each process, steps and tokens."""
 
 from __future__ import annotations
 

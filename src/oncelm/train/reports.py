@@ -1,4 +1,4 @@
-"""Where curves go, beside metrics.jsonl: TensorBoard, Weights & Biases."""
+"""Where metrics are written beside metrics.jsonl: TensorBoard, Weights & Biases."""
 
 from __future__ import annotations
 

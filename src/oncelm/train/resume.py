@@ -1,4 +1,4 @@
-"""A run that goes on: what of it may be another than before, and what is warned of."""
+"""Resuming a run: which settings may differ from before, and which differences cause a warning."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run's speed is made of between two logs: tokens, waiting for data, memory, use of the hardware."""
+"""Speed of a run between two logs: tokens a second, waiting for data, memory, MFU."""
 
 from __future__ import annotations
 

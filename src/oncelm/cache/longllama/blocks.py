@@ -1,4 +1,4 @@
-"""Keys and values of a memory in blocks that live anywhere: beside the model, in CPU memory, in a file.
+"""Keys and values of a memory in blocks: on the model's device, in CPU memory or in a file.
 
 A block is allocated when the one before it is full, and nothing is ever moved or concatenated. Attention streams the
 blocks one by one to the model's device and keeps a running softmax: the result is exact whatever the blocks, and the

@@ -1,8 +1,8 @@
 """The cache of a LongLLaMA model: a local cache in every layer, a memory behind it in the memory layers.
 
-Tokens are taken in by windows (`plan`). Into an empty local cache, all but the last `last_context_length` tokens go to
-memory, window by window, and the rest becomes the local cache. When a later window would make the local cache longer
-than a window, all that it held before moves to memory first. Layers without memory forget what moves.
+Tokens are read window by window (`plan`). With an empty local cache, all but the last `last_context_length` tokens go
+to memory, and the rest becomes the local cache. If later tokens would make the local cache longer than a window, all of
+it moves to memory first (`spill`). Layers without memory drop what moves.
 """
 
 from __future__ import annotations

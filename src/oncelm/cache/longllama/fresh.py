@@ -1,7 +1,7 @@
-"""Layer caches of a LongLLaMA pass with gradients: nothing before it, and the graph kept through all of it.
+"""What the layers of a LongLLaMA attend to in a forward pass with gradients, which starts without earlier tokens.
 
-LocalKV and MemoryKV serve passes without gradients; the model calls the same method on either. Every method may be
-called again with the same window, and then does the same: gradient checkpointing runs layers twice.
+LocalKV and MemoryKV are for passes without gradients; the model calls the same method on either. Every method may be
+called twice with the same window, with the same result, since gradient checkpointing runs layers twice.
 """
 
 from __future__ import annotations

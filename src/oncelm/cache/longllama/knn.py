@@ -4,7 +4,7 @@ One index a sequence, layer and key/value head, in CPU memory. "flat" searches e
 may miss some: `recall` says how many.
 
 The keys of a head have much in common, which says nothing about which of them is nearest: q.(k - c) orders them as q.k
-does. An index holds them without c, the mean of the first ones, or its cells and links follow c instead of the rest.
+does. An index stores keys minus c, the mean of the first ones; otherwise its cells and links would follow c alone.
 """
 
 from __future__ import annotations

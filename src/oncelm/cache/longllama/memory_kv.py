@@ -1,4 +1,4 @@
-"""The memory of one LongLLaMA layer, exact and on the model's device.
+"""Memory and local cache of one LongLLaMA memory layer, in one tensor on the model's device; attention is exact.
 
 Memory keys stand at local position 0 and are seen by every query, local keys are seen causally. With the memory first
 and the local cache right behind it in one tensor, both together are plain causal attention of queries that start after

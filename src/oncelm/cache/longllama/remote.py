@@ -1,4 +1,4 @@
-"""The memory of one LongLLaMA layer kept apart from its local cache: streamed in blocks, or searched.
+"""A LongLLaMA memory layer whose memory is kept apart from its local cache: streamed in blocks, or searched.
 
 Local keys and memory are two disjoint sets, attended to separately and joined by their log-sum-exp.
 """

@@ -1,8 +1,8 @@
-"""One segment of a LongLLaMA pass: which tokens it holds, what lies before them, what becomes of them.
+"""One segment of a LongLLaMA forward pass: its tokens, how many came before, and where their keys and values go.
 
-Long input is cut into windows. Within one, every layer attends locally; memory layers also see the memory. What happens
-to a window's keys and values afterwards is its `fate`: "memory" (memory layers remember them, the others forget them),
-"local" (all layers keep them, as the local cache of decoding) or "dropped" (the end of a pass without a cache).
+Long input is cut into windows. Within one, every layer attends locally; memory layers also see the memory. `fate`
+says where a window's keys and values go afterwards: "memory" (memory layers add them to memory, other layers drop
+them), "local" (all layers keep them, as the local cache of decoding) or "dropped" (in a pass without a cache).
 """
 
 from __future__ import annotations

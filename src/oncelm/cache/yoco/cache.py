@@ -1,6 +1,6 @@
-"""The cache of a whole model: what each self-decoder layer remembers, the shared K/V, and how far each sequence is.
+"""The cache of a YOCO: the past of each self-decoder layer, the shared K/V, and the length of each sequence.
 
-Nothing of it is per layer of the cross-decoder and nothing grows by concatenation.
+Layers of the cross-decoder have nothing of their own in it, and nothing grows by concatenation.
 """
 
 from __future__ import annotations

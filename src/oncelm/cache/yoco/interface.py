@@ -1,9 +1,8 @@
 """What a YOCO model asks of the past, and what a YocoCache asks of its layers.
 
-A model never knows where keys, values and states live. Whoever runs it passes a `Past`: a YocoCache (contiguous,
-decoding), `Pasts` of fresh layers (nothing remembered, training) or of layers that reach over to other processes
-(chunks of sequences), and later paged slots in an engine. What a layer's past offers is between a mixer and its pasts;
-the protocols here are those of OnceLM's own mixers.
+A model does not know where keys, values and states are stored. Its caller passes a `Past`: a YocoCache (decoding), or
+`Pasts` whose layers have no earlier tokens (training) or exchange them with other processes (context parallelism). Each
+mixer chooses the methods that its layer's past must have; the protocols here are those of OnceLM's own mixers.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Layer caches of fixed size, and the one of recurrences: all that a layer remembers of a sequence is a few states."""
+"""Pasts of a fixed size for each sequence, and among them that of recurrences: a few states."""
 
 from __future__ import annotations
 

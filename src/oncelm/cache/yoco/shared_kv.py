@@ -1,5 +1,6 @@
-"""Keys and values of all tokens, as every layer of the cross-decoder reads them: in decoding, at a step, for whole
-sequences, and for a chunk of one."""
+"""Keys and values of all tokens, which every layer of the cross-decoder reads.
+
+Four forms: decoding, decode steps in a CUDA graph, training, context parallelism."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The past of a sliding-window layer: in decoding, at a step, for whole sequences, and for a chunk of one."""
+"""The past of a sliding-window layer.
+
+Four forms: decoding, decode steps in a CUDA graph, training, context parallelism.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """LongLLaMA's layers: LLaMA's, with LLaMA's weight names; tokens meet each other in one call, `memory.attend`.
 
-What comes before and after that call works on single tokens and may be compiled (`Parts`).
+The code before and after that call works on single tokens and may be compiled (`Parts`).
 
 Shapes: B rows, T tokens of one window (packed: B = 1), d hidden size, H heads, H_kv key/value heads, D head dimension.
 """

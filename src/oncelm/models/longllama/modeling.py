@@ -1,4 +1,4 @@
-"""LongLLaMA as Hugging Face models: input of any length, memories, hidden states; logits, prefill."""
+"""LongLLaMA as Hugging Face models: input of any length, memories, hidden states, logits, prefill."""
 
 from __future__ import annotations
 

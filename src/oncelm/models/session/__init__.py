@@ -8,8 +8,8 @@
     session.rewind(place)
 
 Evaluation, benchmarks and the command line drive models through it. There are two kinds: `CacheSession` for OnceLM's
-families, through their own caches, and `TransformersSession` for any other causal language model. What comes to drive a
-model in another way, such as an engine, has the same methods.
+families, through their own caches, and `TransformersSession` for any other causal language model. Anything else that
+runs a model, such as an engine, should have the same methods.
 
 Shapes: N rows (texts), T tokens, V vocabulary; ids are integers on any device, logits of the model's dtype on its own.
 """

@@ -1,4 +1,4 @@
-"""What every session has, whatever holds its texts."""
+"""What every session shares, with any cache."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a YOCO takes one new token a sequence: one body, run as it is or recorded as a CUDA graph."""
+"""A YOCO's decode step, one new token a sequence: the same code runs directly or is recorded as a CUDA graph."""
 
 from __future__ import annotations
 

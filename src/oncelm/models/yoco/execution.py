@@ -1,8 +1,6 @@
-"""How a model's layers are executed, whatever they compute: compiled or not, in which precision, how much at a time.
+"""How a YOCO's layers are executed: plain, compiled, by fused kernels or in float8, and how many tokens at a time.
 
-compiled part       kinds of layers
-before, after       self, cross
-keys_and_values     -
+Compiled are `before` and `after`, once for each kind of mixer, and `keys_and_values`, which makes the shared K/V.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""The token-wise parts of a layer whose matrices are multiplied in float8, on a GPU: what stands between two products,
-and the rounding for the second, are one kernel.
+"""The token-wise parts of a layer in float8, on a GPU: one kernel does all that is between two matrix products, and
+rounds the result for the second.
 
-`FLOAT8` computes what PLAIN computes with rounded weights (linear.py), to float8's rounding. A layer that has others,
-as the cross-decoder's, is computed by PLAIN.
+`FLOAT8` computes what PLAIN computes with rounded weights (linear.py), to float8's rounding. A layer without rounded
+weights, as those of the cross-decoder, is computed by PLAIN.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Linear layers that can also multiply in float8 where many tokens are read without gradients: prefill and scoring.
 
-They are plain `torch.nn.Linear` layers, so that whatever replaces or wraps those (4-bit layers, adapters) does so here.
-Decoding is bound by reading weights and keeps the exact ones, so both forms are held: a byte more for each weight of
+They are `torch.nn.Linear` layers, so tools that replace or wrap those (4-bit layers, adapters) work here too. Decoding
+is bound by reading weights and uses the exact ones, so both are in memory: a byte more for each weight of
 such a layer (1.6 GB for the 3B preset). State dicts and saved models have the exact weights alone.
 """
 

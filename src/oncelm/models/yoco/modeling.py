@@ -1,4 +1,4 @@
-"""YOCO as Hugging Face models: caches, hidden states; logits, chunked prefill, decode steps."""
+"""YOCO as Hugging Face models: caches, hidden states, logits, chunked prefill, decode steps."""
 
 from __future__ import annotations
 

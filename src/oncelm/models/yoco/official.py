@@ -1,6 +1,6 @@
 """Official YOCO folders (`params.json` and `checkpoint.pth`), read and written.
 
-Parameters have the same names here and there, so that conversion is a matter of the configuration and of checking.
+Parameters have the same names in both formats, so only the configuration is converted, and everything is checked.
 """
 
 from __future__ import annotations

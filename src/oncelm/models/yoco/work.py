@@ -1,4 +1,4 @@
-"""What a YOCO costs: its mixers say their part."""
+"""FLOPs and bytes of a YOCO; each mixer counts its own."""
 
 from __future__ import annotations
 

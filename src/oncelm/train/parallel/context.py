@@ -1,8 +1,8 @@
-"""Context parallelism (YOCO, arXiv 2405.05254: chunk parallelism): every rank holds one chunk of each sequence.
+"""Context parallelism (YOCO, arXiv 2405.05254: chunk parallelism): every rank has one chunk of each sequence.
 
-The model stays as it is; only what it is given as the past reaches over to other ranks (`Family.context_past`). What a
-layer of a YOCO asks them for is its mixer's to say (`Mixer.chunk_past`): a state from each rank, the last keys and
-values of the one before. The shared keys and values are gathered once a forward pass. The cross-decoder's queries are
+The model is unchanged; it is given a past that exchanges data with other ranks (`Family.context_past`). Each mixer
+defines what its layers exchange (`Mixer.chunk_past`): a state from each rank, or the last keys and values of the rank
+before. The shared keys and values are gathered once a forward pass. The cross-decoder's queries are
 the chunk's own, at their places in the whole sequence; nothing else is exchanged.
 
 `chunk_inputs` cuts a batch into chunks of one length. It is made for one forward pass; its batch says, as always,

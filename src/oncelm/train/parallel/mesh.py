@@ -1,4 +1,4 @@
-"""This process among the processes of a run: where it stands, and what all of them agree on."""
+"""The device mesh of a run, the position of this process in it, and what all processes agree on."""
 
 from __future__ import annotations
 

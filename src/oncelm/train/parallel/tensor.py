@@ -6,7 +6,7 @@
 
 Norms are computed on all ranks alike. Their outputs are DTensors, so that the gradients of all projections of one norm
 are summed by one all-reduce. Where there are fewer key/value heads than ranks, their projections are kept whole, and a
-rank takes the one head that its query heads read. Which module is split how is its family's to say (`models/split.py`).
+rank takes the one head that its query heads read. Each family defines how its modules are split (`models/split.py`).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A run from its settings: data, tokenizer and model are made, and put into a trainer.
+"""Makes a trainer from a run's settings: data, tokenizer, model.
 
 config = TrainConfig.from_yaml("recipe.yaml", data="books/")
 result = make_trainer(config).train()

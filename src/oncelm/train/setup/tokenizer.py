@@ -1,4 +1,4 @@
-"""The tokenizer that a run's settings name, and whether the model knows its tokens."""
+"""The tokenizer that a run's settings name, and a check that it fits the model."""
 
 from __future__ import annotations
 

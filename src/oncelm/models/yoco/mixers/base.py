@@ -1,7 +1,7 @@
-"""What a self-decoder mixer is: a module, and what everybody who builds, runs or counts a model asks its class.
+"""The base class of self-decoder mixers: a module, and the class methods by which a model is built, run and measured.
 
-A subclass says as much as it can do: `before`, `mix`, `after` and `states` are enough to train and to decode. What it
-does not say is refused, or done in plain PyTorch.
+`before`, `mix`, `after` and `states` are enough to train and to decode. Whatever else a subclass lacks is computed in
+plain PyTorch, or refused.
 """
 
 from __future__ import annotations

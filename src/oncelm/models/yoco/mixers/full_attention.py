@@ -1,7 +1,6 @@
 """Full attention in the self-decoder: each token sees all before it, as in a Transformer, which a layer may come from.
 
-Its keys and values are kept as the shared ones are, and it asks its past for the same two things; only that no other
-layer reads them.
+Its keys and values are stored like the shared K/V, by a past with the same two methods, but no other layer reads them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The gated delta rule (Gated DeltaNet, arXiv 2412.06464): a state that a key overwrites where it was written before.
+"""The gated delta rule (Gated DeltaNet, arXiv 2412.06464): a state in which a key overwrites what was stored under it.
 
 As the layer `gated_deltanet` of flash-linear-attention, with keys and values of one dimension and an output gate.
 """
