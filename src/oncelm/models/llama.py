@@ -1,4 +1,4 @@
-"""What the configuration of transformers' Llama may say."""
+"""Ranges of the configuration keys of transformers' Llama."""
 
 from __future__ import annotations
 
