@@ -1,4 +1,4 @@
-"""What `oncelm bench ops` is told of an op."""
+"""What `oncelm bench ops` needs to know of an op to check and time it."""
 
 from __future__ import annotations
 

@@ -284,7 +284,7 @@ class BaseModel(Family, PreTrainedModel):
 
     @property
     def kv_dtype(self) -> torch.dtype:
-        """What `new_cache` stores keys and values in, unless told otherwise."""
+        """The default dtype of keys and values in `new_cache`."""
         return self.dtype
 
     @property

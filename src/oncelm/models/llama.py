@@ -11,7 +11,7 @@ from oncelm.utils.constraints import POSITIVE, Constraint, Each, Flag, Keyed, Nu
 
 HEADS = Whole(1, 2**16, optional=True)
 TOKEN = Whole(-1, optional=True)  # -1 in the first LLaMA's folders: none
-# What is told of a rotation: numbers, one or one a frequency.
+# Keys of `rope_parameters`: numbers, one or one a frequency.
 ROPE = {
     **dict.fromkeys(("rope_theta", "factor", "original_max_position_embeddings"), POSITIVE),
     **dict.fromkeys(("low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow"), POSITIVE),

@@ -232,7 +232,7 @@ def _may_be_hub_id(path: str | os.PathLike[str]) -> bool:
 
 @contextlib.contextmanager
 def errors_in_one_line(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Whatever is wrong with a model inside transformers, told as a ValueError of one line that names `path`.
+    """Turns whatever transformers raises for a model into a ValueError of one line that names `path`.
 
     Too little memory says nothing of the model: a MemoryError.
     """

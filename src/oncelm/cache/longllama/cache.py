@@ -25,7 +25,7 @@ LongLayer = LocalKV | MemoryKV | RemoteMemory
 
 @dataclass(frozen=True)
 class Piece:
-    """A window to be: columns of the input, whether the local cache moves to memory first, and the window's fate."""
+    """A planned window: its columns of the input, whether the local cache moves to memory first, `Segment.fate`."""
 
     columns: slice
     spill_first: bool

@@ -42,7 +42,7 @@ class MemoryKV(Rows):
     def attend(
         self, q: torch.Tensor, k: torch.Tensor, raw_k: torch.Tensor, v: torch.Tensor, segment: Segment
     ) -> torch.Tensor:
-        """Outputs [B, T, H, D] of the segment's tokens over memory and local cache; then its fate is carried out.
+        """Outputs [B, T, H, D] of the segment's tokens over memory and local cache; then stores them by `segment.fate`.
 
         q [B, T, H, D] and k [B, T, H_kv, D] are rotated to their positions in the window, raw_k to position 0.
         """

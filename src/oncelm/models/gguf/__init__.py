@@ -1,7 +1,7 @@
 """GGUF files (llama.cpp's format) of LLaMA-family models, read into a Hugging Face model and tokenizer.
 
-Read here and not by transformers, which drops what it does not know without a word (RoPE scaling, biases, the cut of
-words), each version something else. Whatever a file says is honoured or refused by name:
+transformers' reader is not used: it silently drops what it does not know (RoPE scaling, biases, pre-tokenizers), each
+version something else. Here everything in a file is used, or refused by name:
 
     header.py      the metadata and the table of tensors, checked against the size of the file
     config.py      the model's configuration from the metadata

@@ -1,8 +1,8 @@
 """Gated retention of a few new tokens a sequence, in place: the form of decoding.
 
-The states of all sequences stand in one tensor, and a sequence is told by its slot in it, so that an engine can start,
-stop and reorder sequences without moving states. Nothing depends on values that a GPU would have to be waited for: a
-CUDA graph may hold the call.
+The states of all sequences are in one tensor, and a sequence is identified by its slot in it, so that an engine can
+start, stop and reorder sequences without moving states. Nothing waits for a value from the GPU, so a CUDA graph can
+record the call.
 """
 
 from __future__ import annotations
