@@ -25,6 +25,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from oncelm.data.reading import parse_record
+from oncelm.utils.errors import printable
 
 ROLES = ("system", "user", "assistant", "developer", "tool", "function")
 QUESTIONS = ("prompt", "question", "instruction")
@@ -161,7 +162,7 @@ class _Reader:
         if not asked or not told:
             raise ValueError(
                 f"neither messages nor conversations nor prompt and response (or {', '.join(QUESTIONS[1:])}; "
-                f"{', '.join(ANSWERS[1:])}) among its keys ({', '.join(self.rest)[:60]})"
+                f"{', '.join(ANSWERS[1:])}) among its keys ({', '.join(map(printable, self.rest))[:60]})"
             )
         for fields in (asked, told):
             if len(fields) > 1:

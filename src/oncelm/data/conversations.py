@@ -26,6 +26,7 @@ from oncelm.data.reading import JSONL, lines_of
 from oncelm.data.sampler import permute
 from oncelm.data.templates import encode
 from oncelm.models.inputs import IGNORE_INDEX
+from oncelm.utils.errors import printable
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +104,7 @@ def _warn(listing: Listing, unread: Counter[str], cut: int, lost: Counter[str], 
         left_out = "".join(f"; {count} are left out: {reason}" for reason, count in lost.items())
         logger.warning("%d conversations are longer than seq_len=%d tokens and are cut%s", cut, max_tokens, left_out)
     if unread:
-        fields = ", ".join(f"{field} ({count:,} lines)" for field, count in sorted(unread.items()))
+        fields = ", ".join(f"{printable(field)} ({count:,} lines)" for field, count in sorted(unread.items()))
         logger.warning("fields that are not read: %s", fields)
     if listing.left_out:
         logger.warning("%s", listing.describe())

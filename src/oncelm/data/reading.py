@@ -25,6 +25,8 @@ from typing import IO, Any
 
 import orjson
 
+from oncelm.utils.errors import printable
+
 PIECE_BYTES = 64 << 20
 MAX_LINE_BYTES = 128 << 20  # a longer line is not read: that file is not JSONL
 _LARGE_LINE_BYTES = 8 << 20  # such lines, which take several times their size while they are parsed, ...
@@ -266,7 +268,7 @@ def _text_of(record: Any) -> str:
                 return _checked(field, value)
             empty = empty or field
     if empty is None:
-        raise ValueError(f"no {' or '.join(TEXT_FIELDS)} among its keys ({', '.join(record)[:60]})")
+        raise ValueError(f"no {' or '.join(TEXT_FIELDS)} among its keys ({', '.join(map(printable, record))[:60]})")
     return _checked(empty, record[empty])
 
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from oncelm.data.sealed import DamagedFile, damaged_files, read_sealed
 from oncelm.data.shards import CHECKED_AT_START, FORMAT, MANIFEST, check_ids, check_shard, token_dtype
+from oncelm.utils.errors import printable
 
 FIELDS = {"format", "tokenizer", "vocab_size", "bos", "train", "valid", "malformed"}  # of tokens.json
 
@@ -66,7 +67,9 @@ def read_manifest(folder: Path) -> tuple[dict[str, Any], bool]:
     """tokens.json, and whether it has checksums; ValueError where it is damaged, or of another version."""
     manifest, sealed = read_sealed(folder / MANIFEST)
     if not sealed and set(manifest) != FIELDS:
-        raise DamagedFile(f"{folder / MANIFEST} is damaged: it has the entries {', '.join(sorted(manifest))}")
+        raise DamagedFile(
+            f"{folder / MANIFEST} is damaged: it has the entries {', '.join(map(printable, sorted(manifest)))}"
+        )
     if manifest["format"] != FORMAT:
         raise ValueError(f"it is of format {manifest['format']}, this version reads {FORMAT}")
     return manifest, sealed

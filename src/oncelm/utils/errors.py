@@ -39,6 +39,15 @@ def shown(value: object) -> str:
     return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}..."
 
 
+def printable(name: str) -> str:
+    """A name out of somebody's file, in one line.
+
+    >>> printable("text"), printable("te\\nxt")
+    ('text', "'te\\\\nxt'")
+    """
+    return name if name.isprintable() else repr(name)
+
+
 def unknown(kind: str, value: object, allowed: Iterable[object]) -> ValueError:
     """The error for a value outside a known set, with the nearest valid choice.
 

@@ -20,7 +20,7 @@ from oncelm.models.yoco.mixers import find_mixer
 from oncelm.models.yoco.modeling import YocoForCausalLM
 from oncelm.utils.checksums import write_checksums
 from oncelm.utils.device import DTYPES
-from oncelm.utils.errors import is_out_of_memory, shown, unknown
+from oncelm.utils.errors import is_out_of_memory, printable, shown, unknown
 from oncelm.utils.files import atomic_folder
 from oncelm.utils.settings import read_json
 
@@ -100,7 +100,9 @@ def read_official(
     expected = model.state_dict()
     for problem, names in (("lacks", expected.keys() - state.keys()), ("has unknown", state.keys() - expected.keys())):
         if names:
-            raise ValueError(f"{Path(path) / WEIGHTS} {problem} tensors: {', '.join(sorted(names)[:4])}.")
+            raise ValueError(
+                f"{Path(path) / WEIGHTS} {problem} tensors: {', '.join(map(printable, sorted(names)[:4]))}."
+            )
     for name, tensor in state.items():
         if tensor.shape != expected[name].shape:
             raise ValueError(
