@@ -29,8 +29,11 @@ def problems(path) -> list[tuple[int, str]]:
     return [(item.line, item.reason) for piece in scan(path) for item in read(piece) if isinstance(item, Malformed)]
 
 
+PRINTABLE = st.characters(exclude_categories=("C", "Z"), include_characters=" ")
+
+
 @settings(max_examples=25, deadline=None)
-@given(st.lists(st.text(min_size=1).filter(lambda t: t.isprintable()), min_size=1), st.integers(1, 200))
+@given(st.lists(st.text(PRINTABLE, min_size=1), min_size=1), st.integers(1, 200))
 def test_pieces_of_any_size_give_every_line_once(tmp_path_factory, texts: list[str], size: int) -> None:
     path = tmp_path_factory.mktemp("jsonl") / "a.jsonl"
     path.write_text("\n".join(json.dumps({"text": text}, ensure_ascii=False) for text in texts), encoding="utf-8")
