@@ -105,9 +105,7 @@ class CausalLM(BaseModel, GenerationMixin):
                 loss = loss / (max(wanted.num_targets, 1) if num_items_in_batch is None else num_items_in_batch)
             kept = wanted.hidden()
             logits = None if kept is None else head(kept)
-        output = CausalLMOutputWithPast(
-            loss=loss, logits=logits, past_key_values=given.cache, hidden_states=layers
-        )  # fmt: skip
+        output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=given.cache, hidden_states=layers)
         return self._output(output, return_dict)
 
     def _quick_step(
