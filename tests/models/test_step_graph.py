@@ -129,7 +129,7 @@ def test_a_full_cache_is_refused_before_anything_changes(parts):
 def test_forward_replays_a_graph(kind):
     model, ids = make(kind), draw_ids(2, 40)
     expected = model(ids, use_cache=False).logits
-    cache = model.new_cache(2, 40)
+    cache = model.new_cache(2, 41)
     model.prefill(ids[:, :20], cache)
     for t in range(20, 40):
         logits = model(ids[:, t : t + 1], past_key_values=cache).logits
