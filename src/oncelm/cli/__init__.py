@@ -28,7 +28,7 @@ VERBS = {
     "convert": "convert official YOCO folders and GGUF files to Hugging Face folders, and back",
     "eval": "evaluate a model: needles, loss by position, in-context learning; write a report",
     "run": "run another tool, such as lm_eval or transformers, so that it knows OnceLM's models",
-    "bench": "measure prefill, decode, memory and training beside a Llama of the same shape",
+    "bench": "measure prefill, decode, memory and training beside a Llama of the same shape; serving",
 }
 
 OLD_OPTIONS = {"--gemm": "--quantization", "--validation-share": "--validation-fraction"}

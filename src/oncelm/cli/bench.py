@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from oncelm.cli.options import add_options, find_tokenizer, kv_dtype, model_keys, token_counts
+from oncelm.cli.options import add_options, find_tokenizer, kv_dtype, model_keys, parse_settings, token_counts
 from oncelm.cli.output import print_tables
 from oncelm.utils.files import check_place
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
     from oncelm.bench import OwnTarget, Target
+    from oncelm.cli import Command
     from oncelm.eval import LanguageModel
     from oncelm.models.family import Family
 
@@ -29,6 +30,7 @@ Measure a YOCO (or a LongLLaMA) and, in the same run, transformers' Llama of the
   ops       each op by itself beside other implementations of it (no model; --op chooses)
   harness   lm-eval's few-shot questions through our adapter, beside lm-eval's HFLM on the same model (needs --data)
   needle    a grid of needles, and what a prefill of the tokens that it reads would take
+  serve     many requests as they come, on the engine or on any address (`oncelm bench serve --help`)
 
 First both models must pass a correctness gate: prefill in chunks, decoding and the loss have to agree with the full
 forward. Each time is the median after a warm-up; a call longer than 20 s is measured once. MFU and MBU are the shares
@@ -77,8 +79,17 @@ GOES_WITH = {
 }
 
 
+def command(arguments: list[str]) -> Command:
+    """What `oncelm bench ...` stands for: serve, which has options of its own, or one of the others."""
+    from oncelm.cli import Command, bench_serve
+
+    if arguments[:1] == ["serve"]:
+        return Command(bench_serve.DESCRIPTION, bench_serve.add_arguments, bench_serve.run)
+    return Command(DESCRIPTION, add_arguments, run)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("benchmark", metavar="WHAT", help=f"{', '.join(BENCHMARKS[:-1])} or needle")
+    parser.add_argument("benchmark", metavar="WHAT", help=f"{', '.join(BENCHMARKS)} or serve")
     shape = parser.add_argument_group("the model")
     shape.add_argument(
         "--model",
@@ -138,7 +149,9 @@ def run(args: argparse.Namespace) -> int:
     from oncelm.utils.device import resolve_device, resolve_dtype
     from oncelm.utils.errors import check_choice
 
-    check_choice("benchmark", args.benchmark, BENCHMARKS)
+    if args.benchmark == "serve":
+        raise ValueError("serve comes before its options: oncelm bench serve ...")
+    check_choice("benchmark", args.benchmark, (*BENCHMARKS, "serve"))
     check_options(args)
     lengths = token_counts(args.lengths or LENGTHS.get(args.benchmark, DEFAULT_LENGTHS))
     device = resolve_device(args.device)
@@ -321,16 +334,3 @@ def refuse_shape_options(args: argparse.Namespace, but: tuple[str, ...]) -> None
         if name not in but and getattr(args, name):
             option = f"--{name.replace('_', '-')}"
             raise ValueError(f"{option} does not go with --model {args.model}, which fixes it; leave one of them out.")
-
-
-def parse_settings(settings: list[str]) -> dict[str, Any]:
-    """["num_key_value_heads=2"] as keys and YAML values."""
-    from oncelm.utils.settings import parse_yaml
-
-    parsed = {}
-    for setting in settings:
-        key, equals, text = setting.partition("=")
-        if not key or not equals:
-            raise ValueError(f"setting {setting!r} must have the form KEY=VALUE, as in num_key_value_heads=2.")
-        parsed[key] = parse_yaml(text, f"setting {setting!r}")
-    return parsed

@@ -111,3 +111,16 @@ def token_counts(text: str) -> list[int]:
         return [parse_tokens(part) for part in text.split(",")]
     except ValueError as error:
         raise ValueError(f"--lengths {text!r}: each of them {error}") from error
+
+
+def parse_settings(settings: list[str]) -> dict[str, Any]:
+    """["num_key_value_heads=2"] as keys and YAML values."""
+    from oncelm.utils.settings import parse_yaml
+
+    parsed = {}
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        if not key or not equals:
+            raise ValueError(f"setting {setting!r} must have the form KEY=VALUE, as in num_key_value_heads=2.")
+        parsed[key] = parse_yaml(text, f"setting {setting!r}")
+    return parsed

@@ -63,14 +63,19 @@ class Latencies:
     intervals: list[float]
 
 
-def latencies(times: RequestMetrics) -> Latencies:
-    """Of one request, from when things happened to it."""
+def latencies(times: RequestMetrics, num_tokens: int | None = None) -> Latencies:
+    """Of one request, from when things happened to it.
+
+    Args:
+        num_tokens: of its answer, where some of `token_times` stand for several; None: as many as there are times.
+    """
     arrival, tokens = times.arrival_time, times.token_times
+    count = len(tokens) if num_tokens is None else num_tokens
     moments = sorted(set(tokens))
     return Latencies(
         queue_time=_since(arrival, times.first_scheduled_time),
         ttft=_since(arrival, times.first_token_time),
-        tpot=(tokens[-1] - tokens[0]) / (len(tokens) - 1) if len(tokens) > 1 else None,
+        tpot=(tokens[-1] - tokens[0]) / (count - 1) if len(tokens) > 1 else None,
         e2e=_since(arrival, times.finished_time),
         intervals=[later - sooner for sooner, later in itertools.pairwise(moments)],
     )
