@@ -16,19 +16,19 @@ DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 BACKENDS = ["naive", pytest.param("triton", marks=pytest.mark.skipif(not KERNEL, reason="needs Triton's device"))]
 
 
-def step(backend, *inputs):
+def step(backend, *inputs, slots=None):
     if backend == "triton" and INTERPRETED:  # the table offers the kernel on GPUs only
         from oncelm.ops.gated_delta.step_triton import step as kernel
 
-        return kernel(*inputs, inputs[0].shape[-1] ** -0.5)
-    return gated_delta_step(*inputs, backend=backend)
+        return kernel(*inputs, slots, inputs[0].shape[-1] ** -0.5)
+    return gated_delta_step(*inputs, slots=slots, backend=backend)
 
 
-def make(N, T, H, K, V):
+def make(N, T, H, K, V, rows=None):
     generator = torch.Generator().manual_seed(N + T + K)
     q, k, v = (torch.randn(N, T, H, D, generator=generator) for D in (K, K, V))
     g, beta = (torch.randn(N, T, H, generator=generator) for _ in range(2))
-    state = torch.randn(N, H, K, V, generator=generator)
+    state = torch.randn(rows or N, H, K, V, generator=generator)
     return [x.to(DEVICE) for x in (q, F.normalize(k, dim=-1), v, F.logsigmoid(g) / 4, beta.sigmoid(), state)]
 
 
@@ -42,6 +42,22 @@ def test_states_change_in_place(backend, T, K, V):
     torch.testing.assert_close(found, o, atol=2e-5, rtol=2e-5)
     torch.testing.assert_close(state, final, atol=2e-5, rtol=2e-5)
     assert state.data_ptr() == address
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("slots", [[4, 1, 0], [4, -1, 0]])
+def test_only_the_slots_of_the_batch_change(backend, slots):
+    *inputs, states = make(3, 2, 2, 16, 16, rows=5)
+    before, busy = states.clone(), [n for n, slot in enumerate(slots) if slot >= 0]
+    own = [slots[n] for n in busy]
+    o, final = gated_delta(
+        *(x[busy] for x in inputs), initial_state=before[own], output_final_state=True, backend="naive"
+    )
+    found = step(backend, *inputs, states, slots=torch.tensor(slots, device=DEVICE))
+    torch.testing.assert_close(found[busy], o, atol=2e-5, rtol=2e-5)
+    torch.testing.assert_close(states[own], final, atol=2e-5, rtol=2e-5)
+    others = [slot for slot in range(5) if slot not in own]
+    torch.testing.assert_close(states[others], before[others], atol=0, rtol=0)
 
 
 @pytest.mark.gpu

@@ -69,6 +69,16 @@ def test_steps_make_the_whole(pieces: list[int], W: int) -> None:
     assert state.data_ptr() == address
 
 
+def test_steps_of_states_in_slots() -> None:
+    x, weight, state = make(3, 4, B=2)
+    held, slots = state.new_zeros(5, *state.shape[1:]), torch.tensor([4, 1])
+    held[slots] = state
+    y = short_convolution_step(x, weight, held, slots=slots)
+    assert torch.equal(y, short_convolution_step(x, weight, state))
+    assert torch.equal(held[slots], state)
+    assert not held[[0, 2, 3]].any()
+
+
 @pytest.mark.parametrize("packed", [False, True])
 def test_gradients_agree(packed: bool) -> None:
     gradients = {}
@@ -103,7 +113,7 @@ def test_bad_shapes() -> None:
         short_convolution(x, weight.mT)
     with pytest.raises(ValueError, match=r"initial_state must be \[N, W - 1, D\] = \(1, 3, 5\), got \(1, 2, 5\)"):
         short_convolution(x, weight, initial_state=state[:, 1:])
-    with pytest.raises(ValueError, match=r"state must be \[N, W - 1, D\]"):
+    with pytest.raises(ValueError, match=r"state must be \[S, W - 1, D\]"):
         short_convolution_step(x, weight, state[:, 1:])
     with pytest.raises(ValueError, match="must rise from 0 to the number of tokens 8"):
         short_convolution(x, weight, cu_seqlens=torch.tensor([0, 9]))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 
@@ -60,9 +62,15 @@ def check_inputs(
 
 
 def check_step(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, gates: dict[str, torch.Tensor], state: torch.Tensor
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    gates: dict[str, torch.Tensor],
+    state: torch.Tensor,
+    slots: torch.Tensor | None,
 ) -> None:
-    """Raise ValueError unless the inputs of a few tokens fit together, and states [*, H, K, V] that change in place."""
+    """Raise ValueError unless the inputs of a few tokens of N sequences fit together, and states [S, H, K, V] that
+    change in place: those in `slots` [N], or all in order."""
     fits = q.dim() == 4 and v.dim() == 4 and k.shape == q.shape and v.shape[:3] == q.shape[:3]
     if not fits or any(gate.shape != q.shape[:3] for gate in gates.values()):
         shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v, *gates.values()))
@@ -72,6 +80,35 @@ def check_step(
     if state.shape[1:] != expected or state.dtype != torch.float32 or not state.is_contiguous():
         sizes = ", ".join(map(str, expected))
         raise ValueError(f"state must be contiguous float32 [*, {sizes}], got {state.dtype} {tuple(state.shape)}.")
+    check_slots(state, slots, q.shape[0])
+
+
+def check_slots(state: torch.Tensor, slots: torch.Tensor | None, N: int) -> None:
+    """Raise ValueError unless there is a slot, or without slots a row of `state`, for each of N sequences."""
+    if slots is None and state.shape[0] != N:
+        raise ValueError(f"without slots, state must have one row a sequence: {state.shape[0]} rows, {N} sequences.")
+    if slots is not None and slots.shape != (N,):
+        raise ValueError(f"slots must be [N] = [{N}], got {tuple(slots.shape)}.")
+
+
+def update(
+    recurrent: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
+    state: torch.Tensor,
+    slots: torch.Tensor | None,
+) -> torch.Tensor:
+    """o of `recurrent(states [N, ...])`, whose new states take the place of the old ones; negative slots stay."""
+    if slots is None:
+        o, final_state = recurrent(state)
+        state.copy_(final_state)
+        return o
+    busy = slots >= 0
+    if bool(busy.all()):
+        o, final_state = recurrent(state[slots])
+        state[slots] = final_state.to(state.dtype)
+        return o
+    o, final_state = recurrent(state[slots.clamp(min=0)])
+    state[slots[busy]] = final_state[busy].to(state.dtype)
+    return o
 
 
 def split_chunks(x: torch.Tensor, C: int) -> torch.Tensor:

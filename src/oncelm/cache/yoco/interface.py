@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 
 from oncelm.cache.batch import Batch
+from oncelm.cache.yoco.places import Places
 
 Tensors = tuple[torch.Tensor, ...]
 
@@ -36,7 +37,8 @@ class RecurrentPast(Protocol):
             op: called as `op(*inputs, initial_state=, output_final_state=, cu_seqlens=)`, the usual form of linear
                 attention: what comes out, and the state [N, ...] behind the last token of each sequence.
             step: called as `step(*inputs, state)` where each sequence has one token: what comes out; the state has
-                been changed in place. None: `op` does that too.
+                been changed in place. One with an argument `slots` is called as `step(*inputs, states, slots=)` where
+                sequence n's state is number slots[n] of more. None: `op` does that too.
         """
         ...
 
@@ -139,4 +141,9 @@ class LayerCache(Protocol):
 
     def step_form(self) -> Any:
         """A past on the same tensors for one new token a sequence at positions that only the device knows."""
+        ...
+
+    def pool_form(self, places: Places) -> Any:
+        """A past on the same tensors for one pass of an engine, in which they are a pool: each of the N is a slot or,
+        if it `grows`, a page, and `places` says which ones the sequences of the pass have."""
         ...

@@ -1,4 +1,7 @@
-"""Pasts of a fixed size for each sequence, and among them that of recurrences: a few states."""
+"""Pasts of a fixed size for each sequence, and among them that of recurrences: a few states.
+
+Three forms: decoding (in a CUDA graph too), the slots of an engine, training.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ import torch
 
 from oncelm.cache.batch import HISTORY, Batch
 from oncelm.cache.yoco.interface import Tensors
+from oncelm.cache.yoco.places import Places
 from oncelm.utils.errors import check_choice
 from oncelm.utils.memory import checked_zeros
 
@@ -89,12 +93,12 @@ class RecurrentState(FixedSize):
         state = getattr(self, name)
         if step is not None and batch.cu_seqlens is None and inputs[0].shape[1] == 1:
             return step(*inputs, state)
-        o, final_state = op(*inputs, initial_state=state, output_final_state=True, cu_seqlens=batch.cu_seqlens)
-        if final_state is None or final_state.shape != state.shape:  # which copy_ might stretch
-            found = None if final_state is None else list(final_state.shape)
-            raise ValueError(f"the state {name!r} is {list(state.shape)}, and what its op returned {found}.")
+        o, final_state = apply(name, op, inputs, state, batch.cu_seqlens)
         state.copy_(final_state)
         return o
+
+    def pool_form(self, places: Places) -> SlotStates:
+        return SlotStates(self, places)
 
     def _redo(self, name: str, op: Callable, inputs: Tensors, batch: Batch, kept: Batch) -> None:
         state = getattr(self, name)
@@ -104,6 +108,63 @@ class RecurrentState(FixedSize):
                 state[group.rows] = op(
                     *first, initial_state=state[group.rows], output_final_state=True, cu_seqlens=None
                 )[1]
+
+
+def apply(
+    name: str, op: Callable, inputs: Tensors, state: torch.Tensor, cu_seqlens: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `op` makes of the inputs, and the states [N, ...] behind them; ValueError where those have another shape."""
+    o, final_state = op(*inputs, initial_state=state, output_final_state=True, cu_seqlens=cu_seqlens)
+    if final_state is None or final_state.shape != state.shape:  # which a copy might stretch
+        found = None if final_state is None else list(final_state.shape)
+        raise ValueError(f"the state {name!r} is {list(state.shape)}, and what its op returned {found}.")
+    return o, final_state
+
+
+class SlotStates:
+    """States that stand in the slots of a pool."""
+
+    def __init__(self, held: RecurrentState, places: Places) -> None:
+        self.held, self.places = held, places
+
+    def scan(
+        self, name: str, op: Callable, inputs: Tensors, batch: Batch, step: Callable[..., torch.Tensor] | None = None
+    ) -> torch.Tensor:
+        """As RecurrentPast.scan; the states move past the tokens that count."""
+        check_choice("state", name, self.held.tensor_names)
+        states, slots = getattr(self.held, name), self.places.slots
+        if self.places.kept is not None:
+            return self._scan_drafts(name, op, inputs, states, batch)
+        if step is None or batch.cu_seqlens is not None or inputs[0].shape[1] > 1:
+            o, final_state = apply(name, op, inputs, states[slots], batch.cu_seqlens)
+            states[slots] = final_state.to(states.dtype)
+            return o
+        if _takes_slots(step):
+            return step(*inputs, states, slots=slots)
+        own = states[slots]
+        o = step(*inputs, own)
+        states[slots] = own
+        return o
+
+    def _scan_drafts(
+        self, name: str, op: Callable, inputs: Tensors, states: torch.Tensor, batch: Batch
+    ) -> torch.Tensor:
+        """Tokens that count move the states; from there the drafts are computed, and their states dropped."""
+        counted, drafts, order = self.places.parts(batch)
+        outputs = []
+        for part in (counted, drafts):
+            own = tuple(x[:, part.tokens] for x in inputs)
+            o, final_state = apply(name, op, own, states[part.slots], part.cu_seqlens)
+            if part is counted:
+                states[part.slots] = final_state.to(states.dtype)
+            outputs.append(o)
+        return torch.cat(outputs, dim=1)[:, order]
+
+
+def _takes_slots(step: Callable) -> bool:
+    """Whether a step has an argument `slots`. Asked at each call: inspect.signature would take as long as a step."""
+    code = getattr(step, "__code__", None)
+    return code is not None and "slots" in code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
 
 
 class FreshRecurrent:

@@ -1,6 +1,7 @@
 """Keys and values of all tokens, which every layer of the cross-decoder reads.
 
-Four forms: decoding, decode steps in a CUDA graph, training, context parallelism."""
+Four forms: decoding, decode steps in a CUDA graph, training, context parallelism. That of an engine's pages is in
+paged_kv.py."""
 
 from __future__ import annotations
 
@@ -12,6 +13,8 @@ from torch.distributed import ProcessGroup
 
 from oncelm.cache.batch import Batch, Group, borders
 from oncelm.cache.rows import Rows
+from oncelm.cache.yoco.paged_kv import PagedKV
+from oncelm.cache.yoco.places import Places
 from oncelm.ops import decode_attention, dequantize_kv, global_attention, quantize_kv
 from oncelm.ops.attention import MOST_DECODED, has_decode_kernel
 from oncelm.ops.context_parallel import all_chunks
@@ -59,7 +62,7 @@ class SharedKV(Rows):
         self.reserve(max(batch.ends))
         for group in batch.groups():
             span = slice(group.start, group.start + group.length)
-            self._store((group.rows, span), k[group.where], v[group.where])
+            self.store((group.rows, span), k[group.where], v[group.where])
 
     def record(self, on: bool) -> None:
         """Nothing: what is undone is written over."""
@@ -73,9 +76,10 @@ class SharedKV(Rows):
         The host does not wait, and a CUDA graph can hold it. Room must have been reserved.
         """
         rows = torch.arange(positions.shape[0], device=positions.device)[:, None]
-        self._store((rows, positions), k, v)
+        self.store((rows, positions), k, v)
 
-    def _store(self, where: tuple, k: torch.Tensor, v: torch.Tensor) -> None:
+    def store(self, where: tuple, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Store keys and values [..., H_kv, D] at `where` among the first two dimensions."""
         for x, stored, stored_scale in ((k, self.k, self.k_scale), (v, self.v, self.v_scale)):
             if stored_scale is None:
                 stored[where] = x.to(stored.dtype)
@@ -112,6 +116,9 @@ class SharedKV(Rows):
 
     def step_form(self) -> StepShared:
         return StepShared(self)
+
+    def pool_form(self, places: Places) -> PagedKV:
+        return PagedKV(self, places)
 
     def _attend_by_head(self, q: torch.Tensor, batch: Batch) -> torch.Tensor:
         """Many queries over quantised keys: one head at a time, so that only one is ever held in full width."""

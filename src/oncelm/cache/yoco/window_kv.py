@@ -1,6 +1,6 @@
 """The past of a sliding-window layer.
 
-Four forms: decoding, decode steps in a CUDA graph, training, context parallelism.
+Five forms: decoding, decode steps in a CUDA graph, the slots of an engine, training, context parallelism.
 """
 
 from __future__ import annotations
@@ -10,9 +10,11 @@ from functools import partial
 import torch
 from torch.distributed import ProcessGroup
 
-from oncelm.cache.batch import Batch, Group
+from oncelm.cache.batch import Batch
+from oncelm.cache.yoco.places import Places
 from oncelm.cache.yoco.recurrent_state import FixedSize
 from oncelm.ops import decode_attention, global_attention, window_attention
+from oncelm.ops.attention import PAGE_SIZES, has_decode_kernel
 from oncelm.ops.context_parallel import previous_tokens
 from oncelm.utils.memory import checked_zeros
 
@@ -55,14 +57,19 @@ class WindowKV(FixedSize):
         outputs = []
         for group in batch.groups():
             queries, keys, values = (x[group.where] for x in (q, k, v))
-            # the window_size - 1 tokens before the group's first one, in order
-            past = torch.arange(max(0, group.start - self.window_size + 1), group.start, device=k.device)
-            slots = past % self.window_size
-            all_k = torch.cat((self.k[group.rows, slots], keys), dim=1)
-            all_v = torch.cat((self.v[group.rows, slots], values), dim=1)
-            outputs.append(window_attention(queries, all_k, all_v, window_size=self.window_size))
-            self._write(keys, values, group)
+            outputs.append(self.read(queries, keys, values, group.rows, group.start))
+            self.write(keys, values, group.rows, group.start)
         return batch.join(outputs).to(dtype)
+
+    def read(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rows: slice | torch.Tensor, start: int
+    ) -> torch.Tensor:
+        """Outputs [b, T, H, D] of tokens at start, start + 1, ... of sequences `rows`: a slice, or numbers [b, 1]."""
+        # the window_size - 1 tokens before the first one, in order
+        places = torch.arange(max(0, start - self.window_size + 1), start, device=k.device) % self.window_size
+        all_k = torch.cat((self.k[rows, places], k), dim=1)
+        all_v = torch.cat((self.v[rows, places], v), dim=1)
+        return window_attention(q, all_k, all_v, window_size=self.window_size)
 
     def _attend_one(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: Batch) -> torch.Tensor:
         """One new token a sequence: the ring then holds just what the token sees, and softmax asks for no order."""
@@ -74,20 +81,22 @@ class WindowKV(FixedSize):
             return global_attention(q, self.k[:, :held], self.v[:, :held])
         return global_attention(q, self.k, self.v, positions=batch.positions.clamp(max=self.window_size - 1))
 
-    def _write(self, k: torch.Tensor, v: torch.Tensor, group: Group) -> None:
-        """Put the last min(T, W) of the group's new tokens into their slots."""
-        count = min(group.length, self.window_size)
-        end = group.start + group.length
-        slots = torch.arange(end - count, end, device=k.device) % self.window_size
-        self.k[group.rows, slots] = k[:, k.shape[1] - count :]
-        self.v[group.rows, slots] = v[:, v.shape[1] - count :]
+    def write(self, k: torch.Tensor, v: torch.Tensor, rows: slice | torch.Tensor, start: int) -> None:
+        """Put the last min(T, W) of k, v [b, T, H_kv, D], of tokens at start, start + 1, ..., into their places."""
+        count, end = min(k.shape[1], self.window_size), start + k.shape[1]
+        places = torch.arange(end - count, end, device=k.device) % self.window_size
+        self.k[rows, places] = k[:, k.shape[1] - count :]
+        self.v[rows, places] = v[:, v.shape[1] - count :]
 
     def _redo(self, k: torch.Tensor, v: torch.Tensor, batch: Batch, kept: Batch) -> None:
         for group, new in zip(batch.groups(), kept.groups(), strict=True):
-            self._write(k[group.where][:, : new.length], v[group.where][:, : new.length], new)
+            self.write(k[group.where][:, : new.length], v[group.where][:, : new.length], new.rows, new.start)
 
     def step_form(self) -> StepWindow:
         return StepWindow(self)
+
+    def pool_form(self, places: Places) -> SlotWindow:
+        return SlotWindow(self, places)
 
 
 class StepWindow:
@@ -103,6 +112,52 @@ class StepWindow:
         held.k[rows, slots], held.v[rows, slots] = k[:, 0].to(held.k.dtype), v[:, 0].to(held.v.dtype)
         lengths = (position + 1).clamp(max=held.window_size)
         return decode_attention(q.to(held.k.dtype), held.k, held.v, lengths=lengths).to(q.dtype)
+
+
+class SlotWindow:
+    """Rings that stand in the slots of a pool."""
+
+    def __init__(self, held: WindowKV, places: Places) -> None:
+        self.held, self.places = held, places
+
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """Outputs [B, T, H, D]; keys and values of the tokens that count take the oldest ones' places."""
+        dtype = q.dtype
+        q, k, v = (x.to(self.held.k.dtype) for x in (q, k, v))
+        if batch.cu_seqlens is None and q.shape[1] == 1 and self.places.kept is None:
+            return self._attend_one(q, k, v, batch).to(dtype)
+        outputs, first = [], 0
+        for n, (start, length) in enumerate(zip(batch.starts, batch.lengths, strict=True)):
+            tokens = (slice(n, n + 1),) if batch.cu_seqlens is None else (slice(None), slice(first, first + length))
+            queries, keys, values = (x[tokens] for x in (q, k, v))
+            rows = self.places.slots[n : n + 1, None]
+            outputs.append(self.held.read(queries, keys, values, rows, start))
+            kept = length if self.places.kept is None else self.places.kept[n]
+            self.held.write(keys[:, :kept], values[:, :kept], rows, start)
+            first += length
+        return batch.join(outputs).to(dtype)
+
+    def _attend_one(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """One new token a sequence: the ring then holds just what it sees, and softmax asks for no order."""
+        held, slots = self.held, self.places.slots
+        W, position = held.window_size, batch.positions[:, 0].expand(len(slots))
+        held.k[slots, position % W], held.v[slots, position % W] = k[:, 0], v[:, 0]
+        if batch.starts and not has_decode_kernel(q, held.k):  # one after the other, where they stand
+            seen = [slice(min(start + 1, W)) for start in batch.starts]
+            rows = [slice(slot, slot + 1) for slot in self.places.slot_numbers]
+            return torch.cat(
+                [
+                    global_attention(q[n : n + 1], held.k[row, keys], held.v[row, keys])
+                    for n, (row, keys) in enumerate(zip(rows, seen, strict=True))
+                ]
+            )
+        lengths = (position + 1).clamp(max=W)
+        block = next((size for size in PAGE_SIZES if W % size == 0), None)
+        if block is None:
+            return decode_attention(q, held.k[slots], held.v[slots], lengths=lengths)
+        tables = slots[:, None] * (W // block) + torch.arange(W // block, device=slots.device)
+        pages = (x.view(-1, block, *x.shape[2:]) for x in (held.k, held.v))
+        return decode_attention(q, *pages, lengths=lengths, block_tables=tables)
 
 
 class FreshWindow:

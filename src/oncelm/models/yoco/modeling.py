@@ -13,7 +13,7 @@ from transformers import LlamaConfig, PreTrainedConfig
 from transformers import initialization as init
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from oncelm.cache import FreshShared, HeldPast, Past, Pasts, Selection, SharedKV, Snapshot, YocoCache
+from oncelm.cache import FreshShared, HeldPast, LayerCache, Past, Pasts, Selection, SharedKV, Snapshot, YocoCache
 from oncelm.cache.yoco.shared_kv import STORED_DTYPES
 from oncelm.models.base import BaseModel, Pass, check_cache_size
 from oncelm.models.causal_lm import CausalLM
@@ -96,11 +96,30 @@ class YocoModel(Execution, BaseModel):
         dtype = dtype or self.dtype
         check_choice("dtype of a cache", dtype, STORED_DTYPES)
         room = Room(batch_size, max_tokens, dtype, dtype if dtype not in LARGEST else self.dtype, device)
-        shared = None  # made first: the largest part is refused before memory is taken for the others
-        if config.num_cross_decoder_layers:
-            shared = SharedKV(batch_size, max_tokens, config.shared_kv_heads, config.head_dim, dtype, device)
-        layers = [mixer.new_cache(config, room) for mixer in mixers_of(config)]
+        stores = self.new_stores(config, room, room)
+        shared: Any = stores.pop("shared", None)
+        layers = list(stores.values())
         return YocoCache(layers, shared, batch_size, max_tokens, self._cache_settings())
+
+    @classmethod
+    def new_stores(cls, config: YocoConfig, fixed: Room, growing: Room) -> dict[str, LayerCache]:
+        """What a decoding cache consists of, by name: "shared", "layers.0", ...
+
+        Args:
+            fixed: the room of what does not grow, states and windows.
+            growing: the room of keys and values of all tokens, the shared ones and those of some mixers.
+        """
+        stores: dict[str, LayerCache] = {}
+        if config.num_cross_decoder_layers:  # first: the largest part is refused before memory is taken for the others
+            heads = config.shared_kv_heads, config.head_dim
+            stores["shared"] = SharedKV(
+                growing.batch_size, growing.max_tokens, *heads, growing.kv_dtype, growing.device
+            )
+        nowhere = fixed._replace(batch_size=1, max_tokens=1, device=torch.device("meta"))
+        for i, mixer in enumerate(mixers_of(config)):
+            grows = fixed is not growing and mixer.new_cache(config, nowhere).grows
+            stores[f"layers.{i}"] = mixer.new_cache(config, growing if grows else fixed)
+        return stores
 
     def mark(self, cache: YocoCache) -> Snapshot:
         """A rewind point: shared keys and values stay where they are, and must not be overwritten."""

@@ -20,6 +20,7 @@ from oncelm.ops.quantize import LARGEST
 __all__ = ["decode_attention", "global_attention", "window_attention"]
 
 MOST_DECODED = 8  # tokens of a sequence in one decode step
+PAGE_SIZES = (256, 128, 64, 32, 16)  # tokens of a block that decode_attention takes
 
 
 def window_attention(
@@ -170,9 +171,12 @@ def decode_attention(
     return attend(q, k, v, lengths, block_tables, k_scale, v_scale, scale)
 
 
-def has_decode_kernel(q: torch.Tensor, k: torch.Tensor) -> bool:
-    """Whether `decode_attention` runs a kernel on these, not a PyTorch form that passes over all the room in k."""
-    return choose("decode_attention", "auto", q.device).backend == "triton" and decode.fits_kernel(q, k)
+def has_decode_kernel(q: torch.Tensor, k: torch.Tensor, tokens: int | None = None) -> bool:
+    """Whether `decode_attention` runs a kernel on these, not a PyTorch form that passes over all the room in k.
+
+    tokens: of a sequence, where q packs them; None: q is [N, T, H, D].
+    """
+    return choose("decode_attention", "auto", q.device).backend == "triton" and decode.fits_kernel(q, k, tokens)
 
 
 def _check_decode(
@@ -190,7 +194,7 @@ def _check_decode(
         _check(q, k[:1].expand(q.shape[0], -1, -1, -1), v[:1].expand(q.shape[0], -1, -1, -1))
         if k.shape[0] != v.shape[0]:
             raise ValueError(f"k and v of decode_attention have {k.shape[0]} and {v.shape[0]} blocks.")
-        if k.shape[1] not in (16, 32, 64, 128, 256):
+        if k.shape[1] not in PAGE_SIZES:
             raise ValueError(f"block_size of decode_attention must be 16, 32, 64, 128 or 256, got {k.shape[1]}.")
         if block_tables.dim() != 2 or block_tables.shape[0] != q.shape[0] or block_tables.is_floating_point():
             raise ValueError(

@@ -19,9 +19,9 @@ KERNEL_DIMS = (16, 32, 64, 128, 256)
 KERNEL_ROWS = 128  # queries of a sequence that share a head: more do not fit the registers
 
 
-def fits_kernel(q: Tensor, k: Tensor) -> bool:
-    """Whether a kernel takes q [N, T, H, D] over k [..., H_kv, D]."""
-    rows = q.shape[1] * q.shape[2] // k.shape[2]
+def fits_kernel(q: Tensor, k: Tensor, tokens: int | None = None) -> bool:
+    """Whether a kernel takes q [N, T, H, D] over k [..., H_kv, D]; `tokens`: T, where q packs sequences."""
+    rows = (tokens or q.shape[1]) * q.shape[2] // k.shape[2]
     return q.dtype in KERNEL_DTYPES and q.shape[3] in KERNEL_DIMS and rows <= KERNEL_ROWS
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from oncelm.ops.linear_attention import update
+
 
 def recurrent(
     q: torch.Tensor,
@@ -35,9 +37,8 @@ def step(
     g: torch.Tensor,
     beta: torch.Tensor,
     state: torch.Tensor,
+    slots: torch.Tensor | None,
     scale: float,
 ) -> torch.Tensor:
-    """The same for states that are changed in place."""
-    o, final_state = recurrent(q, k, v, g, beta, scale, state)
-    state.copy_(final_state)
-    return o.to(v.dtype)
+    """The same for states that stand in slots and are changed in place; negative slots are left alone."""
+    return update(lambda old: recurrent(q, k, v, g, beta, scale, old), state, slots).to(v.dtype)

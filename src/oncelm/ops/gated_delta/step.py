@@ -21,6 +21,7 @@ def gated_delta_step(
     beta: torch.Tensor,
     state: torch.Tensor,
     *,
+    slots: torch.Tensor | None = None,
     scale: float | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
@@ -28,7 +29,9 @@ def gated_delta_step(
 
     Args:
         q, k: [N, T, H, K]; v: [N, T, H, V]; g: [N, T, H] log decay; beta: [N, T, H] write strength. See `gated_delta`.
-        state: [N, H, K, V] float32, contiguous.
+        state: [S, H, K, V] float32, contiguous; the states of S slots.
+        slots: [N] integers on the state's device, the slot of each sequence, all different; negative ones are idle
+            (nothing is changed, the output is undefined). None: sequence n is slot n.
         scale: factor on q; None means K ** -0.5.
         backend: "auto", "triton" or "naive".
 
@@ -38,8 +41,6 @@ def gated_delta_step(
     Raises:
         ValueError: shapes that do not fit together.
     """
-    check_step(q, k, v, {"g": g, "beta": beta}, state)
-    if state.shape[0] != q.shape[0]:
-        raise ValueError(f"state must have one row a sequence: {state.shape[0]} rows, {q.shape[0]} sequences.")
+    check_step(q, k, v, {"g": g, "beta": beta}, state, slots)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return implementation("gated_delta_step", backend, q.device)(q, k, v, g, beta, state, scale)
+    return implementation("gated_delta_step", backend, q.device)(q, k, v, g, beta, state, slots, scale)

@@ -13,15 +13,20 @@ from oncelm.ops import gpu
 
 @triton.jit
 def step_kernel(
-    q, k, v, g, beta, state, o, scale, T,
+    q, k, v, g, beta, state, slots, o, scale, T,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK columns of one head's state of one sequence, over its T tokens."""
     blocks: tl.constexpr = (V + BLOCK - 1) // BLOCK
     program = tl.program_id(0)
     n, head, block = program // (H * blocks), program // blocks % H, program % blocks
+    slot = n.to(tl.int64)
+    if slots is not None:
+        slot = tl.load(slots + n).to(tl.int64)
+        if slot < 0:
+            return
     rows, columns = tl.arange(0, KP), block * BLOCK + tl.arange(0, BLOCK)
-    places = state + (n.to(tl.int64) * H + head) * K * V + rows[:, None] * V + columns[None, :]
+    places = state + (slot * H + head) * K * V + rows[:, None] * V + columns[None, :]
     inside = (rows < K)[:, None] & (columns < V)[None, :]
     s = tl.load(places, mask=inside, other=0.0)  # [KP, BLOCK]
     for t in range(T):
@@ -46,17 +51,19 @@ def step(
     g: torch.Tensor,
     beta: torch.Tensor,
     state: torch.Tensor,
+    slots: torch.Tensor | None,
     scale: float,
 ) -> torch.Tensor:
-    """q, k [N, T, H, K], v [N, T, H, V], g, beta [N, T, H], state [N, H, K, V] changed in place -> o [N, T, H, V]."""
+    """q, k [N, T, H, K], v [N, T, H, V], g, beta [N, T, H], state [S, H, K, V] changed in place -> o [N, T, H, V]."""
     N, T, H, K = q.shape
     V = v.shape[-1]
     q, k, v, g, beta = (x.contiguous() for x in (q, k, v, g, beta))
+    slots = None if slots is None else slots.contiguous()
     o = torch.empty_like(v)
     block = min(32, triton.next_power_of_2(V))
     with gpu.on(q):
         step_kernel[(N * H * triton.cdiv(V, block),)](
-            q, k, v, g, beta, state, o, scale, T,
+            q, k, v, g, beta, state, slots, o, scale, T,
             H=H, K=K, V=V, KP=triton.next_power_of_2(K), BLOCK=block, num_warps=4,
         )  # fmt: skip
     return o

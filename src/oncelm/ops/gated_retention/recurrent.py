@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from oncelm.ops.linear_attention import update
+
 
 def recurrent(
     q: torch.Tensor,
@@ -35,11 +37,4 @@ def step(
     scale: float,
 ) -> torch.Tensor:
     """The same for states that stand in slots and are changed in place; negative slots are left alone."""
-    if slots is None:
-        o, final_state = recurrent(q, k, v, g, scale, state)
-        state.copy_(final_state)
-        return o.to(v.dtype)
-    o, final_state = recurrent(q, k, v, g, scale, state[slots.clamp(min=0)])
-    busy = slots >= 0
-    state[slots[busy]] = final_state[busy].to(state.dtype)
-    return o.to(v.dtype)
+    return update(lambda old: recurrent(q, k, v, g, scale, old), state, slots).to(v.dtype)

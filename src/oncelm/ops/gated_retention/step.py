@@ -42,11 +42,6 @@ def gated_retention_step(
     Raises:
         ValueError: shapes that do not fit together.
     """
-    check_step(q, k, v, {"g": g}, state)
-    N, _, _, K = q.shape
-    if slots is None and state.shape[0] != N:
-        raise ValueError(f"without slots, state must have one row a sequence: {state.shape[0]} rows, {N} sequences.")
-    if slots is not None and slots.shape != (N,):
-        raise ValueError(f"slots must be [N] = [{N}], got {tuple(slots.shape)}.")
-    scale = K**-0.5 if scale is None else scale
+    check_step(q, k, v, {"g": g}, state, slots)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
     return implementation("gated_retention_step", backend, q.device)(q, k, v, g, state, slots, scale)

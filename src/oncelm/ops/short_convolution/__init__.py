@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 
 from oncelm.ops.dispatch import choose
+from oncelm.ops.linear_attention import check_slots
 from oncelm.ops.packed import by_sequence, count_sequences
 
 __all__ = ["short_convolution", "short_convolution_step"]
@@ -58,13 +59,17 @@ def short_convolution(
     return y.to(x.dtype), (final_state if output_final_state else None)
 
 
-def short_convolution_step(x: torch.Tensor, weight: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
+def short_convolution_step(
+    x: torch.Tensor, weight: torch.Tensor, state: torch.Tensor, *, slots: torch.Tensor | None = None
+) -> torch.Tensor:
     """Append T tokens to each of N sequences; `state` is changed in place. A CUDA graph may hold the call.
 
     Args:
         x: [N, T, D].
         weight: [D, W].
-        state: [N, W - 1, D] in any floating dtype; that of x keeps every digit.
+        state: [S, W - 1, D] in any floating dtype; that of x keeps every digit. The states of S slots.
+        slots: [N] integers on the state's device, the slot of each sequence, all different and none negative. None:
+            sequence n is slot n.
 
     Returns:
         y [N, T, D] in x's dtype.
@@ -73,11 +78,16 @@ def short_convolution_step(x: torch.Tensor, weight: torch.Tensor, state: torch.T
         ValueError: shapes that do not fit together.
     """
     _check(x, weight)
-    expected = (x.shape[0], weight.shape[1] - 1, x.shape[2])
+    expected = (state.shape[0], weight.shape[1] - 1, x.shape[2])
     if state.shape != expected:
-        raise ValueError(f"state must be [N, W - 1, D] = {expected}, got {tuple(state.shape)}.")
-    y, final_state = choose("short_convolution", "shifts", x.device).load()(x, weight, state.to(x.dtype))
-    state.copy_(final_state)
+        raise ValueError(f"state must be [S, W - 1, D] = {expected}, got {tuple(state.shape)}.")
+    check_slots(state, slots, x.shape[0])
+    old = state if slots is None else state[slots]
+    y, final_state = choose("short_convolution", "shifts", x.device).load()(x, weight, old.to(x.dtype))
+    if slots is None:
+        state.copy_(final_state)
+    else:
+        state[slots] = final_state.to(state.dtype)
     return y.to(x.dtype)
 
 

@@ -74,8 +74,11 @@ class GatedDelta(Mixer):
     def mix(self, inputs: Tensors, past: RecurrentPast, batch: Batch) -> torch.Tensor:
         qkv, g, beta = inputs
         weight = self.conv_weight[:, 0]
-        convolve = partial(short_convolution, weight=weight)
-        qkv = past.scan("tail", convolve, (qkv,), batch, step=lambda x, tail: short_convolution_step(x, weight, tail))
+
+        def step(x: torch.Tensor, tail: torch.Tensor, slots: torch.Tensor | None = None) -> torch.Tensor:
+            return short_convolution_step(x, weight, tail, slots=slots)
+
+        qkv = past.scan("tail", partial(short_convolution, weight=weight), (qkv,), batch, step=step)
         q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in qkv.chunk(3, dim=-1))
         return past.scan("state", gated_delta, (_unit(q), _unit(k), v, g, beta), batch, step=gated_delta_step)
 

@@ -1,0 +1,85 @@
+"""Where the sequences of one forward pass have their past in a pool: in slots and in pages."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from itertools import accumulate
+from typing import NamedTuple
+
+import torch
+
+from oncelm.cache.batch import Batch, borders
+
+
+class Part(NamedTuple):
+    """Some tokens of a packed batch, as a packed batch of their own.
+
+    Attributes:
+        tokens: [t] where they stand in the batch.
+        cu_seqlens: [n + 1] borders of their sequences.
+        slots: [n] of these sequences.
+    """
+
+    tokens: torch.Tensor
+    cu_seqlens: torch.Tensor
+    slots: torch.Tensor
+
+
+class Places:
+    """The slots and pages of N sequences, for one forward pass.
+
+    Args:
+        slots: [N] int64, where the states and windows of each are. All different, but for slot 0, which is scratch.
+        block_tables: [N, max_blocks] int32, the pages of each in order; entries behind its last one are not read.
+        kept: how many of its tokens in this pass count, of each; those behind are drafts, which see what came before
+            but leave no trace in a slot. None: all count.
+
+    Attributes:
+        gathered: keys and values that one store has brought together for its readers, and what tells them from others.
+    """
+
+    def __init__(self, slots: torch.Tensor, block_tables: torch.Tensor, kept: tuple[int, ...] | None = None) -> None:
+        self.slots, self.block_tables, self.kept = slots, block_tables, kept
+        self.gathered: tuple[tuple, list[tuple[torch.Tensor, torch.Tensor]]] | None = None
+        self._rows: tuple[Batch, tuple[torch.Tensor, torch.Tensor]] | None = None
+        self._parts: tuple[Batch, tuple[Part, Part, torch.Tensor]] | None = None
+
+    @cached_property
+    def slot_numbers(self) -> list[int]:
+        """The slots, read by the host: for a CPU."""
+        return self.slots.tolist()
+
+    def rows(self, batch: Batch, page_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The page of each token of the batch, and the row in it: both [N, T] or [1, total]."""
+        if self._rows is None or self._rows[0] is not batch:  # all layers ask for the same
+            positions = batch.positions
+            blocks = positions // page_size
+            if batch.cu_seqlens is None:
+                N = len(self.slots)
+                pages = self.block_tables.gather(1, blocks.expand(N, -1))
+                positions = positions.expand(N, -1)
+            else:
+                tokens = torch.arange(positions.shape[1], device=positions.device, dtype=batch.cu_seqlens.dtype)
+                sequence = torch.searchsorted(batch.cu_seqlens[1:].contiguous(), tokens, right=True)
+                pages = self.block_tables[sequence, blocks[0]][None]
+            self._rows = batch, (pages.long(), positions % page_size)
+        return self._rows[1]
+
+    def parts(self, batch: Batch) -> tuple[Part, Part, torch.Tensor]:
+        """The tokens of a packed batch that count, the drafts behind them, and where each token [total] is in both."""
+        assert self.kept is not None
+        if self._parts is None or self._parts[0] is not batch:
+            self._parts = batch, self._cut(batch.lengths, self.kept)
+        return self._parts[1]
+
+    def _cut(self, lengths: tuple[int, ...], kept: tuple[int, ...]) -> tuple[Part, Part, torch.Tensor]:
+        device, firsts = self.slots.device, list(accumulate(lengths, initial=0))
+        drafted = [n for n, (count, length) in enumerate(zip(kept, lengths, strict=True)) if count < length]
+        spans = [(firsts[n], firsts[n] + count) for n, count in enumerate(kept)]
+        spans += [(firsts[n] + kept[n], firsts[n + 1]) for n in drafted]
+        order = torch.tensor([token for span in spans for token in range(*span)])
+        tokens, back = (x.to(device, non_blocking=True) for x in (order, order.argsort()))
+        rows = torch.tensor(drafted, dtype=torch.long).to(device, non_blocking=True)
+        counted = Part(tokens[: sum(kept)], borders(kept, device), self.slots)
+        left = borders([lengths[n] - kept[n] for n in drafted], device)
+        return counted, Part(tokens[sum(kept) :], left, self.slots[rows]), back

@@ -1,0 +1,150 @@
+"""Runs the forward passes of a step: pieces of prompts, and rows that give logits (work.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate, chain
+
+import torch
+
+from oncelm.cache import Batch, Selection
+from oncelm.cache.yoco.places import Places
+from oncelm.engine.pool import Pool
+from oncelm.engine.work import Piece, Row
+from oncelm.models import YocoForCausalLM
+from oncelm.models.yoco.model import run_layers
+
+
+class Runner:
+    """A model over the slots and pages of a pool.
+
+    Memory that runs out raises torch.OutOfMemoryError (on a CPU RuntimeError); slots and pages of that pass then hold
+    anything, those of others are as they were.
+
+    Args:
+        max_num_seqs: rows of a decode pass at most.
+        max_pages: pages of a request at most.
+    """
+
+    def __init__(self, model: YocoForCausalLM, pool: Pool, *, max_num_seqs: int, max_pages: int) -> None:
+        self.model, self.pool = model, pool
+        self.max_num_seqs, self.max_pages = max_num_seqs, max_pages
+
+    # -- prompts --------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def prefill(self, pieces: Sequence[Piece]) -> list[torch.Tensor | None]:
+        """Read pieces of prompts, through the self-decoder alone unless something is wanted.
+
+        Returns:
+            Of each piece the final hidden states [P, d] of its tokens where they are wanted, else None.
+        """
+        if not pieces:
+            return []
+        counts = [len(piece.tokens) if piece.wanted else 0 for piece in pieces]
+        x = self._run(pieces, self._batch(pieces), counts)
+        if x is None:
+            return [None] * len(pieces)
+        hidden = self.model.layer_norm(x).flatten(0, 1).split(counts)
+        return [states if piece.wanted else None for piece, states in zip(pieces, hidden, strict=True)]
+
+    @torch.no_grad()
+    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits [M, V] of final hidden states [M, d]."""
+        return self.model.output_projection(hidden)
+
+    # -- decoding -------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def decode(self, rows: Sequence[Row]) -> torch.Tensor:
+        """Logits [sum of num_logits, V] of rows, in order; in the model's dtype."""
+        single = [n for n, row in enumerate(rows) if len(row.tokens) == 1]
+        several = [n for n, row in enumerate(rows) if len(row.tokens) > 1]
+        if not several:
+            return self._decode_single(rows)
+        logits = self._decode_several([rows[n] for n in several])
+        if not single:
+            return logits
+        logits = torch.cat((self._decode_single([rows[n] for n in single]), logits))
+        return logits[_order([row.num_logits for row in rows], single + several).to(logits.device, non_blocking=True)]
+
+    def _decode_single(self, rows: Sequence[Row]) -> torch.Tensor:
+        """Rows of one token, side by side."""
+        starts = tuple(row.start for row in rows)
+        batch = Batch.dense(starts, 1, self.pool.device)
+        return self._logits(self._run(rows, batch, [1] * len(rows)))
+
+    def _decode_several(self, rows: Sequence[Row]) -> torch.Tensor:
+        """Rows of any number of tokens, packed."""
+        batch = Batch.packed(*_spans(rows), self.pool.device)
+        has_drafts = any(row.num_logits > 1 for row in rows)
+        kept = tuple(row.kept for row in rows) if has_drafts else None
+        return self._logits(self._run(rows, batch, [row.num_logits for row in rows], kept))
+
+    def _logits(self, x: torch.Tensor | None) -> torch.Tensor:
+        """[M, V] of the last layer's output [B, P, d]."""
+        assert x is not None
+        model = self.model
+        return model.token_parts(x).head(x, model.layer_norm, model.output_projection).flatten(0, 1)
+
+    # -- a forward pass -------------------------------------------------------------------------------------------
+
+    def _batch(self, work: Sequence[Piece]) -> Batch:
+        """Packed; a single piece is dense, so that nothing has to tell sequences apart."""
+        starts, lengths = _spans(work)
+        if len(work) == 1:
+            return Batch.dense(starts, lengths[0], self.pool.device)
+        return Batch.packed(starts, lengths, self.pool.device)
+
+    def _run(
+        self,
+        work: Sequence[Piece | Row],
+        batch: Batch,
+        counts: Sequence[int],
+        kept: tuple[int, ...] | None = None,
+    ) -> torch.Tensor | None:
+        """What the last layer gives, [B, P, d], at the last `counts` tokens of each sequence; None where all are 0."""
+        model = self.model
+        tokens = self._to_device(torch.tensor([*chain.from_iterable(one.tokens for one in work)]))
+        wanted = None
+        if tuple(counts) == batch.lengths:
+            wanted = Selection(batch, columns=slice(None))
+        elif any(counts):
+            wanted = _last(batch, counts)
+        return run_layers(
+            model.config, model.self_decoder, model.cross_decoder,
+            model.embed(tokens.view(batch.num_sequences if batch.cu_seqlens is None else 1, -1)),
+            batch, self.pool.pasts(self._places(work, kept)), wanted, model.token_parts,
+        )  # fmt: skip
+
+    def _places(self, work: Sequence[Piece | Row], kept: tuple[int, ...] | None) -> Places:
+        size = self.pool.page_size
+        counts = [-(-(one.start + len(one.tokens)) // size) for one in work]
+        tables = torch.zeros(len(work), max(counts), dtype=torch.int32)
+        for n, (one, count) in enumerate(zip(work, counts, strict=True)):
+            tables[n, :count] = torch.tensor(one.pages[:count], dtype=torch.int32)
+        slots = torch.tensor([one.slot for one in work])
+        return Places(self._to_device(slots), self._to_device(tables), kept)
+
+    def _to_device(self, x: torch.Tensor) -> torch.Tensor:
+        """Nothing waits for the GPU: from pinned memory, it copies when it comes to it."""
+        return x.pin_memory().to(self.pool.device, non_blocking=True) if self.pool.device.type == "cuda" else x
+
+
+def _spans(work: Sequence[Piece | Row]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Where each one starts, and how many tokens it has."""
+    return tuple(one.start for one in work), tuple(len(one.tokens) for one in work)
+
+
+def _last(batch: Batch, counts: Sequence[int]) -> Selection:
+    """The last `counts` tokens of each sequence of a packed batch."""
+    mask = torch.zeros(1, sum(batch.lengths), dtype=torch.bool)
+    for end, count in zip(accumulate(batch.lengths), counts, strict=True):
+        mask[0, end - count : end] = True
+    return batch.pick(mask)
+
+
+def _order(counts: Sequence[int], given: Sequence[int]) -> torch.Tensor:
+    """Which of the logits of rows in the order `given`, `counts[n]` of row n, come first, second, ... in their own."""
+    firsts = dict(zip(given, accumulate((counts[n] for n in given), initial=0), strict=False))
+    return torch.tensor([firsts[n] + i for n, count in enumerate(counts) for i in range(count)])

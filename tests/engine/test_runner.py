@@ -1,0 +1,152 @@
+"""Whatever a schedule makes of requests, pieces, rows, drafts and copies, logits are those of a full forward pass."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from oncelm import YocoForCausalLM
+from oncelm.engine.pool import Pool
+from oncelm.engine.runner import Runner
+from oncelm.engine.work import Piece, Row
+from oncelm.models.yoco.mixers.gated_retention import GatedRetention
+from oncelm.ops import gated_retention, gated_retention_step
+from tests.models.small import KINDS, VOCAB, make_model
+
+PAGE, PAGES, SLOTS = 4, 64, 9
+DTYPES = [None, torch.float8_e4m3fn, torch.int8]
+close = {"rtol": 1e-4, "atol": 1e-4}
+# of 8 bits: where two ways of computing a key round to different numbers, logits differ
+rounded = {"rtol": 2e-2, "atol": 2e-2}
+
+
+class Requests:
+    """Some requests in a pool, without scheduler: what each has read, its slot and its pages."""
+
+    def __init__(self, model: YocoForCausalLM, kv_dtype: torch.dtype | None, seed: int) -> None:
+        self.model, self.kv_dtype, self.random = model, kv_dtype, random.Random(seed)
+        self.pool = Pool(model, PAGES, PAGE, SLOTS, kv_dtype)
+        self.runner = Runner(model, self.pool, max_num_seqs=SLOTS, max_pages=16)
+        self.free = self.random.sample(range(1, PAGES), PAGES - 1)
+        self.slots = self.random.sample(range(1, SLOTS), SLOTS - 1)
+        self.all: list[tuple[list[int], int, list[int]]] = []  # tokens read, slot, pages
+
+    def begin(self) -> None:
+        self.all.append(([], self.slots.pop(), []))
+        self.pool.clear_slot(self.all[-1][1])
+
+    def fork(self) -> None:
+        """As from a snapshot: states and the last, partly filled page are copied, whole pages are shared."""
+        tokens, slot, pages = self.random.choice(self.all)
+        whole, part = divmod(len(tokens), PAGE)
+        own = pages[:whole]
+        if part:
+            own.append(self.free.pop())
+            self.pool.copy_page(pages[whole], own[-1])
+        self.all.append((list(tokens), self.slots.pop(), own))
+        self.pool.copy_slot(slot, self.all[-1][1])
+
+    def some(self) -> list[tuple[list[int], int, list[int]]]:
+        return self.random.sample(self.all, self.random.randint(1, len(self.all)))
+
+    def draw(self, count: int) -> list[int]:
+        return [self.random.randrange(VOCAB) for _ in range(count)]
+
+    def reserve(self, pages: list[int], num_tokens: int) -> list[int]:
+        while len(pages) * PAGE < num_tokens:
+            pages.append(self.free.pop())
+        return pages
+
+    def check(self, tokens: list[int], logits: torch.Tensor) -> None:
+        """logits [P, V] at the last P of these tokens."""
+        cache = self.model.new_cache(1, len(tokens), dtype=self.kv_dtype)
+        expected = self.model(torch.tensor([tokens]), past_key_values=cache, logits_to_keep=len(logits)).logits[0]
+        torch.testing.assert_close(logits, expected, **(close if self.kv_dtype is None else rounded))
+
+    def prefill(self) -> None:
+        pieces = []
+        for tokens, slot, pages in self.some():
+            new, wanted = self.draw(self.random.choice([1, 1, 3, 6])), self.random.random() < 0.4
+            pieces.append(Piece(slot, self.reserve(pages, len(tokens) + len(new)), len(tokens), new, wanted))
+            tokens += new
+        found = self.runner.prefill(pieces)
+        for piece, hidden in zip(pieces, found, strict=True):
+            assert (hidden is not None) == piece.wanted
+            if hidden is not None:
+                (tokens,) = (tokens for tokens, slot, _ in self.all if slot == piece.slot)
+                self.check(tokens, self.runner.head(hidden))
+
+    def decode(self) -> None:
+        rows, expected = [], []
+        for tokens, slot, pages in self.some():
+            kept = self.random.choice([1, 1, 2, 4])
+            new = self.draw(kept + self.random.choice([0, 0, 1, 3]))
+            rows.append(Row(slot, self.reserve(pages, len(tokens) + len(new)), len(tokens), new, kept))
+            expected.append(tokens + new)
+            tokens += new[:kept]
+        logits = self.runner.decode(rows)
+        parts = logits.split([row.num_logits for row in rows])
+        for tokens, part in zip(expected, parts, strict=True):
+            self.check(tokens, part)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=6, deadline=None)
+@given(seed=st.integers(0, 2**31), kv_dtype=st.sampled_from(DTYPES))
+def test_any_schedule(models, kind: str, seed: int, kv_dtype: torch.dtype | None) -> None:
+    requests = Requests(models(kind), kv_dtype, seed)
+    requests.begin()
+    for what in requests.random.choices(["begin", "fork", "prefill", "decode", "decode"], k=8):
+        if what in ("begin", "fork") and len(requests.all) == 4:
+            continue
+        getattr(requests, what)()
+
+
+@pytest.mark.parametrize("kind", ["hybrid", "delta"])
+def test_equal_schedules_give_equal_bits(kind: str) -> None:
+    found = []
+    for _ in range(2):
+        model = make_model(kind)
+        runner = Runner(model, Pool(model, 9, 4, 3), max_num_seqs=4, max_pages=4)
+        runner.prefill([Piece(1, [1, 2], 0, [5, 6, 7, 8, 9]), Piece(2, [4, 3], 0, [1, 2])])
+        found.append(runner.decode([Row(2, [4, 3], 2, [3, 4, 5]), Row(1, [1, 2], 5, [6])]))
+    assert torch.equal(*found)
+
+
+def test_nothing_to_do() -> None:
+    model = make_model("retention")
+    runner = Runner(model, Pool(model, 2, 4, 2), max_num_seqs=1, max_pages=1)
+    assert runner.prefill([]) == []
+
+
+def test_many_keys_are_read_a_head_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    from oncelm.cache.yoco import paged_kv
+
+    monkeypatch.setattr(paged_kv, "MOST_GATHERED", 0)
+    for kv_dtype in DTYPES:
+        requests = Requests(make_model("interleaved"), kv_dtype, seed=1)
+        requests.begin()
+        requests.begin()
+        for _ in range(3):
+            requests.prefill()
+            requests.decode()
+
+
+@pytest.mark.parametrize("step", [None, lambda q, k, v, g, state: gated_retention_step(q, k, v, g, state)])
+def test_a_mixer_of_somebody_else(step, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has no step, or one that knows no slots."""
+
+    def mix(self, inputs, past, batch):
+        return past.scan("state", gated_retention, inputs, batch, step=step)
+
+    monkeypatch.setattr(GatedRetention, "mix", mix)
+    requests = Requests(make_model("retention"), None, seed=3)
+    requests.begin()
+    requests.begin()
+    for _ in range(3):
+        requests.prefill()
+        requests.decode()
