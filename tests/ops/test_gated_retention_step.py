@@ -33,7 +33,7 @@ BACKENDS = ["naive", pytest.param("triton", marks=pytest.mark.skipif(not KERNEL,
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(("T", "K", "V"), [(1, 16, 16), (3, 16, 48), (2, 24, 64), (1, 128, 32)])
+@pytest.mark.parametrize(("T", "K", "V"), [(1, 16, 16), (3, 16, 48), (2, 24, 64), (1, 128, 32), (1, 128, 128)])
 def test_states_change_in_place(backend, T, K, V):
     q, k, v, g, state = make(2, T, 3, K, V, rows=2)
     o, final = gated_retention(q, k, v, g, initial_state=state, output_final_state=True, backend="naive")
@@ -53,8 +53,9 @@ def test_slots_that_lie_apart(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_only_the_slots_of_the_batch_change(backend):
-    q, k, v, g, states = make(3, 2, 2, 16, 16, rows=5)
+@pytest.mark.parametrize(("T", "K"), [(2, 16), (1, 128)])
+def test_only_the_slots_of_the_batch_change(backend, T, K):
+    q, k, v, g, states = make(3, T, 2, K, K, rows=5)
     slots = torch.tensor([4, -1, 0], device=DEVICE)
     before = states.clone()
     busy = [0, 2]
