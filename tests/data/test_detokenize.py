@@ -12,7 +12,7 @@ from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
 from oncelm import load_tokenizer
-from oncelm.data.detokenize import MOST_PENDING, UNKNOWN, TextStream
+from oncelm.data.detokenize import MOST_PENDING, UNKNOWN, ByteStream, TextStream, text_stream
 from oncelm.data.tokenizers import train_bpe
 
 SPACE = "\u2581"
@@ -60,8 +60,11 @@ BYTE_OF = {TOKENIZERS["bytes"].convert_ids_to_tokens(4 + byte): byte for byte in
 
 
 def streamed(tokenizer: PreTrainedTokenizerFast, prompt: list[int], answer: list[int]) -> str:
-    stream = TextStream(tokenizer, prompt)
-    return "".join(map(stream.add, answer)) + stream.end()
+    """The text of the pieces, the same of every kind of stream that there is for a tokenizer."""
+    stream, other = text_stream(tokenizer, prompt), TextStream(tokenizer, prompt)
+    text = "".join(map(stream.add, answer)) + stream.end()
+    assert text == "".join(map(other.add, answer)) + other.end()
+    return text
 
 
 @kinds
@@ -98,6 +101,22 @@ def test_any_tokens_stream_as_they_decode(kind, data) -> None:
     assert streamed(tokenizer, tokenizer("a").input_ids, ids) == whole
 
 
+@settings(deadline=None, max_examples=100)
+@given(data=st.data())
+def test_bytes_come_out_with_the_last_of_a_character(data) -> None:
+    """Nothing that is certain is held back, also of a token that ends within a character; tokens may be special."""
+    tokenizer = TOKENIZERS[data.draw(st.sampled_from(["bytes", "bpe"]))]
+    ids = data.draw(st.lists(st.integers(0, len(tokenizer)), max_size=20))
+    skip = data.draw(st.booleans())
+    stream, given = ByteStream(tokenizer, skip_special_tokens=skip), ""
+    for count, token in enumerate(ids, 1):
+        given += stream.add(token)
+        whole = tokenizer.decode(ids[:count], skip_special_tokens=skip)
+        assert whole.removesuffix(UNKNOWN) in (given, given.removesuffix(UNKNOWN))
+        assert whole.startswith(given)
+    assert given + stream.end() == tokenizer.decode(ids, skip_special_tokens=skip)
+
+
 @pytest.mark.parametrize("answer", ["\u5b57 and", "\u5b57\u6f22 and", " and", "and"])
 @pytest.mark.parametrize("prompt", ["the \u6f22", "\u6f22\u5b57", "and", "and ", "\u65e5" * 40])
 def test_behind_a_character_of_bytes(prompt, answer) -> None:
@@ -126,7 +145,7 @@ def test_what_is_out_stays_when_a_byte_breaks_its_run() -> None:
 def test_bytes_of_no_character_are_not_held_back_for_ever(kind) -> None:
     tokenizer = TOKENIZERS[kind]
     broken = tokenizer("\u65e5").input_ids[-1]  # the last byte of a character
-    stream = TextStream(tokenizer, [])
+    stream = text_stream(tokenizer, [])
     pieces = [stream.add(broken) for _ in range(3 * MOST_PENDING)]
     assert set("".join(pieces)) == {UNKNOWN}
     assert len("".join(pieces)) >= MOST_PENDING

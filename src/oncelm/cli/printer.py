@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from oncelm.data.detokenize import TextStream
+from oncelm.data.detokenize import text_stream
 
 if TYPE_CHECKING:
     import torch
@@ -18,7 +18,7 @@ class Printer:
     """A streamer for `generate`: prints the text that tokens add to `prompt`, and keeps the time."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int]) -> None:
-        self.text = TextStream(tokenizer, prompt)
+        self.text = text_stream(tokenizer, prompt)
         self.times: list[float] = []  # when generation started, and when each token came
 
     def put(self, value: torch.Tensor) -> None:

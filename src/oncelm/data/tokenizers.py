@@ -26,6 +26,7 @@ from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, 
 from tokenizers.models import BPE
 from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from oncelm.data.detokenize import byte_characters
 from oncelm.utils.errors import is_out_of_memory, unknown
 from oncelm.utils.files import bring_back
 from oncelm.utils.vocabulary import check_bpe_size
@@ -126,7 +127,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=list(SPECIAL_TOKENS),
-        initial_alphabet=_byte_characters(),
+        initial_alphabet=byte_characters(),
         show_progress=False,
     )
     tokenizer.train_from_iterator(map(_without_long_runs, texts), trainer)
@@ -176,18 +177,8 @@ def _byte_level(model: BPE, pattern: str | None) -> Tokenizer:
     return tokenizer
 
 
-def _byte_characters() -> list[str]:
-    """The visible character that stands for each byte, 0 to 255, in a byte-level vocabulary.
-
-    Bytes that print as themselves in Latin-1 do so; the others take the code points from 256 on, in order.
-    """
-    visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    spare = iter(range(256, 512))
-    return [chr(byte if byte in visible else next(spare)) for byte in range(256)]
-
-
 def _bytes() -> PreTrainedTokenizerFast:
-    vocab = {token: index for index, token in enumerate([*SPECIAL_TOKENS, *_byte_characters()])}
+    vocab = {token: index for index, token in enumerate([*SPECIAL_TOKENS, *byte_characters()])}
     tokenizer = _byte_level(BPE(vocab, []), pattern=None)
     tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
     return _wrap(tokenizer)
@@ -235,7 +226,7 @@ def _last_merge(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
 def _cl100k(path: Path) -> PreTrainedTokenizerFast:
     ranks = _read_ranks(path)
     shift = len(SPECIAL_TOKENS)
-    character = _byte_characters()
+    character = byte_characters()
     spelled = {token: "".join([character[byte] for byte in token]) for token in ranks}
 
     vocab = {token: index for index, token in enumerate(SPECIAL_TOKENS)}

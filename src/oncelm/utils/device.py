@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from oncelm.utils.errors import check_choice, unknown
@@ -39,3 +41,9 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
     if resolved.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {str(device)!r} asked for, but torch sees no GPU; use 'cpu'.")
     return resolved
+
+
+def send(values: Any, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Numbers (nested lists, an array, a tensor of the CPU) as a tensor on a device, without waiting for it."""
+    tensor = torch.as_tensor(values, dtype=dtype)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

@@ -1,0 +1,70 @@
+"""Log-probabilities of tokens, of a model's own logits: before temperature, penalties and masks, as vLLM's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from oncelm.engine.outputs import Logprob
+from oncelm.engine.params import ALL
+from oncelm.utils.device import send
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+ROWS_AT_ONCE = 256  # of a prompt's logits: 100 MB in float32, of 100,000 tokens
+
+
+def of_tokens(
+    logits: torch.Tensor,
+    tokens: torch.Tensor,
+    counts: Sequence[int],
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> Iterator[dict[int, Logprob]]:
+    """Of each row of logits [M, V]: the log-probability of its token ([M] int64) and of its `counts[i]` likeliest.
+
+    A rank is 1 and the number of tokens that are likelier. The chosen token comes first, then the others by rank.
+    """
+    texts: dict[int, str | None] = {}
+
+    def spelled(token: int) -> str | None:
+        if token not in texts:
+            texts[token] = None if tokenizer is None else tokenizer.decode([token])
+        return texts[token]
+
+    logits = logits.float()
+    vocab_size = logits.shape[1]
+    sizes = [vocab_size if count == ALL else min(count, vocab_size) for count in counts]
+    total = logits.logsumexp(-1, keepdim=True)
+    chosen = logits.gather(1, tokens[:, None])
+    ranks = (logits > chosen).sum(-1)
+    best, ids = logits.topk(max(sizes, default=0), dim=-1)
+    lines = zip(tokens.tolist(), (chosen - total)[:, 0].tolist(), ranks.tolist(), strict=True)
+    likeliest = zip((best - total).tolist(), ids.tolist(), sizes, strict=True)
+    for (token, logprob, rank), (best_logprobs, best_tokens, size) in zip(lines, likeliest, strict=True):
+        found = {token: Logprob(logprob, rank + 1, spelled(token))}
+        for place, (other, value) in enumerate(zip(best_tokens[:size], best_logprobs, strict=False)):
+            if not place or value != best_logprobs[place - 1]:
+                rank = place + 1
+            found.setdefault(other, Logprob(value, rank, spelled(other)))
+        yield found
+
+
+def prompt_logprobs(
+    hidden: torch.Tensor,
+    head: Callable[[torch.Tensor], torch.Tensor],
+    targets: Sequence[int],
+    count: int,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> list[dict[int, Logprob]]:
+    """Of each hidden state [P, d]: the log-probability of the token behind it (`targets`, P ids) and of the `count`
+    likeliest ones (-1: all), from the logits `head(hidden)` [P, V], of which never more than a block is there.
+    """
+    found: list[dict[int, Logprob]] = []
+    for start in range(0, len(hidden), ROWS_AT_ONCE):
+        tokens = targets[start : start + ROWS_AT_ONCE]
+        logits = head(hidden[start : start + ROWS_AT_ONCE])
+        found += of_tokens(logits, send(list(tokens), torch.long, logits.device), [count] * len(tokens), tokenizer)
+    return found

@@ -1,0 +1,246 @@
+"""From logits to tokens, for all rows of a step at once.
+
+The order is vLLM's: functions of the user (logits_processors), logit_bias; then what must not come (allowed_token_ids,
+bad_words, end tokens before min_tokens, the structure); repetition, frequency and presence penalties; here a greedy
+row takes the largest. The others: temperature, min_p, top_k, top_p, a draw. Log-probabilities are of the model's own
+logits, before all of it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from oncelm.engine import logprobs
+from oncelm.engine.noise import draw_key, gumbel
+from oncelm.engine.penalties import Penalties
+from oncelm.engine.places import Sampled, SamplingRow
+from oncelm.engine.structured import forbid
+from oncelm.utils.device import send
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+NARROW = 1024  # top_k up to which the likeliest are picked out, not all sorted
+COLDEST = 1e-30  # temperature, above 0 in float32
+ONE = 2.0**40  # the likeliest token's weight among whole numbers, whose sums are exact in any order
+
+
+class Sampler:
+    """Chooses tokens.
+
+    A choice depends on its row alone (and on logits, to the last bit): not on the rows beside it, nor on their order.
+
+    Args:
+        tokenizer: for bad_words and the text beside log-probabilities.
+        eos_token_ids: what min_tokens forbids besides stop_token_ids.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        device: torch.device | str,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        eos_token_ids: Collection[int] = (),
+    ) -> None:
+        self.vocab_size, self.device = vocab_size, torch.device(device)
+        self.tokenizer = tokenizer
+        self.eos_token_ids = [token for token in eos_token_ids if token < vocab_size]
+        self._penalties = Penalties(vocab_size, self.device)
+        self._tokens = torch.arange(vocab_size, dtype=torch.int32, device=self.device)
+
+    @torch.no_grad()
+    def __call__(self, logits: torch.Tensor, rows: Sequence[SamplingRow]) -> list[Sampled]:
+        """A token for each of the rows, of logits [M, V] of any float dtype.
+
+        A row fails alone: where its logits are not finite (-inf is, but for all of them), where one of its functions
+        raises, and where nothing is left that may come.
+        """
+        assert logits.shape == (len(rows), self.vocab_size), (logits.shape, len(rows), self.vocab_size)
+        if not rows:
+            return []
+        largest, tokens = logits.max(-1)  # nan where there is one
+        if all(row.params.takes_likeliest for row in rows):
+            found = [Sampled(token) for token in torch.where(largest.isfinite(), tokens, -1).tolist()]
+            if any(sampled.token < 0 for sampled in found):
+                _fail(found, [_not_finite(value, "the model's logits") for value in largest.tolist()])
+            return found
+        chosen, left, errors = self._choose(logits, rows)
+        lines = torch.stack((chosen, largest, left)).tolist()
+        found = [Sampled(int(token)) for token in lines[0]]
+        _fail(found, [_not_finite(value, "the model's logits") for value in lines[1]])
+        _fail(found, errors)
+        _fail(found, [_nothing_left(value) for value in lines[2]])
+        self._add_logprobs(logits, rows, found)
+        return found
+
+    def _choose(
+        self, logits: torch.Tensor, rows: Sequence[SamplingRow]
+    ) -> tuple[torch.Tensor, torch.Tensor, list[str | None]]:
+        """Tokens [M] and the largest logit left to each row [M], both in float64, and errors on the way."""
+        logits = logits.to(torch.float32, copy=True)
+        errors = [self._process(logits[i], row) if row.params.logits_processors else None for i, row in enumerate(rows)]
+        self._add_biases(logits, rows)
+        self._forbid(logits, rows)
+        self._keep_structures(logits, rows, errors)
+        penalized = [i for i, row in enumerate(rows) if row.params.has_penalties]
+        if penalized:
+            places = send(penalized, torch.long, self.device)
+            logits[places] = self._penalties.apply(logits[places], [rows[i] for i in penalized])
+        left, tokens = logits.max(-1)
+        drawn = [i for i, row in enumerate(rows) if not row.params.is_greedy]
+        if drawn:
+            places = send(drawn, torch.long, self.device)
+            tokens[places] = self._draw(logits[places] - left[places, None], [rows[i] for i in drawn])
+        return tokens.double(), left.double(), errors
+
+    def _process(self, logits: torch.Tensor, row: SamplingRow) -> str | None:
+        """Run a row's own functions over its logits [V], in place; what went wrong."""
+        try:
+            changed = logits
+            for process in row.params.logits_processors or ():
+                changed = process(row.prompt, row.output, changed)
+                if not isinstance(changed, torch.Tensor) or changed.shape != logits.shape:
+                    return f"a logits processor must return logits [{self.vocab_size}], got {_described(changed)}."
+            if changed is not logits:
+                logits.copy_(changed)
+        except Exception as error:  # whatever it is, other requests have nothing to do with it
+            return f"a logits processor raised {type(error).__name__}: {error}"
+        return None
+
+    def _add_biases(self, logits: torch.Tensor, rows: Sequence[SamplingRow]) -> None:
+        """logit_bias and allowed_token_ids, which are the same at every place of an answer."""
+        biased = [i for i, row in enumerate(rows) if row.params.logit_bias or row.params.allowed_token_ids]
+        if biased:
+            logits[send(biased, torch.long, self.device)] += torch.stack([self._bias(rows[i]) for i in biased])
+
+    def _bias(self, row: SamplingRow) -> torch.Tensor:
+        if row.memo.bias is None:
+            params = row.params
+            bias = torch.full((self.vocab_size,), -math.inf if params.allowed_token_ids else 0.0)
+            bias[list(params.allowed_token_ids or ())] = 0.0
+            for token, value in (params.logit_bias or {}).items():
+                bias[token] += value
+            row.memo.bias = send(bias, torch.float32, self.device)
+        return row.memo.bias
+
+    def _forbid(self, logits: torch.Tensor, rows: Sequence[SamplingRow]) -> None:
+        """bad_words, and end tokens before min_tokens: logits of -inf."""
+        forbidden = [(i, token) for i, row in enumerate(rows) for token in self._forbidden(row)]
+        if forbidden:
+            places = send(forbidden, torch.long, self.device).unbind(1)
+            logits.index_put_(places, torch.full((), -math.inf, device=self.device))
+
+    def _keep_structures(self, logits: torch.Tensor, rows: Sequence[SamplingRow], errors: list[str | None]) -> None:
+        allowed = {}
+        for i, row in enumerate(rows):
+            if row.grammar is not None:
+                try:
+                    allowed[i] = row.grammar.allowed(row.drafts)
+                except ValueError as error:  # too complex
+                    errors[i] = str(error)
+        if allowed:
+            places = send(list(allowed), torch.long, self.device)
+            logits[places] = forbid(logits[places], list(allowed.values()))
+
+    def _forbidden(self, row: SamplingRow) -> list[int]:
+        params, found = row.params, []
+        if row.index < params.min_tokens:
+            found += [*(() if params.ignore_eos else self.eos_token_ids), *(params.stop_token_ids or ())]
+        if params.bad_words:
+            for *before, last in self._bad_words(row):
+                if not before or list(row.output[-len(before) :]) == before:
+                    found.append(last)
+        return found
+
+    def _bad_words(self, row: SamplingRow) -> list[list[int]]:
+        """The ids of each bad word, as it is spelled by itself and behind a space."""
+        if row.memo.bad_words is None:
+            assert self.tokenizer is not None, "bad_words without a tokenizer"
+            words = [space + word for word in row.params.bad_words or () for space in ("", " ")]
+            spelled = [self.tokenizer.encode(word, add_special_tokens=False) for word in words]
+            row.memo.bad_words = [ids for ids in spelled if ids]
+        return row.memo.bad_words
+
+    def _draw(self, logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
+        """Tokens [m] drawn from logits [m, V] float32 whose largest is 0; they are used up."""
+        logits = self._narrow(logits, rows)
+        keys = send([draw_key(row.seed, row.index) for row in rows], torch.int32, self.device)
+        return (logits + gumbel(keys, self._tokens)).argmax(-1)
+
+    def _narrow(self, logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
+        """Temperature, min_p, top_k and top_p: logits of which tokens are drawn."""
+        asked = [
+            [max(p.temperature, COLDEST), math.log(p.min_p) if p.min_p else -math.inf]
+            for p in (row.params for row in rows)
+        ]
+        temperature, least = send(asked, torch.float32, self.device).unsqueeze(1).unbind(2)
+        logits /= temperature  # of a tiny one: 0 and -inf, since 0 is the largest
+        logits.masked_fill_(logits < least, -math.inf)
+        cut = [i for i, row in enumerate(rows) if 0 < row.params.top_k < self.vocab_size or row.params.top_p < 1]
+        for narrow in (True, False):
+            some = [i for i in cut if (0 < rows[i].params.top_k <= NARROW) is narrow]
+            if some:
+                places = send(some, torch.long, self.device)
+                logits[places] = self._keep_likeliest(logits[places], [rows[i] for i in some])
+        return logits
+
+    def _keep_likeliest(self, logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
+        """Logits [m, V], the largest 0, with -inf for all but the top_k of which top_p is made up.
+
+        Of equal ones those with the lowest ids are kept, so that top_k=1 is greedy.
+        """
+        counts = [row.params.top_k if row.params.top_k > 0 else self.vocab_size for row in rows]
+        width = min(max(counts), self.vocab_size)
+        if width <= NARROW:
+            values = logits.topk(width).values
+        else:
+            values = logits.sort(descending=True).values
+        top_k = send(counts, torch.long, self.device)[:, None]
+        top_p = send([row.params.top_p for row in rows], torch.float64, self.device)[:, None]
+        within = torch.arange(values.shape[1], device=self.device) < top_k
+        weights = (values.exp() * ONE).long() * within
+        before = weights.cumsum(-1) - weights
+        kept = (within & (before < top_p * weights.sum(-1, keepdim=True))).sum(-1, keepdim=True)
+        kept = kept.clamp(min=1)  # where logits are not finite, which the caller tells
+        least = values.gather(1, kept - 1)
+        above, equal = logits > least, logits == least
+        room = kept - above.sum(-1, keepdim=True)
+        return logits.masked_fill(~(above | equal & (equal.cumsum(-1) <= room)), -math.inf)
+
+    def _add_logprobs(self, logits: torch.Tensor, rows: Sequence[SamplingRow], found: list[Sampled]) -> None:
+        wanted = [i for i, row in enumerate(rows) if row.params.logprobs is not None and not found[i].error]
+        if not wanted:
+            return
+        places = send(wanted, torch.long, self.device)
+        tokens = send([found[i].token for i in wanted], torch.long, self.device)
+        counts = [rows[i].params.logprobs or 0 for i in wanted]
+        for i, table in zip(wanted, logprobs.of_tokens(logits[places], tokens, counts, self.tokenizer), strict=True):
+            found[i].logprobs = table
+
+
+def _fail(found: list[Sampled], errors: Sequence[str | None]) -> None:
+    """Note the errors of those that have none yet."""
+    for sampled, error in zip(found, errors, strict=True):
+        if error and sampled.error is None:
+            sampled.token, sampled.error = -1, error
+
+
+def _not_finite(largest: float, what: str) -> str | None:
+    if math.isfinite(largest):
+        return None
+    kind = "NaN" if math.isnan(largest) else "infinite" if largest > 0 else "all -inf"
+    return f"{what} are not finite ({kind})."
+
+
+def _nothing_left(largest: float) -> str | None:
+    if largest == -math.inf:
+        return "no token may come here: allowed_token_ids, bad_words, min_tokens or the structure leave none."
+    return _not_finite(largest, "the logits behind logits_processors")
+
+
+def _described(value: object) -> str:
+    return f"logits {list(value.shape)}" if isinstance(value, torch.Tensor) else f"a {type(value).__name__}"
