@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from oncelm import YocoForCausalLM
+from oncelm.engine import decode_graphs
+from oncelm.engine.decode_graphs import DecodeGraphs, batch_sizes
 from oncelm.engine.pool import Pool
 from oncelm.engine.runner import Runner
 from oncelm.engine.work import Piece, Row
@@ -17,7 +21,7 @@ from oncelm.models.yoco.mixers.gated_retention import GatedRetention
 from oncelm.ops import gated_retention, gated_retention_step
 from tests.models.small import KINDS, VOCAB, make_model
 
-PAGE, PAGES, SLOTS = 4, 64, 9
+PAGES, SLOTS = 64, 9
 DTYPES = [None, torch.float8_e4m3fn, torch.int8]
 close = {"rtol": 1e-4, "atol": 1e-4}
 # of 8 bits: where two ways of computing a key round to different numbers, logits differ
@@ -27,9 +31,10 @@ rounded = {"rtol": 2e-2, "atol": 2e-2}
 class Requests:
     """Some requests in a pool, without scheduler: what each has read, its slot and its pages."""
 
-    def __init__(self, model: YocoForCausalLM, kv_dtype: torch.dtype | None, seed: int) -> None:
-        self.model, self.kv_dtype, self.random = model, kv_dtype, random.Random(seed)
-        self.pool = Pool(model, PAGES, PAGE, SLOTS, kv_dtype)
+    def __init__(self, model: YocoForCausalLM, kv_dtype: torch.dtype | None, seed: int, page_size: int = 4) -> None:
+        self.model, self.kv_dtype, self.random, self.page_size = model, kv_dtype, random.Random(seed), page_size
+        self.tolerance = close if kv_dtype is None else rounded
+        self.pool = Pool(model, PAGES, page_size, SLOTS, kv_dtype)
         self.runner = Runner(model, self.pool, max_num_seqs=SLOTS, max_pages=16)
         self.free = self.random.sample(range(1, PAGES), PAGES - 1)
         self.slots = self.random.sample(range(1, SLOTS), SLOTS - 1)
@@ -42,7 +47,7 @@ class Requests:
     def fork(self) -> None:
         """As from a snapshot: states and the last, partly filled page are copied, whole pages are shared."""
         tokens, slot, pages = self.random.choice(self.all)
-        whole, part = divmod(len(tokens), PAGE)
+        whole, part = divmod(len(tokens), self.page_size)
         own = pages[:whole]
         if part:
             own.append(self.free.pop())
@@ -57,15 +62,16 @@ class Requests:
         return [self.random.randrange(VOCAB) for _ in range(count)]
 
     def reserve(self, pages: list[int], num_tokens: int) -> list[int]:
-        while len(pages) * PAGE < num_tokens:
+        while len(pages) * self.page_size < num_tokens:
             pages.append(self.free.pop())
         return pages
 
     def check(self, tokens: list[int], logits: torch.Tensor) -> None:
         """logits [P, V] at the last P of these tokens."""
         cache = self.model.new_cache(1, len(tokens), dtype=self.kv_dtype)
-        expected = self.model(torch.tensor([tokens]), past_key_values=cache, logits_to_keep=len(logits)).logits[0]
-        torch.testing.assert_close(logits, expected, **(close if self.kv_dtype is None else rounded))
+        ids = torch.tensor([tokens], device=logits.device)
+        expected = self.model(ids, past_key_values=cache, logits_to_keep=len(logits)).logits[0]
+        torch.testing.assert_close(logits, expected, **self.tolerance)
 
     def prefill(self) -> None:
         pieces = []
@@ -80,14 +86,14 @@ class Requests:
                 (tokens,) = (tokens for tokens, slot, _ in self.all if slot == piece.slot)
                 self.check(tokens, self.runner.head(hidden))
 
-    def decode(self) -> None:
+    def decode(self, kept: tuple[int, ...] = (1, 1, 2, 4), drafts: tuple[int, ...] = (0, 0, 1, 3)) -> None:
         rows, expected = [], []
         for tokens, slot, pages in self.some():
-            kept = self.random.choice([1, 1, 2, 4])
-            new = self.draw(kept + self.random.choice([0, 0, 1, 3]))
-            rows.append(Row(slot, self.reserve(pages, len(tokens) + len(new)), len(tokens), new, kept))
+            kept_here = self.random.choice(kept)
+            new = self.draw(kept_here + self.random.choice(drafts))
+            rows.append(Row(slot, self.reserve(pages, len(tokens) + len(new)), len(tokens), new, kept_here))
             expected.append(tokens + new)
-            tokens += new[:kept]
+            tokens += new[:kept_here]
         logits = self.runner.decode(rows)
         parts = logits.split([row.num_logits for row in rows])
         for tokens, part in zip(expected, parts, strict=True):
@@ -150,3 +156,91 @@ def test_a_mixer_of_somebody_else(step, monkeypatch: pytest.MonkeyPatch) -> None
     for _ in range(3):
         requests.prefill()
         requests.decode()
+
+
+def decode_with_graphs(requests: Requests) -> None:
+    """Rows of one token, forks, a slot that another request gets, batches with and without drafts."""
+    requests.begin()
+    requests.prefill()
+    for step in range(9):
+        requests.decode(kept=(1,), drafts=(0,))
+        if step in (2, 4):
+            requests.fork()
+    _, slot, _ = requests.all.pop()
+    requests.all.append(([], slot, []))
+    requests.pool.clear_slot(slot)
+    for _ in range(4):
+        requests.decode(kept=(1,), drafts=(0, 0, 1))
+        requests.prefill()
+
+
+@pytest.mark.parametrize("kv_dtype", DTYPES)
+@pytest.mark.parametrize(("kind", "changes"), [*((kind, {}) for kind in KINDS), ("window", {"window_size": 16})])
+def test_decoding_as_on_a_gpu(kind: str, changes: dict, kv_dtype: torch.dtype | None, monkeypatch) -> None:
+    """With graphs whose replay runs what would have been recorded, on the same tensors."""
+    recorded = []
+
+    def record(run, device, memory):
+        logits = run()
+        recorded.append(run)
+        return SimpleNamespace(replay=lambda: logits.copy_(run())), logits
+
+    monkeypatch.setattr(decode_graphs, "record", record)
+    requests = Requests(make_model(kind, **changes), kv_dtype, seed=4, page_size=16)
+    requests.runner.graphs = DecodeGraphs(requests.model, requests.pool, 4, 16)
+    decode_with_graphs(requests)
+    assert 1 < len(recorded) <= 3
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("kv_dtype", DTYPES)
+@pytest.mark.parametrize(("kind", "changes"), [*((kind, {}) for kind in KINDS), ("window", {"window_size": 16})])
+def test_decoding_in_graphs(kind: str, changes: dict, kv_dtype: torch.dtype | None, monkeypatch) -> None:
+    sizes = {"hidden_size": 128, "num_self_heads": 2, "num_attention_heads": 4}
+    requests = Requests(make_model(kind, **sizes, **changes).cuda(), kv_dtype, seed=4, page_size=16)
+    requests.tolerance = {"rtol": 1e-3, "atol": 1e-3} if kv_dtype is None else {"rtol": 3e-2, "atol": 3e-2}
+    decode_with_graphs(requests)
+    assert requests.runner.graphs is not None
+    assert requests.runner.graphs._graphs
+    requests.model.use_cuda_graphs = False
+    for _ in range(2):
+        requests.decode()
+        requests.prefill()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_warming_up_records_all_graphs() -> None:
+    model = make_model("retention", hidden_size=128).cuda()
+    runner = Runner(model, Pool(model, 9, 16, 9), max_num_seqs=8, max_pages=8)
+    told = []
+    runner.warm_up(100, lambda done, total: told.append((done, total)))
+    assert told == [(n, 6) for n in range(1, 7)]
+    assert sorted(runner.graphs._graphs) == [1, 2, 4, 8]
+
+
+def test_graphs_follow_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model("retention")
+    graphs = DecodeGraphs(model, Pool(model, 3, 16, 3), 4, 2)
+    assert graphs.stand_for_model()
+    graphs._graphs[1] = None
+    assert graphs.stand_for_model()
+    assert graphs._graphs
+    for weight in model.parameters():
+        weight.data = weight.data * 1.1
+    assert graphs.stand_for_model()
+    assert not graphs._graphs
+    model.use_cuda_graphs = False
+    assert not graphs.stand_for_model()
+    model.use_cuda_graphs = True
+    model.self_decoder.layers[0].register_forward_hook(lambda *given: None)
+    assert not graphs.stand_for_model()
+
+
+@pytest.mark.parametrize("most", [1, 2, 7, 64, 1000])
+def test_few_rows_are_added_to_fill_a_graph(most: int) -> None:
+    sizes = batch_sizes(most)
+    assert sizes[-1] == most
+    assert sizes == sorted({*sizes})
+    assert all(larger <= max(2 * size, 2) for size, larger in pairwise(sizes))

@@ -54,7 +54,7 @@ class Batch:
         if len(set(starts)) == 1:
             positions = torch.arange(starts[0], starts[0] + length, device=device)[None]
         else:
-            firsts = torch.tensor(starts).to(device, non_blocking=True)
+            firsts = to_device(torch.tensor(starts), device)
             positions = firsts[:, None] + torch.arange(length, device=device)
         return cls(starts, (length,) * len(starts), tuple(start + length for start in starts), positions)
 
@@ -62,7 +62,7 @@ class Batch:
     def packed(cls, starts: tuple[int, ...], lengths: tuple[int, ...], device: torch.device) -> Batch:
         """N sequences of any lengths (zero too) side by side."""
         parts = [torch.arange(start, start + length) for start, length in zip(starts, lengths, strict=True)]
-        positions = torch.cat(parts).to(device, non_blocking=True)[None]
+        positions = to_device(torch.cat(parts), device)[None]
         ends = tuple(start + length for start, length in zip(starts, lengths, strict=True))
         return cls(starts, lengths, ends, positions, borders(lengths, device))
 
@@ -125,7 +125,7 @@ class Batch:
         below = torch.cat((mask.new_zeros(1, dtype=torch.long), mask.flatten().cumsum(0)))
         lengths = tuple(below[borders(self.lengths, mask.device).long()].diff().tolist())
         starts, contiguous = self._runs(flat, firsts, lengths)
-        flat = flat.to(device, non_blocking=True)
+        flat = to_device(flat, device)
         positions = self.positions.expand(mask.shape).flatten()[flat][None]
         return Selection(Batch(starts, lengths, self.ends, positions, borders(lengths, device), contiguous), flat=flat)
 
@@ -160,6 +160,13 @@ class Selection:
         return x[:, self.columns]
 
 
+def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """x there. From a CPU to a GPU it goes through pinned memory, so that the host does not wait."""
+    if device.type == "cuda" and x.device.type == "cpu":
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)
+
+
 def borders(lengths: Sequence[int], device: torch.device) -> torch.Tensor:
     """cu_seqlens [N + 1] of packed sequences."""
-    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(device, non_blocking=True)
+    return to_device(torch.tensor([0, *accumulate(lengths)], dtype=torch.int32), device)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import accumulate, chain
 
 import torch
 
 from oncelm.cache import Batch, Selection
+from oncelm.cache.batch import to_device
 from oncelm.cache.yoco.places import Places
+from oncelm.engine.decode_graphs import DecodeGraphs
 from oncelm.engine.pool import Pool
 from oncelm.engine.work import Piece, Row
 from oncelm.models import YocoForCausalLM
@@ -29,6 +32,29 @@ class Runner:
     def __init__(self, model: YocoForCausalLM, pool: Pool, *, max_num_seqs: int, max_pages: int) -> None:
         self.model, self.pool = model, pool
         self.max_num_seqs, self.max_pages = max_num_seqs, max_pages
+        self.graphs: DecodeGraphs | None = None
+        if pool.device.type == "cuda":
+            self.graphs = DecodeGraphs(model, pool, max_num_seqs, max_pages)
+
+    @torch.no_grad()
+    def warm_up(self, prefill_tokens: int = 0, progress: Callable[[int, int], object] | None = None) -> None:
+        """Compile kernels and record graphs ahead, over scratch; on a CPU there is nothing to do.
+
+        Args:
+            prefill_tokens: of the largest piece; 0: leave prefill out.
+            progress: called with how many of how many passes are done.
+        """
+        if self.graphs is None:
+            return
+        # the largest first: the others fit in its memory
+        sizes = self.graphs.sizes[::-1] if self.graphs.stand_for_model() else []
+        pieces = [Piece(0, [0] * self.max_pages, 0, [0] * prefill_tokens)] if prefill_tokens else []
+        passes: list[Callable[[], object]] = [partial(self.graphs.record, size) for size in sizes]
+        passes += [partial(self.prefill, pieces[:1]), partial(self.prefill, [*pieces, *pieces])] if pieces else []
+        for done, run in enumerate(passes):
+            run()
+            if progress is not None:
+                progress(done + 1, len(passes))
 
     # -- prompts --------------------------------------------------------------------------------------------------
 
@@ -66,10 +92,13 @@ class Runner:
         if not single:
             return logits
         logits = torch.cat((self._decode_single([rows[n] for n in single]), logits))
-        return logits[_order([row.num_logits for row in rows], single + several).to(logits.device, non_blocking=True)]
+        order = _order([row.num_logits for row in rows], single + several)
+        return logits[to_device(order, logits.device)]
 
     def _decode_single(self, rows: Sequence[Row]) -> torch.Tensor:
         """Rows of one token, side by side."""
+        if self.graphs is not None and len(rows) <= self.max_num_seqs and self.graphs.stand_for_model():
+            return self.graphs(rows)
         starts = tuple(row.start for row in rows)
         batch = Batch.dense(starts, 1, self.pool.device)
         return self._logits(self._run(rows, batch, [1] * len(rows)))
@@ -105,7 +134,7 @@ class Runner:
     ) -> torch.Tensor | None:
         """What the last layer gives, [B, P, d], at the last `counts` tokens of each sequence; None where all are 0."""
         model = self.model
-        tokens = self._to_device(torch.tensor([*chain.from_iterable(one.tokens for one in work)]))
+        tokens = to_device(torch.tensor([*chain.from_iterable(one.tokens for one in work)]), self.pool.device)
         wanted = None
         if tuple(counts) == batch.lengths:
             wanted = Selection(batch, columns=slice(None))
@@ -124,11 +153,7 @@ class Runner:
         for n, (one, count) in enumerate(zip(work, counts, strict=True)):
             tables[n, :count] = torch.tensor(one.pages[:count], dtype=torch.int32)
         slots = torch.tensor([one.slot for one in work])
-        return Places(self._to_device(slots), self._to_device(tables), kept)
-
-    def _to_device(self, x: torch.Tensor) -> torch.Tensor:
-        """Nothing waits for the GPU: from pinned memory, it copies when it comes to it."""
-        return x.pin_memory().to(self.pool.device, non_blocking=True) if self.pool.device.type == "cuda" else x
+        return Places(to_device(slots, self.pool.device), to_device(tables, self.pool.device), kept)
 
 
 def _spans(work: Sequence[Piece | Row]) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -55,18 +55,26 @@ class StepGraph:
 
     def _record(self) -> None:
         """Recording runs nothing: what was there before, and the positions, stay as they are."""
-        graph, stream = torch.cuda.CUDAGraph(), _capture_stream(self.tokens.device)
-        # thread_local: what other threads ask of the GPU meanwhile is no error
-        with (
-            torch.cuda.device(stream.device),
-            torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"),
-        ):
-            self._step()
-        self.graph = graph
+        self.graph, _ = record(self._step, self.tokens.device)
 
     def _step(self) -> None:
         self.output = self.run(self.tokens, Batch.step(self.positions))
         self.positions += 1
+
+
+def record(run: Callable[[], Any], device: torch.device, memory: Any = None) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """`run` as a CUDA graph, and what it returns, which every replay writes anew; nothing is run.
+
+    memory: of `torch.cuda.graph_pool_handle()`, which graphs share that never need each other's results.
+    """
+    graph, stream = torch.cuda.CUDAGraph(), _capture_stream(device)
+    # thread_local: what other threads ask of the GPU meanwhile is no error
+    with (
+        torch.cuda.device(stream.device),
+        torch.cuda.graph(graph, pool=memory, stream=stream, capture_error_mode="thread_local"),
+    ):
+        result = run()
+    return graph, result
 
 
 @cache

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from oncelm.cache.batch import Batch, borders
+from oncelm.cache.batch import Batch, borders, to_device
 from oncelm.cache.yoco.places import Places
 from oncelm.ops import decode_attention, dequantize_kv, global_attention
 from oncelm.ops.attention import MOST_DECODED, has_decode_kernel
@@ -26,6 +26,7 @@ class PagedKV:
 
     def __init__(self, held: SharedKV, places: Places) -> None:
         self.held, self.places = held, places
+        self._lengths: tuple[Batch, torch.Tensor] | None = None
 
     def append(self, k: torch.Tensor, v: torch.Tensor, batch: Batch) -> None:
         """Store k, v [B, T, H_kv, D] of the batch's tokens in the pages of their sequences."""
@@ -59,19 +60,25 @@ class PagedKV:
     def _decode(self, q: torch.Tensor, batch: Batch, longest: int) -> torch.Tensor:
         """A few tokens a sequence, by `decode_attention`. Waits for nothing where the batch is dense."""
         held, N = self.held, len(self.places.slots)
-        lengths = (batch.positions[:, -1] + 1).expand(N)
+        if self._lengths is None or self._lengths[0] is not batch:  # once for all layers that read
+            self._lengths = batch, self._ends(batch)
         where = None
         if batch.cu_seqlens is not None:  # packed: each sequence's queries go to the end of a row of `longest`
-            ends = [start + length for start, length in zip(batch.starts, batch.lengths, strict=True)]
-            lengths = torch.tensor(ends).to(q.device, non_blocking=True)
             places = [n * longest + t for n, count in enumerate(batch.lengths) for t in range(longest - count, longest)]
-            where = torch.tensor(places).to(q.device, non_blocking=True)
+            where = to_device(torch.tensor(places), q.device)
             q = q.new_zeros(N * longest, *q.shape[2:]).index_copy_(0, where, q[0]).unflatten(0, (N, longest))
         o = decode_attention(
-            q, held.k, held.v, lengths=lengths, block_tables=self.places.block_tables,
+            q, held.k, held.v, lengths=self._lengths[1], block_tables=self.places.block_tables,
             k_scale=held.k_scale, v_scale=held.v_scale,
         )  # fmt: skip
         return o if where is None else o.flatten(0, 1)[where][None]
+
+    def _ends(self, batch: Batch) -> torch.Tensor:
+        """[N] tokens of each sequence up to the batch's last one."""
+        if batch.cu_seqlens is None:
+            return (batch.positions[:, -1] + 1).expand(len(self.places.slots))
+        ends = [start + length for start, length in zip(batch.starts, batch.lengths, strict=True)]
+        return to_device(torch.tensor(ends), batch.positions.device)
 
     def _gather(self, ends: tuple[int, ...], heads: slice, dtype: torch.dtype) -> list[Pair]:
         """Keys and values of each sequence's first `ends` tokens, [1, S, heads, D] of `dtype`.

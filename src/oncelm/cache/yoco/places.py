@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 import torch
 
-from oncelm.cache.batch import Batch, borders
+from oncelm.cache.batch import Batch, borders, to_device
+from oncelm.ops.attention import PAGE_SIZES
 
 
 class Part(NamedTuple):
@@ -23,6 +24,22 @@ class Part(NamedTuple):
     tokens: torch.Tensor
     cu_seqlens: torch.Tensor
     slots: torch.Tensor
+
+
+class Ring(NamedTuple):
+    """Windows in slots, read as pages.
+
+    Attributes:
+        places: [N] of the new tokens in their rings.
+        lengths: [N] tokens that each ring then holds.
+        block_size: of these pages; 0 where none divides the window.
+        block_tables: [N, W / block_size] the pages of each slot's ring; None where none divides the window.
+    """
+
+    places: torch.Tensor
+    lengths: torch.Tensor
+    block_size: int
+    block_tables: torch.Tensor | None
 
 
 class Places:
@@ -42,6 +59,7 @@ class Places:
         self.slots, self.block_tables, self.kept = slots, block_tables, kept
         self.gathered: tuple[tuple, list[tuple[torch.Tensor, torch.Tensor]]] | None = None
         self._rows: tuple[Batch, tuple[torch.Tensor, torch.Tensor]] | None = None
+        self._ring: tuple[Batch, int, Ring] | None = None
         self._parts: tuple[Batch, tuple[Part, Part, torch.Tensor]] | None = None
 
     @cached_property
@@ -65,6 +83,19 @@ class Places:
             self._rows = batch, (pages.long(), positions % page_size)
         return self._rows[1]
 
+    def ring(self, batch: Batch, window_size: int) -> Ring:
+        """Where one new token a sequence goes in rings of `window_size` tokens, which stand in the slots."""
+        if self._ring is None or self._ring[0] is not batch or self._ring[1] != window_size:
+            position = batch.positions[:, 0].expand(len(self.slots))
+            block = next((size for size in PAGE_SIZES if window_size % size == 0), 0)
+            tables = None
+            if block:
+                count = window_size // block
+                tables = self.slots[:, None] * count + torch.arange(count, device=self.slots.device)
+            lengths = (position + 1).clamp(max=window_size)
+            self._ring = batch, window_size, Ring(position % window_size, lengths, block, tables)
+        return self._ring[2]
+
     def parts(self, batch: Batch) -> tuple[Part, Part, torch.Tensor]:
         """The tokens of a packed batch that count, the drafts behind them, and where each token [total] is in both."""
         assert self.kept is not None
@@ -78,8 +109,8 @@ class Places:
         spans = [(firsts[n], firsts[n] + count) for n, count in enumerate(kept)]
         spans += [(firsts[n] + kept[n], firsts[n + 1]) for n in drafted]
         order = torch.tensor([token for span in spans for token in range(*span)])
-        tokens, back = (x.to(device, non_blocking=True) for x in (order, order.argsort()))
-        rows = torch.tensor(drafted, dtype=torch.long).to(device, non_blocking=True)
+        tokens, back = to_device(order, device), to_device(order.argsort(), device)
+        rows = to_device(torch.tensor(drafted, dtype=torch.long), device)
         counted = Part(tokens[: sum(kept)], borders(kept, device), self.slots)
         left = borders([lengths[n] - kept[n] for n in drafted], device)
         return counted, Part(tokens[sum(kept) :], left, self.slots[rows]), back

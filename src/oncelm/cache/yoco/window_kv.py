@@ -14,7 +14,7 @@ from oncelm.cache.batch import Batch
 from oncelm.cache.yoco.places import Places
 from oncelm.cache.yoco.recurrent_state import FixedSize
 from oncelm.ops import decode_attention, global_attention, window_attention
-from oncelm.ops.attention import PAGE_SIZES, has_decode_kernel
+from oncelm.ops.attention import has_decode_kernel
 from oncelm.ops.context_parallel import previous_tokens
 from oncelm.utils.memory import checked_zeros
 
@@ -139,9 +139,9 @@ class SlotWindow:
 
     def _attend_one(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: Batch) -> torch.Tensor:
         """One new token a sequence: the ring then holds just what it sees, and softmax asks for no order."""
-        held, slots = self.held, self.places.slots
-        W, position = held.window_size, batch.positions[:, 0].expand(len(slots))
-        held.k[slots, position % W], held.v[slots, position % W] = k[:, 0], v[:, 0]
+        held, slots, W = self.held, self.places.slots, self.held.window_size
+        place, lengths, block, tables = self.places.ring(batch, W)
+        held.k[slots, place], held.v[slots, place] = k[:, 0], v[:, 0]
         if batch.starts and not has_decode_kernel(q, held.k):  # one after the other, where they stand
             seen = [slice(min(start + 1, W)) for start in batch.starts]
             rows = [slice(slot, slot + 1) for slot in self.places.slot_numbers]
@@ -151,11 +151,8 @@ class SlotWindow:
                     for n, (row, keys) in enumerate(zip(rows, seen, strict=True))
                 ]
             )
-        lengths = (position + 1).clamp(max=W)
-        block = next((size for size in PAGE_SIZES if W % size == 0), None)
-        if block is None:
+        if tables is None:
             return decode_attention(q, held.k[slots], held.v[slots], lengths=lengths)
-        tables = slots[:, None] * (W // block) + torch.arange(W // block, device=slots.device)
         pages = (x.view(-1, block, *x.shape[2:]) for x in (held.k, held.v))
         return decode_attention(q, *pages, lengths=lengths, block_tables=tables)
 

@@ -72,12 +72,12 @@ class Decoding:
             return self._replay(graph, tokens, cache)
         batch = Batch.dense(cache.lengths, 1, tokens.device)
         cache.begin()
-        logits = self._decode(tokens, batch, cache)
+        logits = self.next_logits(tokens, batch, cache)
         cache.commit(batch, 1)
         return logits
 
-    def _decode(self, tokens: torch.Tensor, batch: Batch, past: Past) -> torch.Tensor:
-        """Logits [N, V] of new tokens [N, 1]."""
+    def next_logits(self, tokens: torch.Tensor, batch: Batch, past: Past) -> torch.Tensor:
+        """Logits [N, V] of new tokens [N, 1], which `past` takes in. A CUDA graph may hold it, of a `Batch.step`."""
         x = run_layers(
             self.config, self.self_decoder, self.cross_decoder, self.embed(tokens), batch, past,
             Selection(batch, columns=slice(None)), self.token_parts,
@@ -98,7 +98,7 @@ class Decoding:
         def make() -> StepGraph:
             self._check_cache(cache)
             # weak: it is the model that holds its graphs, and what it holds goes when it goes
-            run = partial(type(self)._decode, proxy(self), past=cache.step_form())
+            run = partial(type(self).next_logits, proxy(self), past=cache.step_form())
             return StepGraph(run, cache.batch_size, cache.device)
 
         return graphs.find(cache, (self.quantization_changes, cache.batch_size, cache.addresses()), make)
