@@ -1,0 +1,381 @@
+"""Snapshots in a folder: one safetensors file each, with what lies between its parent and it.
+
+A file is written once, under a temporary name, and renamed; its name says the model and the text. Its header alone
+says where it belongs, so a start reads headers only; a checksum covers the header and every tensor, and is compared
+before anything of it is used. A child names its parent's checksum: it is of no use behind another computation of the
+same text.
+
+Any number of processes may use a folder. Files are never changed, so readers need no lock. Whoever writes or evicts
+holds one, so that no parent goes while its child is written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import re
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields, replace
+from hashlib import blake2b
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from oncelm.engine.prefix.delta import Delta
+from oncelm.engine.prefix.tree import BLOCK, encode, snapshot_key
+from oncelm.utils.errors import is_out_of_memory
+from oncelm.utils.files import atomic_file, clean_up
+
+FORMAT = "oncelm-prefix-1"
+SUFFIX = ".safetensors"
+_NAME = re.compile(r"([0-9a-f]{24})-([0-9a-f]{32})\.safetensors")
+_HASHED_AT_ONCE = 1 << 24  # bytes a thread
+_THREADS = 8
+_OF_TENSOR = 128  # bytes of a tensor's line in a safetensors header, about
+_TICK = 100_000_000  # nanoseconds
+
+logger = logging.getLogger(__name__)
+
+
+class Damaged(ValueError):
+    """A file is not as it was written, or is not what its name says."""
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a file says of itself.
+
+    Attributes:
+        key: of the text (tree.snapshot_key), n tokens long.
+        start: where its rows begin: the parent's n.
+        parent, parent_checksum: of the file with what comes before; "" where start is 0.
+        root: the digest of its model and salt, without a text.
+        blocks: the digests of its full blocks behind those of the parent.
+        block: the digest of its last full block, or `root`.
+        tail: its tokens behind that, encoded.
+        checksum: of all of it.
+    """
+
+    fingerprint: str
+    key: bytes
+    n: int
+    start: int
+    parent: bytes
+    parent_checksum: str
+    root: bytes
+    blocks: tuple[bytes, ...]
+    block: bytes
+    tail: bytes
+    checksum: str = ""
+
+    def metadata(self) -> dict[str, str]:
+        """As it stands in the file; with a digest of itself, so that damage to it shows when only it is read."""
+        said = {"format": FORMAT, **{field.name: _text(getattr(self, field.name)) for field in fields(self)}}
+        return {**said, "seal": blake2b(json.dumps(said).encode(), digest_size=16).hexdigest()}
+
+    @staticmethod
+    def read(metadata: dict[str, str]) -> Header:
+        """Raises Damaged for what no header of this format says."""
+        try:
+            if metadata.get("format") != FORMAT:
+                raise ValueError(f"its format is {metadata.get('format')!r}, not {FORMAT!r}")
+            said = {field.name: metadata[field.name] for field in fields(Header)}
+            blocks = bytes.fromhex(said["blocks"])
+            header = Header(
+                said["fingerprint"],
+                bytes.fromhex(said["key"]),
+                int(said["n"]),
+                int(said["start"]),
+                bytes.fromhex(said["parent"]),
+                said["parent_checksum"],
+                bytes.fromhex(said["root"]),
+                tuple(blocks[place : place + 16] for place in range(0, len(blocks), 16)),
+                bytes.fromhex(said["block"]),
+                bytes.fromhex(said["tail"]),
+                said["checksum"],
+            )
+        except (KeyError, ValueError) as error:
+            raise Damaged(str(error)) from error
+        if header.metadata() != metadata or not header._agrees():
+            raise Damaged("its header contradicts itself")
+        return header
+
+    def _agrees(self) -> bool:
+        return (
+            0 <= self.start < self.n
+            and bool(self.start) == bool(self.parent) == bool(self.parent_checksum)
+            and len(self.blocks) == self.n // BLOCK - self.start // BLOCK
+            and len(self.tail) == 4 * (self.n % BLOCK)
+            and (self.block == self.blocks[-1] if self.blocks else self.n >= BLOCK or self.block == self.root)
+            and self.key == snapshot_key(self.block, self.tail)
+        )
+
+
+def _text(value: object) -> str:
+    if isinstance(value, tuple):
+        return b"".join(value).hex()
+    return value.hex() if isinstance(value, bytes) else str(value)
+
+
+class Folder:
+    """The files of one model in a folder.
+
+    Attributes:
+        headers: of all files that are known, by key. Threads change it by single steps of a dict's alone.
+        num_damaged: files that were of no use, and are deleted.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], fingerprint: str, max_bytes: int) -> None:
+        self.path = Path(path).absolute()
+        self.fingerprint, self.max_bytes = fingerprint, max_bytes
+        self.headers: dict[bytes, Header] = {}
+        self.num_damaged = 0
+        self._changed = -1
+        self._unreadable: set[str] = set()
+        self._warned: set[str] = set()
+        with contextlib.suppress(OSError):
+            clean_up(self.path)
+
+    def place(self, key: bytes) -> Path:
+        return self.path / f"{self.fingerprint}-{key.hex()}{SUFFIX}"
+
+    # -- what is there --------------------------------------------------------------------------------------------
+
+    def refresh(self) -> tuple[list[Header], list[bytes]]:
+        """What others have written since, shortest first, and the keys of what they have removed."""
+        before = set(self.headers)  # what this process writes from here on may lack in the listing
+        try:
+            changed = self.path.stat().st_mtime_ns
+            if changed == self._changed:
+                return [], []
+            names = dict(self._listing())
+            # a change in the same tick of the folder's clock would not show: look again
+            self._changed = changed if time.time_ns() - changed > _TICK else -1
+        except OSError:  # no such folder (yet, or any more), or one that may not be read
+            names, self._changed = {}, -1
+        gone = [key for key in before if key not in names]
+        for key in gone:
+            self.headers.pop(key, None)
+        new = []
+        for key, name in names.items():
+            if key not in self.headers and name not in self._unreadable:
+                try:
+                    self.headers[key] = self._header(self.path / name)
+                    new.append(self.headers[key])
+                except FileNotFoundError:
+                    continue
+                except Damaged as error:
+                    self._damaged(key, error)
+                except OSError as error:
+                    self._unreadable.add(name)
+                    self.warn("unreadable", f"{self.path / name} cannot be read: {error}")
+        return sorted(new, key=lambda header: header.n), gone
+
+    def _listing(self) -> Iterator[tuple[bytes, str]]:
+        for name in os.listdir(self.path):
+            match = _NAME.fullmatch(name)
+            if match and match[1] == self.fingerprint:
+                yield bytes.fromhex(match[2]), name
+
+    def _header(self, path: Path) -> Header:
+        with _opened(path) as file:
+            return self._own(Header.read(file.metadata() or {}), path)
+
+    def _own(self, header: Header, path: Path) -> Header:
+        if header.fingerprint != self.fingerprint or self.place(header.key) != path:
+            raise Damaged("it is of another model or text than its name says")
+        return header
+
+    # -- a file ---------------------------------------------------------------------------------------------------
+
+    def keep(self, header: Header, parent_checksum: str, text: bytes, delta: Delta) -> tuple[str, int, list[bytes]]:
+        """As `write`, but what cannot be written, or whose parent was not, is not kept; the first time it is said."""
+        if header.parent and not parent_checksum:
+            return "", 0, []
+        try:
+            return self.write(replace(header, parent_checksum=parent_checksum), text, delta)
+        except (OSError, NotImplementedError, Damaged, SafetensorError) as error:
+            self.warn("write", f"a snapshot is not kept on disk: {error}")
+            return "", 0, []
+
+    def write(self, header: Header, text: bytes, delta: Delta) -> tuple[str, int, list[bytes]]:
+        """Write a file, if there is none of the same text.
+
+        Returns:
+            its checksum ("" where what is there now, if anything, is not this), its bytes, and the keys of the files
+            that had to go for it.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        tensors = {f"rows.{name}": tensor for name, tensor in delta.wait().rows.items()}
+        tensors |= {f"states.{name}": tensor for name, tensor in delta.states.items()}
+        tensors["tokens"] = torch.frombuffer(bytearray(text), dtype=torch.int32)
+        said = sum(len(name) + len(value) for name, value in header.metadata().items())
+        total = sum(tensor.nbytes + _OF_TENSOR for tensor in tensors.values()) + said
+        if total > self.max_bytes:
+            self.warn("large", f"a snapshot of {total:,} bytes is not kept: the limit is {self.max_bytes:,}")
+            return "", 0, []
+        header = replace(header, checksum=_checksum(header, tensors))
+        path = self.place(header.key)
+        self.path.mkdir(parents=True, exist_ok=True)
+        with FileLock(self.path / ".lock"):
+            if there := self.header_of(header.key):  # of another process: the same bits, or of no use to this one
+                same = there[header.key].checksum == header.checksum
+                return (header.checksum, self.file_size(header.key), []) if same else ("", 0, [])
+            if header.parent and not self.place(header.parent).exists():
+                return "", 0, []
+            evicted = self._make_room(total, header.parent)
+            with atomic_file(path) as temporary:
+                save_file(tensors, temporary, metadata=header.metadata())
+            self.headers[header.key] = header
+            return header.checksum, path.stat().st_size, evicted
+
+    def read(self, key: bytes) -> tuple[Delta, bytes]:
+        """What a file holds, and its tokens; every byte of it has been compared with its checksum.
+
+        Raises:
+            Damaged: it is not as it was written; it has been deleted then.
+            OSError: it is gone, or cannot be read.
+        """
+        path, expected = self.place(key), self.headers.get(key)
+        try:
+            with _opened(path) as file:
+                header = self._own(Header.read(file.metadata() or {}), path)
+                # copied before they are compared: what lies in a file may be another thing when it is read again
+                tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (no dict)
+            if header != expected or header.checksum != _checksum(header, tensors):
+                raise Damaged("its checksum does not match")
+            tokens = tensors.pop("tokens")
+            if tokens.shape != (header.n - header.start,):
+                raise Damaged("its tokens are not as many as it says")
+        except Damaged as error:
+            self._damaged(key, error)
+            raise
+        parts: dict[str, dict[str, torch.Tensor]] = {"rows": {}, "states": {}}
+        for name, tensor in tensors.items():
+            kind, _, rest = name.partition(".")
+            parts[kind][rest] = tensor
+        return Delta(parts["rows"], parts["states"]), encode(tokens.tolist())
+
+    def _damaged(self, key: bytes, error: Damaged) -> None:
+        self.num_damaged += 1
+        self.warn("damaged", f"{self.place(key)} is damaged and is deleted: {error}")
+        self.discard(key)
+
+    def discard(self, key: bytes) -> None:
+        """Delete a file that is of no use."""
+        self.headers.pop(key, None)
+        try:
+            self.place(key).unlink(missing_ok=True)
+        except OSError as error:
+            self._unreadable.add(self.place(key).name)
+            self.warn("delete", f"{self.place(key)} cannot be deleted: {error}")
+
+    def touch(self, keys: Iterable[bytes]) -> None:
+        """These were used now, the last one last."""
+        for key in keys:
+            try:
+                os.utime(self.place(key))
+            except OSError:  # gone, or of another user
+                continue
+
+    def header_of(self, key: bytes) -> dict[bytes, Header]:
+        """What the file of a text says of itself, by key; nothing where there is none, and a damaged one is deleted."""
+        try:
+            return {key: self._header(self.place(key))}
+        except FileNotFoundError:
+            return {}
+        except Damaged as error:
+            self._damaged(key, error)
+            return {}
+
+    def file_size(self, key: bytes) -> int:
+        """Bytes of a file; 0: it is gone."""
+        try:
+            return self.place(key).stat().st_size
+        except OSError:
+            return 0
+
+    def _files(self) -> list[tuple[int, int, bytes]]:
+        """Time of last use, bytes and key of each."""
+        found = []
+        for key, name in self._listing():
+            try:
+                status = (self.path / name).stat()
+                found.append((status.st_mtime_ns, status.st_size, key))
+            except OSError:
+                continue
+        return found
+
+    def _make_room(self, num_bytes: int, parent: bytes) -> list[bytes]:
+        """Delete what was not used for longest, leaves first, until a file of so many bytes fits; whoever calls holds
+        the lock. Returns their keys."""
+        files = self._files()
+        total = num_bytes + sum(size for _, size, _ in files)
+        evicted: list[bytes] = []
+        if total <= self.max_bytes:
+            return evicted
+        parents = {key: self._parent(key) for _, _, key in files}
+        children = [parent, *parents.values()]
+        left = sorted(files)
+        while total > self.max_bytes:
+            leaf = next((file for file in left if file[2] not in children), None)
+            if leaf is None:
+                break
+            left.remove(leaf)
+            _, size, key = leaf
+            children.remove(parents[key])
+            self.discard(key)
+            evicted.append(key)
+            total -= size
+        return evicted
+
+    def _parent(self, key: bytes) -> bytes:
+        """The parent of a file that others may have written just now; b"" for none, or where it cannot be told."""
+        if (header := self.headers.get(key)) is None:
+            try:
+                header = self._header(self.place(key))
+            except (Damaged, OSError):
+                return b""
+        return header.parent
+
+    def warn(self, kind: str, message: str) -> None:
+        """Say something of this kind once."""
+        if kind not in self._warned:
+            self._warned.add(kind)
+            logger.warning("%s. Further ones are not told of.", message)
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[safe_open]:
+    """An open safetensors file; Damaged for one that is none, or was cut off."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except SafetensorError as error:
+        if is_out_of_memory(error):
+            raise
+        raise Damaged(" ".join(str(error).split())) from error
+
+
+def _checksum(header: Header, tensors: dict[str, torch.Tensor]) -> str:
+    """Of all that a header says but this, and of the tensors' names, types, shapes and bytes; several threads hash."""
+    digest = blake2b(json.dumps(replace(header, checksum="").metadata()).encode(), digest_size=16)
+    pieces: list[memoryview] = []
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        content = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
+        pieces += [content[at : at + _HASHED_AT_ONCE] for at in range(0, len(content), _HASHED_AT_ONCE)]
+    with ThreadPoolExecutor(_THREADS) as pool:  # hashing leaves Python to other threads, which start when there is need
+        for one in pool.map(lambda piece: blake2b(piece, digest_size=16).digest(), pieces):
+            digest.update(one)
+    return digest.hexdigest()

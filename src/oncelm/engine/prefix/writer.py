@@ -1,0 +1,60 @@
+"""Work that a step must not wait for: one thread that does it in order, and room for so many bytes of it."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable
+
+logger = logging.getLogger(__name__)
+Task = Callable[[], None]
+
+
+class Writer:
+    """Runs tasks in a thread of its own, which lives while there are some. `room` is for bytes that wait for it."""
+
+    def __init__(self, room: int) -> None:
+        self.room = room
+        self._waiting = 0
+        self._changed = threading.Condition()
+        self._tasks: deque[tuple[int, Task]] = deque()
+        self._thread: threading.Thread | None = None
+
+    @property
+    def waiting(self) -> int:
+        """Bytes that are not written yet."""
+        return self._waiting
+
+    def submit(self, task: Task, num_bytes: int = 0) -> bool:
+        """Do `task` later; False where too many bytes wait. One of any size is taken when nothing else waits."""
+        with self._changed:
+            if num_bytes and self._waiting and self._waiting + num_bytes > self.room:
+                return False
+            self._waiting += num_bytes
+            self._tasks.append((num_bytes, task))
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="oncelm-snapshots", daemon=True)
+                self._thread.start()
+        return True
+
+    def flush(self) -> None:
+        """Return when all that was submitted is done."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._thread is None)
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                if not self._tasks:
+                    self._thread = None
+                    self._changed.notify_all()
+                    return
+                num_bytes, task = self._tasks.popleft()
+            try:
+                task()
+            except Exception:
+                logger.exception("a snapshot could not be written")
+            del task  # and with it the tensors that it holds
+            with self._changed:
+                self._waiting -= num_bytes

@@ -1,0 +1,12 @@
+from __future__ import annotations
+
+import pytest
+
+from tests.engine.prefix.stand_in import SMALL_BLOCK
+
+
+@pytest.fixture(autouse=True)
+def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of few tokens, so that small texts have several."""
+    for module in ("tree", "cache", "disk"):
+        monkeypatch.setattr(f"oncelm.engine.prefix.{module}.BLOCK", SMALL_BLOCK)
