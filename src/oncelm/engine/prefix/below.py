@@ -20,7 +20,6 @@ from oncelm.utils.errors import is_out_of_memory
 if TYPE_CHECKING:
     from oncelm.engine.prefix.disk import Folder, Header
 
-DISK_BYTES = 64 << 30
 WAITING_BYTES = 2 << 30  # of copies that the disk has not taken yet
 
 
@@ -54,7 +53,7 @@ class Below:
         cpu_bytes: int,
         directory: str | os.PathLike[str] | None,
         fingerprint: str,
-        disk_bytes: int,
+        disk_bytes: int | None,
     ) -> None:
         self._pool, self._tree, self._counts, self._most = pool, tree, counts, cpu_bytes
         self._host: OrderedDict[Snapshot, None] = OrderedDict()  # the one that was used last is last

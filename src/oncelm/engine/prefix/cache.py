@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from typing import TYPE_CHECKING
 
-from oncelm.engine.prefix.below import DISK_BYTES, Below, Counts
+from oncelm.engine.prefix.below import Below, Counts
 from oncelm.engine.prefix.delta import Storage, write_back, write_states
 from oncelm.engine.prefix.tree import BLOCK, Chain, Snapshot, Tree, encode, root_digest
 
@@ -56,7 +56,7 @@ class PrefixCache:
         fingerprint: of whatever the contents depend on: weights, how they are multiplied, RoPE, layout.
         cpu_bytes: for snapshots in CPU memory.
         directory: for snapshots on disk; None: none there.
-        disk_bytes: for those of this model.
+        disk_bytes: for those of this model; None: as many as there is room for.
 
     Attributes:
         counts: what happened so far.
@@ -71,7 +71,7 @@ class PrefixCache:
         *,
         cpu_bytes: int = 0,
         directory: str | os.PathLike[str] | None = None,
-        disk_bytes: int = DISK_BYTES,
+        disk_bytes: int | None = None,
     ) -> None:
         self.pool, self.pages, self.slots = pool, pages, slots
         self.counts = Counts()

@@ -16,6 +16,7 @@ import json
 import logging
 import os
 import re
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -132,9 +133,9 @@ class Folder:
         num_damaged: files that were of no use, and are deleted.
     """
 
-    def __init__(self, path: str | os.PathLike[str], fingerprint: str, max_bytes: int) -> None:
+    def __init__(self, path: str | os.PathLike[str], fingerprint: str, max_bytes: int | None = None) -> None:
         self.path = Path(path).absolute()
-        self.fingerprint, self.max_bytes = fingerprint, max_bytes
+        self.fingerprint, self.max_bytes = fingerprint, sys.maxsize if max_bytes is None else max_bytes
         self.headers: dict[bytes, Header] = {}
         self.num_damaged = 0
         self._changed = -1
