@@ -182,7 +182,7 @@ def test_options_do_what_those_of_transformers_do(seed, options, output) -> None
     narrow = sampler._narrow
     sampler._narrow = lambda *args: seen.append(narrow(*args)) or seen[-1]  # what is drawn from
     sampler(logits, [one])
-    torch.testing.assert_close(seen[0].softmax(-1), right.softmax(-1), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(seen[0][0].softmax(-1), right.softmax(-1), rtol=1e-4, atol=1e-6)
 
 
 def test_of_equal_logits_the_first_ones_are_kept() -> None:
@@ -193,13 +193,20 @@ def test_of_equal_logits_the_first_ones_are_kept() -> None:
     assert drawn(torch.zeros(8), 200, top_p=0.5).nonzero()[:, 0].tolist() == [0, 1, 2, 3]
 
 
-def test_all_sorted_or_some_picked_out() -> None:
-    logits = torch.randn(2, 3000)
-    rows = [row(3, top_k=k, top_p=0.9) for k in (1024, 1025)]
+def test_all_are_sorted_only_where_the_likeliest_do_not_do() -> None:
+    flat, peaked = torch.randn(3000), torch.randn(3000) * 6
+    logits = torch.stack((flat, peaked, flat, flat, peaked))
+    asked = [{"top_p": 0.9}, {"top_p": 0.9}, {"top_k": 1024}, {"top_k": 1025, "top_p": 0.99}, {"top_k": 2000}]
+    rows, sorted_ones = ([row(3, **options) for options in asked] for _ in range(2))
+    for one in sorted_ones:
+        one.memo.is_flat = True
+    assert Sampler(3000, CPU)(logits, rows) == Sampler(3000, CPU)(logits, sorted_ones)
+    assert [one.memo.is_flat for one in rows] == [True, False, False, False, False]
     sampler = Sampler(3000, CPU)
-    left = (sampler._narrow(logits - logits.amax(-1, keepdim=True), rows) > -math.inf).sum(-1)
-    for count, k in zip(left.tolist(), (1024, 1025), strict=True):
-        assert 0.5 * k < count < k
+    left = (sampler._narrow(logits - logits.amax(-1, keepdim=True), rows)[0] > -math.inf).sum(-1).tolist()
+    probabilities = logits.softmax(-1).sort(descending=True).values[:2]
+    assert left[:2] == (probabilities.cumsum(-1) - probabilities < 0.9).sum(-1).tolist()
+    assert (left[2], left[4]) == (1024, 2000)
 
 
 def test_greedy_rows_take_the_first_of_the_largest() -> None:

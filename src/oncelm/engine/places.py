@@ -23,6 +23,7 @@ class Memo:
         counted: the tokens of the output in it.
         bias: added to the logits at every place, [V] float32.
         bad_words: the token ids of what must not be written.
+        is_flat: its probabilities were spread over so many tokens that top_p needs all of them sorted.
     """
 
     def __init__(self) -> None:
@@ -30,6 +31,7 @@ class Memo:
         self.counted = 0
         self.bias: torch.Tensor | None = None
         self.bad_words: list[list[int]] | None = None
+        self.is_flat = False
 
 
 @dataclass(slots=True)

@@ -16,6 +16,7 @@ import torch
 
 from oncelm.engine import logprobs
 from oncelm.engine.noise import draw_key, gumbel
+from oncelm.engine.params import SamplingParams
 from oncelm.engine.penalties import Penalties
 from oncelm.engine.places import Sampled, SamplingRow
 from oncelm.engine.structured import forbid
@@ -24,7 +25,7 @@ from oncelm.utils.device import send
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-NARROW = 1024  # top_k up to which the likeliest are picked out, not all sorted
+NARROW = 1024  # of the likeliest are picked out for top_k and top_p; only where they do not do, all are sorted
 COLDEST = 1e-30  # temperature, above 0 in float32
 ONE = 2.0**40  # the likeliest token's weight among whole numbers, whose sums are exact in any order
 
@@ -68,19 +69,26 @@ class Sampler:
             if any(sampled.token < 0 for sampled in found):
                 _fail(found, [_not_finite(value, "the model's logits") for value in largest.tolist()])
             return found
-        chosen, left, errors = self._choose(logits, rows)
-        lines = torch.stack((chosen, largest, left)).tolist()
+        chosen, errors = self._choose(logits, rows)
+        lines = chosen.tolist()
         found = [Sampled(int(token)) for token in lines[0]]
-        _fail(found, [_not_finite(value, "the model's logits") for value in lines[1]])
+        _fail(found, [_not_finite(value, "the model's logits") for value in largest.tolist()])
         _fail(found, errors)
-        _fail(found, [_nothing_left(value) for value in lines[2]])
+        _fail(found, [_nothing_left(value) for value in lines[1]])
+        again = [i for i, is_settled in enumerate(lines[2]) if not is_settled and not found[i].error]
+        for i in again:
+            rows[i].memo.is_flat = True
+        if again:
+            chosen, _ = self._choose(logits[again], [rows[i] for i in again])
+            for i, token in zip(again, chosen[0].tolist(), strict=True):
+                found[i].token = int(token)
         self._add_logprobs(logits, rows, found)
         return found
 
-    def _choose(
-        self, logits: torch.Tensor, rows: Sequence[SamplingRow]
-    ) -> tuple[torch.Tensor, torch.Tensor, list[str | None]]:
-        """Tokens [M] and the largest logit left to each row [M], both in float64, and errors on the way."""
+    def _choose(self, logits: torch.Tensor, rows: Sequence[SamplingRow]) -> tuple[torch.Tensor, list[str | None]]:
+        """For each row a token, the largest logit left to it, and whether that is settled (else it is to be chosen
+        again with `is_flat`): [3, M] in float64. And errors on the way.
+        """
         logits = logits.to(torch.float32, copy=True)
         errors = [self._process(logits[i], row) if row.params.logits_processors else None for i, row in enumerate(rows)]
         self._add_biases(logits, rows)
@@ -91,11 +99,13 @@ class Sampler:
             places = send(penalized, torch.long, self.device)
             logits[places] = self._penalties.apply(logits[places], [rows[i] for i in penalized])
         left, tokens = logits.max(-1)
+        settled = torch.ones_like(left, dtype=torch.bool)
         drawn = [i for i, row in enumerate(rows) if not row.params.is_greedy]
         if drawn:
             places = send(drawn, torch.long, self.device)
-            tokens[places] = self._draw(logits[places] - left[places, None], [rows[i] for i in drawn])
-        return tokens.double(), left.double(), errors
+            logits = logits[places] - left[places, None]
+            tokens[places], settled[places] = self._draw(logits, [rows[i] for i in drawn])
+        return torch.stack((tokens.double(), left.double(), settled.double())), errors
 
     def _process(self, logits: torch.Tensor, row: SamplingRow) -> str | None:
         """Run a row's own functions over its logits [V], in place; what went wrong."""
@@ -165,51 +175,62 @@ class Sampler:
             row.memo.bad_words = [ids for ids in spelled if ids]
         return row.memo.bad_words
 
-    def _draw(self, logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
-        """Tokens [m] drawn from logits [m, V] float32 whose largest is 0; they are used up."""
-        logits = self._narrow(logits, rows)
+    def _draw(self, logits: torch.Tensor, rows: Sequence[SamplingRow]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens [m] drawn from logits [m, V] float32 whose largest is 0, and whether they are settled [m]."""
+        logits, settled = self._narrow(logits, rows)
         keys = send([draw_key(row.seed, row.index) for row in rows], torch.int32, self.device)
-        return (logits + gumbel(keys, self._tokens)).argmax(-1)
+        return (logits + gumbel(keys, self._tokens)).argmax(-1), settled
 
-    def _narrow(self, logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
-        """Temperature, min_p, top_k and top_p: logits of which tokens are drawn."""
+    def _narrow(self, logits: torch.Tensor, rows: Sequence[SamplingRow]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Temperature, min_p, top_k and top_p: logits of which tokens are drawn, and whether they are settled [m]."""
         asked = [
             [max(p.temperature, COLDEST), math.log(p.min_p) if p.min_p else -math.inf]
             for p in (row.params for row in rows)
         ]
         temperature, least = send(asked, torch.float32, self.device).unsqueeze(1).unbind(2)
-        logits /= temperature  # of a tiny one: 0 and -inf, since 0 is the largest
+        logits = logits / temperature  # of a tiny one: 0 and -inf, since 0 is the largest
         logits.masked_fill_(logits < least, -math.inf)
+        settled = torch.ones_like(logits[:, 0], dtype=torch.bool)
         cut = [i for i, row in enumerate(rows) if 0 < row.params.top_k < self.vocab_size or row.params.top_p < 1]
-        for narrow in (True, False):
-            some = [i for i in cut if (0 < rows[i].params.top_k <= NARROW) is narrow]
+        wide = [i for i in cut if self._is_wide(rows[i])]
+        for some, width in ((wide, self.vocab_size), ([i for i in cut if i not in wide], NARROW)):
             if some:
                 places = send(some, torch.long, self.device)
-                logits[places] = self._keep_likeliest(logits[places], [rows[i] for i in some])
-        return logits
+                cuts = self._keep_likeliest(logits[places], [rows[i].params for i in some], width)
+                logits[places], settled[places] = cuts
+        return logits, settled
 
-    def _keep_likeliest(self, logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
-        """Logits [m, V], the largest 0, with -inf for all but the top_k of which top_p is made up.
+    def _is_wide(self, row: SamplingRow) -> bool:
+        """Whether to look at all tokens at once; functions of the user are not to be called twice."""
+        return row.params.top_k > NARROW or row.memo.is_flat or bool(row.params.logits_processors)
+
+    def _keep_likeliest(
+        self, logits: torch.Tensor, params: Sequence[SamplingParams], width: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits [m, V], the largest 0, with -inf for all but the top_k of which top_p is made up; and whether these
+        are among the `width` likeliest [m].
 
         Of equal ones those with the lowest ids are kept, so that top_k=1 is greedy.
         """
-        counts = [row.params.top_k if row.params.top_k > 0 else self.vocab_size for row in rows]
-        width = min(max(counts), self.vocab_size)
-        if width <= NARROW:
-            values = logits.topk(width).values
-        else:
-            values = logits.sort(descending=True).values
+        counts = [p.top_k if 0 < p.top_k < self.vocab_size else self.vocab_size for p in params]
+        width = min(width, max(counts))
+        values = logits.topk(width).values if width < self.vocab_size else logits.sort(descending=True).values
         top_k = send(counts, torch.long, self.device)[:, None]
-        top_p = send([row.params.top_p for row in rows], torch.float64, self.device)[:, None]
-        within = torch.arange(values.shape[1], device=self.device) < top_k
-        weights = (values.exp() * ONE).long() * within
-        before = weights.cumsum(-1) - weights
-        kept = (within & (before < top_p * weights.sum(-1, keepdim=True))).sum(-1, keepdim=True)
-        kept = kept.clamp(min=1)  # where logits are not finite, which the caller tells
+        top_p = send([p.top_p for p in params], torch.float64, self.device)[:, None]
+        within = torch.arange(width, device=self.device) < top_k
+        weights = _weights(values) * within
+        total = weights.sum(-1, keepdim=True)
+        if max(counts) > width:
+            total = torch.where(top_k > width, _weights(logits).sum(-1, keepdim=True), total)
+        sums = weights.cumsum(-1)
+        kept = (within & (sums - weights < top_p * total)).sum(-1, keepdim=True).clamp(min=1)
+        settled = (top_k <= width) | (sums[:, -1:] >= top_p * total)
         least = values.gather(1, kept - 1)
         above, equal = logits > least, logits == least
         room = kept - above.sum(-1, keepdim=True)
-        return logits.masked_fill(~(above | equal & (equal.cumsum(-1) <= room)), -math.inf)
+        return logits.masked_fill(~(above | equal & (equal.cumsum(-1, dtype=torch.int32) <= room)), -math.inf), settled[
+            :, 0
+        ]
 
     def _add_logprobs(self, logits: torch.Tensor, rows: Sequence[SamplingRow], found: list[Sampled]) -> None:
         wanted = [i for i, row in enumerate(rows) if row.params.logprobs is not None and not found[i].error]
@@ -220,6 +241,11 @@ class Sampler:
         counts = [rows[i].params.logprobs or 0 for i in wanted]
         for i, table in zip(wanted, logprobs.of_tokens(logits[places], tokens, counts, self.tokenizer), strict=True):
             found[i].logprobs = table
+
+
+def _weights(logits: torch.Tensor) -> torch.Tensor:
+    """Probabilities, times a factor, in whole numbers; the largest logit is 0."""
+    return (logits.exp() * ONE).long()
 
 
 def _fail(found: list[Sampled], errors: Sequence[str | None]) -> None:
