@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 from oncelm.engine.prefix.below import Below, Counts
 from oncelm.engine.prefix.delta import Storage, write_back, write_states
 from oncelm.engine.prefix.tree import BLOCK, Chain, Snapshot, Tree, encode, root_digest
+from oncelm.utils.errors import is_out_of_memory
 
 if TYPE_CHECKING:
     import os
@@ -108,35 +109,50 @@ class PrefixCache:
             allocate: gives so many pages, or None.
 
         Returns:
-            pages for match.n tokens, each held once by the caller. None where there are none left, or where the
-            snapshot turned out to be gone or damaged: it is forgotten then, so that the next `match` finds another.
+            pages for match.n tokens, each held once by the caller. None where there are none left, where memory runs
+            out on the way, or where the snapshot turned out to be gone or damaged: it is forgotten then, so that the
+            next `match` finds another.
         """
         snapshot = match.snapshot
         if snapshot is None or not snapshot.known:
             return None
-        deltas = self._below.deltas(snapshot)
+        try:
+            deltas = self._below.deltas(snapshot)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            return None
         if deltas is None:
             return None
         holder, rows = self._held(snapshot)
-        size, source = self.pool.page_size, snapshot.slot
+        size = self.pool.page_size
         whole, total = rows // size, -(-snapshot.n // size)
         # held before more are asked for, which may evict whom they belong to
         theirs = list(holder.pages[: -(-rows // size)]) if holder else []
+        source = snapshot.slot
         self.pages.share(theirs)
         own = allocate(total - whole)
         if own is None:
             self.pages.release(theirs)
             return None
-        for page in theirs[whole:]:
-            self.pool.copy_page(page, own[0])
-            self.pages.release([page])
         pages = [*theirs[:whole], *own]
-        if source:
-            self.pool.copy_slot(source, slot)
-        else:
-            for start, delta in deltas:
-                write_back(self.pool, delta, pages, start)
-            write_states(self.pool, deltas[-1][1], slot)
+        try:
+            for page in theirs[whole:]:
+                self.pool.copy_page(page, own[0])
+            if source:
+                self.pool.copy_slot(source, slot)
+            else:
+                for start, delta in deltas:
+                    write_back(self.pool, delta, pages, start)
+                write_states(self.pool, deltas[-1][1], slot)
+        except Exception as error:
+            self.pages.release(pages)
+            if not is_out_of_memory(error):
+                raise
+            return None
+        finally:
+            self.pages.release(theirs[whole:])
+        if not source:
             self._hold(snapshot, slot, pages)
         self.counts.hits += 1
         self.counts.tokens_hit += snapshot.n
@@ -250,8 +266,14 @@ class PrefixCache:
             return
         own = self.slots.allocate()
         assert own is not None
+        try:
+            self.pool.copy_slot(slot, own)
+        except Exception as error:
+            self.slots.release(own)
+            if not is_out_of_memory(error):
+                raise
+            return
         snapshot.slot, snapshot.pages = own, list(pages[: -(-snapshot.n // self.pool.page_size)])
-        self.pool.copy_slot(slot, own)
         self.pages.share(snapshot.pages)
         self._shares.update(snapshot.pages)
         self._device[snapshot] = None
