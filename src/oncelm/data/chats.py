@@ -21,6 +21,7 @@ A field that is null counts as missing.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -101,6 +102,14 @@ def read_chat(line: bytes) -> Chat:
         raise ValueError("no message of the assistant: there would be nothing to learn")
     only_read = (number for number in chat.answers if id(chat.messages[number]) in reader.only_read)
     return replace(chat, not_learned=frozenset(only_read))
+
+
+def read_messages(messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None) -> Chat:
+    """The conversation that a model is asked to answer; ValueError says what is wrong with it."""
+    given = [dict(message) if isinstance(message, Mapping) else message for message in messages]
+    record: dict[str, Any] = {"messages": given} if tools is None else {"messages": given, "tools": [*tools]}
+    reader = _Reader(record)
+    return Chat(reader.messages(), tools=reader.tools, unread=tuple(sorted(reader.unread)))
 
 
 class _Reader:

@@ -53,6 +53,27 @@ def encode(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> tuple[np.ndarray, 
     return np.array(tokens, dtype=np.uint32), answer
 
 
+def encode_question(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """A conversation's tokens, ready for an answer of the assistant to follow.
+
+    Raises:
+        ValueError: the chat template refuses the conversation; without one, a field that only one could write.
+    """
+    if tokenizer.chat_template is None:
+        tokens, _ = _encode_plainly(chat, tokenizer)
+        return tokens + tokenizer.encode("Assistant:\n", add_special_tokens=False)
+    specials = _specials(tokenizer)
+    chat, stand_ins = _protect(chat, specials) if specials else (chat, {})
+    text, _ = _write(chat, tokenizer, prompt=True)
+    if not specials:
+        return list(tokenizer(text, add_special_tokens=False).input_ids)
+    try:
+        spans = _added(chat, tokenizer, text)
+    except ValueError:  # a template that writes earlier turns differently, such as without their reasoning
+        spans = []
+    return _tokens_in_pieces(text, spans, tokenizer, specials, stand_ins)[0]
+
+
 def _encode_plainly(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], Spans]:
     for name, _ in _parts(chat):
         raise ValueError(f"only a chat template could write {name}, and the tokenizer has none; leave it out")
@@ -71,8 +92,7 @@ def _encode_plainly(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> tuple[lis
 
 
 def _encode_by_template(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], Spans]:
-    added = tokenizer.added_tokens_decoder.items() if tokenizer.split_special_tokens else ()
-    specials = {token.content: index for index, token in added if token.special}
+    specials = _specials(tokenizer)
     stand_ins: dict[str, str] = {}
     if specials:
         chat, stand_ins = _protect(chat, specials)
@@ -83,6 +103,12 @@ def _encode_by_template(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> tuple
     if specials:
         return _tokens_in_pieces(text, spans, tokenizer, specials, stand_ins)
     return (_tokens_with_offsets if marked else _tokens_by_turns)(text, spans, tokenizer)
+
+
+def _specials(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """The special tokens that a template has to be given, since the tokenizer itself keeps text from becoming any."""
+    added = tokenizer.added_tokens_decoder.items() if tokenizer.split_special_tokens else ()
+    return {token.content: index for index, token in added if token.special}
 
 
 @cache

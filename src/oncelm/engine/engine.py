@@ -1,0 +1,551 @@
+"""The loop: add requests, schedule, run, postprocess.
+
+On a GPU a step returns once its passes are launched, with the outputs of the step before: while the caller deals with
+them, and while texts are made, the GPU works. On a CPU it returns its own outputs.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from oncelm.data.encoding import encode_prompt
+from oncelm.engine.drafts import PromptLookup, can_draft
+from oncelm.engine.logprobs import prompt_logprobs
+from oncelm.engine.metrics import EngineMetrics, Gauges, MetricsReport
+from oncelm.engine.options import EngineOptions
+from oncelm.engine.outputs import CompletionOutput, Logprobs, RequestMetrics, RequestOutput
+from oncelm.engine.pages import Pages, Slots
+from oncelm.engine.params import SamplingParams
+from oncelm.engine.places import Sampled, SamplingRow
+from oncelm.engine.plan import plan_memory
+from oncelm.engine.pool import Pool
+from oncelm.engine.prefix import PrefixCache
+from oncelm.engine.request import Request, State
+from oncelm.engine.runner import Runner
+from oncelm.engine.sampler import Sampler
+from oncelm.engine.scheduler import Scheduler, Step
+from oncelm.engine.structured import Grammar, Grammars
+from oncelm.engine.text import TextState
+from oncelm.engine.work import Piece, Row
+from oncelm.utils.device import resolve_kv_dtype
+from oncelm.utils.errors import check_choice, is_out_of_memory, shown
+
+Prompt = str | Sequence[int] | Mapping[str, Any]
+TO_BE_KEPT = SamplingParams(max_tokens=1, temperature=0, detokenize=False)  # of a document; none of it is asked for
+# Tokens before a document's end at which there is a snapshot too: where the text of a question follows it, a tokenizer
+# may join the end of one with the beginning of the other
+JOINED = 8
+
+
+class Engine:
+    """Runs requests on a YOCO, many at once.
+
+    Args:
+        model: in evaluation mode, on its device.
+        tokenizer: for prompts and answers as text; None: token ids alone.
+        clock: seconds, for metrics only: what is computed does not depend on time.
+
+    Raises:
+        ValueError: too little memory for one request, with what would fit.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any = None,
+        options: EngineOptions | None = None,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.model, self.tokenizer, self.clock = model, tokenizer, clock
+        options = options or EngineOptions()
+        limits = options.limits(model.device.type)
+        self.options = replace(options, **limits._asdict())
+        self.plan = plan = plan_memory(
+            model,
+            max_model_len=options.max_model_len,
+            max_num_seqs=options.max_num_seqs,
+            page_size=limits.page_size,
+            kv_cache_dtype=options.kv_cache_dtype,
+            gpu_memory_utilization=options.gpu_memory_utilization,
+            kv_cache_bytes=options.kv_cache_bytes,
+            max_num_batched_tokens=limits.max_num_batched_tokens,
+            num_snapshots=options.num_snapshots if options.enable_prefix_caching else 0,
+        )
+        if options.verbose:
+            print(plan.table(), flush=True)
+        kv_dtype = resolve_kv_dtype(options.kv_cache_dtype)
+        self.pages, self.slots = Pages(plan.num_pages), Slots(plan.num_slots)
+        self.pool = Pool(model, plan.num_pages, plan.page_size, plan.num_slots, kv_dtype)
+        self.runner = Runner(model, self.pool, max_num_seqs=options.max_num_seqs, max_pages=plan.pages_a_request)
+        self.runner.warm_up(limits.max_num_batched_tokens)
+        self.eos_token_ids = end_tokens(model, tokenizer)
+        self.sampler = Sampler(model.config.vocab_size, model.device, tokenizer, self.eos_token_ids)
+        self.cache: PrefixCache | None = None
+        if options.enable_prefix_caching:
+            self.cache = PrefixCache(
+                self.pool,
+                self.pages,
+                self.slots,
+                f"{model.fingerprint()} {model.quantization}",
+                cpu_bytes=options.cpu_cache_bytes,
+                directory=options.cache_dir,
+                disk_bytes=options.disk_cache_bytes,
+            )
+        self.scheduler = Scheduler(
+            self.pages,
+            self.slots,
+            self.cache,
+            page_size=plan.page_size,
+            max_num_seqs=options.max_num_seqs,
+            max_num_batched_tokens=limits.max_num_batched_tokens,
+            max_prefill_tokens_beside_decodes=limits.max_prefill_tokens_beside_decodes,
+            snapshot_interval=options.snapshot_interval,
+            propose=self._propose if options.speculative is not None else None,
+        )
+        self.returns_at_launch = model.device.type == "cuda"
+        self._grammars: Grammars | None = None
+        self._metrics = EngineMetrics()
+        self._requests: dict[str, list[Request]] = {}
+        self._arrivals = itertools.count()
+        self._random = random.Random(options.seed)
+        self._launched: tuple[list[tuple[Request, Row]], torch.Tensor] | None = None
+        self._changed: dict[Request, None] = {}  # whose outputs are to be told, in order
+
+    # -- requests -------------------------------------------------------------------------------------------------
+
+    def add_request(
+        self,
+        request_id: str,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        priority: int = 0,
+        cache_salt: str | None = None,
+        arrival_time: float | None = None,
+    ) -> None:
+        """Queue a request.
+
+        Args:
+            request_id: its name among those that are not finished.
+            prompt: text, token ids, or {"prompt_token_ids": ids, "prompt": the text that they are of}.
+            priority: smaller ones come first, and keep their memory; equal ones go by arrival.
+            cache_salt: what was read is shared among requests of the same salt only.
+            arrival_time: on the engine's clock; None: now.
+
+        Raises:
+            ValueError: no tokens, tokens that the model does not have, more than fit (with how many would), an id that
+                is in use.
+        """
+        params = params or SamplingParams()
+        text, ids = self._tokens(prompt)
+        max_tokens = self._max_tokens(len(ids), params)
+        params.check_vocabulary(self.model.config.vocab_size)
+        requests = self._requests_for(request_id, text, ids, params, max_tokens, priority, cache_salt, arrival_time)
+        most = self.options.max_num_seqs  # answers that go on from one reading of the prompt
+        for first in range(0, len(requests), most):
+            requests[first].forks = requests[first + 1 : first + most]
+            self.scheduler.add(requests[first])
+
+    def add_document(
+        self, request_id: str, document: Prompt, *, priority: int = 0, cache_salt: str | None = None
+    ) -> RequestOutput:
+        """Queue a text that is only read, into the prefix cache: prompts that begin with it go on from its end.
+
+        Returns:
+            what says when that is done (`finished`), or why it could not be (`outputs[0].error`).
+
+        Raises:
+            ValueError: as `add_request`, or there is no prefix cache.
+        """
+        if self.cache is None:
+            raise ValueError("a document is read into the prefix cache: set enable_prefix_caching=True.")
+        text, ids = self._tokens(document)
+        self._max_tokens(len(ids), TO_BE_KEPT)
+        (request,) = self._requests_for(request_id, text, ids, TO_BE_KEPT, 0, priority, cache_salt, None)
+        if len(ids) > 2 * JOINED:
+            request.cuts.add(len(ids) - JOINED)
+        self.scheduler.add(request)
+        return request.output
+
+    def num_read(self, request_id: str) -> int:
+        """Tokens that are in memory of a request that is not finished; else 0."""
+        requests = self._requests.get(request_id)
+        return requests[0].n if requests else 0
+
+    def _requests_for(
+        self,
+        request_id: str,
+        text: str | None,
+        ids: list[int],
+        params: SamplingParams,
+        max_tokens: int,
+        priority: int,
+        cache_salt: str | None,
+        arrival_time: float | None,
+    ) -> list[Request]:
+        """A request for each answer."""
+        if request_id in self._requests:
+            raise ValueError(f"request_id {request_id!r} is in use by a request that is not finished.")
+        grammars = [self._grammar(params) for _ in range(params.n)]
+        answers = [CompletionOutput(index) for index in range(params.n)]
+        arrival = self.clock() if arrival_time is None else arrival_time
+        asked: Logprobs | None = None if params.prompt_logprobs is None else [None]
+        output = RequestOutput(request_id, text, ids, answers, False, RequestMetrics(arrival), asked)
+        seed = self._random.getrandbits(62) if params.seed is None else params.seed
+        number = next(self._arrivals)
+        requests = []
+        for answer, grammar in zip(answers, grammars, strict=True):
+            ends = TextState(self.tokenizer, params, ids, self.eos_token_ids, max_tokens, grammar)
+            request = Request(
+                output, answer, params, list(ids), len(ids), max_tokens, seed + answer.index, ends, grammar,
+                priority, number, cache_salt,
+            )  # fmt: skip
+            requests.append(request)
+        self._requests[request_id] = requests
+        return requests
+
+    def abort_request(self, request_id: str) -> None:
+        """End a request with what it has; its memory is free at once. Nothing happens if there is none of that name."""
+        for request in self._requests.get(request_id, ()):
+            self._end(request, "abort")
+
+    def has_unfinished(self) -> bool:
+        """Whether a further step would do or tell anything."""
+        return bool(self._requests or self._changed or self._launched)
+
+    def _tokens(self, prompt: Prompt) -> tuple[str | None, list[int]]:
+        """The text, if it is one, and the ids of a prompt."""
+        given: Any = prompt
+        if isinstance(prompt, Mapping):
+            for name in prompt:
+                check_choice("key of a prompt", name, ("prompt", "prompt_token_ids"))
+            given = prompt.get("prompt_token_ids", prompt.get("prompt"))
+        text = prompt.get("prompt") if isinstance(prompt, Mapping) else prompt if isinstance(prompt, str) else None
+        if isinstance(given, str):
+            if self.tokenizer is None:
+                raise ValueError("a prompt of text needs a tokenizer; this engine has none, so give token ids.")
+            given = encode_prompt(self.tokenizer, given) if given else []
+        try:
+            ids = [*given]
+        except TypeError:
+            raise ValueError(f"a prompt must be text or token ids, got {shown(given)}.") from None
+        if not ids:
+            raise ValueError("the prompt is empty: there has to be at least one token.")
+        size = self.model.config.vocab_size
+        try:
+            fits = min(ids) >= 0 and max(ids) < size and all(type(token) is int for token in ids)
+        except TypeError:
+            fits = False
+        if not fits:
+            odd = next(token for token in ids if type(token) is not int or not 0 <= token < size)
+            raise ValueError(f"token ids must be whole numbers from 0 to {size - 1}, got {shown(odd)}.")
+        return text, ids
+
+    def _grammar(self, params: SamplingParams) -> Grammar | None:
+        """What an answer has to follow; ValueError if that is no structure."""
+        if not isinstance(params.structured, dict):  # None; text has become a schema
+            return None
+        if self._grammars is None:
+            self._grammars = Grammars(self.tokenizer, self.model.config.vocab_size, self.eos_token_ids)
+        return self._grammars(params.structured)
+
+    def _max_tokens(self, length: int, params: SamplingParams) -> int:
+        """Tokens of the answer to a prompt; ValueError for more than fit."""
+        most, why = self.plan.max_model_len, f"max_model_len={self.plan.max_model_len:,}"
+        if self.plan.num_tokens < most:
+            most, why = self.plan.num_tokens, f"the memory planned for {self.plan.num_tokens:,} tokens"
+        if length >= most:
+            raise ValueError(
+                f"the prompt has {length:,} tokens; with {why}, at most {most - 1:,} fit beside one token of an answer."
+            )
+        if params.max_tokens is None:
+            return most - length
+        if length + params.max_tokens > most:
+            raise ValueError(
+                f"a prompt of {length:,} tokens and max_tokens={params.max_tokens:,} are more than {why} allows; "
+                f"max_tokens={most - length:,} would fit (None: as many as fit)."
+            )
+        return params.max_tokens
+
+    # -- a step ---------------------------------------------------------------------------------------------------
+
+    def step(self) -> list[RequestOutput]:
+        """Move all requests that run by a step.
+
+        Returns:
+            The outputs that have changed; the same objects again and again, as far as they have come.
+        """
+        start = self.clock()
+        counts = self._read() if self.returns_at_launch else {}
+        step = self.scheduler.schedule()
+        self._launch(step)
+        if not self.returns_at_launch:
+            counts = self._read()
+        outputs = self._tell()
+        self._metrics.step(
+            self.clock() - start,
+            prefill_tokens=sum(len(piece.tokens) for _, piece in step.pieces),
+            preemptions=step.num_preempted,
+            **counts,
+        )
+        return outputs
+
+    def _launch(self, step: Step) -> None:
+        """Run the passes of a step. Where memory runs out, the largest request of the pass fails, the others lose what
+        they have and are read again."""
+        now = self.clock()
+        for request, _ in (*step.pieces, *step.rows):
+            if request.output.metrics.first_scheduled_time is None:
+                request.output.metrics.first_scheduled_time = now
+        try:
+            self._prefill(step)
+        except Exception as error:
+            if not self._survives(error):
+                self._fail([request for request, _ in (*step.pieces, *step.rows)], error)
+                raise
+            sizes = [(len(piece.tokens), request) for request, piece in step.pieces]
+            self._recover(sizes, [fork for _, fork in step.forks])
+        rows = [(request, row) for request, row in step.rows if request.state is State.WRITING]
+        if not rows:
+            return
+        try:
+            for _, row in rows:
+                if not row.start:
+                    self.pool.clear_slot(row.slot)
+            self._launched = rows, self.runner.decode([row for _, row in rows])
+        except Exception as error:
+            if not self._survives(error):
+                self._fail([request for request, _ in rows], error)
+                raise
+            self._recover([(len(request.tokens), request) for request, _ in rows])
+
+    def _prefill(self, step: Step) -> None:
+        """Read pieces of prompts, and keep or copy what is then in memory."""
+        for _, piece in step.pieces:
+            if not piece.start:
+                self.pool.clear_slot(piece.slot)
+        hidden = self.runner.prefill([piece for _, piece in step.pieces]) if step.pieces else []
+        for (request, piece), states in zip(step.pieces, hidden, strict=True):
+            if states is not None:
+                self._add_prompt_logprobs(request, piece, states)
+        for request, n in step.snapshots:
+            self._snapshot(request, n)
+        for request, fork in step.forks:
+            n, page_size = len(fork.tokens) - 1, self.plan.page_size
+            if n:
+                self.pool.copy_slot(request.slot, fork.slot)
+            if n % page_size:
+                self.pool.copy_page(request.pages[n // page_size], fork.pages[n // page_size])
+        for request in step.kept:
+            self._end(request, "stop")
+
+    def _add_prompt_logprobs(self, request: Request, piece: Piece, hidden: torch.Tensor) -> None:
+        """Hidden states [P, d] of a piece, whose tokens each predict the next one."""
+        known, count = request.output.prompt_logprobs, request.params.prompt_logprobs
+        assert known is not None
+        assert count is not None
+        again = len(known) - 1 - piece.start  # of a request that is read a second time
+        targets = request.tokens[len(known) : piece.start + len(piece.tokens) + 1]
+        if targets:
+            known += prompt_logprobs(hidden[again:], self.runner.head, targets, count)
+
+    def _snapshot(self, request: Request, n: int) -> None:
+        """Keep a request's memory at n; that there is no room for it is no error."""
+        assert self.cache is not None
+        if request.chain is None:
+            request.chain = self.cache.chain(request.salt)
+        try:
+            request.resumed = self.cache.add(
+                request.tokens, n, request.slot, request.pages, request.salt, after=request.resumed, chain=request.chain
+            )
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+
+    def _read(self) -> dict[str, int]:
+        """Take the tokens of the rows that were launched last: their number, and that of drafts."""
+        if self._launched is None:
+            return {}
+        (rows, logits), self._launched = self._launched, None
+        places = [place for request, row in rows for place in _places(request, row)]
+        try:
+            found = iter(self.sampler(logits, places))
+        except Exception as error:
+            if not self._survives(error):
+                self._fail([request for request, _ in rows], error)
+                raise
+            self._recover([(len(request.tokens), request) for request, _ in rows])
+            return {}
+        now, num_tokens, num_accepted = self.clock(), 0, 0
+        for request, row in rows:
+            drafts = row.tokens[row.kept :]
+            for place, sampled in enumerate([next(found) for _ in range(row.num_logits)]):
+                if request.state is State.FINISHED:  # ended by a token before this place, or from outside
+                    break
+                if sampled.error is not None:
+                    self._end(request, "error", error=sampled.error)
+                    break
+                self._append(request, sampled, now)
+                num_tokens += 1
+                if place == len(drafts) or sampled.token != drafts[place]:
+                    break
+                num_accepted += 1
+        return {
+            "rows": len(rows),
+            "sampled_tokens": num_tokens,
+            "drafts_proposed": len(places) - len(rows),
+            "drafts_accepted": num_accepted,
+        }
+
+    def _append(self, request: Request, sampled: Sampled, now: float) -> None:
+        """Add a token to an answer, which may end it."""
+        token, params, answer = sampled.token, request.params, request.answer
+        request.tokens.append(token)
+        answer.token_ids.append(token)
+        if sampled.logprobs is not None:
+            answer.logprobs = answer.logprobs or []
+            answer.logprobs.append(sampled.logprobs)
+            answer.cumulative_logprob = (answer.cumulative_logprob or 0.0) + sampled.logprobs[token].logprob
+        self._changed[request] = None
+        if not answer.index:
+            metrics = request.output.metrics
+            metrics.token_times.append(now)
+            if metrics.first_token_time is None:
+                metrics.first_token_time = now
+        if params.stop or request.grammar is not None:  # the text decides, or has to be followed
+            reason, stop = self._add_text(request)
+        elif token in self.eos_token_ids and not params.ignore_eos:
+            reason, stop = "stop", None
+        elif params.stop_token_ids and token in params.stop_token_ids:
+            reason, stop = "stop", token
+        else:
+            reason, stop = ("length" if len(answer.token_ids) == request.max_tokens else None), None
+        if reason is not None:
+            self._end(request, reason, stop)
+
+    def _add_text(self, request: Request) -> tuple[str | None, int | str | None]:
+        """Turn the tokens of an answer that have not been told into text; finish_reason and stop_reason by the last."""
+        reason, stop = None, None
+        for token in request.answer.token_ids[request.num_told :]:
+            _, reason, stop = request.text.append(token)
+        request.num_told = len(request.answer.token_ids)
+        return reason, stop
+
+    def _tell(self) -> list[RequestOutput]:
+        """The outputs that have changed, with their texts."""
+        outputs: dict[str, RequestOutput] = {}
+        for request in self._changed:
+            self._add_text(request)
+            if request.answer.finish_reason in ("abort", "error"):
+                request.text.end()
+            request.answer.text = request.text.text
+            outputs[request.request_id] = request.output
+        self._changed.clear()
+        return list(outputs.values())
+
+    def _propose(self, request: Request) -> list[int]:
+        """Drafts of what may follow a request's tokens."""
+        if not can_draft(request.params):
+            return []
+        if request.drafter is None:
+            request.drafter = PromptLookup()
+        assert self.options.speculative is not None
+        left = request.max_tokens - request.num_output_tokens - 1
+        return request.drafter.propose(request.tokens, min(self.options.speculative.get("num_tokens", 7), left))
+
+    # -- endings --------------------------------------------------------------------------------------------------
+
+    def _end(self, request: Request, reason: str, stop: int | str | None = None, error: str | None = None) -> None:
+        """End an answer, and those that were to go on from the same prompt; its memory goes, or is kept for others."""
+        if request.state is State.FINISHED:
+            return
+        if self.cache is not None and reason in ("stop", "length"):
+            self._snapshot(request, request.n)  # the next turn goes on from there
+        self.scheduler.finish(request)
+        for one in (request, *request.forks):
+            one.state = State.FINISHED
+            one.answer.finish_reason, one.answer.stop_reason, one.answer.error = reason, stop, error
+            one.drafter = one.grammar = one.chain = None
+            self._changed[one] = None
+        request.forks = []
+        if all(answer.finished for answer in request.output.outputs):
+            request.output.finished = True
+            request.output.metrics.finished_time = self.clock()
+            self._metrics.finish(request.output)
+            del self._requests[request.request_id]
+
+    def _survives(self, error: Exception) -> bool:
+        """Whether the engine goes on after an error in a pass: memory ran out. What the pass held is free then."""
+        if not is_out_of_memory(error):
+            return False
+        traceback.clear_frames(error.__traceback__)
+        if self.model.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return True
+
+    def _recover(self, sizes: list[tuple[int, Request]], others: Sequence[Request] = ()) -> None:
+        """After memory has run out in a pass: the largest of its requests fails, the others are read again."""
+        sizes = [pair for pair in sizes if pair[1].state is not State.FINISHED]  # aborted while the pass ran
+        if not sizes:
+            return
+        largest = max(sizes, key=lambda pair: pair[0])[1]
+        for request in (*(request for _, request in sizes), *others):
+            if request is not largest:
+                self.scheduler.put_back(request)
+        self._end(largest, "error", error="memory ran out while a step ran in which this request was the largest.")
+
+    def _fail(self, requests: Sequence[Request], error: Exception) -> None:
+        """After an error that should not be: nothing in the memory of these requests can be trusted."""
+        for request in requests:
+            self._end(request, "error", error=f"{type(error).__name__}: {error}")
+
+    # -- what it does ---------------------------------------------------------------------------------------------
+
+    def metrics(self) -> MetricsReport:
+        """What was counted and measured so far."""
+        return self._metrics.report(
+            Gauges(
+                num_waiting=self.scheduler.num_waiting,
+                num_running=len(self.scheduler.running),
+                pages_used=self.pages.num_used,
+                pages_total=self.pages.num_pages - 1,
+                slots_used=self.slots.num_used,
+                slots_total=self.slots.num_slots - 1,
+            )
+        )
+
+    def close(self) -> None:
+        """End what runs, and give the memory back."""
+        for request_id in list(self._requests):
+            self.abort_request(request_id)
+        self._launched = None
+        if self.cache is not None:
+            self.cache.close()
+
+
+def _places(request: Request, row: Row) -> list[SamplingRow]:
+    """The places of a row whose tokens are to be chosen: behind its last sure token, and behind each draft."""
+    output, drafts = request.answer.token_ids, row.tokens[row.kept :]
+    return [
+        SamplingRow(
+            request.params, request.seed, len(output) + count, request.output.prompt_token_ids,
+            [*output, *drafts[:count]] if count else output, request.grammar, count, request.memo,
+        )
+        for count in range(len(drafts) + 1)
+    ]  # fmt: skip
+
+
+def end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
+    """The tokens that end a text, as the model's folder and its tokenizer say."""
+    stated = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    found = [*stated] if isinstance(stated, list | tuple) else [stated]
+    return frozenset(token for token in (*found, getattr(tokenizer, "eos_token_id", None)) if token is not None)

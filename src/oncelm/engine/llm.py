@@ -1,0 +1,281 @@
+"""The engine as a Python object: prompts in, answers out."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from oncelm.data.chats import read_messages
+from oncelm.data.templates import encode_question
+from oncelm.data.tokenizers import load_tokenizer
+from oncelm.engine.engine import Engine, Prompt
+from oncelm.engine.metrics import MetricsReport
+from oncelm.engine.options import engine_options
+from oncelm.engine.outputs import RequestOutput
+from oncelm.engine.params import SamplingParams
+from oncelm.models.load import load, set_execution
+from oncelm.utils.errors import shown
+
+
+class LLM:
+    """A model that answers many requests at once; names are vLLM's where the idea is the same.
+
+        with LLM("path/to/model") as llm:
+            for output in llm.generate(["Once", "It was"], SamplingParams(max_tokens=100)):
+                print(output.outputs[0].text)
+
+    Args:
+        model: a folder or hub id (as `oncelm.load` takes it), or a model, which is used as it is.
+        tokenizer: its name or folder, or itself; None: that of the model's folder, or none where a model is given.
+        device, dtype: of a model that is loaded.
+        quantization: "float8" reads prompts in float8 (`YocoModel.set_quantization`).
+        compile: compile the layers.
+        options: how requests are run: those of `EngineOptions` (engine/options.py).
+
+    Attributes:
+        engine: what runs them.
+
+    Raises:
+        ValueError: an unknown option or value, or too little memory for a request, with what would fit.
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str] | PreTrainedModel,
+        tokenizer: str | os.PathLike[str] | PreTrainedTokenizerBase | None = None,
+        *,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+        quantization: str | None = None,
+        compile: bool = False,
+        **options: Any,
+    ) -> None:
+        settings = engine_options(options)
+        if isinstance(model, PreTrainedModel):
+            if device is not None or dtype is not None:
+                raise ValueError("device and dtype are for a model that is loaded; the one given has its own.")
+            if quantization is not None or compile:
+                set_execution(model, type(model).__name__, compile, quantization)
+        else:
+            if tokenizer is None:
+                tokenizer = _tokenizer_of(model)
+            model = load(model, device, dtype, compile=compile, quantization=quantization)
+        if isinstance(tokenizer, str | os.PathLike):
+            tokenizer = load_tokenizer(tokenizer)
+        self.model, self.tokenizer = model.eval(), tokenizer
+        self.engine = Engine(model, tokenizer, settings)
+        self._numbers = itertools.count()
+        self._open: set[str] = set()  # requests that somebody waits for
+        self._news: dict[str, RequestOutput] = {}  # theirs that have changed
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+        priority: int | Sequence[int] = 0,
+        cache_salt: str | None = None,
+    ) -> list[RequestOutput]:
+        """The answers to prompts, in their order.
+
+        Args:
+            prompts: text, token ids, {"prompt_token_ids": ids}, or a list of these.
+            sampling_params: one for all, or one for each.
+            use_tqdm: show progress.
+            priority: one for all, or one for each; smaller ones come first.
+            cache_salt: what was read is shared among requests of the same salt only.
+
+        Raises:
+            ValueError: a prompt that cannot be run; none is run then.
+        """
+        several = _several(prompts)
+        params = _one_each("sampling_params", sampling_params or SamplingParams(), len(several))
+        priorities = _one_each("priority", priority, len(several))
+        ids: list[str] = []
+        outputs = {}
+        try:
+            for prompt, one, urgency in zip(several, params, priorities, strict=True):
+                ids.append(self._begin())
+                self.engine.add_request(ids[-1], prompt, one, priority=urgency, cache_salt=cache_salt)
+            with _Progress(len(ids), disable=not use_tqdm) as progress:
+                for output in self._outputs(ids):
+                    if output.finished:
+                        outputs[output.request_id] = output
+                        progress.finish(output)
+        finally:
+            self._end(ids)
+        return [outputs[request_id] for request_id in ids]
+
+    def stream(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        *,
+        priority: int = 0,
+        cache_salt: str | None = None,
+    ) -> Iterator[RequestOutput]:
+        """The answer to a prompt, as it comes: the same output again and again, as far as it has come.
+
+        The request begins with the first one, and ends where the iterator is closed.
+        """
+        request_id = self._begin()
+        try:
+            self.engine.add_request(request_id, prompt, sampling_params, priority=priority, cache_salt=cache_salt)
+            yield from self._outputs([request_id])
+        finally:
+            self._end([request_id])
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]] | Sequence[Sequence[Mapping[str, Any]]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        **options: Any,
+    ) -> list[RequestOutput]:
+        """The answers to one or several conversations, by the tokenizer's chat template.
+
+        Args:
+            messages: [{"role": "user", "content": "..."}, ...], or a list of such lists.
+            tools: that the template is told of.
+            options: of `generate`.
+        """
+        if self.tokenizer is None:
+            raise ValueError("a conversation needs a tokenizer; this engine has none.")
+        several: Any = [messages] if not messages or isinstance(messages[0], Mapping) else messages
+        chats = [read_messages(one, tools) for one in several]
+        prompts = [{"prompt_token_ids": encode_question(chat, self.tokenizer)} for chat in chats]
+        return self.generate(prompts, sampling_params, **options)
+
+    def read(
+        self,
+        document: Prompt,
+        progress: Callable[[int], object] | None = None,
+        *,
+        cache_salt: str | None = None,
+    ) -> int:
+        """Read a text into the prefix cache, up to its end: prompts that begin with it go on from there.
+
+        A question is best given as token ids behind those of the document, since tokenizers may join the end of one
+        text with the beginning of the next (then the last few tokens are read again).
+
+        Args:
+            progress: told now and then how many tokens are read.
+
+        Returns:
+            the number of tokens.
+
+        Raises:
+            ValueError: there is no prefix cache, or the document does not fit.
+        """
+        request_id = self._begin()
+        try:
+            output = self.engine.add_document(request_id, document, cache_salt=cache_salt)
+            length = len(output.prompt_token_ids)
+            while not output.finished:
+                self._step()
+                if progress is not None:
+                    progress(length if output.finished else self.engine.num_read(request_id))
+        finally:
+            self._end([request_id])
+        if output.outputs[0].error is not None:
+            raise MemoryError(output.outputs[0].error)
+        return length
+
+    def metrics(self) -> MetricsReport:
+        """What was counted and measured since the start."""
+        return self.engine.metrics()
+
+    def close(self) -> None:
+        """Abort what runs, finish writing what is kept on disk, and give the memory back."""
+        self.engine.close()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    # -- what runs ------------------------------------------------------------------------------------------------
+
+    def _begin(self) -> str:
+        """The name of a new request, whose outputs somebody will take."""
+        request_id = str(next(self._numbers))
+        self._open.add(request_id)
+        return request_id
+
+    def _end(self, ids: Iterable[str]) -> None:
+        """Nobody waits for these requests any more; those that are not finished are aborted."""
+        for request_id in ids:
+            self.engine.abort_request(request_id)
+            self._open.discard(request_id)
+            self._news.pop(request_id, None)
+
+    def _step(self) -> None:
+        for output in self.engine.step():
+            if output.request_id in self._open:
+                self._news[output.request_id] = output
+
+    def _outputs(self, ids: Iterable[str]) -> Iterator[RequestOutput]:
+        """The outputs of some requests, whenever they have changed; those of others wait for their readers."""
+        left = set(ids)
+        while left:
+            changed = [request_id for request_id in self._news if request_id in left]
+            for request_id in changed:
+                output = self._news.pop(request_id)
+                if output.finished:
+                    left.discard(request_id)
+                yield output
+            if left and not changed:
+                self._step()
+
+
+class _Progress(tqdm):
+    """Requests, and tokens a second of prompts and answers."""
+
+    def __init__(self, total: int, disable: bool) -> None:
+        super().__init__(total=total, desc="requests", disable=disable, dynamic_ncols=True)
+        self.num_read = self.num_written = 0
+
+    def finish(self, output: RequestOutput) -> None:
+        self.num_read += len(output.prompt_token_ids)
+        self.num_written += sum(len(answer.token_ids) for answer in output.outputs)
+        if not self.disable:
+            seconds = max(self.format_dict["elapsed"], 1e-6)
+            read, written = self.num_read / seconds, self.num_written / seconds
+            self.set_postfix_str(f"{read:,.0f} tokens/s read, {written:,.0f} written")
+        self.update()
+
+
+def _tokenizer_of(model: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
+    try:
+        return load_tokenizer(model)
+    except ValueError as error:
+        raise ValueError(
+            f"{error} Name one (tokenizer=...), or give the model itself (oncelm.load) to work with token ids."
+        ) from error
+
+
+def _several(prompts: Any) -> list[Prompt]:
+    """Prompts as a list: one by itself is text, a mapping, or a list of numbers."""
+    if isinstance(prompts, str | Mapping):
+        return [prompts]
+    if not isinstance(prompts, Sequence):
+        raise ValueError(f"prompts must be text, token ids or a list of these, got {shown(prompts)}.")
+    return [prompts] if prompts and isinstance(prompts[0], int) else list(prompts)
+
+
+def _one_each(name: str, given: Any, count: int) -> list[Any]:
+    """One for each of `count` prompts, of one for all or a list."""
+    if not isinstance(given, list | tuple):
+        return [given] * count
+    if len(given) != count:
+        raise ValueError(f"{name}: {len(given)} for {count} prompts; give one for all, or one for each.")
+    return list(given)
