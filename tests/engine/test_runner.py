@@ -132,7 +132,7 @@ def test_nothing_to_do() -> None:
 def test_many_keys_are_read_a_head_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     from oncelm.cache.yoco import paged_kv
 
-    monkeypatch.setattr(paged_kv, "MOST_GATHERED", 0)
+    monkeypatch.setitem(paged_kv.MOST_GATHERED, "cpu", 0)
     for kv_dtype in DTYPES:
         requests = Requests(make_model("interleaved"), kv_dtype, seed=1)
         requests.begin()

@@ -13,6 +13,7 @@ import torch
 
 from oncelm import YocoForCausalLM
 from oncelm.models import step_graph
+from oncelm.models.yoco.execution import side_by_side
 from oncelm.models.yoco.model import PLAIN
 from tests.models.small import KINDS, VOCAB, make_model
 
@@ -25,11 +26,13 @@ fused = pytest.param(
 )
 
 
-@pytest.fixture(params=["plain", fused])
+@pytest.fixture(params=["plain", "side by side", fused])
 def parts(request, monkeypatch):
     """The token-wise parts that steps use."""
     if request.param == "plain":
         chosen = PLAIN
+    elif request.param == "side by side":
+        chosen = side_by_side(PLAIN)
     else:
         from oncelm.models.yoco.fused import FUSED as chosen
     monkeypatch.setattr(YocoForCausalLM, "token_parts", lambda model, x: chosen if x.shape[1] == 1 else PLAIN)

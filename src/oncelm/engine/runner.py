@@ -41,16 +41,17 @@ class Runner:
         """Compile kernels and record graphs ahead, over scratch; on a CPU there is nothing to do.
 
         Args:
-            prefill_tokens: of the largest piece; 0: leave prefill out.
+            prefill_tokens: of the largest pass; 0: leave prefill out.
             progress: called with how many of how many passes are done.
         """
         if self.graphs is None:
             return
         # the largest first: the others fit in its memory
         sizes = self.graphs.sizes[::-1] if self.graphs.stand_for_model() else []
-        pieces = [Piece(0, [0] * self.max_pages, 0, [0] * prefill_tokens)] if prefill_tokens else []
         passes: list[Callable[[], object]] = [partial(self.graphs.record, size) for size in sizes]
-        passes += [partial(self.prefill, pieces[:1]), partial(self.prefill, [*pieces, *pieces])] if pieces else []
+        for count in (1, 2) if prefill_tokens else ():  # a piece alone, and some side by side
+            tokens = [0] * min(prefill_tokens // count, self.max_pages * self.pool.page_size)
+            passes.append(partial(self.prefill, [Piece(0, [0] * self.max_pages, 0, tokens)] * count))
         for done, run in enumerate(passes):
             run()
             if progress is not None:

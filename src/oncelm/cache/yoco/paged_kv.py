@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 
-MOST_GATHERED = 1 << 30  # bytes of keys and values that are brought together at once; of more, a head at a time
+# bytes of keys and values that are brought together at once, on a CPU and on a GPU; of more, a head at a time
+MOST_GATHERED = {"cpu": 1 << 30, "cuda": 1 << 28}
 
 
 class PagedKV:
@@ -26,7 +27,7 @@ class PagedKV:
 
     def __init__(self, held: SharedKV, places: Places) -> None:
         self.held, self.places = held, places
-        self._lengths: tuple[Batch, torch.Tensor] | None = None
+        self._rows: tuple[Batch, tuple[torch.Tensor, torch.Tensor | None]] | None = None
 
     def append(self, k: torch.Tensor, v: torch.Tensor, batch: Batch) -> None:
         """Store k, v [B, T, H_kv, D] of the batch's tokens in the pages of their sequences."""
@@ -44,7 +45,7 @@ class PagedKV:
             return self._decode(queries, batch, longest).to(q.dtype)
         ends = tuple(start + length if length else 0 for start, length in zip(batch.starts, batch.lengths, strict=True))
         heads = self.held.k.shape[2]
-        if 2 * sum(ends) * heads * q.shape[3] * queries.element_size() <= MOST_GATHERED:
+        if 2 * sum(ends) * heads * q.shape[3] * queries.element_size() <= MOST_GATHERED[q.device.type]:
             key = (self.held, ends, q.dtype)
             if self.places.gathered is None or self.places.gathered[0] != key:
                 self.places.gathered = None  # one store's at a time
@@ -60,25 +61,27 @@ class PagedKV:
     def _decode(self, q: torch.Tensor, batch: Batch, longest: int) -> torch.Tensor:
         """A few tokens a sequence, by `decode_attention`. Waits for nothing where the batch is dense."""
         held, N = self.held, len(self.places.slots)
-        if self._lengths is None or self._lengths[0] is not batch:  # once for all layers that read
-            self._lengths = batch, self._ends(batch)
-        where = None
-        if batch.cu_seqlens is not None:  # packed: each sequence's queries go to the end of a row of `longest`
-            places = [n * longest + t for n, count in enumerate(batch.lengths) for t in range(longest - count, longest)]
-            where = to_device(torch.tensor(places), q.device)
+        if self._rows is None or self._rows[0] is not batch:  # once for all layers that read
+            self._rows = batch, self._lengths_and_places(batch, longest)
+        lengths, where = self._rows[1]
+        if where is not None:
             q = q.new_zeros(N * longest, *q.shape[2:]).index_copy_(0, where, q[0]).unflatten(0, (N, longest))
         o = decode_attention(
-            q, held.k, held.v, lengths=self._lengths[1], block_tables=self.places.block_tables,
+            q, held.k, held.v, lengths=lengths, block_tables=self.places.block_tables,
             k_scale=held.k_scale, v_scale=held.v_scale,
         )  # fmt: skip
         return o if where is None else o.flatten(0, 1)[where][None]
 
-    def _ends(self, batch: Batch) -> torch.Tensor:
-        """[N] tokens of each sequence up to the batch's last one."""
+    def _lengths_and_places(self, batch: Batch, longest: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """[N] tokens of each sequence up to the batch's last one; of a packed batch also where its tokens [total] go in
+        rows of `longest`, each sequence's to the end of its own."""
         if batch.cu_seqlens is None:
-            return (batch.positions[:, -1] + 1).expand(len(self.places.slots))
+            return (batch.positions[:, -1] + 1).expand(len(self.places.slots)), None
         ends = [start + length for start, length in zip(batch.starts, batch.lengths, strict=True)]
-        return to_device(torch.tensor(ends), batch.positions.device)
+        places = [n * longest + t for n, count in enumerate(batch.lengths) for t in range(longest - count, longest)]
+        return to_device(torch.tensor(ends), batch.positions.device), to_device(
+            torch.tensor(places), batch.positions.device
+        )
 
     def _gather(self, ends: tuple[int, ...], heads: slice, dtype: torch.dtype) -> list[Pair]:
         """Keys and values of each sequence's first `ends` tokens, [1, S, heads, D] of `dtype`.

@@ -17,7 +17,8 @@ from torch import nn
 from oncelm.models.compiling import CompilesLayers, compiled
 from oncelm.models.yoco.config import YocoConfig
 from oncelm.models.yoco.linear import MIN_FLOAT8_TOKENS, set_float8
-from oncelm.models.yoco.model import PLAIN, DecoderLayer, SelfDecoder, TokenParts
+from oncelm.models.yoco.mixers.base import Tensors
+from oncelm.models.yoco.model import PLAIN, CrossDecoder, DecoderLayer, SelfDecoder, TokenParts
 from oncelm.ops.float8 import check_float8
 from oncelm.utils.errors import check_choice, renamed
 
@@ -43,6 +44,31 @@ def compiled_parts(parts: TokenParts, gradients: bool) -> TokenParts:
         return compiled(parts.after, type(layer.mixer).__name__, gradients)(layer, *inputs)
 
     return TokenParts(before, after, compiled(parts.keys_and_values, "cross_decoder", gradients), parts.head)
+
+
+@functools.cache
+def side_by_side(parts: TokenParts) -> TokenParts:
+    """The parts of one token a sequence, [B, 1, ...], computed as of one row, [1, B, ...]: what is compiled for any
+    number of tokens is not compiled again for each batch size."""
+
+    def row(x: torch.Tensor, count: int) -> torch.Tensor:
+        return x.expand(count, *x.shape[1:]).reshape(1, count, *x.shape[2:])
+
+    def before(layer: DecoderLayer, x: torch.Tensor, rotation: torch.Tensor) -> tuple[Tensors, torch.Tensor | None]:
+        inputs, gate = parts.before(layer, row(x, len(x)), row(rotation, len(x)))
+        return tuple(y.transpose(0, 1) for y in inputs), None if gate is None else gate.transpose(0, 1)
+
+    def after(layer: DecoderLayer, x: torch.Tensor, o: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:
+        gate = None if gate is None else row(gate, len(x))
+        return parts.after(layer, row(x, len(x)), row(o, len(x)), gate).transpose(0, 1)
+
+    def keys_and_values(
+        cross: CrossDecoder, y: torch.Tensor, rotation: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        k, v = parts.keys_and_values(cross, row(y, len(y)), row(rotation, len(y)))
+        return k.transpose(0, 1), v.transpose(0, 1)
+
+    return TokenParts(before, after, keys_and_values, parts.head)
 
 
 def activation_bytes(config: YocoConfig, element_size: int) -> int:
@@ -154,7 +180,8 @@ class Execution(CompilesLayers):
             elif 0 < tokens <= MOST_FUSED[x.dtype.itemsize]:
                 parts = _kernel_parts("fused").FUSED
         if self.compiles(x):
-            return compiled_parts(parts, gradients)
+            is_step = x.shape[1] == 1 and not gradients
+            return side_by_side(compiled_parts(parts, gradients)) if is_step else compiled_parts(parts, gradients)
         return parts
 
     def prefill_chunk_size(self, batch_size: int = 1) -> int:
