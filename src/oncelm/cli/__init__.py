@@ -24,6 +24,7 @@ VERBS = {
     "data": "tokenize text for training, describe it, look at samples",
     "train": "train a model on text: a file, a folder or a corpus of weighted sources",
     "generate": "continue a prompt, of any length, with a trained model",
+    "cache": "read documents once, keep them on disk, ask about them in milliseconds",
     "info": "describe a model, a preset, or this installation",
     "convert": "convert official YOCO folders and GGUF files to Hugging Face folders, and back",
     "eval": "evaluate a model: needles, loss by position, in-context learning; write a report",

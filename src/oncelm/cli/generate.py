@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from oncelm.cli.inputs import read_text, typed_text
 from oncelm.cli.options import add_options, find_tokenizer, kv_dtype, model_keys, session_options
 from oncelm.utils.files import check_place
 
@@ -92,7 +93,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     check_options(args)
-    text = typed_text(args.prompt) if args.prompt is not None else read_text(args.prompt_file)
+    text = typed_text(args.prompt, "--prompt") if args.prompt is not None else read_text(args.prompt_file)
 
     from oncelm.cli.sampling import keep_what_fits
     from oncelm.models.load import load, quiet_transformers, read_config
@@ -141,24 +142,6 @@ def check_options(args: argparse.Namespace) -> None:
         raise ValueError(f"--save-cache {args.save_cache} is a folder; name a file.")
     if args.save_cache:
         check_place(args.save_cache, "--save-cache")
-
-
-def read_text(file: str) -> str:
-    """The text of a file, or of standard input for "-", exactly as it is, but for a byte order mark."""
-    content = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
-    return utf8(content, "standard input" if file == "-" else file).removeprefix("\ufeff")
-
-
-def typed_text(text: str) -> str:
-    """The text of an argument, which Python hands over as single bytes where the locale says ASCII (LC_ALL=C)."""
-    return utf8(text.encode("utf-8", "surrogateescape"), "--prompt")
-
-
-def utf8(content: bytes, name: str) -> str:
-    try:
-        return content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{name} is not UTF-8 text: {error}") from error
 
 
 def encode(

@@ -23,6 +23,7 @@ import os
 import re
 import secrets
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -48,6 +49,12 @@ def check_place(path: str | os.PathLike[str], option: str) -> None:
     else:
         return
     raise ValueError(f"{path} cannot be written: {reason}; name another place with {option}.")
+
+
+def cache_folder() -> Path:
+    """Where the platform has what programs keep and could make again; OnceLM's part of it."""
+    usual = "~/Library/Caches" if sys.platform == "darwin" else "~/.cache"
+    return Path(os.environ.get("XDG_CACHE_HOME") or usual).expanduser() / "oncelm"
 
 
 def fsync_path(path: Path) -> None:

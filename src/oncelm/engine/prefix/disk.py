@@ -45,6 +45,11 @@ _TICK = 100_000_000  # nanoseconds
 logger = logging.getLogger(__name__)
 
 
+def is_snapshot(name: str) -> bool:
+    """Whether a file is called as those of snapshots are."""
+    return bool(_NAME.fullmatch(name))
+
+
 class Damaged(ValueError):
     """A file is not as it was written, or is not what its name says."""
 
@@ -270,6 +275,11 @@ class Folder:
         self.num_damaged += 1
         self.warn("damaged", f"{self.place(key)} is damaged and is deleted: {error}")
         self.discard(key)
+
+    def tokens(self, key: bytes) -> list[int]:
+        """The tokens of a file alone, which are not compared with anything. Raises Damaged, OSError."""
+        with _opened(self.place(key)) as file:
+            return file.get_tensor("tokens").tolist()
 
     def discard(self, key: bytes) -> None:
         """Delete a file that is of no use."""
