@@ -328,3 +328,36 @@ def test_log_probabilities_are_of_the_models_own_logits() -> None:
     for token, logprob in found[0].logprobs.items():
         assert logprob.logprob == pytest.approx(float(right[token]), abs=1e-5)
         assert logprob.rank == int((right > right[token]).sum()) + 1
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_as_on_a_cpu_without_waiting() -> None:
+    logits = torch.randn(12, 5000) * 3
+    asked = [
+        {"temperature": 0},
+        {},
+        {"top_k": 9},
+        {"top_p": 0.8},
+        {"min_p": 0.1, "temperature": 0.7},
+        {"repetition_penalty": 1.5, "frequency_penalty": 0.3, "presence_penalty": 0.1},
+        {"logit_bias": {3: 4.0}, "allowed_token_ids": list(range(0, 5000, 3))},
+        {"stop_token_ids": [4], "min_tokens": 4},
+        {"top_k": 2000},
+        {"logprobs": 3, "temperature": 0},
+        {"temperature": 3.0, "top_p": 0.99},
+        {"temperature": 0, "presence_penalty": 1.0},
+    ]
+
+    def rows() -> list[SamplingRow]:
+        return [row(i, output=[5, i], num_drafts=i % 2, **options) for i, options in enumerate(asked)]
+
+    right = Sampler(5000, CPU)(logits, rows())
+    sampler, on_gpu = Sampler(5000, "cuda"), logits.cuda()
+    found = sampler(on_gpu, rows())
+    assert [sampled.token for sampled in found] == [sampled.token for sampled in right]
+    assert found[9].logprobs.keys() == right[9].logprobs.keys()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        sampler._choose(on_gpu, rows())
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
