@@ -8,6 +8,9 @@ bits on every device; the logarithms after it are the device's.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 
 MASK = 2**64 - 1
@@ -16,14 +19,14 @@ FIRST, SECOND = 0x7FEB352D, 0x846CA68B - 2**32
 LARGEST = 1 - 2**-24  # below 1 in float32
 
 
-def draw_key(seed: int, index: int) -> tuple[int, int]:
-    """Two signed 32-bit keys for a place: a hash of the request's seed and the index in its output."""
-    bits = _mix(_mix(seed & MASK) + index & MASK)
-    return _signed(bits >> 32), _signed(bits & 0xFFFFFFFF)
+def draw_keys(places: Sequence[tuple[int, int]]) -> np.ndarray:
+    """For places of a seed and an index in an output: keys [m, 2] int32, a hash of both."""
+    seeds, indices = np.array([(seed & MASK, index) for seed, index in places], dtype=np.uint64).T
+    return _mix(_mix(seeds) + indices).view(np.int32).reshape(-1, 2)
 
 
 def gumbel(keys: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """Gumbel noise [m, V] float32 of tokens [V] int32 at places with keys [m, 2] int32 (`draw_key`)."""
+    """Gumbel noise [m, V] float32 of tokens [V] int32 at places with keys [m, 2] int32 (`draw_keys`)."""
     bits = keys[:, :1] ^ tokens
     bits ^= _shifted(bits, 16)
     bits *= FIRST
@@ -41,13 +44,9 @@ def _shifted(bits: torch.Tensor, by: int) -> torch.Tensor:
     return (bits >> by).bitwise_and_((1 << (32 - by)) - 1)
 
 
-def _mix(x: int) -> int:
-    """The finalizer of SplitMix64: every bit of x changes about half of the bits that come out."""
-    x = x + 0x9E3779B97F4A7C15 & MASK
-    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 & MASK
-    x = (x ^ x >> 27) * 0x94D049BB133111EB & MASK
+def _mix(x: np.ndarray) -> np.ndarray:
+    """The finalizer of SplitMix64, of uint64: every bit of x changes about half of the bits that come out."""
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ x >> 30) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ x >> 27) * np.uint64(0x94D049BB133111EB)
     return x ^ x >> 31
-
-
-def _signed(bits: int) -> int:
-    return bits - 2**32 if bits >= 2**31 else bits

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from oncelm.engine import logprobs
-from oncelm.engine.noise import draw_key, gumbel
+from oncelm.engine.noise import draw_keys, gumbel
 from oncelm.engine.params import SamplingParams
 from oncelm.engine.penalties import Penalties
 from oncelm.engine.places import Sampled, SamplingRow
@@ -178,7 +178,7 @@ class Sampler:
     def _draw(self, logits: torch.Tensor, rows: Sequence[SamplingRow]) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens [m] drawn from logits [m, V] float32 whose largest is 0, and whether they are settled [m]."""
         logits, settled = self._narrow(logits, rows)
-        keys = send([draw_key(row.seed, row.index) for row in rows], torch.int32, self.device)
+        keys = send(draw_keys([(row.seed, row.index) for row in rows]), torch.int32, self.device)
         return (logits + gumbel(keys, self._tokens)).argmax(-1), settled
 
     def _narrow(self, logits: torch.Tensor, rows: Sequence[SamplingRow]) -> tuple[torch.Tensor, torch.Tensor]:
