@@ -109,12 +109,22 @@ def beam_search(llm: LLM, prompts: Any, params: BeamSearchParams | None = None) 
 
     Returns:
         for each prompt an output with `beam_width` answers; their tokens have the end-of-text token, where one came.
+
+    Raises:
+        ValueError: a prompt that cannot be run, or whose answer does not fit.
+        RuntimeError: a step failed, as where memory runs out.
     """
     params = params or BeamSearchParams()
     eos_token_ids = llm.engine.eos_token_ids
     count = Search(params, eos_token_ids).num_continuations
     asked = SamplingParams(temperature=0, max_tokens=1, logprobs=count, detokenize=False)
     outputs = llm.generate(prompts, asked, use_tqdm=False)
+    most = min(llm.engine.plan.max_model_len, llm.engine.plan.num_tokens)
+    longest = max((len(output.prompt_token_ids) for output in outputs), default=0)
+    if longest + params.max_tokens > most:
+        raise ValueError(
+            f"a prompt of {longest:,} tokens and max_tokens={params.max_tokens:,} are more than the {most:,} that fit."
+        )
     searches = [Search(params, eos_token_ids) for _ in outputs]
     for output, search in zip(outputs, searches, strict=True):
         search.step(_continuations([output]))

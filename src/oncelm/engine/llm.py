@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from oncelm.data.chats import read_messages
 from oncelm.data.templates import encode_question
 from oncelm.data.tokenizers import load_tokenizer
+from oncelm.engine.beam import BeamSearchParams, beam_search
 from oncelm.engine.engine import Engine, Prompt
 from oncelm.engine.metrics import MetricsReport
 from oncelm.engine.options import engine_options
@@ -153,6 +154,12 @@ class LLM:
         chats = [read_messages(one, tools) for one in several]
         prompts = [{"prompt_token_ids": encode_question(chat, self.tokenizer)} for chat in chats]
         return self.generate(prompts, sampling_params, **options)
+
+    def beam_search(
+        self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams | None = None
+    ) -> list[RequestOutput]:
+        """The likeliest answers to prompts, as `model.generate(num_beams=...)` finds them (`engine.beam`)."""
+        return beam_search(self, prompts, params)
 
     def read(
         self,
