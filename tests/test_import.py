@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import oncelm
+import oncelm.engine
 import oncelm.eval
 from oncelm.cli import VERBS
 
@@ -82,7 +83,7 @@ def test_the_package_run_as_a_program_is_the_command() -> None:
 
 
 def test_every_public_name_is_there() -> None:
-    for module in (oncelm, oncelm.eval):
+    for module in (oncelm, oncelm.engine, oncelm.eval):
         assert {*module.__all__} <= {*dir(module)}
         for name in module.__all__:
             assert getattr(module, name) is not None

@@ -12,6 +12,9 @@ from oncelm.utils.lazy import lazy_names
 if TYPE_CHECKING:
     from oncelm import ops
     from oncelm.data.tokenizers import load_tokenizer
+    from oncelm.engine.async_llm import AsyncLLM
+    from oncelm.engine.llm import LLM
+    from oncelm.engine.params import SamplingParams
     from oncelm.models import (
         LongLlamaConfig,
         LongLlamaForCausalLM,
@@ -25,8 +28,11 @@ if TYPE_CHECKING:
     from oncelm.utils.version import __version__
 
 __all__ = [
+    "LLM",
+    "AsyncLLM",
     "LongLlamaConfig",
     "LongLlamaForCausalLM",
+    "SamplingParams",
     "YocoConfig",
     "YocoForCausalLM",
     "__version__",
@@ -43,6 +49,9 @@ __getattr__, __dir__ = lazy_names(
     {
         "": ("ops",),
         "oncelm.data.tokenizers": ("load_tokenizer",),
+        "oncelm.engine.async_llm": ("AsyncLLM",),
+        "oncelm.engine.llm": ("LLM",),
+        "oncelm.engine.params": ("SamplingParams",),
         "oncelm.models": (
             *("LongLlamaConfig", "LongLlamaForCausalLM", "YocoConfig", "YocoForCausalLM"),
             *("build", "build_model", "describe", "load"),

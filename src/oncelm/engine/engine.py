@@ -20,12 +20,12 @@ from oncelm.data.encoding import encode_prompt
 from oncelm.engine.drafts import PromptLookup, can_draft
 from oncelm.engine.logprobs import prompt_logprobs
 from oncelm.engine.metrics import EngineMetrics, Gauges, MetricsReport
-from oncelm.engine.options import EngineOptions
+from oncelm.engine.options import EngineOptions, Limits
 from oncelm.engine.outputs import CompletionOutput, Logprobs, RequestMetrics, RequestOutput
 from oncelm.engine.pages import Pages, Slots
 from oncelm.engine.params import SamplingParams
 from oncelm.engine.places import Sampled, SamplingRow
-from oncelm.engine.plan import plan_memory
+from oncelm.engine.plan import MemoryPlan, plan_memory
 from oncelm.engine.pool import Pool
 from oncelm.engine.prefix import PrefixCache
 from oncelm.engine.request import Request, State
@@ -69,23 +69,9 @@ class Engine:
         options = options or EngineOptions()
         limits = options.limits(model.device.type)
         self.options = replace(options, **limits._asdict())
-        self.plan = plan = plan_memory(
-            model,
-            max_model_len=options.max_model_len,
-            max_num_seqs=options.max_num_seqs,
-            page_size=limits.page_size,
-            kv_cache_dtype=options.kv_cache_dtype,
-            gpu_memory_utilization=options.gpu_memory_utilization,
-            kv_cache_bytes=options.kv_cache_bytes,
-            max_num_batched_tokens=limits.max_num_batched_tokens,
-            num_snapshots=options.num_snapshots if options.enable_prefix_caching else 0,
-        )
-        if options.verbose:
-            print(plan.table(), flush=True)
-        kv_dtype = resolve_kv_dtype(options.kv_cache_dtype)
+        self.plan = plan = self._plan_memory(limits)
         self.pages, self.slots = Pages(plan.num_pages), Slots(plan.num_slots)
-        self.pool = Pool(model, plan.num_pages, plan.page_size, plan.num_slots, kv_dtype)
-        self.runner = Runner(model, self.pool, max_num_seqs=options.max_num_seqs, max_pages=plan.pages_a_request)
+        self.pool, self.runner = self._take_memory()
         self.runner.warm_up(limits.max_num_batched_tokens)
         self.eos_token_ids = end_tokens(model, tokenizer)
         self.sampler = Sampler(model.config.vocab_size, model.device, tokenizer, self.eos_token_ids)
@@ -120,6 +106,30 @@ class Engine:
         self._launched: tuple[list[tuple[Request, Row]], torch.Tensor] | None = None
         self._changed: dict[Request, None] = {}  # whose outputs are to be told, in order
 
+    def _plan_memory(self, limits: Limits) -> MemoryPlan:
+        options = self.options
+        plan = plan_memory(
+            self.model,
+            max_model_len=options.max_model_len,
+            max_num_seqs=options.max_num_seqs,
+            page_size=limits.page_size,
+            kv_cache_dtype=options.kv_cache_dtype,
+            gpu_memory_utilization=options.gpu_memory_utilization,
+            kv_cache_bytes=options.kv_cache_bytes,
+            max_num_batched_tokens=limits.max_num_batched_tokens,
+            num_snapshots=options.num_snapshots if options.enable_prefix_caching else 0,
+        )
+        if options.verbose:
+            print(plan.table(), flush=True)
+        return plan
+
+    def _take_memory(self) -> tuple[Any, Any]:
+        """A pool for what is kept of requests, and a runner for forward passes over it."""
+        plan, options = self.plan, self.options
+        kv_dtype = resolve_kv_dtype(options.kv_cache_dtype)
+        pool = Pool(self.model, plan.num_pages, plan.page_size, plan.num_slots, kv_dtype)
+        return pool, Runner(self.model, pool, max_num_seqs=options.max_num_seqs, max_pages=plan.pages_a_request)
+
     # -- requests -------------------------------------------------------------------------------------------------
 
     def add_request(
@@ -131,7 +141,7 @@ class Engine:
         priority: int = 0,
         cache_salt: str | None = None,
         arrival_time: float | None = None,
-    ) -> None:
+    ) -> RequestOutput:
         """Queue a request.
 
         Args:
@@ -154,6 +164,7 @@ class Engine:
         for first in range(0, len(requests), most):
             requests[first].forks = requests[first + 1 : first + most]
             self.scheduler.add(requests[first])
+        return requests[0].output
 
     def add_document(
         self, request_id: str, document: Prompt, *, priority: int = 0, cache_salt: str | None = None

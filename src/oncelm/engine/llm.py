@@ -15,11 +15,12 @@ from oncelm.data.chats import read_messages
 from oncelm.data.templates import encode_question
 from oncelm.data.tokenizers import load_tokenizer
 from oncelm.engine.beam import BeamSearchParams, beam_search
-from oncelm.engine.engine import Engine, Prompt
+from oncelm.engine.engine import Prompt
 from oncelm.engine.metrics import MetricsReport
 from oncelm.engine.options import engine_options
 from oncelm.engine.outputs import RequestOutput
 from oncelm.engine.params import SamplingParams
+from oncelm.engine.single import make_engine
 from oncelm.models.load import load, set_execution
 from oncelm.utils.errors import shown
 
@@ -70,7 +71,7 @@ class LLM:
         if isinstance(tokenizer, str | os.PathLike):
             tokenizer = load_tokenizer(tokenizer)
         self.model, self.tokenizer = model.eval(), tokenizer
-        self.engine = Engine(model, tokenizer, settings)
+        self.engine = make_engine(model, tokenizer, settings)
         self._numbers = itertools.count()
         self._open: set[str] = set()  # requests that somebody waits for
         self._news: dict[str, RequestOutput] = {}  # theirs that have changed

@@ -9,13 +9,14 @@ from typing import Annotated, Any
 
 import torch
 
-from oncelm.utils.constraints import POSITIVE, Constraint, Each, Keyed, Number, Text, Whole, constraints_of
+from oncelm.utils.constraints import POSITIVE, Constraint, Each, Keyed, Number, OneOf, Text, Whole, constraints_of
 from oncelm.utils.errors import shown, unknown
 from oncelm.utils.settings import parse_json
 
 # of the tokens so far (prompt, output) and logits [V] float32: logits [V], changed in place or new
 LogitsProcessor = Callable[[Sequence[int], Sequence[int], torch.Tensor], torch.Tensor]
 
+OUTPUT_KINDS = ("cumulative", "delta", "final_only")
 ALL = -1  # log-probabilities of the whole vocabulary
 STRUCTURES = ("regex", "choice", "grammar")  # kinds of structure beside a JSON schema
 # names of other libraries
@@ -144,6 +145,8 @@ class SamplingParams:
         structured: a JSON schema (a dict or a string), {"regex": ...}, {"choice": [...]} or {"grammar": ...}.
         skip_special_tokens: in the text of the output.
         detokenize: make text at all.
+        output_kind: of `AsyncLLM`: "cumulative" outputs have all that was written so far, "delta" ones what is new;
+            "final_only": the last output alone.
     """
 
     n: Annotated[int, Whole(1)] = 1
@@ -170,6 +173,7 @@ class SamplingParams:
     structured: Annotated[dict[str, Any] | str | None, Structure()] = None
     skip_special_tokens: bool = True
     detokenize: bool = True
+    output_kind: Annotated[str, OneOf(OUTPUT_KINDS)] = "cumulative"
 
     def __new__(cls, *values: Any, **named: Any) -> SamplingParams:
         for name in named.keys() - CONSTRAINTS.keys():

@@ -37,6 +37,7 @@ class Family:
             a call ends; windows are `config.max_position_embeddings` long, and texts have no longest length.
         packs_rows: sequences packed into one row (`cu_seqlens`) can be appended to a cache, and logits at a mask of
             positions (`logits_to_keep`) cost no more than these positions.
+        runs_in_engine: the engine runs many of its texts at once, in pages and slots (`engine/pool.py`).
         takes_host_inputs: `forward` takes ids, labels and `cu_seqlens` on the CPU too, and then waits for no value of a
             GPU; it knows `logits_to_keep` and `num_items_in_batch`.
         has_crossbatch: rows of a training batch may see each other (`config.cross_batch_range`, `dataset_packing`).
@@ -60,6 +61,7 @@ class Family:
     read_options: tuple[str, ...] = ()
     reads_by_windows = False
     packs_rows = False
+    runs_in_engine = False
     takes_host_inputs = False
     has_crossbatch = False
     can_compile = False

@@ -49,6 +49,7 @@ class YocoModel(Execution, BaseModel):
     splits = ("tensor_parallel", "context_parallel")
     kv_dtypes = ("bfloat16", "float8", "int8")
     packs_rows = True
+    runs_in_engine = True
     quantizations = ("float8",)
     official_format = "oncelm.models.yoco.official"
     presets = {**PRESETS, **LLAMA_PRESETS}  # noqa: RUF012
