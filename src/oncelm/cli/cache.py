@@ -46,6 +46,9 @@ examples:
 """
 
 
+BETWEEN_SNAPSHOTS = 65_536  # tokens: each has its own states, and what is wanted is the one at the end
+
+
 def command(arguments: list[str]) -> Command:
     """What `oncelm cache ...` stands for: an action, or with none, an overview."""
     from oncelm.cli import Command
@@ -99,6 +102,7 @@ def open_engine(args: argparse.Namespace, folder: Path) -> LLM:
     from oncelm.engine.llm import LLM
 
     options: dict[str, Any] = {"cache_dir": str(folder), "kv_cache_dtype": args.kv_dtype, "max_num_seqs": 1}
+    options["snapshot_interval"] = BETWEEN_SNAPSHOTS
     if args.max_model_len is not None:
         options["max_model_len"] = args.max_model_len
     return LLM(args.model, args.tokenizer, device=args.device, dtype=args.dtype, verbose=False, **options)

@@ -531,7 +531,10 @@ class Engine:
                 pages_total=self.pages.num_pages - 1,
                 slots_used=self.slots.num_used,
                 slots_total=self.slots.num_slots - 1,
-            )
+                snapshots=self.cache.snapshots() if self.cache is not None else {},
+                snapshot_bytes=self.cache.nbytes() if self.cache is not None else {},
+            ),
+            self.cache.counts if self.cache is not None else None,
         )
 
     def close(self) -> None:

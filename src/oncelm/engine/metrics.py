@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter, deque
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -92,7 +92,7 @@ class Gauges:
     Attributes:
         num_waiting, num_running: requests.
         pages_used, pages_total, slots_used, slots_total: of the pool; those that snapshots hold are used.
-        snapshots: by tier: "device", "cpu", "disk".
+        snapshots, snapshot_bytes: by tier: "device", "cpu", "disk".
     """
 
     num_waiting: int = 0
@@ -102,6 +102,7 @@ class Gauges:
     slots_used: int = 0
     slots_total: int = 0
     snapshots: dict[str, int] = field(default_factory=dict)
+    snapshot_bytes: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -133,11 +134,36 @@ class Counts:
     drafts_accepted: int = 0
 
 
+@dataclass(slots=True)
+class PrefixCounts:
+    """Of what happened to snapshots since the engine's start.
+
+    Attributes:
+        lookups: of what is known of a request's tokens; one that waits is looked up again.
+        hits, tokens_hit: snapshots that requests went on from, and their tokens.
+        added: snapshots.
+        evicted_device, evicted_cpu, evicted_disk: by where they had to make room; they may be elsewhere still.
+        damaged: files that were deleted for it.
+        not_written: snapshots that the disk had no room or no time for.
+    """
+
+    lookups: int = 0
+    hits: int = 0
+    tokens_hit: int = 0
+    added: int = 0
+    evicted_device: int = 0
+    evicted_cpu: int = 0
+    evicted_disk: int = 0
+    damaged: int = 0
+    not_written: int = 0
+
+
 @dataclass(frozen=True)
 class MetricsReport:
     """What `LLM.metrics()` returns. Latencies are of the last requests and steps, in seconds; None: there was none.
 
     Attributes:
+        prefix_cache: what happened to snapshots; None: there are none.
         hit_rate: share of prompt tokens that the prefix cache had.
         tokens_per_row: what a request gets from a decode pass; above 1 with speculative decoding.
         step_time: of a step of the engine.
@@ -146,6 +172,7 @@ class MetricsReport:
 
     gauges: Gauges
     counts: Counts
+    prefix_cache: PrefixCounts | None
     hit_rate: float
     tokens_per_row: float
     step_time: Distribution | None
@@ -208,12 +235,13 @@ class EngineMetrics:
                 values.append(value)
         self._intervals.extend(taken.intervals)
 
-    def report(self, gauges: Gauges) -> MetricsReport:
+    def report(self, gauges: Gauges, prefix_cache: PrefixCounts | None = None) -> MetricsReport:
         """What was counted and measured, beside how full the engine is now."""
         counts = Counts(finished=dict(self._finished), **self._counts)
         return MetricsReport(
             gauges=gauges,
             counts=counts,
+            prefix_cache=None if prefix_cache is None else replace(prefix_cache),
             hit_rate=counts.cached_tokens / max(1, counts.prompt_tokens),
             tokens_per_row=counts.sampled_tokens / max(1, counts.rows),
             step_time=distribution(self._steps),

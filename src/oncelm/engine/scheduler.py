@@ -301,10 +301,13 @@ class Scheduler:
         slot = self.slots.allocate()
         assert slot is not None
         request.slot = slot
-        if match is not None and self.cache is not None:
+        while match is not None and self.cache is not None:
             pages = self.cache.restore(match, slot, self._allocate)
             if pages is not None:
                 request.pages, request.n, request.resumed = pages, match.n, match.snapshot
+                break
+            shorter = self._match(request)  # of a snapshot that was damaged, one before may still be whole
+            match = shorter if shorter is not None and shorter.n < match.n else None
         if not self._reserve(request, len(request.tokens)):  # a snapshot that could not be restored after all
             self._drop(request)
             return False

@@ -45,7 +45,7 @@ def test_bits_are_the_same_through_cpu_memory_disk_and_a_restart(dtype, tmp_path
 
     check(device)
     empty(device)
-    assert device.cache.cpu_bytes > 0
+    assert device.cache.nbytes()["cpu"] > 0
     check(device)
     device.cache.close()
     restarted = Device(dtype=dtype, cpu_bytes=0, directory=tmp_path)
@@ -66,7 +66,7 @@ def test_only_what_is_new_is_kept_below() -> None:
     empty(device)
     row = sum(rows[0, 0].nbytes for rows in device.pool.rows.values())
     state = sum(states[0].nbytes for states in device.pool.states.values())
-    assert device.cache.cpu_bytes == 400 * row + 10 * state
+    assert device.cache.nbytes()["cpu"] == 400 * row + 10 * state
 
 
 def test_a_question_behind_a_document_that_stays_on_the_device_costs_the_document_once() -> None:
@@ -77,7 +77,7 @@ def test_a_question_behind_a_document_that_stays_on_the_device_costs_the_documen
         device.remember([*text(200), *text(5, seed + 1)])
     row = sum(rows[0, 0].nbytes for rows in device.pool.rows.values())
     assert device.cache.match(text(201)).held_pages == 50
-    assert 200 * row < device.cache.cpu_bytes < 300 * row
+    assert 200 * row < device.cache.nbytes()["cpu"] < 300 * row
 
 
 def test_another_computation_of_the_same_text_is_never_mixed_in() -> None:
@@ -113,7 +113,7 @@ def test_leaves_go_from_cpu_memory_and_those_used_last_stay() -> None:
     found = [device.cache.match([*text(30), *text(10, seed), 0]).n for seed in (1, 2, 3)]
     assert found == [40, 30, 40]
     assert device.cache.match(text(13, 9)).n == 10
-    assert device.cache.cpu_bytes <= 60 * row + 4 * state
+    assert device.cache.nbytes()["cpu"] <= 60 * row + 4 * state
     assert device.cache.counts.evicted_cpu == 1
 
 
@@ -122,7 +122,7 @@ def test_what_fits_nowhere_is_gone() -> None:
     device.remember(text(30))
     empty(device)
     assert not len(device.cache.tree)
-    assert device.cache.cpu_bytes == 0
+    assert device.cache.nbytes()["cpu"] == 0
 
 
 def test_a_copy_is_waited_for_before_it_is_read_and_not_before(tmp_path, monkeypatch) -> None:
@@ -221,7 +221,7 @@ def test_the_disk_has_a_limit_and_leaves_go_first(tmp_path: Path) -> None:
     restarted = Device(num_pages=200, directory=tmp_path)
     found = [restarted.cache.match([*text(20), *text(18, seed), 0]).n for seed in (1, 2, 3, 9)]
     assert found == [38, 20, 38, 38]
-    assert restarted.cache.disk_bytes <= 4 * each + each // 2
+    assert restarted.cache.nbytes()["disk"] <= 4 * each + each // 2
 
 
 def test_larger_than_the_limit_is_not_kept_on_disk(tmp_path, caplog) -> None:
@@ -272,7 +272,7 @@ def test_any_use_gives_what_a_dictionary_would(tmp_path_factory, data, page_size
         elif what == "delete" and folder:
             for file in sorted(folder.glob("*.safetensors"))[:1]:
                 file.unlink()
-        assert device.cache.cpu_bytes <= options["cpu_bytes"]
+        assert device.cache.nbytes()["cpu"] <= options["cpu_bytes"]
         for snapshot in device.cache.tree:
             assert not (snapshot.is_below and snapshot.parent) or snapshot.parent.is_below
     device.cache.close()

@@ -194,7 +194,7 @@ def test_all_is_given_back_at_the_end() -> None:
         device.remember(text(11, seed))
     device.cache.close()
     assert device.pages.num_used == device.slots.num_used == 0
-    assert device.cache.device_bytes == 0
+    assert device.cache.nbytes()["device"] == 0
 
 
 @settings(max_examples=25, deadline=None)

@@ -155,7 +155,7 @@ def test_two_processes_that_write_the_same_keep_one_file(tmp_path: Path) -> None
         request.end()
         device.cache.flush()
     assert len(files(tmp_path)) == 1
-    assert one.cache.disk_bytes == other.cache.disk_bytes > 0
+    assert one.cache.nbytes()["disk"] == other.cache.nbytes()["disk"] > 0
 
 
 def test_a_full_disk_means_that_nothing_is_kept(tmp_path, monkeypatch, caplog) -> None:

@@ -10,9 +10,9 @@ from __future__ import annotations
 import os
 from collections import OrderedDict, deque
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from oncelm.engine.metrics import PrefixCounts
 from oncelm.engine.prefix.delta import Delta, Storage, copy_off
 from oncelm.engine.prefix.tree import Snapshot, Tree
 from oncelm.utils.errors import is_out_of_memory
@@ -21,21 +21,6 @@ if TYPE_CHECKING:
     from oncelm.engine.prefix.disk import Folder, Header
 
 WAITING_BYTES = 2 << 30  # of copies that the disk has not taken yet
-
-
-@dataclass(slots=True)
-class Counts:
-    """What metrics read. Lookups are calls of `match`, hits those of `restore`; evictions are told by where from."""
-
-    lookups: int = 0
-    hits: int = 0
-    tokens_hit: int = 0
-    added: int = 0
-    evicted_device: int = 0
-    evicted_cpu: int = 0
-    evicted_disk: int = 0
-    damaged: int = 0
-    not_written: int = 0
 
 
 class Below:
@@ -49,7 +34,7 @@ class Below:
         self,
         pool: Storage,
         tree: Tree,
-        counts: Counts,
+        counts: PrefixCounts,
         cpu_bytes: int,
         directory: str | os.PathLike[str] | None,
         fingerprint: str,
@@ -73,6 +58,11 @@ class Below:
     def writes(self) -> bool:
         """Whether there is a folder, into which what is added is written."""
         return self._folder is not None
+
+    @property
+    def num_in_cpu_memory(self) -> int:
+        """Snapshots."""
+        return len(self._host)
 
     def flush(self) -> None:
         """Return when all that was to be written is."""

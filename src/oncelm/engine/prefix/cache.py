@@ -20,7 +20,8 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from typing import TYPE_CHECKING
 
-from oncelm.engine.prefix.below import Below, Counts
+from oncelm.engine.metrics import PrefixCounts
+from oncelm.engine.prefix.below import Below
 from oncelm.engine.prefix.delta import Storage, write_back, write_states
 from oncelm.engine.prefix.tree import BLOCK, Chain, Snapshot, Tree, encode, root_digest
 from oncelm.utils.errors import is_out_of_memory
@@ -75,7 +76,7 @@ class PrefixCache:
         disk_bytes: int | None = None,
     ) -> None:
         self.pool, self.pages, self.slots = pool, pages, slots
-        self.counts = Counts()
+        self.counts = PrefixCounts()
         self.tree = Tree()
         self._device: OrderedDict[Snapshot, None] = OrderedDict()  # the one that was used last is last
         self._shares: Counter[int] = Counter()  # of a page, by snapshots
@@ -237,19 +238,16 @@ class PrefixCache:
         for snapshot in list(self._device):
             self._let_go(snapshot)
 
-    @property
-    def device_bytes(self) -> int:
-        """Of snapshots on the device; a page that several share, also with requests, counts once."""
-        return len(self._shares) * self._page_bytes + len(self._device) * self._slot_bytes
+    def snapshots(self) -> dict[str, int]:
+        """How many there are on the device, in CPU memory and on disk; one may be in several places."""
+        on_disk = sum(1 for snapshot in self.tree if snapshot.file)
+        return {"device": len(self._device), "cpu": self._below.num_in_cpu_memory, "disk": on_disk}
 
-    @property
-    def cpu_bytes(self) -> int:
-        return self._below.cpu_bytes
-
-    @property
-    def disk_bytes(self) -> int:
-        """Of the files that this process knows of."""
-        return sum(snapshot.file for snapshot in self.tree)
+    def nbytes(self) -> dict[str, int]:
+        """Bytes there. On the device a page that several share, also with requests, counts once."""
+        on_device = len(self._shares) * self._page_bytes + len(self._device) * self._slot_bytes
+        on_disk = sum(snapshot.file for snapshot in self.tree)
+        return {"device": on_device, "cpu": self._below.cpu_bytes, "disk": on_disk}
 
     # -- on the device --------------------------------------------------------------------------------------------
 
