@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from oncelm.cli.options import add_options, parse_settings
+from oncelm.cli.options import add_options, find_tokenizer, parse_settings
 from oncelm.cli.output import print_tables
 from oncelm.utils.files import check_place
 
@@ -160,8 +160,17 @@ def run_on_engine(args: argparse.Namespace, conversations: list[Conversation]) -
     dtype = resolve_dtype(args.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
     options = parse_settings(args.engine)
     model = build(args.model, device, dtype, **parse_settings(args.set))
-    llm = LLM(model, args.tokenizer, **options)
-    return serve_engine(llm, conversations, args.workload, name=args.model, seed=args.seed, ignore_eos=args.ignore_eos)
+    tokenizer = find_tokenizer(args.model, args.tokenizer) if any(one.is_text for one in conversations) else None
+    llm = LLM(model, tokenizer, **options)
+    return serve_engine(
+        llm,
+        conversations,
+        args.workload,
+        name=args.model,
+        quantization=options.get("quantization"),
+        seed=args.seed,
+        ignore_eos=args.ignore_eos,
+    )
 
 
 def run_on_address(args: argparse.Namespace, conversations: list[Conversation]) -> tuple[list[Answer], Record]:

@@ -70,3 +70,46 @@ def test_bad_options_teach(arguments: list[str], message: str, capsys: pytest.Ca
 def test_serve_comes_first(capsys: pytest.CaptureFixture) -> None:
     assert main(["bench", "--out", "x", "serve"]) == 2
     assert "oncelm bench serve ..." in capsys.readouterr().err
+
+
+def test_the_engine_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    out = tmp_path / "r.jsonl"
+    workload = "documents:documents=2,document=200-300,questions=4,input=4,output=3,rate=50"
+    model = ["--model", "yoco-tiny", "--set", "vocab_size=97", "hidden_size=64", "--device", "cpu"]
+    engine = ["--engine", "max_model_len=512", "page_size=16", "verbose=false", "kv_cache_bytes=20000000"]
+    assert main(["bench", "serve", *model, *engine, "--workload", workload, "--out", str(out)]) == 0
+    shown = capsys.readouterr().out
+    assert "queue time" in shown
+    assert "prefix cache" in shown
+    (record,) = read_records(out)
+    assert (record["subject"], record["model"], record["requests"], record["failed"]) == ("engine", "yoco-tiny", 8, 0)
+    assert record["output_tokens"] == 24
+    assert record["cached_tokens"] > 0
+    assert record["gate_errors"]["logprobs"] < 1e-4
+    assert record["settings"]["max_model_len"] == 512
+    assert record["metrics"]["gauges"]["pages_total"] > 0
+    assert record["peak_bytes"] > 0
+    assert main(["bench", "serve", *model, "--engine", "page_sise=16"]) == 2
+    assert "did you mean 'page_size'" in capsys.readouterr().err
+
+
+def test_text_needs_a_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "w.jsonl").write_text('{"input": "Once", "output": 3, "turns": [{"input": "?", "output": 2}]}\n')
+    command = ["bench", "serve", "--model", "yoco-tiny", "--set", "vocab_size=384", "--device", "cpu"]
+    command += ["--workload", str(tmp_path / "w.jsonl"), "--engine", "kv_cache_bytes=20000000", "verbose=false"]
+    assert main(command) == 2
+    assert "name one, such as --tokenizer bytes" in capsys.readouterr().err
+    assert main([*command, "--tokenizer", "bytes"]) == 0
+    assert "5 output tokens" in capsys.readouterr().out
+
+
+def test_an_engine_that_is_wrong_is_not_measured(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    from oncelm.engine.runner import Runner
+
+    decode = Runner.decode
+    monkeypatch.setattr(Runner, "decode", lambda self, rows: decode(self, rows).roll(1, -1))
+    model = ["--model", "yoco-tiny", "--set", "vocab_size=97", "hidden_size=64", "--device", "cpu"]
+    assert main(["bench", "serve", *model, "--engine", "verbose=false", "kv_cache_bytes=20000000"]) == 1
+    assert "nothing is measured" in capsys.readouterr().err

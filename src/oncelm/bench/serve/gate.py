@@ -17,7 +17,11 @@ STEPS = 8  # tokens of each answer
 
 @torch.no_grad()
 def check_engine(
-    engine: Engine, model: Any, kv_dtype: torch.dtype | None = None, quantization: str | None = None
+    engine: Engine,
+    model: Any,
+    kv_dtype: torch.dtype | None = None,
+    quantization: str | None = None,
+    longest: int = PROMPTS[0] + STEPS,
 ) -> dict[str, float]:
     """Compare greedy answers to a few short random prompts with a full forward pass over prompt and answer.
 
@@ -25,6 +29,7 @@ def check_engine(
         engine: runs `model`.
         kv_dtype: of its keys and values; None: the model's.
         quantization: "float8": it reads prompts with products in float8.
+        longest: tokens of a prompt and its answer, where it takes only so many.
 
     Returns:
         Root mean squares over all tokens of the answers, in standard deviations of the logits at that place:
@@ -36,7 +41,8 @@ def check_engine(
     """
     generator = torch.Generator().manual_seed(1)
     vocab_size = model.config.vocab_size
-    asked = {f"gate {n}": torch.randint(vocab_size, (n,), generator=generator).tolist() for n in PROMPTS}
+    lengths = {max(1, min(n, longest - STEPS)) for n in PROMPTS}
+    asked = {f"gate {n}": torch.randint(vocab_size, (n,), generator=generator).tolist() for n in sorted(lengths)}
     params = SamplingParams(max_tokens=STEPS, temperature=0.0, ignore_eos=True, logprobs=1, detokenize=False)
     for name, prompt in asked.items():
         engine.add_request(name, prompt, params)

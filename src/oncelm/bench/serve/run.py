@@ -22,6 +22,7 @@ from oncelm.utils.environment import environment_report
 from oncelm.utils.units import size
 
 WARM_UP = Conversation((Turn(64, 4),))
+WARM_UP_TOKENS = 2048  # on the engine, which compiles and records what it first meets
 
 
 def serve_address(
@@ -82,12 +83,20 @@ def serve_address(
 
 
 def serve_engine(
-    llm: Any, conversations: Sequence[Conversation], workload: str, *, name: str, seed: int = 0, ignore_eos: bool = True
+    llm: Any,
+    conversations: Sequence[Conversation],
+    workload: str,
+    *,
+    name: str,
+    quantization: str | None = None,
+    seed: int = 0,
+    ignore_eos: bool = True,
 ) -> tuple[list[Answer], Record]:
     """Replay on the engine of an `oncelm.LLM`.
 
     Args:
         workload, name: what it and the model are called in the record.
+        quantization: how the engine was told to multiply.
         seed: of made-up texts.
         ignore_eos: answers are as long as the workload says.
 
@@ -96,9 +105,13 @@ def serve_engine(
     """
     engine = llm.engine
     model, options = engine.model, asdict(engine.options)
-    errors = check_engine(engine, model, resolve_kv_dtype(engine.options.kv_cache_dtype))
+    kv_dtype = resolve_kv_dtype(engine.options.kv_cache_dtype)
+    longest = engine.plan.max_model_len
+    errors = check_engine(engine, model, kv_dtype, quantization, longest)
     vocab_size = model.config.vocab_size
-    in_process.replay(engine, [WARM_UP], vocab_size=vocab_size, seed=seed + 1, clock=engine.clock)
+    length = min(WARM_UP_TOKENS, max(one.num_tokens for one in conversations), longest - 4)
+    warm_up = Conversation((Turn(max(1, length), 4),))
+    in_process.replay(engine, [warm_up], vocab_size=vocab_size, seed=seed + 1, clock=engine.clock)
     answers = in_process.replay(
         engine, conversations, vocab_size=vocab_size, seed=seed, ignore_eos=ignore_eos, clock=engine.clock
     )
@@ -112,7 +125,7 @@ def serve_engine(
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "workload": workload,
         "seed": seed,
-        "settings": {**options, "ignore_eos": ignore_eos},
+        "settings": {**options, "quantization": quantization, "ignore_eos": ignore_eos},
         **figures(answers),
         "metrics": report.as_dict(),
         "peak_bytes": peak,
