@@ -104,7 +104,7 @@ def test_no_room_no_drafts() -> None:
 def test_no_drafts_where_a_rule_may_keep_a_state() -> None:
     assert can_draft(SamplingParams())
     assert can_draft(SamplingParams(presence_penalty=0.5, stop=["x"], logprobs=2))
-    assert not can_draft(SamplingParams(structured={"choice": ["a", "b"]}))
+    assert can_draft(SamplingParams(structured={"choice": ["a", "b"]}))
     assert not can_draft(SamplingParams(logits_processors=[lambda prompt, output, logits: logits]))
 
 

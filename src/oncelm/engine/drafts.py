@@ -27,9 +27,9 @@ MASK = (1 << 64) - 1
 
 
 def can_draft(params: SamplingParams) -> bool:
-    """Whether drafts leave a request's tokens as they are. A grammar, or a function of the user, may keep a state of
-    its own that one call a token moves on, and drafts that are not accepted would move it too."""
-    return params.structured is None and not params.logits_processors
+    """Whether drafts leave a request's tokens as they are. A function of the user may keep a state of its own that one
+    call a token moves on, and drafts that are not accepted would move it too."""
+    return not params.logits_processors
 
 
 class NgramIndex:

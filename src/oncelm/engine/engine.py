@@ -367,7 +367,7 @@ class Engine:
         again = len(known) - 1 - piece.start  # of a request that is read a second time
         targets = request.tokens[len(known) : piece.start + len(piece.tokens) + 1]
         if targets:
-            known += prompt_logprobs(hidden[again:], self.runner.head, targets, count)
+            known += prompt_logprobs(hidden[again:], self.runner.head, targets, count, self.tokenizer)
 
     def _snapshot(self, request: Request, n: int) -> None:
         """Keep a request's memory at n; that there is no room for it is no error."""
