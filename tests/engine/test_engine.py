@@ -261,6 +261,31 @@ def test_logits_that_are_not_finite() -> None:
     check_no_leak(engine)
 
 
+def test_memory_of_a_failed_request_harms_nobody() -> None:
+    """What is not finite stays in its pages and slot, which others get next."""
+    model = make_model("hybrid")
+    with torch.no_grad():
+        model.embed_tokens.weight[7] = float("nan")
+    engine = make_engine(model, num_pages=10, enable_prefix_caching=False)
+    for name, prompt in (("rotten", [7] * 36), ("sound", [5, 6, 8] * 10)):
+        engine.add_request(name, prompt, greedy(2))
+        output = run(engine)[name]
+    assert tokens_of(output) == written_by(model, [5, 6, 8] * 10, 2)
+
+
+def test_what_loses_its_memory_is_kept_in_cpu_memory() -> None:
+    engine, prompts = make_engine(num_pages=14, cpu_cache_bytes=2**20), prompts_of(1, 6, longest=20)
+    for i, prompt in enumerate(prompts):
+        engine.add_request(str(i), prompt, greedy(20))
+    outputs = run(engine)
+    for i, prompt in enumerate(prompts):
+        assert tokens_of(outputs[str(i)]) == alone(prompt, 20)
+    counts = engine.metrics().counts
+    assert counts.preemptions
+    assert counts.prefill_tokens <= sum(map(len, prompts))  # nothing was read twice
+    check_no_leak(engine)
+
+
 @pytest.mark.parametrize("where", ["prefill", "decode"])
 @pytest.mark.parametrize("returns_at_launch", [False, True])
 def test_memory_that_runs_out_in_a_pass(where, returns_at_launch, monkeypatch) -> None:

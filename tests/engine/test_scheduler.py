@@ -160,7 +160,7 @@ def test_fewer_tokens_are_read_while_others_write() -> None:
 
 
 def test_the_latest_loses_its_memory_first() -> None:
-    machine = Machine(num_pages=1 + 4, num_seqs=2)
+    machine = Machine(num_pages=1 + 5, num_seqs=2)
     first, second = machine.add(7, max_tokens=9), machine.add(7, max_tokens=9)
     lost = 0
     while first.state is not State.FINISHED:
@@ -174,7 +174,7 @@ def test_the_latest_loses_its_memory_first() -> None:
 
 
 def test_the_less_important_loses_its_memory_first() -> None:
-    machine = Machine(num_pages=1 + 4, num_seqs=2)
+    machine = Machine(num_pages=1 + 5, num_seqs=2)
     early, important = machine.add(7, max_tokens=9, priority=1), machine.add(7, max_tokens=9, priority=0)
     machine.run()
     assert machine.finished == [important, early]
@@ -214,6 +214,17 @@ def test_nobody_overtakes_one_that_is_too_large_just_now() -> None:
     assert not small.slot
     machine.run()
     assert machine.finished == [first, large, small] or machine.finished == [first, small, large]
+
+
+def test_a_prompt_leaves_a_page_to_each_that_writes() -> None:
+    """Else it would lose its memory, and what was read of it, as soon as one of them grows."""
+    machine = Machine(num_pages=1 + 8, num_seqs=3, budget=8)
+    first, second = machine.add(7, max_tokens=6), machine.add(7, max_tokens=6)
+    machine.step()
+    third = machine.add(15, max_tokens=1)
+    machine.run()
+    assert machine.finished == [first, second, third]
+    assert all(request.output.metrics.num_preemptions == 0 for request in machine.finished)
 
 
 def test_answers_to_one_prompt_read_it_once() -> None:

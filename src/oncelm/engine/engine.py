@@ -96,6 +96,7 @@ class Engine:
             max_prefill_tokens_beside_decodes=limits.max_prefill_tokens_beside_decodes,
             snapshot_interval=options.snapshot_interval,
             propose=self._propose if options.speculative is not None else None,
+            keep=self._snapshot if self.cache and (options.cpu_cache_bytes or options.cache_dir) else None,
         )
         self.returns_at_launch = model.device.type == "cuda"
         self._grammars: Grammars | None = None

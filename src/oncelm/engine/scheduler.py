@@ -49,6 +49,7 @@ class Scheduler:
         max_prefill_tokens_beside_decodes: in the pieces of a step that has rows.
         snapshot_interval: tokens from one snapshot of a long prompt to the next.
         propose: drafts of what may follow a request's tokens.
+        keep: called with a request that loses its memory, and its position; None where that memory would go at once.
     """
 
     def __init__(
@@ -63,12 +64,13 @@ class Scheduler:
         max_prefill_tokens_beside_decodes: int,
         snapshot_interval: int = 8192,
         propose: Callable[[Request], list[int]] | None = None,
+        keep: Callable[[Request, int], object] | None = None,
     ) -> None:
         self.pages, self.slots, self.cache = pages, slots, cache
         self.page_size, self.max_num_seqs = page_size, max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_prefill_tokens_beside_decodes = max_prefill_tokens_beside_decodes
-        self.snapshot_interval, self.propose = snapshot_interval, propose
+        self.snapshot_interval, self.propose, self.keep = snapshot_interval, propose, keep
         self.running: list[Request] = []  # sorted
         self._waiting: list[Request] = []  # a heap; finished ones stay in it until they come up
         self._num_waiting = 0
@@ -167,6 +169,8 @@ class Scheduler:
         return next((one for one in reversed(self.running) if one.slot), None)
 
     def _preempt(self, request: Request, step: Step) -> None:
+        if self.keep is not None and request.n:
+            self.keep(request, request.n)
         self.put_back(request)
         request.output.metrics.num_preemptions += 1
         step.num_preempted += 1
@@ -174,7 +178,7 @@ class Scheduler:
     def _plan_row(self, request: Request, step: Step) -> None:
         """Let a request write on, at the expense of later ones if there is no page for it."""
         drafts = self.propose(request) if self.propose is not None else []
-        if drafts and not self._reserve(request, len(request.tokens) + len(drafts)):
+        if not self._reserve(request, len(request.tokens) + len(drafts)):
             drafts = []
         while not self._reserve(request, len(request.tokens)):
             victim = self._last_with_memory()
@@ -267,10 +271,9 @@ class Scheduler:
 
     def _reserve(self, request: Request, num_tokens: int) -> bool:
         """Make room for so many tokens of a request, if there are pages."""
-        count = self._num_pages(num_tokens) - len(request.pages)
-        if count <= 0:
+        if num_tokens <= len(request.pages) * self.page_size:
             return True
-        pages = self._allocate(count)
+        pages = self._allocate(self._num_pages(num_tokens) - len(request.pages))
         if pages is None:
             return False
         request.pages += pages
@@ -293,6 +296,7 @@ class Scheduler:
         if self._refused == (request, self._num_left):
             return False
         count, match = self._num_pages(len(request.tokens)), self._match(request)
+        count += sum(1 for one in self.running if one.slot)  # those that write will soon need a page more
         if match is not None and not self._free(count - match.held_pages, 1, match):
             match = None  # its own snapshot takes the memory that it needs
         if match is None and not self._free(count, 1):
