@@ -10,6 +10,7 @@ import itertools
 import random
 import time
 import traceback
+from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -99,6 +100,7 @@ class Engine:
             keep=self._snapshot if self.cache and (options.cpu_cache_bytes or options.cache_dir) else None,
         )
         self.returns_at_launch = model.device.type == "cuda"
+        self._is_done = torch.cuda.Event() if self.returns_at_launch else None  # all that was launched
         self._grammars: Grammars | None = None
         self._metrics = EngineMetrics()
         self._requests: dict[str, list[Request]] = {}
@@ -218,7 +220,7 @@ class Engine:
         for answer, grammar in zip(answers, grammars, strict=True):
             ends = TextState(self.tokenizer, params, ids, self.eos_token_ids, max_tokens, grammar)
             request = Request(
-                output, answer, params, list(ids), len(ids), max_tokens, seed + answer.index, ends, grammar,
+                output, answer, params, array("i", ids), len(ids), max_tokens, seed + answer.index, ends, grammar,
                 priority, number, cache_salt,
             )  # fmt: skip
             requests.append(request)
@@ -300,6 +302,8 @@ class Engine:
         counts = self._read() if self.returns_at_launch else {}
         step = self.scheduler.schedule()
         self._launch(step)
+        if self._is_done is not None:
+            self._is_done.record()
         if not self.returns_at_launch:
             counts = self._read()
         outputs = self._tell()
@@ -384,8 +388,14 @@ class Engine:
                 raise
 
     def _read(self) -> dict[str, int]:
-        """Take the tokens of the rows that were launched last: their number, and that of drafts."""
+        """Take the tokens of the rows that were launched last: their number, and that of drafts.
+
+        Where only prompts are read, this waits for the last piece all the same: a request that comes meanwhile waits
+        for one piece, and not for all that Python could have launched ahead of the GPU.
+        """
         if self._launched is None:
+            if self._is_done is not None:
+                self._is_done.synchronize()
             return {}
         (rows, logits), self._launched = self._launched, None
         places = [place for request, row in rows for place in _places(request, row)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING
@@ -39,7 +40,7 @@ class Request:
 
     Attributes:
         output: of all answers to the prompt; `answer` is this one's place in it.
-        tokens: of the prompt and, behind them, of the answer.
+        tokens: of the prompt and, behind them, of the answer; 4 bytes each, and cut and compared in no time.
         max_tokens: of the answer; 0: none is wanted, the prompt is read to its end to be kept.
         seed: of its random draws.
         text: what turns the tokens of the answer into text; `num_told` of them it has been told.
@@ -62,7 +63,7 @@ class Request:
     output: RequestOutput
     answer: CompletionOutput
     params: SamplingParams
-    tokens: list[int]
+    tokens: array[int]
     num_prompt_tokens: int
     max_tokens: int
     seed: int

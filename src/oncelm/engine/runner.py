@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import accumulate, chain
+from itertools import accumulate
 
+import numpy as np
 import torch
 
 from oncelm.cache import Batch, Selection
@@ -135,7 +136,8 @@ class Runner:
     ) -> torch.Tensor | None:
         """What the last layer gives, [B, P, d], at the last `counts` tokens of each sequence; None where all are 0."""
         model = self.model
-        tokens = to_device(torch.tensor([*chain.from_iterable(one.tokens for one in work)]), self.pool.device)
+        ids = np.concatenate([np.asarray(one.tokens, np.int64) for one in work])
+        tokens = to_device(torch.from_numpy(ids), self.pool.device)
         wanted = None
         if tuple(counts) == batch.lengths:
             wanted = Selection(batch, columns=slice(None))

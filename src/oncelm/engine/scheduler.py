@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import heapq
 from bisect import bisect_left, insort
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -186,7 +186,7 @@ class Scheduler:
             self._preempt(victim, step)
             if victim is request:
                 return
-        tokens = request.tokens[request.n :]
+        tokens = [*request.tokens[request.n :]]
         step.rows.append((request, Row(request.slot, request.pages, request.n, tokens + drafts, len(tokens))))
         request.n = len(request.tokens)
 
@@ -316,7 +316,7 @@ class Scheduler:
             self._drop(request)
             return False
         request.cuts = {cut for cut in request.cuts if cut > request.n}
-        if not request.num_output_tokens:
+        if request.output.metrics.first_scheduled_time is None:
             request.output.num_cached_tokens = request.n
         return True
 
@@ -378,8 +378,8 @@ class Scheduler:
         return best
 
 
-def common_prefix(a: list[int], b: list[int]) -> int:
-    """How many elements two lists begin with in common.
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many elements two lists, or arrays, begin with in common.
 
     >>> common_prefix([1, 2, 3], [1, 2, 4, 5])
     2
