@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import doctest
-import importlib
+import importlib.util
 import re
 import shlex
 import subprocess
@@ -12,7 +13,9 @@ from pathlib import Path
 
 import pytest
 
+import oncelm
 from oncelm.bench import Ceilings
+from oncelm.engine.options import EngineOptions
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -54,25 +57,62 @@ def test_each_verb_from_python(tmp_path: Path, monkeypatch) -> None:
     assert Path("report.html").exists()
 
 
+def make_model(folder: str) -> None:
+    """A small one with its tokenizer, as `oncelm train` leaves them."""
+    oncelm.build_model("yoco-tiny", vocab_size=260).save_pretrained(folder)
+    oncelm.load_tokenizer("bytes").save_pretrained(folder)
+
+
+def test_the_engine(tmp_path: Path, monkeypatch) -> None:
+    """The Python blocks of docs/engine.md, one after the other."""
+    monkeypatch.chdir(tmp_path)
+    make_model("runs/books/model")
+    names: dict[str, object] = {}
+    for block in code_blocks("python", "docs/engine.md"):
+        if "structured" in block and importlib.util.find_spec("llguidance") is None:
+            continue
+        exec(block, names)
+
+
+@pytest.mark.parametrize("options", [EngineOptions, oncelm.SamplingParams], ids=lambda options: options.__name__)
+def test_the_engines_tables_have_every_option(options: type) -> None:
+    rows = re.findall(r"^\| (`.*?) \|", (ROOT / "docs/engine.md").read_text(), flags=re.MULTILINE)
+    named = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
+    assert {field.name for field in dataclasses.fields(options)} <= named
+
+
 @pytest.mark.slow
 def test_readme_commands_and_python(tmp_path: Path) -> None:
     """Every `oncelm` line and every Python block of the README, in order, in an empty folder."""
     (tmp_path / "books").mkdir()
     (tmp_path / "books" / "a.txt").write_text("It was the best of times, it was the worst of times.\n" * 200)
     (tmp_path / "book.txt").write_text("Call me Ishmael. Some years ago, never mind how long precisely. " * 50)
-    bin_folder = Path(sys.executable).parent
-    ran = 0
-    for line in "\n".join(code_blocks("sh")).splitlines():
-        command = line.split("#")[0].strip()
-        if not command.startswith("oncelm ") or command == "oncelm demo":
-            continue
-        done = subprocess.run(
-            [str(bin_folder / "oncelm"), *shlex.split(command)[1:]], cwd=tmp_path, capture_output=True, text=True
-        )
-        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
-        ran += 1
+    ran = run_commands("\n".join(code_blocks("sh")), tmp_path)
     for block in code_blocks("python"):
         done = subprocess.run([sys.executable, "-c", block], cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0, f"{block}\n{done.stderr}"
         ran += 1
     assert ran >= 5
+
+
+@pytest.mark.slow
+def test_the_engines_commands(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    make_model("runs/books/model")
+    Path("book.txt").write_text("Call me Ishmael. " * 20)
+    assert run_commands("\n".join(code_blocks("sh", "docs/engine.md")), tmp_path) >= 2
+
+
+def run_commands(lines: str, folder: Path) -> int:
+    """Run each `oncelm` line but the demo: how many there were."""
+    ran = 0
+    for line in lines.splitlines():
+        command = line.split("#")[0].strip()
+        if not command.startswith("oncelm ") or command == "oncelm demo":
+            continue
+        program = Path(sys.executable).parent / "oncelm"
+        done = subprocess.run([program, *shlex.split(command)[1:]], cwd=folder, capture_output=True, text=True)
+        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+        ran += 1
+    return ran

@@ -6,6 +6,7 @@ from oncelm.utils.lazy import lazy_names
 
 if TYPE_CHECKING:
     from oncelm.engine.async_llm import AsyncLLM
+    from oncelm.engine.beam import BeamSearchParams
     from oncelm.engine.engine import Engine
     from oncelm.engine.llm import LLM
     from oncelm.engine.metrics import MetricsReport
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = [
     "LLM",
     "AsyncLLM",
+    "BeamSearchParams",
     "CompletionOutput",
     "Engine",
     "EngineOptions",
@@ -34,6 +36,7 @@ __getattr__, __dir__ = lazy_names(
     __name__,
     {
         "oncelm.engine.async_llm": ("AsyncLLM",),
+        "oncelm.engine.beam": ("BeamSearchParams",),
         "oncelm.engine.engine": ("Engine",),
         "oncelm.engine.llm": ("LLM",),
         "oncelm.engine.metrics": ("MetricsReport",),
