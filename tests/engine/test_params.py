@@ -78,11 +78,12 @@ def test_token_ids_of_other_models() -> None:
 
 
 def test_which_requests_need_no_more_than_the_largest_logit() -> None:
-    assert SamplingParams(temperature=0, stop="a", top_p=0.5, max_tokens=5, seed=3, prompt_logprobs=1).takes_likeliest
+    assert SamplingParams(
+        temperature=0, stop="a", top_p=0.5, max_tokens=5, seed=3, logprobs=1, prompt_logprobs=1
+    ).takes_likeliest
     for options in (
         {"temperature": 1.0},
         {"min_tokens": 1},
-        {"logprobs": 0},
         {"repetition_penalty": 1.1},
         {"logit_bias": {1: 1.0}},
         {"allowed_token_ids": [1]},

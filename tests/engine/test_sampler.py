@@ -146,6 +146,9 @@ def test_a_choice_depends_on_its_row_alone(rows, seed, dtype) -> None:
         return Sampler(VOCAB, CPU, eos_token_ids=[5])(logits[order], asked)
 
     together, order = choose(list(range(len(rows)))), torch.randperm(len(rows)).tolist()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("oncelm.engine.sampler.LOGITS_AT_ONCE", 2 * VOCAB)
+        assert choose(list(range(len(rows)))) == together
     for i, other in zip(order, choose(order), strict=True):
         assert together[i] == other == choose([i])[0]
 
@@ -358,6 +361,6 @@ def test_on_a_gpu_as_on_a_cpu_without_waiting() -> None:
     assert found[9].logprobs.keys() == right[9].logprobs.keys()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        sampler._choose(on_gpu, rows())
+        sampler._choose_in_blocks(on_gpu, rows(), list(range(12)))
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -202,10 +202,10 @@ class SamplingParams:
 
     @cached_property
     def takes_likeliest(self) -> bool:
-        """Whether the choice is the likeliest token of the model's own logits, and only that is wanted."""
+        """Whether the choice is the likeliest token of the model's own logits."""
         return (
             self.is_greedy
-            and not (self.has_penalties or self.min_tokens or self.logprobs is not None)
+            and not (self.has_penalties or self.min_tokens)
             and not (self.logit_bias or self.allowed_token_ids or self.bad_words)
             and not (self.logits_processors or self.structured is not None)
         )

@@ -25,7 +25,9 @@ from oncelm.utils.device import send
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+Chosen = tuple[list[int], torch.Tensor, list[str | None]]  # rows, and what `Sampler._choose` found for them
 NARROW = 1024  # of the likeliest are picked out for top_k and top_p; only where they do not do, all are sorted
+LOGITS_AT_ONCE = 2**25  # in float32, of many rows: 128 MB, several times over
 COLDEST = 1e-30  # temperature, above 0 in float32
 ONE = 2.0**40  # the likeliest token's weight among whole numbers, whose sums are exact in any order
 
@@ -64,32 +66,46 @@ class Sampler:
         if not rows:
             return []
         largest, tokens = logits.max(-1)  # nan where there is one
-        if all(row.params.takes_likeliest for row in rows):
-            found = [Sampled(token) for token in torch.where(largest.isfinite(), tokens, -1).tolist()]
-            if any(sampled.token < 0 for sampled in found):
-                _fail(found, [_not_finite(value, "the model's logits") for value in largest.tolist()])
-            return found
-        chosen, errors = self._choose(logits, rows)
-        lines = chosen.tolist()
-        found = [Sampled(int(token)) for token in lines[0]]
-        _fail(found, [_not_finite(value, "the model's logits") for value in largest.tolist()])
-        _fail(found, errors)
-        _fail(found, [_nothing_left(value) for value in lines[1]])
-        again = [i for i, is_settled in enumerate(lines[2]) if not is_settled and not found[i].error]
-        for i in again:
-            rows[i].memo.is_flat = True
+        special = [i for i, row in enumerate(rows) if not row.params.takes_likeliest]
+        chosen = self._choose_in_blocks(logits, rows, special)  # before the device is waited for
+        found = [Sampled(token) for token in torch.where(largest.isfinite(), tokens, -1).tolist()]
+        if any(sampled.token < 0 for sampled in found):
+            for sampled, value in zip(found, largest.tolist(), strict=True):
+                sampled.error = _not_finite(value, "the model's logits")
+        again = self._take(chosen, found)
         if again:
-            chosen, _ = self._choose(logits[again], [rows[i] for i in again])
-            for i, token in zip(again, chosen[0].tolist(), strict=True):
-                found[i].token = int(token)
+            for i in again:
+                rows[i].memo.is_flat = True
+            self._take(self._choose_in_blocks(logits, rows, again), found)
         self._add_logprobs(logits, rows, found)
         return found
 
+    def _choose_in_blocks(self, logits: torch.Tensor, rows: Sequence[SamplingRow], wanted: list[int]) -> list[Chosen]:
+        size = max(1, LOGITS_AT_ONCE // self.vocab_size)
+        blocks = [wanted[i : i + size] for i in range(0, len(wanted), size)]
+        return [(block, *self._choose(self._rows(logits, block), [rows[i] for i in block])) for block in blocks]
+
+    def _rows(self, logits: torch.Tensor, wanted: list[int]) -> torch.Tensor:
+        return logits[send(wanted, torch.long, self.device)]
+
+    def _take(self, chosen: list[Chosen], found: list[Sampled]) -> list[int]:
+        """Note what was chosen, but for rows that failed before; those that are to be chosen again."""
+        again = []
+        for block, values, errors in chosen:
+            for i, error, token, left, is_settled in zip(block, errors, *values.tolist(), strict=True):
+                if found[i].error is not None:
+                    continue
+                found[i].error = error or _nothing_left(left)
+                found[i].token = int(token) if found[i].error is None else -1
+                if not is_settled and found[i].error is None:
+                    again.append(i)
+        return again
+
     def _choose(self, logits: torch.Tensor, rows: Sequence[SamplingRow]) -> tuple[torch.Tensor, list[str | None]]:
-        """For each row a token, the largest logit left to it, and whether that is settled (else it is to be chosen
-        again with `is_flat`): [3, M] in float64. And errors on the way.
+        """For each row of logits [m, V], which are used up, a token, the largest logit left to it, and whether that is
+        settled (else it is to be chosen again with `is_flat`): [3, m] in float64. And errors on the way.
         """
-        logits = logits.to(torch.float32, copy=True)
+        logits = logits.float()
         errors = [self._process(logits[i], row) if row.params.logits_processors else None for i, row in enumerate(rows)]
         self._add_biases(logits, rows)
         self._forbid(logits, rows)
@@ -233,26 +249,19 @@ class Sampler:
         ]
 
     def _add_logprobs(self, logits: torch.Tensor, rows: Sequence[SamplingRow], found: list[Sampled]) -> None:
-        wanted = [i for i, row in enumerate(rows) if row.params.logprobs is not None and not found[i].error]
-        if not wanted:
-            return
-        places = send(wanted, torch.long, self.device)
-        tokens = send([found[i].token for i in wanted], torch.long, self.device)
-        counts = [rows[i].params.logprobs or 0 for i in wanted]
-        for i, table in zip(wanted, logprobs.of_tokens(logits[places], tokens, counts, self.tokenizer), strict=True):
-            found[i].logprobs = table
+        wanted = [i for i, row in enumerate(rows) if row.params.logprobs is not None and found[i].error is None]
+        for start in range(0, len(wanted), logprobs.ROWS_AT_ONCE):
+            block = wanted[start : start + logprobs.ROWS_AT_ONCE]
+            tokens = send([found[i].token for i in block], torch.long, self.device)
+            counts = [rows[i].params.logprobs or 0 for i in block]
+            tables = logprobs.of_tokens(self._rows(logits, block), tokens, counts, self.tokenizer)
+            for i, table in zip(block, tables, strict=True):
+                found[i].logprobs = table
 
 
 def _weights(logits: torch.Tensor) -> torch.Tensor:
     """Probabilities, times a factor, in whole numbers; the largest logit is 0."""
     return (logits.exp() * ONE).long()
-
-
-def _fail(found: list[Sampled], errors: Sequence[str | None]) -> None:
-    """Note the errors of those that have none yet."""
-    for sampled, error in zip(found, errors, strict=True):
-        if error and sampled.error is None:
-            sampled.token, sampled.error = -1, error
 
 
 def _not_finite(largest: float, what: str) -> str | None:
