@@ -71,9 +71,17 @@ def test_every_bit_of_a_file_flipped_is_refused(written) -> None:
 def test_every_file_that_was_cut_off_or_goes_on_is_refused(written) -> None:
     file, _ = written
     data = file.read_bytes()
-    for size in range(0, len(data), 3):
+    for size in range(0, len(data), 7):
         check_refused(file, data[:size])
     check_refused(file, data + b"\0")
+
+
+@pytest.mark.slow
+def test_a_file_cut_off_at_every_byte_is_refused(written) -> None:
+    file, _ = written
+    data = file.read_bytes()
+    for size in range(len(data)):
+        check_refused(file, data[:size])
 
 
 def test_a_file_under_the_name_of_another_is_refused(tmp_path: Path) -> None:
