@@ -208,6 +208,18 @@ def test_a_folder_that_cannot_be_written_or_read(tmp_path, caplog) -> None:
     assert len(caplog.records) == 1
 
 
+def test_what_nobody_closed_is_written_before_python_ends(tmp_path, monkeypatch) -> None:
+    at_exit = []
+    monkeypatch.setattr("atexit.register", at_exit.append)
+    device = Device(directory=tmp_path)
+    device.cache._below._writer.submit(lambda: time.sleep(0.05))
+    device.remember(text(20))
+    assert not files(tmp_path)
+    (flush,) = at_exit
+    flush()
+    assert len(files(tmp_path)) == 1
+
+
 def test_a_folder_that_disappears(tmp_path: Path) -> None:
     folder = tmp_path / "store"
     device = Device(directory=folder)
