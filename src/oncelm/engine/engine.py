@@ -161,7 +161,7 @@ class Engine:
         params = params or SamplingParams()
         text, ids = self._tokens(prompt)
         max_tokens = self._max_tokens(len(ids), params)
-        params.check_vocabulary(self.model.config.vocab_size)
+        params.check_model(self.model.config.vocab_size, self.tokenizer is not None)
         requests = self._requests_for(request_id, text, ids, params, max_tokens, priority, cache_salt, arrival_time)
         most = self.options.max_num_seqs  # answers that go on from one reading of the prompt
         for first in range(0, len(requests), most):
