@@ -4,9 +4,10 @@
 
 A 3B YOCO with random weights in bfloat16, prompts of random ids, greedy, every answer as long as it was asked for. A
 line of JSON a case is appended at once, so that nothing is lost where time runs out. Cases, in this order, and the
-seconds that an H200 is expected to need for each (without compiling, half a minute at the first long prompt):
+seconds that an H200 is expected to need for each; besides, half a minute to compile at the first long prompt and again
+in float8, and a few seconds for each of the six engines:
 
-    bare              4  the model without an engine: prefill of 512K tokens, a step of 16 sequences behind 32K
+    bare             13  the model without an engine: prefill of 512K tokens, a step of 16 sequences behind 32K
     gate              2  the engine's answers against the model's forward pass; nothing else runs if this fails
     32x32K           11  requests x prompt, 256 tokens out each, all at once
     64x8K             6
@@ -139,6 +140,8 @@ class Bench:
         if self.llm is None or options != self.options or execution != self.execution:
             self.close()
             self.execute(float8)
+            if self.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
             start = time.perf_counter()
             self.llm = LLM(self.model, **options)
             self.options = options
@@ -146,6 +149,8 @@ class Bench:
         return self.llm
 
     def close(self) -> None:
+        if self.llm is not None:
+            self.llm.close()
         self.llm = None
         gc.collect()
         if self.device.type == "cuda":
@@ -230,7 +235,7 @@ def usual(at: Bench, float8: bool = False) -> LLM:
 def case_gate(at: Bench, float8: bool = False) -> None:
     llm = usual(at, float8)
     kv_dtype = torch.float8_e4m3fn if float8 else None
-    errors = check_engine(llm.engine, at.model, kv_dtype, at.execution[1])
+    errors = check_engine(llm.engine, at.model, kv_dtype)
     plan = llm.engine.plan
     at.write("gate", errors=errors, plan={**asdict(plan), "tokens": plan.num_tokens})
 

@@ -167,7 +167,6 @@ def run_on_engine(args: argparse.Namespace, conversations: list[Conversation]) -
         conversations,
         args.workload,
         name=args.model,
-        quantization=options.get("quantization"),
         seed=args.seed,
         ignore_eos=args.ignore_eos,
     )

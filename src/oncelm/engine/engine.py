@@ -13,8 +13,10 @@ import traceback
 from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from numbers import Integral
 from typing import Any
 
+import numpy as np
 import torch
 
 from oncelm.data.encoding import encode_prompt
@@ -159,10 +161,12 @@ class Engine:
                 is in use.
         """
         params = params or SamplingParams()
-        text, ids = self._tokens(prompt)
+        text, ids, encoded = self._tokens(prompt)
         max_tokens = self._max_tokens(len(ids), params)
-        params.check_model(self.model.config.vocab_size, self.tokenizer is not None)
-        requests = self._requests_for(request_id, text, ids, params, max_tokens, priority, cache_salt, arrival_time)
+        params.check_vocabulary(self.model.config.vocab_size)
+        requests = self._requests_for(
+            request_id, text, ids, encoded, params, max_tokens, priority, cache_salt, arrival_time
+        )
         most = self.options.max_num_seqs  # answers that go on from one reading of the prompt
         for first in range(0, len(requests), most):
             requests[first].forks = requests[first + 1 : first + most]
@@ -182,9 +186,9 @@ class Engine:
         """
         if self.cache is None:
             raise ValueError("a document is read into the prefix cache: set enable_prefix_caching=True.")
-        text, ids = self._tokens(document)
+        text, ids, encoded = self._tokens(document)
         self._max_tokens(len(ids), TO_BE_KEPT)
-        (request,) = self._requests_for(request_id, text, ids, TO_BE_KEPT, 0, priority, cache_salt, None)
+        (request,) = self._requests_for(request_id, text, ids, encoded, TO_BE_KEPT, 0, priority, cache_salt, None)
         if len(ids) > 2 * JOINED:
             request.cuts.add(len(ids) - JOINED)
         self.scheduler.add(request)
@@ -200,6 +204,7 @@ class Engine:
         request_id: str,
         text: str | None,
         ids: list[int],
+        encoded: array[int],
         params: SamplingParams,
         max_tokens: int,
         priority: int,
@@ -220,7 +225,7 @@ class Engine:
         for answer, grammar in zip(answers, grammars, strict=True):
             ends = TextState(self.tokenizer, params, ids, self.eos_token_ids, max_tokens, grammar)
             request = Request(
-                output, answer, params, array("i", ids), len(ids), max_tokens, seed + answer.index, ends, grammar,
+                output, answer, params, encoded[:], len(ids), max_tokens, seed + answer.index, ends, grammar,
                 priority, number, cache_salt,
             )  # fmt: skip
             requests.append(request)
@@ -236,8 +241,8 @@ class Engine:
         """Whether a further step would do or tell anything."""
         return bool(self._requests or self._changed or self._launched)
 
-    def _tokens(self, prompt: Prompt) -> tuple[str | None, list[int]]:
-        """The text, if it is one, and the ids of a prompt."""
+    def _tokens(self, prompt: Prompt) -> tuple[str | None, list[int], array[int]]:
+        """The text, if it is one, and the ids of a prompt; the ids as int32, too."""
         given: Any = prompt
         if isinstance(prompt, Mapping):
             for name in prompt:
@@ -254,15 +259,27 @@ class Engine:
             raise ValueError(f"a prompt must be text or token ids, got {shown(given)}.") from None
         if not ids:
             raise ValueError("the prompt is empty: there has to be at least one token.")
+        encoded = self._encoded(ids)
+        return text, ids if type(ids[0]) is int else encoded.tolist(), encoded
+
+    def _encoded(self, ids: list[int]) -> array[int]:
+        """The ids as int32, checked there: to go through a list of a hundred thousand takes milliseconds each time."""
         size = self.model.config.vocab_size
         try:
-            fits = min(ids) >= 0 and max(ids) < size and all(type(token) is int for token in ids)
-        except TypeError:
+            encoded = array("i", ids)
+            numbers = np.frombuffer(encoded, np.int32)
+            fits = numbers.min() >= 0 and numbers.max() < size
+            fits = fits and not any(isinstance(ids[place], bool) for place in np.flatnonzero(numbers < 2))
+        except (TypeError, OverflowError):
             fits = False
         if not fits:
-            odd = next(token for token in ids if type(token) is not int or not 0 <= token < size)
+            odd = next(
+                token
+                for token in ids
+                if isinstance(token, bool) or not isinstance(token, Integral) or not 0 <= token < size
+            )
             raise ValueError(f"token ids must be whole numbers from 0 to {size - 1}, got {shown(odd)}.")
-        return text, ids
+        return encoded
 
     def _grammar(self, params: SamplingParams) -> Grammar | None:
         """What an answer has to follow; ValueError if that is no structure."""
@@ -297,24 +314,15 @@ class Engine:
 
         Returns:
             The outputs that have changed; the same objects again and again, as far as they have come.
-
-        Raises:
-            what a pass raises, but for memory that ran out. Requests in it have ended with an error, the others go on.
         """
         start = self.clock()
-        try:
-            counts = self._read() if self.returns_at_launch else {}
-            step = self.scheduler.schedule()
-            self._launch(step)
-            if self._is_done is not None:
-                self._is_done.record()
-            if not self.returns_at_launch:
-                counts = self._read()
-        except BaseException:  # an interrupt, too, may come between what was planned and what was done
-            self._launched = None
-            for request in list(self.scheduler.running):
-                self.scheduler.put_back(request)
-            raise
+        counts = self._read() if self.returns_at_launch else {}
+        step = self.scheduler.schedule()
+        self._launch(step)
+        if self._is_done is not None:
+            self._is_done.record()
+        if not self.returns_at_launch:
+            counts = self._read()
         outputs = self._tell()
         self._metrics.step(
             self.clock() - start,

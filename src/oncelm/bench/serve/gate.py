@@ -20,7 +20,6 @@ def check_engine(
     engine: Engine,
     model: Any,
     kv_dtype: torch.dtype | None = None,
-    quantization: str | None = None,
     longest: int = PROMPTS[0] + STEPS,
 ) -> dict[str, float]:
     """Compare greedy answers to a few short random prompts with a full forward pass over prompt and answer.
@@ -28,7 +27,6 @@ def check_engine(
     Args:
         engine: runs `model`.
         kv_dtype: of its keys and values; None: the model's.
-        quantization: "float8": it reads prompts with products in float8.
         longest: tokens of a prompt and its answer, where it takes only so many.
 
     Returns:
@@ -66,7 +64,7 @@ def check_engine(
         for name, found in (("logprobs", logprobs), ("greedy", greedy))
     }
     allowed = max(TOLERANCES[model.dtype], TOLERANCES[kv_dtype or model.dtype])
-    allowed = max(allowed, FLOAT8_TOLERANCE) if quantization == "float8" else allowed
+    allowed = max(allowed, FLOAT8_TOLERANCE) if getattr(model, "quantization", None) == "float8" else allowed
     for name, error in errors.items():
         if not error <= allowed:
             raise GateError(

@@ -88,7 +88,6 @@ def serve_engine(
     workload: str,
     *,
     name: str,
-    quantization: str | None = None,
     seed: int = 0,
     ignore_eos: bool = True,
 ) -> tuple[list[Answer], Record]:
@@ -96,7 +95,6 @@ def serve_engine(
 
     Args:
         workload, name: what it and the model are called in the record.
-        quantization: how the engine was told to multiply.
         seed: of made-up texts.
         ignore_eos: answers are as long as the workload says.
 
@@ -107,7 +105,7 @@ def serve_engine(
     model, options = engine.model, asdict(engine.options)
     kv_dtype = resolve_kv_dtype(engine.options.kv_cache_dtype)
     longest = engine.plan.max_model_len
-    errors = check_engine(engine, model, kv_dtype, quantization, longest)
+    errors = check_engine(engine, model, kv_dtype, longest)
     vocab_size = model.config.vocab_size
     length = min(WARM_UP_TOKENS, max(one.num_tokens for one in conversations), longest - 4)
     warm_up = Conversation((Turn(max(1, length), 4),))
@@ -125,7 +123,7 @@ def serve_engine(
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "workload": workload,
         "seed": seed,
-        "settings": {**options, "quantization": quantization, "ignore_eos": ignore_eos},
+        "settings": {**options, "quantization": getattr(model, "quantization", None), "ignore_eos": ignore_eos},
         **figures(answers),
         "metrics": report.as_dict(),
         "peak_bytes": peak,
