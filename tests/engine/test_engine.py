@@ -349,6 +349,34 @@ def test_any_other_error_is_raised_and_nothing_is_lost(where, monkeypatch) -> No
     check_no_leak(engine)
 
 
+@pytest.mark.parametrize("where", ["schedule", "prefill", "decode", "sampler"])
+@pytest.mark.parametrize("returns_at_launch", [False, True])
+def test_an_interrupt_changes_no_answer(where, returns_at_launch, monkeypatch) -> None:
+    engine, prompts = make_engine(), prompts_of(12, 6)
+    engine.returns_at_launch = returns_at_launch
+    for i, prompt in enumerate(prompts):
+        engine.add_request(str(i), prompt, greedy())
+    holder: Any = engine if where == "sampler" else engine.scheduler if where == "schedule" else engine.runner
+    done, count = getattr(holder, where), 0
+
+    def interrupted(*args: Any) -> Any:
+        nonlocal count
+        count += 1
+        result = done(*args)
+        if count == 3:
+            raise KeyboardInterrupt
+        return result
+
+    monkeypatch.setattr(holder, where, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(engine)
+    outputs = run(engine)
+    for i, prompt in enumerate(prompts):
+        if str(i) in outputs:  # else it was told before
+            assert tokens_of(outputs[str(i)]) == alone(prompt)
+    check_no_leak(engine)
+
+
 # -- what is shared -----------------------------------------------------------------------------------------------
 
 

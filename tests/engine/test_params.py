@@ -71,10 +71,16 @@ def test_what_is_allowed_is_kept_in_one_form() -> None:
 
 
 def test_token_ids_of_other_models() -> None:
-    SamplingParams(stop_token_ids=[9], logit_bias={9: 1.0}, allowed_token_ids=[9]).check_vocabulary(10)
+    SamplingParams(stop_token_ids=[9], logit_bias={9: 1.0}, allowed_token_ids=[9]).check_model(10, True)
     for options in ({"stop_token_ids": [10]}, {"logit_bias": {10: 1.0}}, {"allowed_token_ids": [3, 10]}):
         with pytest.raises(ValueError, match=f"{next(iter(options))}: the model has 10 tokens .0 to 9., got 10"):
-            SamplingParams(**options).check_vocabulary(10)
+            SamplingParams(**options).check_model(10, True)
+
+
+def test_what_needs_a_tokenizer() -> None:
+    for options in ({"stop": "a"}, {"bad_words": ["a"]}):
+        with pytest.raises(ValueError, match=f"{next(iter(options))} needs a tokenizer"):
+            SamplingParams(**options).check_model(10, False)
 
 
 def test_which_requests_need_no_more_than_the_largest_logit() -> None:

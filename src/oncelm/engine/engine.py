@@ -163,7 +163,7 @@ class Engine:
         params = params or SamplingParams()
         text, ids, encoded = self._tokens(prompt)
         max_tokens = self._max_tokens(len(ids), params)
-        params.check_vocabulary(self.model.config.vocab_size)
+        params.check_model(self.model.config.vocab_size, self.tokenizer is not None)
         requests = self._requests_for(
             request_id, text, ids, encoded, params, max_tokens, priority, cache_salt, arrival_time
         )
@@ -314,15 +314,24 @@ class Engine:
 
         Returns:
             The outputs that have changed; the same objects again and again, as far as they have come.
+
+        Raises:
+            what a pass raises, but for memory that ran out. Requests in it have ended with an error, the others go on.
         """
         start = self.clock()
-        counts = self._read() if self.returns_at_launch else {}
-        step = self.scheduler.schedule()
-        self._launch(step)
-        if self._is_done is not None:
-            self._is_done.record()
-        if not self.returns_at_launch:
-            counts = self._read()
+        try:
+            counts = self._read() if self.returns_at_launch else {}
+            step = self.scheduler.schedule()
+            self._launch(step)
+            if self._is_done is not None:
+                self._is_done.record()
+            if not self.returns_at_launch:
+                counts = self._read()
+        except BaseException:  # an interrupt, too, may come between what was planned and what was done
+            self._launched = None
+            for request in list(self.scheduler.running):
+                self.scheduler.put_back(request)
+            raise
         outputs = self._tell()
         self._metrics.step(
             self.clock() - start,

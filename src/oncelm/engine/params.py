@@ -210,12 +210,15 @@ class SamplingParams:
             and not (self.logits_processors or self.structured is not None)
         )
 
-    def check_vocabulary(self, vocab_size: int) -> None:
-        """Raise ValueError for the first token id that a model with so many tokens does not have."""
+    def check_model(self, vocab_size: int, has_tokenizer: bool) -> None:
+        """Raise ValueError for what a model with so many tokens, and with or without a tokenizer, cannot do."""
         for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
             for token in getattr(self, name) or ():
                 if token >= vocab_size:
                     raise ValueError(f"{name}: the model has {vocab_size} tokens (0 to {vocab_size - 1}), got {token}.")
+        for name in ("stop", "bad_words"):
+            if getattr(self, name) and not has_tokenizer:
+                raise ValueError(f"{name} needs a tokenizer; this engine has none, got {shown(getattr(self, name))}.")
 
 
 CONSTRAINTS = constraints_of(SamplingParams)

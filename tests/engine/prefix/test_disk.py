@@ -71,9 +71,17 @@ def test_every_bit_of_a_file_flipped_is_refused(written) -> None:
 def test_every_file_that_was_cut_off_or_goes_on_is_refused(written) -> None:
     file, _ = written
     data = file.read_bytes()
-    for size in range(0, len(data), 3):
+    for size in range(0, len(data), 7):
         check_refused(file, data[:size])
     check_refused(file, data + b"\0")
+
+
+@pytest.mark.slow
+def test_a_file_cut_off_at_every_byte_is_refused(written) -> None:
+    file, _ = written
+    data = file.read_bytes()
+    for size in range(len(data)):
+        check_refused(file, data[:size])
 
 
 def test_a_file_under_the_name_of_another_is_refused(tmp_path: Path) -> None:
@@ -198,6 +206,18 @@ def test_a_folder_that_cannot_be_written_or_read(tmp_path, caplog) -> None:
         assert device.recall(text(21))[0] == 20
         device.cache.close()
     assert len(caplog.records) == 1
+
+
+def test_what_nobody_closed_is_written_before_python_ends(tmp_path, monkeypatch) -> None:
+    at_exit = []
+    monkeypatch.setattr("atexit.register", at_exit.append)
+    device = Device(directory=tmp_path)
+    device.cache._below._writer.submit(lambda: time.sleep(0.05))
+    device.remember(text(20))
+    assert not files(tmp_path)
+    (flush,) = at_exit
+    flush()
+    assert len(files(tmp_path)) == 1
 
 
 def test_a_folder_that_disappears(tmp_path: Path) -> None:

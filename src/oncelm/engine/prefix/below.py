@@ -70,6 +70,12 @@ class Below:
             self._writer.flush()
             self._take_written()
 
+    def close(self) -> None:
+        """Finish writing."""
+        if self._folder is not None:
+            self._writer.close()
+            self._take_written()
+
     def copy(self, snapshot: Snapshot, slot: int, pages: Sequence[int]) -> None:
         """Copy a snapshot, which is in this slot and these pages, below the device, and before it what it stands on; as
         far as there is room."""

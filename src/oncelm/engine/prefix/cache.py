@@ -234,7 +234,7 @@ class PrefixCache:
 
     def close(self) -> None:
         """Finish writing, and give pages and slots back."""
-        self.flush()
+        self._below.close()
         for snapshot in list(self._device):
             self._let_go(snapshot)
 

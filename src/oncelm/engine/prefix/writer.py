@@ -1,7 +1,11 @@
-"""Work that a step must not wait for: one thread that does it in order, and room for so many bytes of it."""
+"""Work that a step must not wait for: one thread that does it in order, and room for so many bytes of it.
+
+What was submitted is done before Python ends, even if nobody closes anything.
+"""
 
 from __future__ import annotations
 
+import atexit
 import logging
 import threading
 from collections import deque
@@ -20,6 +24,7 @@ class Writer:
         self._changed = threading.Condition()
         self._tasks: deque[tuple[int, Task]] = deque()
         self._thread: threading.Thread | None = None
+        atexit.register(self.flush)
 
     @property
     def waiting(self) -> int:
@@ -42,6 +47,11 @@ class Writer:
         """Return when all that was submitted is done."""
         with self._changed:
             self._changed.wait_for(lambda: self._thread is None)
+
+    def close(self) -> None:
+        """Flush, for the last time."""
+        self.flush()
+        atexit.unregister(self.flush)
 
     def _run(self) -> None:
         while True:
