@@ -114,4 +114,7 @@ class TextState:
 
 def _overlap(text: str, stop: str) -> int:
     """The most characters at the end of a text that are a beginning of a stop string, not all of it."""
-    return next((size for size in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:size])), 0)
+    start = text.find(stop[0], max(0, len(text) - len(stop) + 1))
+    while start >= 0 and not stop.startswith(text[start:]):
+        start = text.find(stop[0], start + 1)
+    return len(text) - start if start >= 0 else 0
