@@ -406,12 +406,22 @@ class Engine:
         if request.chain is None:
             request.chain = self.cache.chain(request.salt)
         try:
-            request.resumed = self.cache.add(
+            made = self.cache.add(
                 request.tokens, n, request.slot, request.pages, request.salt, after=request.resumed, chain=request.chain
             )
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
+            return
+        if made is not None and made is not request.resumed:
+            request.snapshots.append(made)
+        request.resumed = made
+
+    def _forget(self, request: Request) -> None:
+        """Keep nothing of what led to numbers that are not finite: it would fail others too."""
+        for snapshot in request.snapshots:
+            assert self.cache is not None
+            self.cache.forget(snapshot)
 
     def _read(self) -> dict[str, int]:
         """Take the tokens of the rows that were launched last: their number, and that of drafts.
@@ -426,27 +436,30 @@ class Engine:
         (rows, logits), self._launched = self._launched, None
         places = [place for request, row in rows for place in _places(request, row)]
         try:
-            found = iter(self.sampler(logits, places))
+            found = self.sampler(logits, places)
         except Exception as error:
             if not self._survives(error):
                 self._fail([request for request, _ in rows], error)
                 raise
             self._recover([(len(request.tokens), request) for request, _ in rows])
             return {}
-        now, num_tokens, num_accepted = self.clock(), 0, 0
+        now, first, num_tokens, num_accepted = self.clock(), 0, 0, 0
         for request, row in rows:
             drafts = row.tokens[row.kept :]
-            for place, sampled in enumerate([next(found) for _ in range(row.num_logits)]):
+            for place, sampled in enumerate(found[first : first + row.num_logits]):
                 if request.state is State.FINISHED:  # ended by a token before this place, or from outside
                     break
                 if sampled.error is not None:
                     self._end(request, "error", error=sampled.error)
+                    if not logits[first + place].amax().isfinite():
+                        self._forget(request)
                     break
                 self._append(request, sampled, now)
                 num_tokens += 1
                 if place == len(drafts) or sampled.token != drafts[place]:
                     break
                 num_accepted += 1
+            first += row.num_logits
         return {
             "rows": len(rows),
             "sampled_tokens": num_tokens,
@@ -543,13 +556,12 @@ class Engine:
     def _recover(self, sizes: list[tuple[int, Request]], others: Sequence[Request] = ()) -> None:
         """After memory has run out in a pass: the largest of its requests fails, the others are read again."""
         sizes = [pair for pair in sizes if pair[1].state is not State.FINISHED]  # aborted while the pass ran
-        if not sizes:
-            return
-        largest = max(sizes, key=lambda pair: pair[0])[1]
+        largest = max(sizes, key=lambda pair: pair[0])[1] if sizes else None
         for request in (*(request for _, request in sizes), *others):
             if request is not largest:
                 self.scheduler.put_back(request)
-        self._end(largest, "error", error="memory ran out while a step ran in which this request was the largest.")
+        if largest is not None:
+            self._end(largest, "error", error="memory ran out while a step ran in which this request was the largest.")
 
     def _fail(self, requests: Sequence[Request], error: Exception) -> None:
         """After an error that should not be: nothing in the memory of these requests can be trusted."""

@@ -53,6 +53,7 @@ class Request:
         cuts: positions at which a snapshot is due, beside the regular ones.
         chain: digests of its tokens, for the prefix cache.
         resumed: the snapshot that it came from or left last; its memory up to there is the same.
+        snapshots: all that it came from or left.
         leader: the request that is reading the same text just now, as far as the position beside it: this one waits for
             the snapshot there.
         was_compared: whether a leader has been looked for.
@@ -81,6 +82,7 @@ class Request:
     cuts: set[int] = field(default_factory=set)
     chain: Chain | None = None
     resumed: Snapshot | None = None
+    snapshots: list[Snapshot] = field(default_factory=list)
     leader: tuple[Request, int] | None = None
     was_compared: bool = False
 

@@ -309,6 +309,8 @@ class Scheduler:
             pages = self.cache.restore(match, slot, self._allocate)
             if pages is not None:
                 request.pages, request.n, request.resumed = pages, match.n, match.snapshot
+                if match.snapshot is not None:
+                    request.snapshots.append(match.snapshot)
                 break
             shorter = self._match(request)  # of a snapshot that was damaged, one before may still be whole
             match = shorter if shorter is not None and shorter.n < match.n else None

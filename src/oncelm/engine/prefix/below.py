@@ -151,6 +151,13 @@ class Below:
             one = one.parent
         return deltas[::-1]
 
+    def forget(self, snapshot: Snapshot) -> None:
+        """What a snapshot holds is wrong: its file goes too."""
+        if self._folder is not None:
+            folder, key = self._folder, snapshot.key
+            self._writer.submit(lambda: folder.discard(key))  # behind its own writing
+        self._lose(snapshot)
+
     def _lose(self, snapshot: Snapshot) -> None:
         """A snapshot is below no more, so that what stands on it there is of no use either.
 

@@ -228,6 +228,13 @@ class PrefixCache:
                     break
         return self._are_free(num_pages, num_slots)
 
+    def forget(self, snapshot: Snapshot) -> None:
+        """Keep a snapshot nowhere any more, nor what stands on it below the device: what it holds has proved wrong."""
+        if snapshot.known:
+            if snapshot.slot:
+                self._let_go(snapshot)
+            self._below.forget(snapshot)
+
     def flush(self) -> None:
         """Return when all that goes to the disk is there."""
         self._below.flush()

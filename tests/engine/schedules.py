@@ -1,0 +1,324 @@
+"""Random lives of an engine, each from one number: what is asked when, with how little memory, and what goes wrong.
+
+Run one again by its number:
+
+    python -m tests.engine.schedules 1234
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from typing import Any
+
+import torch
+
+from oncelm.engine.engine import Engine
+from oncelm.engine.options import EngineOptions
+from oncelm.engine.params import SamplingParams
+from oncelm.engine.pool import Pool
+from tests.engine.answers import EOS, LONGEST, NAMES, Answer, answer, prompts, tiny_model
+from tests.models.small import VOCAB
+
+MOST_STEPS = 3000  # a schedule that takes more waits for ever
+
+
+@dataclass(frozen=True)
+class Ask:
+    """A request: when it comes, when its client leaves, and what `answer` it has to give.
+
+    Attributes:
+        comes: step of the engine.
+        leaves: step; None: it stays.
+        text: the prompt that the answer is known of; `given` tokens of that are in the prompt already.
+    """
+
+    comes: int
+    leaves: int | None
+    text: tuple[int, ...]
+    given: int
+    params: SamplingParams
+    priority: int
+    salt: str | None
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """All that happens to an engine. `lives` are those of one engine each, on the same folder."""
+
+    seed: int
+    name: str
+    options: dict[str, Any]
+    num_pages: int
+    drafts: str | None
+    on_disk: bool
+    lives: tuple[tuple[Ask, ...], ...]
+
+
+@dataclass
+class Record:
+    """What came of a schedule: digests of the logits of each pass, and counts."""
+
+    digests: list[str] = field(default_factory=list)
+    compared: int = 0
+    doubtful: int = 0
+    failed: int = 0
+    counts: dict[str, int] = field(default_factory=dict)
+
+
+def draw_schedule(seed: int, names: tuple[str, ...] = NAMES, num_prompts: int = 200) -> Schedule:
+    """The schedule of a number."""
+    draw = random.Random(seed)
+    name = draw.choice(names)
+    page_size = draw.choice((1, 2, 3, 4, 4, 5, 8, 8, 16))
+    lives = tuple(tuple(_asks(draw, name, num_prompts)) for _ in range(draw.choice((1, 1, 1, 1, 2, 3))))
+    asks = [ask for life in lives for ask in life]
+    longest = max(len(ask.text) + ask.given + (ask.params.max_tokens or 0) for ask in asks)
+    most = -(-longest // page_size)
+    max_num_seqs = draw.choice((1, 2, 2, 3, 4, 8))
+    options = {
+        "max_model_len": longest,
+        "max_num_seqs": max_num_seqs,
+        "max_num_batched_tokens": max(max_num_seqs, draw.choice((1, 3, 5, 8, 8, 16, 16, 40, 200))),
+        "max_prefill_tokens_beside_decodes": draw.choice((None, 2, 7, 30)),
+        "page_size": page_size,
+        "enable_prefix_caching": draw.random() < 0.85,
+        "num_snapshots": draw.choice((0, 1, 2, 3, 6, 20)),
+        "snapshot_interval": draw.choice((2, 5, 8, 10, 8192, 8192)),
+        "cpu_cache_bytes": draw.choice((0, 0, 20_000, 1 << 30)),
+        "disk_cache_bytes": draw.choice((None, None, 40_000)),
+    }
+    drafts = draw.choice((None, "lookup", "mixed"))
+    if drafts:
+        options["speculative"] = {"method": "prompt_lookup", "num_tokens": draw.choice((1, 2, 5, 7))}
+    pages = 1 + draw.choice((most, most, most + 2, int(1.5 * most) + 1, 3 * most, 10 * most))
+    return Schedule(seed, name, options, pages, drafts, draw.random() < 0.3 or len(lives) > 1, lives)
+
+
+def _asks(draw: random.Random, name: str, num_prompts: int) -> list[Ask]:
+    favourite, crowd = draw.randrange(num_prompts), draw.choice((1, 3, 10, 20))
+    found = []
+    for _ in range(draw.choice((1, 2, 3, 4, 5, 8))):
+        which = favourite if draw.random() < 0.5 else draw.randrange(num_prompts)
+        text = prompts(name, which)
+        known = answer(name, text).tokens
+        given = draw.choice((0, 0, draw.randrange(len(known))))
+        given = min(given, LONGEST - 6)
+        comes = draw.randrange(crowd)
+        leaves = comes + draw.randrange(25) if draw.random() < 0.12 else None
+        params = SamplingParams(
+            temperature=0,
+            max_tokens=draw.choice((1, 2, 4, 6)),
+            n=draw.choice((1, 1, 1, 1, 2, 3, 5)),
+            stop_token_ids=[draw.choice(known)] if draw.random() < 0.2 else None,
+            logprobs=draw.choice((None, None, None, 2)),
+            prompt_logprobs=draw.choice((None,) * 9 + (1,)),
+        )
+        salt = draw.choice((None, None, None, "a", "b"))
+        found.append(Ask(comes, leaves, text, given, params, draw.choice((0, 0, 0, 1, -1)), salt))
+    return found
+
+
+class MixedDrafts:
+    """Drafts of which some are right: the true answer with errors, nothing, or anything at all."""
+
+    def __init__(self, seed: int, known: Callable[[list[int]], list[int]]) -> None:
+        self.seed, self.known = seed, known
+
+    def propose(self, tokens: list[int], max_drafts: int) -> list[int]:
+        draw = random.Random(f"{self.seed} {tokens}")
+        if max_drafts < 1 or draw.random() < 0.2:
+            return []
+        drafts = [*self.known(tokens), *(draw.randrange(VOCAB) for _ in range(max_drafts))]
+        wrong = draw.choice((0.0, 0.1, 0.5))
+        drafts = [draw.randrange(VOCAB) if draw.random() < wrong else token for token in drafts]
+        return drafts[: draw.randint(1, max_drafts)]
+
+
+class Life:
+    """An engine under a schedule, watched from outside: each token, each logit, each page and slot."""
+
+    may_fail = False  # answers may end with an error, but never with a wrong token
+
+    def __init__(self, schedule: Schedule, asks: tuple[Ask, ...], folder: str | None, record: Record) -> None:
+        self.schedule, self.asks, self.record = schedule, asks, record
+        model, now = tiny_model(schedule.name), [0.0]
+        page_size, seats = schedule.options["page_size"], schedule.options["max_num_seqs"]
+        kept = schedule.options["num_snapshots"] if schedule.options["enable_prefix_caching"] else 0
+        memory = schedule.num_pages * Pool.page_bytes(model.config, page_size, model.dtype)
+        memory += (1 + seats + kept) * Pool.slot_bytes(model.config, model.dtype)
+
+        def clock() -> float:
+            now[0] += 0.125
+            return now[0]
+
+        options = EngineOptions(**schedule.options, kv_cache_bytes=memory, cache_dir=folder, verbose=False)
+        self.engine = Engine(model, None, options, clock=clock)
+        self.known: dict[tuple[int, ...], tuple[Answer, int]] = {}
+        self.seen: dict[str, list[tuple[int, ...]]] = {}
+        self.finished: set[str] = set()
+        self._watch_logits()
+
+    def _watch_logits(self) -> None:
+        sampler = self.engine.sampler
+
+        def watched(logits: torch.Tensor, rows: Any) -> Any:
+            self.record.digests.append(blake2b(logits.numpy().tobytes(), digest_size=8).hexdigest())
+            for row, found in zip(rows, logits, strict=True):
+                self._check_logits([*row.prompt], [*row.output], found)
+            return sampler(logits, rows)
+
+        self.engine.sampler = watched
+
+    def _check_logits(self, prompt: list[int], output: list[int], found: torch.Tensor) -> None:
+        known, given = self.known[tuple(prompt)]
+        place = given + len(output)
+        if place < len(known.tokens) and tuple(output) == known.tokens[given:place]:
+            off = float((found - known.logits[place]).abs().max())
+            assert off <= 100 * known.error, f"logits behind {len(prompt)} + {len(output)} tokens are off by {off}"
+
+    def propose(self, tokens: list[int]) -> list[int]:
+        """What truly follows, for MixedDrafts."""
+        for prompt, (known, given) in self.known.items():
+            if tuple(tokens[: len(prompt)]) == prompt:
+                return list(known.tokens[given + len(tokens) - len(prompt) :])
+        return []
+
+    def run(self) -> None:
+        step = 0
+        while True:
+            for number, ask in enumerate(self.asks):
+                if ask.comes == step:
+                    self._add(str(number), ask)
+                if ask.leaves == step:
+                    self.engine.abort_request(str(number))
+            if not self.engine.has_unfinished() and step >= max(ask.comes for ask in self.asks):
+                break
+            for output in self.engine.step():
+                self._check(self.asks[int(output.request_id)], output)
+            self._check_memory()
+            step += 1
+            assert step < MOST_STEPS, "it waits for ever"
+        assert len(self.finished) == len(self.asks), "a request was never finished"
+        self._finish()
+
+    def _add(self, name: str, ask: Ask) -> None:
+        known = answer(self.schedule.name, ask.text)
+        prompt = (*ask.text, *known.tokens[: ask.given])
+        self.known[prompt] = (known, ask.given)
+        self.seen[name] = [()] * ask.params.n
+        self.engine.add_request(name, list(prompt), ask.params, priority=ask.priority, cache_salt=ask.salt)
+
+    def _check(self, ask: Ask, output: Any) -> None:
+        known = answer(self.schedule.name, ask.text)
+        expected, reason, stop = _expected(ask, known)
+        comparable = max(0, known.sure - ask.given)
+        seen = self.seen[output.request_id]
+        for one in output.outputs:
+            tokens = tuple(one.token_ids)
+            assert tokens[: len(seen[one.index])] == seen[one.index], "tokens were taken back"
+            seen[one.index] = tokens
+            assert tokens[:comparable] == expected[: min(len(tokens), comparable)], f"{tokens} is not {expected}"
+            assert one.finish_reason in (None, "stop", "length", "abort", "error")
+            if one.finish_reason == "error":
+                assert self.may_fail, one.error
+                assert one.error
+            elif one.finish_reason == "abort":
+                assert ask.leaves is not None
+            elif one.finished and len(expected) <= comparable:
+                assert (tokens, one.finish_reason, one.stop_reason) == (expected, reason, stop)
+            if ask.params.logprobs is not None and tokens:
+                assert [*(one.logprobs or ())] != []
+                assert len(one.logprobs) == len(tokens)
+        assert output.finished == all(one.finished for one in output.outputs)
+        if output.finished:
+            self.finished.add(output.request_id)
+            self.record.compared += 1
+            self.record.doubtful += len(expected) > comparable
+            self.record.failed += any(one.finish_reason == "error" for one in output.outputs)
+            self._check_prompt_logprobs(ask, output)
+
+    def _check_prompt_logprobs(self, ask: Ask, output: Any) -> None:
+        whole = all(one.finish_reason in ("stop", "length") for one in output.outputs)
+        if ask.params.prompt_logprobs is None or not whole:
+            return
+        prompt = output.prompt_token_ids
+        with torch.no_grad():
+            expected = tiny_model(self.schedule.name)(torch.tensor([prompt]), use_cache=False).logits[0].log_softmax(-1)
+        first, *others = output.prompt_logprobs
+        assert first is None
+        found = [place[token].logprob for place, token in zip(others, prompt[1:], strict=True)]
+        exact = [float(line[token]) for line, token in zip(expected, prompt[1:], strict=False)]
+        torch.testing.assert_close(torch.tensor(found), torch.tensor(exact), rtol=1e-3, atol=1e-3)
+
+    def _check_memory(self) -> None:
+        """Every page and slot is held by exactly those who say so."""
+        engine = self.engine
+        engine.pages.check()
+        engine.slots.check()
+        held = [0] * engine.pages.num_pages
+        snapshots = [one for one in engine.cache.tree if one.slot] if engine.cache is not None else []
+        holders = [one for one in engine.scheduler.running if one.slot]
+        for one in (*holders, *snapshots):
+            for page in one.pages:
+                held[page] += 1
+        assert held == [engine.pages.references(page) for page in range(engine.pages.num_pages)]
+        slots = sorted(one.slot for one in (*holders, *snapshots))
+        assert len(set(slots)) == len(slots) == engine.slots.num_used
+
+    def _finish(self) -> None:
+        engine = self.engine
+        assert not engine.scheduler.running
+        assert not engine.scheduler.num_waiting
+        if engine.cache is not None:
+            engine.cache.flush()
+            assert not engine.cache.counts.damaged
+            assert not engine.cache.counts.not_written or self.schedule.options["disk_cache_bytes"]
+        counts = engine.metrics().counts
+        for name in ("preemptions", "cached_tokens", "drafts_accepted", "drafts_proposed", "steps"):
+            self.record.counts[name] = self.record.counts.get(name, 0) + getattr(counts, name)
+        engine.close()
+        assert engine.pages.num_used == engine.slots.num_used == 0, "pages or slots leak"
+
+
+def _expected(ask: Ask, known: Answer) -> tuple[tuple[int, ...], str, int | None]:
+    """Tokens, finish_reason and stop_reason of an answer."""
+    assert ask.params.max_tokens is not None
+    tokens = known.tokens[ask.given : ask.given + ask.params.max_tokens]
+    for i, token in enumerate(tokens):
+        if token == EOS:
+            return tokens[: i + 1], "stop", None
+        if token in (ask.params.stop_token_ids or ()):
+            return tokens[: i + 1], "stop", token
+    return tokens, "length", None
+
+
+def run_schedule(schedule: Schedule, kind: type[Life] = Life) -> Record:
+    """Let it happen, and check all of it; AssertionError names the schedule's number."""
+    from oncelm.engine import engine as module
+
+    record, original = Record(), module.PromptLookup
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        for asks in schedule.lives:
+            try:
+                life = kind(schedule, asks, folder if schedule.on_disk else None, record)
+                if schedule.drafts == "mixed":
+                    module.PromptLookup = lambda life=life: MixedDrafts(schedule.seed, life.propose)  # type: ignore
+                elif schedule.drafts:
+                    module.PromptLookup = lambda: original(2, 1)  # type: ignore
+                life.run()
+            except Exception as error:
+                raise AssertionError(f"schedule {schedule.seed} of {schedule.name}: {error!r}") from error
+            finally:
+                module.PromptLookup = original  # type: ignore
+    return record
+
+
+if __name__ == "__main__":
+    chosen = draw_schedule(int(sys.argv[1]))
+    print(chosen)
+    print(run_schedule(chosen))

@@ -1,0 +1,47 @@
+"""Whatever happens to an engine, each answer is that of `model.generate` on its prompt alone (schedules.py).
+
+ONCELM_SCHEDULES=10000 make test-slow runs so many schedules; else it is 2,000.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterable
+
+import pytest
+
+from tests.engine.answers import NAMES
+from tests.engine.schedules import draw_schedule, run_schedule
+
+MANY = int(os.environ.get("ONCELM_SCHEDULES", "2000"))
+
+
+def run_all(seeds: Iterable[int], num_prompts: int, names: tuple[str, ...] = NAMES) -> Counter[str]:
+    """Counts of what happened."""
+    counts: Counter[str] = Counter()
+    for seed in seeds:
+        record = run_schedule(draw_schedule(seed, names, num_prompts))
+        counts.update(record.counts | {"compared": record.compared, "doubtful": record.doubtful})
+    assert counts["doubtful"] <= 0.02 * counts["compared"], "rounding decides too often: compared were few answers"
+    return counts
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_some_schedules(name) -> None:
+    run_all(range(5), 4, (name,))
+
+
+def test_the_same_schedule_gives_the_same_bits() -> None:
+    for seed in range(3):
+        schedule = draw_schedule(seed, ("hybrid",), 5)
+        assert run_schedule(schedule).digests == run_schedule(schedule).digests
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_many_schedules(name) -> None:
+    each = -(-MANY // len(NAMES))
+    counts = run_all(range(1000, 1000 + each), 60, (name,))
+    for what in ("preemptions", "cached_tokens", "drafts_accepted"):  # what is to be tested does happen
+        assert counts[what] > each / 10, what
