@@ -9,6 +9,8 @@ from collections.abc import AsyncGenerator
 from functools import partial
 from typing import Any
 
+import torch
+
 from oncelm.data.encoding import encode_prompt
 from oncelm.engine.engine import Prompt
 from oncelm.engine.llm import LLM
@@ -32,6 +34,8 @@ class AsyncLLM:
     def __init__(self, model: Any, tokenizer: Any = None, **options: Any) -> None:
         self._llm = LLM(model, tokenizer, **options)
         self._thread = EngineThread(self._llm.engine)
+        if self._llm.model.device.type == "cuda":  # kernels are launched on their thread's device
+            self._thread.call(partial(torch.cuda.set_device, self._llm.model.device))
         self._numbers = itertools.count()
         weakref.finalize(self, self._thread.stop)  # where nobody closes it
 
