@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from functools import cache
+from itertools import cycle
 from typing import Any
 
 import pytest
@@ -96,8 +97,7 @@ def tokens_of(output: RequestOutput) -> list[int]:
     return output.outputs[0].token_ids
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("returns_at_launch", [False, True])
+@pytest.mark.parametrize(("kind", "returns_at_launch"), [*zip(KINDS, cycle([False, True]), strict=False)])
 def test_mixed_requests(kind, returns_at_launch) -> None:
     engine, prompts = make_engine(model_of(kind)), prompts_of(0, 8)
     engine.returns_at_launch = returns_at_launch
@@ -114,8 +114,7 @@ def test_mixed_requests(kind, returns_at_launch) -> None:
     check_no_leak(engine)
 
 
-@pytest.mark.parametrize("kind", ["retention", "hybrid"])
-@pytest.mark.parametrize("caching", [False, True])
+@pytest.mark.parametrize(("kind", "caching"), [("retention", False), ("hybrid", True)])
 def test_preemption(kind, caching) -> None:
     """Memory for about two of the requests, which grow."""
     engine = make_engine(model_of(kind), num_pages=14, enable_prefix_caching=caching)
@@ -455,7 +454,7 @@ def test_log_probabilities_of_prompt_and_answer(length) -> None:
     check_no_leak(engine)
 
 
-@pytest.mark.parametrize("kind", ["retention", "window", "delta", "full", "interleaved"])
+@pytest.mark.parametrize("kind", ["hybrid", "delta", "interleaved"])
 def test_drafts_change_nothing(kind) -> None:
     """Prompts that repeat themselves, so that some drafts are right and some are wrong."""
     engine = make_engine(model_of(kind), speculative={"method": "prompt_lookup", "num_tokens": 3})
