@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from oncelm.engine.memory import Memory
 from oncelm.engine.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from oncelm.engine.pages import Pages, Slots
 from oncelm.engine.params import SamplingParams
@@ -21,10 +22,7 @@ class Machine:
     def __init__(self, num_pages=1000, num_seqs=4, budget=16, beside=None, cache=None, **options) -> None:
         self.pages, self.slots = Pages(num_pages), Slots(num_seqs + 1)
         self.scheduler = Scheduler(
-            self.pages,
-            self.slots,
-            cache,
-            page_size=PAGE,
+            Memory(self.pages, self.slots, PAGE, cache),
             max_num_seqs=num_seqs,
             max_num_batched_tokens=budget,
             max_prefill_tokens_beside_decodes=beside or budget,

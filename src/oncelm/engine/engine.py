@@ -10,27 +10,25 @@ import itertools
 import random
 import time
 import traceback
-from array import array
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from numbers import Integral
 from typing import Any
 
-import numpy as np
 import torch
 
-from oncelm.data.encoding import encode_prompt
+from oncelm.engine.answers import add_text, append_token, end_tokens, places_of
 from oncelm.engine.drafts import PromptLookup, can_draft
 from oncelm.engine.logprobs import prompt_logprobs
+from oncelm.engine.memory import Memory
 from oncelm.engine.metrics import EngineMetrics, Gauges, MetricsReport
 from oncelm.engine.options import EngineOptions, Limits
 from oncelm.engine.outputs import CompletionOutput, Logprobs, RequestMetrics, RequestOutput
 from oncelm.engine.pages import Pages, Slots
 from oncelm.engine.params import SamplingParams
-from oncelm.engine.places import Sampled, SamplingRow
 from oncelm.engine.plan import MemoryPlan, plan_memory
 from oncelm.engine.pool import Pool
 from oncelm.engine.prefix import PrefixCache
+from oncelm.engine.prompts import Prompt, PromptTokens, answer_length, read_prompt
 from oncelm.engine.request import Request, State
 from oncelm.engine.runner import Runner
 from oncelm.engine.sampler import Sampler
@@ -39,9 +37,8 @@ from oncelm.engine.structured import Grammar, Grammars
 from oncelm.engine.text import TextState
 from oncelm.engine.work import Piece, Row
 from oncelm.utils.device import resolve_kv_dtype
-from oncelm.utils.errors import check_choice, is_out_of_memory, shown
+from oncelm.utils.errors import is_out_of_memory
 
-Prompt = str | Sequence[int] | Mapping[str, Any]
 TO_BE_KEPT = SamplingParams(max_tokens=1, temperature=0, detokenize=False)  # of a document; none of it is asked for
 # Tokens before a document's end at which there is a snapshot too: where the text of a question follows it, a tokenizer
 # may join the end of one with the beginning of the other
@@ -89,17 +86,15 @@ class Engine:
                 directory=options.cache_dir,
                 disk_bytes=options.disk_cache_bytes,
             )
+        keeps_below = bool(options.cpu_cache_bytes or options.cache_dir)
+        self.memory = Memory(self.pages, self.slots, plan.page_size, self.cache, keeps_below)
         self.scheduler = Scheduler(
-            self.pages,
-            self.slots,
-            self.cache,
-            page_size=plan.page_size,
+            self.memory,
             max_num_seqs=options.max_num_seqs,
             max_num_batched_tokens=limits.max_num_batched_tokens,
             max_prefill_tokens_beside_decodes=limits.max_prefill_tokens_beside_decodes,
             snapshot_interval=options.snapshot_interval,
             propose=self._propose if options.speculative is not None else None,
-            keep=self._snapshot if self.cache and (options.cpu_cache_bytes or options.cache_dir) else None,
         )
         self.returns_at_launch = model.device.type == "cuda"
         self._is_done = torch.cuda.Event() if self.returns_at_launch else None  # all that was launched
@@ -161,12 +156,10 @@ class Engine:
                 is in use.
         """
         params = params or SamplingParams()
-        text, ids, encoded = self._tokens(prompt)
-        max_tokens = self._max_tokens(len(ids), params)
+        tokens = read_prompt(prompt, self.tokenizer, self.model.config.vocab_size)
+        max_tokens = answer_length(len(tokens.ids), params.max_tokens, self.plan)
         params.check_model(self.model.config.vocab_size, self.tokenizer is not None)
-        requests = self._requests_for(
-            request_id, text, ids, encoded, params, max_tokens, priority, cache_salt, arrival_time
-        )
+        requests = self._requests_for(request_id, tokens, params, max_tokens, priority, cache_salt, arrival_time)
         most = self.options.max_num_seqs  # answers that go on from one reading of the prompt
         for first in range(0, len(requests), most):
             requests[first].forks = requests[first + 1 : first + most]
@@ -186,11 +179,12 @@ class Engine:
         """
         if self.cache is None:
             raise ValueError("a document is read into the prefix cache: set enable_prefix_caching=True.")
-        text, ids, encoded = self._tokens(document)
-        self._max_tokens(len(ids), TO_BE_KEPT)
-        (request,) = self._requests_for(request_id, text, ids, encoded, TO_BE_KEPT, 0, priority, cache_salt, None)
-        if len(ids) > 2 * JOINED:
-            request.cuts.add(len(ids) - JOINED)
+        tokens = read_prompt(document, self.tokenizer, self.model.config.vocab_size)
+        length = len(tokens.ids)
+        answer_length(length, 1, self.plan)
+        (request,) = self._requests_for(request_id, tokens, TO_BE_KEPT, 0, priority, cache_salt, None)
+        if length > 2 * JOINED:
+            request.cuts.add(length - JOINED)
         self.scheduler.add(request)
         return request.output
 
@@ -202,9 +196,7 @@ class Engine:
     def _requests_for(
         self,
         request_id: str,
-        text: str | None,
-        ids: list[int],
-        encoded: array[int],
+        tokens: PromptTokens,
         params: SamplingParams,
         max_tokens: int,
         priority: int,
@@ -218,6 +210,7 @@ class Engine:
         answers = [CompletionOutput(index) for index in range(params.n)]
         arrival = self.clock() if arrival_time is None else arrival_time
         asked: Logprobs | None = None if params.prompt_logprobs is None else [None]
+        text, ids, encoded = tokens
         output = RequestOutput(request_id, text, ids, answers, False, RequestMetrics(arrival), asked)
         seed = self._random.getrandbits(62) if params.seed is None else params.seed
         number = next(self._arrivals)
@@ -241,46 +234,6 @@ class Engine:
         """Whether a further step would do or tell anything."""
         return bool(self._requests or self._changed or self._launched)
 
-    def _tokens(self, prompt: Prompt) -> tuple[str | None, list[int], array[int]]:
-        """The text, if it is one, and the ids of a prompt; the ids as int32, too."""
-        given: Any = prompt
-        if isinstance(prompt, Mapping):
-            for name in prompt:
-                check_choice("key of a prompt", name, ("prompt", "prompt_token_ids"))
-            given = prompt.get("prompt_token_ids", prompt.get("prompt"))
-        text = prompt.get("prompt") if isinstance(prompt, Mapping) else prompt if isinstance(prompt, str) else None
-        if isinstance(given, str):
-            if self.tokenizer is None:
-                raise ValueError("a prompt of text needs a tokenizer; this engine has none, so give token ids.")
-            given = encode_prompt(self.tokenizer, given) if given else []
-        try:
-            ids = [*given]
-        except TypeError:
-            raise ValueError(f"a prompt must be text or token ids, got {shown(given)}.") from None
-        if not ids:
-            raise ValueError("the prompt is empty: there has to be at least one token.")
-        encoded = self._encoded(ids)
-        return text, ids if type(ids[0]) is int else encoded.tolist(), encoded
-
-    def _encoded(self, ids: list[int]) -> array[int]:
-        """The ids as int32, checked there: to go through a list of a hundred thousand takes milliseconds each time."""
-        size = self.model.config.vocab_size
-        try:
-            encoded = array("i", ids)
-            numbers = np.frombuffer(encoded, np.int32)
-            fits = numbers.min() >= 0 and numbers.max() < size
-            fits = fits and not any(isinstance(ids[place], bool) for place in np.flatnonzero(numbers < 2))
-        except (TypeError, OverflowError):
-            fits = False
-        if not fits:
-            odd = next(
-                token
-                for token in ids
-                if isinstance(token, bool) or not isinstance(token, Integral) or not 0 <= token < size
-            )
-            raise ValueError(f"token ids must be whole numbers from 0 to {size - 1}, got {shown(odd)}.")
-        return encoded
-
     def _grammar(self, params: SamplingParams) -> Grammar | None:
         """What an answer has to follow; ValueError if that is no structure."""
         if not isinstance(params.structured, dict):  # None; text has become a schema
@@ -288,24 +241,6 @@ class Engine:
         if self._grammars is None:
             self._grammars = Grammars(self.tokenizer, self.model.config.vocab_size, self.eos_token_ids)
         return self._grammars(params.structured)
-
-    def _max_tokens(self, length: int, params: SamplingParams) -> int:
-        """Tokens of the answer to a prompt; ValueError for more than fit."""
-        most, why = self.plan.max_model_len, f"max_model_len={self.plan.max_model_len:,}"
-        if self.plan.num_tokens < most:
-            most, why = self.plan.num_tokens, f"the memory planned for {self.plan.num_tokens:,} tokens"
-        if length >= most:
-            raise ValueError(
-                f"the prompt has {length:,} tokens; with {why}, at most {most - 1:,} fit beside one token of an answer."
-            )
-        if params.max_tokens is None:
-            return most - length
-        if length + params.max_tokens > most:
-            raise ValueError(
-                f"a prompt of {length:,} tokens and max_tokens={params.max_tokens:,} are more than {why} allows; "
-                f"max_tokens={most - length:,} would fit (None: as many as fit)."
-            )
-        return params.max_tokens
 
     # -- a step ---------------------------------------------------------------------------------------------------
 
@@ -380,7 +315,7 @@ class Engine:
             if states is not None:
                 self._add_prompt_logprobs(request, piece, states)
         for request, n in step.snapshots:
-            self._snapshot(request, n)
+            self.memory.snapshot(request, n)
         for request, fork in step.forks:
             n, page_size = len(fork.tokens) - 1, self.plan.page_size
             if n:
@@ -400,29 +335,6 @@ class Engine:
         if targets:
             known += prompt_logprobs(hidden[again:], self.runner.head, targets, count, self.tokenizer)
 
-    def _snapshot(self, request: Request, n: int) -> None:
-        """Keep a request's memory at n; that there is no room for it is no error."""
-        assert self.cache is not None
-        if request.chain is None:
-            request.chain = self.cache.chain(request.salt)
-        try:
-            made = self.cache.add(
-                request.tokens, n, request.slot, request.pages, request.salt, after=request.resumed, chain=request.chain
-            )
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            return
-        if made is not None and made is not request.resumed:
-            request.snapshots.append(made)
-        request.resumed = made
-
-    def _forget(self, request: Request) -> None:
-        """Keep nothing of what led to numbers that are not finite: it would fail others too."""
-        for snapshot in request.snapshots:
-            assert self.cache is not None
-            self.cache.forget(snapshot)
-
     def _read(self) -> dict[str, int]:
         """Take the tokens of the rows that were launched last: their number, and that of drafts.
 
@@ -434,7 +346,7 @@ class Engine:
                 self._is_done.synchronize()
             return {}
         (rows, logits), self._launched = self._launched, None
-        places = [place for request, row in rows for place in _places(request, row)]
+        places = [place for request, row in rows for place in places_of(request, row)]
         try:
             found = self.sampler(logits, places)
         except Exception as error:
@@ -452,10 +364,13 @@ class Engine:
                 if sampled.error is not None:
                     self._end(request, "error", error=sampled.error)
                     if not logits[first + place].amax().isfinite():
-                        self._forget(request)
+                        self.memory.forget(request)
                     break
-                self._append(request, sampled, now)
+                reason, stop = append_token(request, sampled, now, self.eos_token_ids)
+                self._changed[request] = None
                 num_tokens += 1
+                if reason is not None:
+                    self._end(request, reason, stop)
                 if place == len(drafts) or sampled.token != drafts[place]:
                     break
                 num_accepted += 1
@@ -467,48 +382,11 @@ class Engine:
             "drafts_accepted": num_accepted,
         }
 
-    def _append(self, request: Request, sampled: Sampled, now: float) -> None:
-        """Add a token to an answer, which may end it."""
-        token, params, answer = sampled.token, request.params, request.answer
-        request.tokens.append(token)
-        answer.token_ids.append(token)
-        if sampled.logprobs is not None:
-            answer.logprobs = answer.logprobs or []
-            answer.logprobs.append(sampled.logprobs)
-            answer.cumulative_logprob = (answer.cumulative_logprob or 0.0) + sampled.logprobs[token].logprob
-        self._changed[request] = None
-        if not answer.index:
-            metrics = request.output.metrics
-            metrics.token_times.append(now)
-            if metrics.first_token_time is None:
-                metrics.first_token_time = now
-        if params.stop or request.grammar is not None:  # the text decides, or has to be followed
-            reason, stop = self._add_text(request)
-        elif token in self.eos_token_ids and not params.ignore_eos:
-            reason, stop = "stop", None
-        elif params.stop_token_ids and token in params.stop_token_ids:
-            reason, stop = "stop", token
-        else:
-            reason, stop = ("length" if len(answer.token_ids) == request.max_tokens else None), None
-        if reason is not None:
-            self._end(request, reason, stop)
-
-    def _add_text(self, request: Request) -> tuple[str | None, int | str | None]:
-        """Turn the tokens of an answer that have not been told into text; finish_reason and stop_reason by the last."""
-        reason, stop = None, None
-        for token in request.answer.token_ids[request.num_told :]:
-            _, reason, stop = request.text.append(token)
-        request.num_told = len(request.answer.token_ids)
-        return reason, stop
-
     def _tell(self) -> list[RequestOutput]:
         """The outputs that have changed, with their texts."""
         outputs: dict[str, RequestOutput] = {}
         for request in self._changed:
-            self._add_text(request)
-            if request.answer.finish_reason in ("abort", "error"):
-                request.text.end()
-            request.answer.text = request.text.text
+            add_text(request)
             outputs[request.request_id] = request.output
         self._changed.clear()
         return list(outputs.values())
@@ -529,8 +407,8 @@ class Engine:
         """End an answer, and those that were to go on from the same prompt; its memory goes, or is kept for others."""
         if request.state is State.FINISHED:
             return
-        if self.cache is not None and reason in ("stop", "length"):
-            self._snapshot(request, request.n)  # the next turn goes on from there
+        if reason in ("stop", "length"):
+            self.memory.snapshot(request, request.n)  # the next turn goes on from there
         self.scheduler.finish(request)
         for one in (request, *request.forks):
             one.state = State.FINISHED
@@ -593,22 +471,3 @@ class Engine:
         self._launched = None
         if self.cache is not None:
             self.cache.close()
-
-
-def _places(request: Request, row: Row) -> list[SamplingRow]:
-    """The places of a row whose tokens are to be chosen: behind its last sure token, and behind each draft."""
-    output, drafts = request.answer.token_ids, row.tokens[row.kept :]
-    return [
-        SamplingRow(
-            request.params, request.seed, len(output) + count, request.output.prompt_token_ids,
-            [*output, *drafts[:count]] if count else output, request.grammar, count, request.memo,
-        )
-        for count in range(len(drafts) + 1)
-    ]  # fmt: skip
-
-
-def end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
-    """The tokens that end a text, as the model's folder and its tokenizer say."""
-    stated = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    found = [*stated] if isinstance(stated, list | tuple) else [stated]
-    return frozenset(token for token in (*found, getattr(tokenizer, "eos_token_id", None)) if token is not None)

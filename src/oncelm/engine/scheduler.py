@@ -10,14 +10,10 @@ import heapq
 from bisect import bisect_left, insort
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
-from oncelm.engine.pages import Pages, Slots
+from oncelm.engine.memory import Memory
 from oncelm.engine.request import Request, State
 from oncelm.engine.work import Piece, Row
-
-if TYPE_CHECKING:
-    from oncelm.engine.prefix import Match, PrefixCache
 
 
 @dataclass
@@ -44,39 +40,32 @@ class Scheduler:
     """Requests by priority, then arrival: those that wait, and at most `max_num_seqs` that run.
 
     Args:
-        cache: of prefixes; None: nothing is kept.
+        memory: of those that run.
         max_num_batched_tokens: in the pieces of a step, less its rows.
         max_prefill_tokens_beside_decodes: in the pieces of a step that has rows.
         snapshot_interval: tokens from one snapshot of a long prompt to the next.
         propose: drafts of what may follow a request's tokens.
-        keep: called with a request that loses its memory, and its position; None where that memory would go at once.
     """
 
     def __init__(
         self,
-        pages: Pages,
-        slots: Slots,
-        cache: PrefixCache | None = None,
+        memory: Memory,
         *,
-        page_size: int,
         max_num_seqs: int,
         max_num_batched_tokens: int,
         max_prefill_tokens_beside_decodes: int,
         snapshot_interval: int = 8192,
         propose: Callable[[Request], list[int]] | None = None,
-        keep: Callable[[Request, int], object] | None = None,
     ) -> None:
-        self.pages, self.slots, self.cache = pages, slots, cache
-        self.page_size, self.max_num_seqs = page_size, max_num_seqs
+        self.memory, self.max_num_seqs = memory, max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_prefill_tokens_beside_decodes = max_prefill_tokens_beside_decodes
-        self.snapshot_interval, self.propose, self.keep = snapshot_interval, propose, keep
+        self.snapshot_interval, self.propose = snapshot_interval, propose
         self.running: list[Request] = []  # sorted
         self._waiting: list[Request] = []  # a heap; finished ones stay in it until they come up
         self._num_waiting = 0
         self._places = 0  # taken by those that run, and by the forks that they will have
-        self._refused: tuple[Request, int] | None = None  # there was no memory for it, after so many had left
-        self._num_left = 0
+        self._refused: tuple[Request, int] | None = None  # there was no memory for it, when so many had lost theirs
 
     # -- coming and going -----------------------------------------------------------------------------------------
 
@@ -115,7 +104,7 @@ class Scheduler:
         """A request is none of those that run any more."""
         del self.running[bisect_left(self.running, request)]
         self._places -= 1 + len(request.forks)
-        self._drop(request)
+        self.memory.drop(request)
         request.leader, request.was_compared = None, False
 
     def _enter(self, request: Request) -> None:
@@ -169,8 +158,8 @@ class Scheduler:
         return next((one for one in reversed(self.running) if one.slot), None)
 
     def _preempt(self, request: Request, step: Step) -> None:
-        if self.keep is not None and request.n:
-            self.keep(request, request.n)
+        if self.memory.keeps_below and request.n:
+            self.memory.snapshot(request, request.n)
         self.put_back(request)
         request.output.metrics.num_preemptions += 1
         step.num_preempted += 1
@@ -178,9 +167,9 @@ class Scheduler:
     def _plan_row(self, request: Request, step: Step) -> None:
         """Let a request write on, at the expense of later ones if there is no page for it."""
         drafts = self.propose(request) if self.propose is not None else []
-        if not self._reserve(request, len(request.tokens) + len(drafts)):
+        if not self.memory.reserve(request, len(request.tokens) + len(drafts)):
             drafts = []
-        while not self._reserve(request, len(request.tokens)):
+        while not self.memory.reserve(request, len(request.tokens)):
             victim = self._last_with_memory()
             assert victim is not None
             self._preempt(victim, step)
@@ -228,7 +217,7 @@ class Scheduler:
             tokens = request.tokens[start:end]
             piece = Piece(request.slot, request.pages, start, tokens, request.wants_prompt_logprobs)
             step.pieces.append((request, piece))
-            if self.cache is not None and count == self._until_stop(request):
+            if self.memory.cache is not None and count == self._until_stop(request):
                 step.snapshots.append((request, end))
             request.cuts.discard(end)
             request.n = end
@@ -241,113 +230,39 @@ class Scheduler:
         forks, request.forks = request.forks, []
         self._places -= len(forks)
         for fork in forks:
-            if self._fork(request, fork):
+            if self.memory.fork(request, fork):
+                self._enter(fork)
+                fork.state = State.WRITING
                 step.forks.append((request, fork))
             else:
                 self.add(fork)  # to read the prompt by itself
         for one in (request, *(fork for fork in forks if fork.slot)):
             self._plan_row(one, step)
 
-    def _until_stop(self, request: Request) -> int:
-        """Tokens of a request that may be read in one piece."""
-        end = request.end
-        if self.cache is not None:
-            end = min(end, (request.n // self.snapshot_interval + 1) * self.snapshot_interval, *request.cuts)
-        return end - request.n
-
-    # -- memory ---------------------------------------------------------------------------------------------------
-
-    def _num_pages(self, num_tokens: int) -> int:
-        return -(-num_tokens // self.page_size)
-
-    def _free(self, num_pages: int, num_slots: int = 0, keep: Match | None = None) -> bool:
-        """Whether so many pages and slots are free, or were taken from snapshots."""
-        if self.pages.num_free >= num_pages and self.slots.num_free >= num_slots:
-            return True
-        return self.cache is not None and self.cache.free(num_pages, num_slots, keep)
-
-    def _allocate(self, count: int) -> list[int] | None:
-        return self.pages.allocate(count) if self._free(count) else None
-
-    def _reserve(self, request: Request, num_tokens: int) -> bool:
-        """Make room for so many tokens of a request, if there are pages."""
-        if num_tokens <= len(request.pages) * self.page_size:
-            return True
-        pages = self._allocate(self._num_pages(num_tokens) - len(request.pages))
-        if pages is None:
-            return False
-        request.pages += pages
-        return True
-
-    def _match(self, request: Request) -> Match | None:
-        """What the cache has of a request's tokens; None where that is nothing, or must not be used."""
-        if self.cache is None or request.wants_prompt_logprobs:
-            return None
-        if request.chain is None:
-            request.chain = self.cache.chain(request.salt)
-        tokens = request.tokens if request.max_tokens else [*request.tokens, 0]  # a match leaves one token to be read
-        match = self.cache.match(tokens, request.salt, chain=request.chain)
-        if match.shared >= match.n + self.page_size:  # what others read too: the next one shall find a snapshot there
-            request.cuts.add(min(match.shared, request.end))
-        return match if match.n else None
-
     def _place(self, request: Request) -> bool:
-        """Give a request a slot and the pages of all its tokens, with what the cache has of them; or nothing."""
-        if self._refused == (request, self._num_left):
+        """Give a request memory. Those that write will soon need a page more each: as much has to be left."""
+        lost = self.memory.num_dropped
+        if self._refused == (request, lost):
             return False
-        count, match = self._num_pages(len(request.tokens)), self._match(request)
-        count += sum(1 for one in self.running if one.slot)  # those that write will soon need a page more
-        if match is not None and not self._free(count - match.held_pages, 1, match):
-            match = None  # its own snapshot takes the memory that it needs
-        if match is None and not self._free(count, 1):
-            self._refused = (request, self._num_left)
+        if not self.memory.place(request, spare_pages=sum(1 for one in self.running if one.slot)):
+            self._refused = (request, lost)
             return False
-        slot = self.slots.allocate()
-        assert slot is not None
-        request.slot = slot
-        while match is not None and self.cache is not None:
-            pages = self.cache.restore(match, slot, self._allocate)
-            if pages is not None:
-                request.pages, request.n, request.resumed = pages, match.n, match.snapshot
-                if match.snapshot is not None:
-                    request.snapshots.append(match.snapshot)
-                break
-            shorter = self._match(request)  # of a snapshot that was damaged, one before may still be whole
-            match = shorter if shorter is not None and shorter.n < match.n else None
-        if not self._reserve(request, len(request.tokens)):  # a snapshot that could not be restored after all
-            self._drop(request)
-            return False
-        request.cuts = {cut for cut in request.cuts if cut > request.n}
         if request.output.metrics.first_scheduled_time is None:
             request.output.num_cached_tokens = request.n
         return True
 
-    def _drop(self, request: Request) -> None:
-        """Take a request's memory."""
-        if request.slot:
-            self.slots.release(request.slot)
-            self.pages.release(request.pages)
-            self._num_left += 1
-        request.slot, request.pages, request.n, request.resumed = 0, [], 0, None
+    def _until_stop(self, request: Request) -> int:
+        """Tokens of a request that may be read in one piece."""
+        end = request.end
+        if self.memory.cache is not None:
+            end = min(end, (request.n // self.snapshot_interval + 1) * self.snapshot_interval, *request.cuts)
+        return end - request.n
 
-    def _fork(self, request: Request, fork: Request) -> bool:
-        """A slot and pages for another answer to the same prompt: full pages are shared, the last one is its own."""
-        full = request.n // self.page_size
-        count = self._num_pages(len(fork.tokens)) - full
-        if not self._free(count, 1):
-            return False
-        slot, pages = self.slots.allocate(), self.pages.allocate(count)
-        assert slot is not None
-        assert pages is not None
-        self.pages.share(request.pages[:full])
-        self._enter(fork)
-        fork.slot, fork.pages = slot, request.pages[:full] + pages
-        fork.n, fork.resumed, fork.state = request.n, request.resumed, State.WRITING
-        return True
+    # -- what begins alike ------------------------------------------------------------------------------------------
 
     def _waits_for_leader(self, request: Request) -> bool:
         """Whether another request is just reading what this one begins with: it is read once, to a snapshot there."""
-        if self.cache is None or request.slot or request.wants_prompt_logprobs:
+        if self.memory.cache is None or request.slot or request.wants_prompt_logprobs:
             return False
         if not request.was_compared:
             request.was_compared = True
@@ -360,7 +275,7 @@ class Scheduler:
     def _find_leader(self, request: Request) -> tuple[Request, int] | None:
         """The earlier one that has most in common with a request, if that is a page at least, and where it ends."""
         best: tuple[Request, int] | None = None
-        least = self.page_size
+        least = self.memory.page_size
         for other in self.running:
             if other is request:
                 break
@@ -373,8 +288,8 @@ class Scheduler:
                 best, least = (other, common), common + 1
         if best is None:
             return None
-        match = self._match(request)
-        if match is not None and match.n + self.page_size > best[1]:
+        match = self.memory.match(request)
+        if match is not None and match.n + self.memory.page_size > best[1]:
             return None
         best[0].cuts.add(best[1])
         return best
