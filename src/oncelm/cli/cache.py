@@ -59,9 +59,10 @@ def command(arguments: list[str]) -> Command:
         "load": Command(LOAD, add_load_arguments, run_load),
         "rm": Command(REMOVE, add_remove_arguments, run_remove),
     }
-    named = next((argument for argument in arguments if not argument.startswith("-")), None)
-    if named is None:
+    words = [argument for argument in arguments if not argument.startswith("-")]
+    if not words:
         return Command(DESCRIPTION, add_action, refuse_action)
+    named = next((word for word in words if word in actions), words[0])
     if named not in actions:
         raise unknown("action of oncelm cache", named, actions)
     return actions[named]

@@ -147,6 +147,22 @@ def test_nothing_goes_in_vain() -> None:
     device.check()
 
 
+def test_snapshots_whose_pages_others_have_stay_when_pages_are_needed() -> None:
+    device = Device(num_pages=20 + 1, page_size=4)
+    running = device.request(text(40))
+    for n in (8, 16, 40):
+        running.read(n)
+        running.add()
+    device.remember(text(32, 1))
+    assert device.cache.free(num_pages=10)
+    assert [device.cache.match(text(n + 1)).n for n in (8, 16, 40)] == [8, 16, 40]
+    assert device.cache.match(text(33, 1)).n == 0
+    running.end()
+    assert device.cache.free(num_pages=15)  # 24 tokens of the longest
+    assert [device.cache.match(text(n + 1)).n for n in (8, 16, 40)] == [8, 16, 16]
+    device.check()
+
+
 def test_what_is_to_be_restored_stays() -> None:
     device = Device(num_pages=10 + 1, page_size=4)
     device.remember(text(12))

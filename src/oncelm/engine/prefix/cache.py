@@ -211,7 +211,7 @@ class PrefixCache:
         return new
 
     def free(self, num_pages: int = 0, num_slots: int = 0, keep: Match | None = None) -> bool:
-        """Let go of what was not used for longest until so many pages and slots are free.
+        """Let go of what was not used for longest, and would free some, until so many pages and slots are free.
 
         Returns:
             whether they are. Where they cannot be, nothing goes. What `keep` has on the device stays.
@@ -221,12 +221,15 @@ class PrefixCache:
         kept = self._held(keep.snapshot)[0] if keep and keep.snapshot else None
         if not self._could_be_free(num_pages, num_slots, kept):
             return False
-        for snapshot in list(self._device):
-            if snapshot is not kept:
-                self._leave_device(snapshot)
-                if self._are_free(num_pages, num_slots):
-                    break
-        return self._are_free(num_pages, num_slots)
+        for is_last_try in (False, True):
+            for snapshot in list(self._device):
+                # whoever else has its last page has the others too: it would go in vain
+                in_vain = self.slots.num_free >= num_slots and self.pages.references(snapshot.pages[-1]) > 1
+                if snapshot is not kept and (is_last_try or not in_vain):
+                    self._leave_device(snapshot)
+                    if self._are_free(num_pages, num_slots):
+                        return True
+        return False
 
     def forget(self, snapshot: Snapshot) -> None:
         """Keep a snapshot nowhere any more, nor what stands on it below the device: what it holds has proved wrong."""

@@ -12,16 +12,18 @@ holds one, so that no parent goes while its child is written.
 from __future__ import annotations
 
 import contextlib
+import heapq
 import json
 import logging
 import os
 import re
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
-from hashlib import blake2b
+from hashlib import blake2b, sha256
 from pathlib import Path
 
 import torch
@@ -37,7 +39,7 @@ from oncelm.utils.files import atomic_file, clean_up
 FORMAT = "oncelm-prefix-1"
 SUFFIX = ".safetensors"
 _NAME = re.compile(r"([0-9a-f]{24})-([0-9a-f]{32})\.safetensors")
-_HASHED_AT_ONCE = 1 << 24  # bytes a thread
+_HASHED_AT_ONCE = 1 << 22  # bytes a thread
 _THREADS = 8
 _OF_TENSOR = 128  # bytes of a tensor's line in a safetensors header, about
 _TICK = 100_000_000  # nanoseconds
@@ -335,18 +337,19 @@ class Folder:
         if total <= self.max_bytes:
             return evicted
         parents = {key: self._parent(key) for _, _, key in files}
-        children = [parent, *parents.values()]
-        left = sorted(files)
-        while total > self.max_bytes:
-            leaf = next((file for file in left if file[2] not in children), None)
-            if leaf is None:
-                break
-            left.remove(leaf)
-            _, size, key = leaf
-            children.remove(parents[key])
+        children = Counter([parent, *parents.values()])
+        leaves = [file for file in files if not children[file[2]]]
+        others = {file[2]: file for file in files if children[file[2]]}
+        heapq.heapify(leaves)
+        while leaves and total > self.max_bytes:
+            _, size, key = heapq.heappop(leaves)
             self.discard(key)
             evicted.append(key)
             total -= size
+            above = parents[key]
+            children[above] -= 1
+            if not children[above] and above in others:
+                heapq.heappush(leaves, others[above])
         return evicted
 
     def _parent(self, key: bytes) -> bytes:
@@ -379,7 +382,7 @@ def _opened(path: Path) -> Iterator[safe_open]:
 
 def _checksum(header: Header, tensors: dict[str, torch.Tensor]) -> str:
     """Of all that a header says but this, and of the tensors' names, types, shapes and bytes; several threads hash."""
-    digest = blake2b(json.dumps(replace(header, checksum="").metadata()).encode(), digest_size=16)
+    digest = sha256(json.dumps(replace(header, checksum="").metadata()).encode())
     pieces: list[memoryview] = []
     for name in sorted(tensors):
         tensor = tensors[name]
@@ -387,6 +390,6 @@ def _checksum(header: Header, tensors: dict[str, torch.Tensor]) -> str:
         content = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
         pieces += [content[at : at + _HASHED_AT_ONCE] for at in range(0, len(content), _HASHED_AT_ONCE)]
     with ThreadPoolExecutor(_THREADS) as pool:  # hashing leaves Python to other threads, which start when there is need
-        for one in pool.map(lambda piece: blake2b(piece, digest_size=16).digest(), pieces):
+        for one in pool.map(lambda piece: sha256(piece).digest(), pieces):
             digest.update(one)
     return digest.hexdigest()
