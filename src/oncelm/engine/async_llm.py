@@ -12,11 +12,11 @@ from typing import Any
 import torch
 
 from oncelm.data.encoding import encode_prompt
+from oncelm.engine.intake import Prompt
 from oncelm.engine.llm import LLM
 from oncelm.engine.metrics import MetricsReport
 from oncelm.engine.outputs import RequestOutput
 from oncelm.engine.params import SamplingParams
-from oncelm.engine.prompts import Prompt
 from oncelm.engine.thread import EngineThread, Mailbox
 
 

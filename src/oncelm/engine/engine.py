@@ -6,8 +6,6 @@ them, and while texts are made, the GPU works. On a CPU it returns its own outpu
 
 from __future__ import annotations
 
-import itertools
-import random
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -18,31 +16,24 @@ import torch
 
 from oncelm.engine.answers import add_text, append_token, end_tokens, places_of
 from oncelm.engine.drafts import PromptLookup, can_draft
+from oncelm.engine.intake import Intake, Prompt
 from oncelm.engine.logprobs import prompt_logprobs
 from oncelm.engine.memory import Memory
 from oncelm.engine.metrics import EngineMetrics, Gauges, MetricsReport
 from oncelm.engine.options import EngineOptions, Limits
-from oncelm.engine.outputs import CompletionOutput, Logprobs, RequestMetrics, RequestOutput
+from oncelm.engine.outputs import RequestOutput
 from oncelm.engine.pages import Pages, Slots
 from oncelm.engine.params import SamplingParams
 from oncelm.engine.plan import MemoryPlan, plan_memory
 from oncelm.engine.pool import Pool
 from oncelm.engine.prefix import PrefixCache
-from oncelm.engine.prompts import Prompt, PromptTokens, answer_length, read_prompt
 from oncelm.engine.request import Request, State
 from oncelm.engine.runner import Runner
 from oncelm.engine.sampler import Sampler
 from oncelm.engine.scheduler import Scheduler, Step
-from oncelm.engine.structured import Grammar, Grammars
-from oncelm.engine.text import TextState
 from oncelm.engine.work import Piece, Row
 from oncelm.utils.device import resolve_kv_dtype
 from oncelm.utils.errors import is_out_of_memory
-
-TO_BE_KEPT = SamplingParams(max_tokens=1, temperature=0, detokenize=False)  # of a document; none of it is asked for
-# Tokens before a document's end at which there is a snapshot too: where the text of a question follows it, a tokenizer
-# may join the end of one with the beginning of the other
-JOINED = 8
 
 
 class Engine:
@@ -98,11 +89,9 @@ class Engine:
         )
         self.returns_at_launch = model.device.type == "cuda"
         self._is_done = torch.cuda.Event() if self.returns_at_launch else None  # all that was launched
-        self._grammars: Grammars | None = None
+        self._intake = Intake(tokenizer, model.config.vocab_size, self.eos_token_ids, plan, options.seed)
         self._metrics = EngineMetrics()
         self._requests: dict[str, list[Request]] = {}
-        self._arrivals = itertools.count()
-        self._random = random.Random(options.seed)
         self._launched: tuple[list[tuple[Request, Row]], torch.Tensor] | None = None
         self._changed: dict[Request, None] = {}  # whose outputs are to be told, in order
 
@@ -155,11 +144,10 @@ class Engine:
             ValueError: no tokens, tokens that the model does not have, more than fit (with how many would), an id that
                 is in use.
         """
-        params = params or SamplingParams()
-        tokens = read_prompt(prompt, self.tokenizer, self.model.config.vocab_size)
-        max_tokens = answer_length(len(tokens.ids), params.max_tokens, self.plan)
-        params.check_model(self.model.config.vocab_size, self.tokenizer is not None)
-        requests = self._requests_for(request_id, tokens, params, max_tokens, priority, cache_salt, arrival_time)
+        self._check_id(request_id)
+        arrival = self.clock() if arrival_time is None else arrival_time
+        requests = self._intake.requests(request_id, prompt, params or SamplingParams(), arrival, priority, cache_salt)
+        self._requests[request_id] = requests
         most = self.options.max_num_seqs  # answers that go on from one reading of the prompt
         for first in range(0, len(requests), most):
             requests[first].forks = requests[first + 1 : first + most]
@@ -179,12 +167,9 @@ class Engine:
         """
         if self.cache is None:
             raise ValueError("a document is read into the prefix cache: set enable_prefix_caching=True.")
-        tokens = read_prompt(document, self.tokenizer, self.model.config.vocab_size)
-        length = len(tokens.ids)
-        answer_length(length, 1, self.plan)
-        (request,) = self._requests_for(request_id, tokens, TO_BE_KEPT, 0, priority, cache_salt, None)
-        if length > 2 * JOINED:
-            request.cuts.add(length - JOINED)
+        self._check_id(request_id)
+        request = self._intake.document(request_id, document, self.clock(), priority, cache_salt)
+        self._requests[request_id] = [request]
         self.scheduler.add(request)
         return request.output
 
@@ -193,37 +178,9 @@ class Engine:
         requests = self._requests.get(request_id)
         return requests[0].n if requests else 0
 
-    def _requests_for(
-        self,
-        request_id: str,
-        tokens: PromptTokens,
-        params: SamplingParams,
-        max_tokens: int,
-        priority: int,
-        cache_salt: str | None,
-        arrival_time: float | None,
-    ) -> list[Request]:
-        """A request for each answer."""
+    def _check_id(self, request_id: str) -> None:
         if request_id in self._requests:
             raise ValueError(f"request_id {request_id!r} is in use by a request that is not finished.")
-        grammars = [self._grammar(params) for _ in range(params.n)]
-        answers = [CompletionOutput(index) for index in range(params.n)]
-        arrival = self.clock() if arrival_time is None else arrival_time
-        asked: Logprobs | None = None if params.prompt_logprobs is None else [None]
-        text, ids, encoded = tokens
-        output = RequestOutput(request_id, text, ids, answers, False, RequestMetrics(arrival), asked)
-        seed = self._random.getrandbits(62) if params.seed is None else params.seed
-        number = next(self._arrivals)
-        requests = []
-        for answer, grammar in zip(answers, grammars, strict=True):
-            ends = TextState(self.tokenizer, params, ids, self.eos_token_ids, max_tokens, grammar)
-            request = Request(
-                output, answer, params, encoded[:], len(ids), max_tokens, seed + answer.index, ends, grammar,
-                priority, number, cache_salt,
-            )  # fmt: skip
-            requests.append(request)
-        self._requests[request_id] = requests
-        return requests
 
     def abort_request(self, request_id: str) -> None:
         """End a request with what it has; its memory is free at once. Nothing happens if there is none of that name."""
@@ -233,14 +190,6 @@ class Engine:
     def has_unfinished(self) -> bool:
         """Whether a further step would do or tell anything."""
         return bool(self._requests or self._changed or self._launched)
-
-    def _grammar(self, params: SamplingParams) -> Grammar | None:
-        """What an answer has to follow; ValueError if that is no structure."""
-        if not isinstance(params.structured, dict):  # None; text has become a schema
-            return None
-        if self._grammars is None:
-            self._grammars = Grammars(self.tokenizer, self.model.config.vocab_size, self.eos_token_ids)
-        return self._grammars(params.structured)
 
     # -- a step ---------------------------------------------------------------------------------------------------
 

@@ -15,11 +15,11 @@ from oncelm.data.chats import read_messages
 from oncelm.data.templates import encode_question
 from oncelm.data.tokenizers import load_tokenizer
 from oncelm.engine.beam import BeamSearchParams, beam_search
+from oncelm.engine.intake import Prompt
 from oncelm.engine.metrics import MetricsReport
 from oncelm.engine.options import engine_options
 from oncelm.engine.outputs import RequestOutput
 from oncelm.engine.params import SamplingParams
-from oncelm.engine.prompts import Prompt
 from oncelm.engine.single import make_engine
 from oncelm.models.load import load, set_execution
 from oncelm.utils.errors import shown

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 
 from oncelm.engine.engine import Engine
+from oncelm.engine.intake import Prompt
 from oncelm.engine.options import EngineOptions, Limits
 from oncelm.engine.params import SamplingParams
 from oncelm.engine.plan import MemoryPlan
-from oncelm.engine.prompts import Prompt
 from oncelm.engine.work import Piece, Row
 from oncelm.models.registry import family, titles
 from oncelm.models.session import open_session
