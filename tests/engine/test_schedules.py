@@ -23,7 +23,7 @@ def run_all(seeds: Iterable[int], num_prompts: int, names: tuple[str, ...] = NAM
     for seed in seeds:
         record = run_schedule(draw_schedule(seed, names, num_prompts))
         counts.update(record.counts | {"compared": record.compared, "doubtful": record.doubtful})
-    assert counts["doubtful"] <= 0.02 * counts["compared"], "rounding decides too often: compared were few answers"
+    assert counts["doubtful"] <= 4 + 0.02 * counts["compared"], "rounding decides too often: few answers are compared"
     return counts
 
 
