@@ -219,6 +219,8 @@ def test_what_is_refused_at_once(prompt, params, error) -> None:
     engine = make_engine()
     with pytest.raises(ValueError, match=error):
         engine.add_request("odd", prompt, params)
+    with pytest.raises(ValueError, match="priority must be a whole number"):
+        engine.add_request("odd", [1], priority="high")
     assert not engine.has_unfinished()
     engine.add_request("odd", {"prompt_token_ids": [5, 6, 7], "prompt": "as text"}, greedy())
     with pytest.raises(ValueError, match="'odd' is in use"):

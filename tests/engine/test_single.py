@@ -91,9 +91,9 @@ def test_what_cannot_be_had_is_refused_by_name(capsys) -> None:
         open_llm("transformers").read([5, 6, 7])
     with pytest.raises(ValueError, match="dtype"):
         open_llm("transformers", kv_cache_dtype="float8")
-    assert capsys.readouterr().out == ""
+    assert capsys.readouterr().err == ""
     open_llm("transformers", verbose=True)
-    (line,) = capsys.readouterr().out.splitlines()
+    (line,) = capsys.readouterr().err.splitlines()
     assert line == "LlamaForCausalLM runs requests one at a time: only YOCO models keep what they read in pages."
 
 

@@ -6,6 +6,7 @@ them, and while texts are made, the GPU works. On a CPU it returns its own outpu
 
 from __future__ import annotations
 
+import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -109,7 +110,7 @@ class Engine:
             num_snapshots=options.num_snapshots if options.enable_prefix_caching else 0,
         )
         if options.verbose:
-            print(plan.table(), flush=True)
+            print(plan.table(), file=sys.stderr, flush=True)
         return plan
 
     def _take_memory(self) -> tuple[Any, Any]:

@@ -160,6 +160,8 @@ class Intake:
         priority: int,
         salt: str | None,
     ) -> list[Request]:
+        if not isinstance(priority, int):
+            raise ValueError(f"priority must be a whole number, smaller ones come first; got {shown(priority)}.")
         text, ids, encoded = tokens
         grammars = [self._grammar(params) for _ in range(params.n)]
         answers = [CompletionOutput(index) for index in range(params.n)]

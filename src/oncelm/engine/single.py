@@ -6,6 +6,7 @@ engine's.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -64,7 +65,7 @@ class SingleEngine(Engine):
         longest = self.options.max_model_len or trained or LONGEST
         weights = sum(tensor.nbytes for tensor in (*self.model.parameters(), *self.model.buffers()))
         if self.options.verbose:
-            print(self._reason, flush=True)
+            print(self._reason, file=sys.stderr, flush=True)
         return MemoryPlan(
             page_size=longest, num_pages=2, num_slots=2, num_snapshots=0, max_model_len=longest, page_bytes=0,
             slot_bytes=0, weight_bytes=weights, activation_bytes=0, budget=0,
