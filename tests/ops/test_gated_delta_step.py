@@ -16,12 +16,12 @@ DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 BACKENDS = ["naive", pytest.param("triton", marks=pytest.mark.skipif(not KERNEL, reason="needs Triton's device"))]
 
 
-def step(backend, *inputs, slots=None):
+def step(backend, *inputs, slots=None, kept=None):
     if backend == "triton" and INTERPRETED:  # the table offers the kernel on GPUs only
         from oncelm.ops.gated_delta.step_triton import step as kernel
 
-        return kernel(*inputs, slots, inputs[0].shape[-1] ** -0.5)
-    return gated_delta_step(*inputs, slots=slots, backend=backend)
+        return kernel(*inputs, slots, kept, inputs[0].shape[-1] ** -0.5)
+    return gated_delta_step(*inputs, slots=slots, kept=kept, backend=backend)
 
 
 def make(N, T, H, K, V, rows=None):
@@ -74,6 +74,24 @@ def test_a_cuda_graph_holds_the_step(backend):
     graph.replay()
     torch.testing.assert_close(o, expected, atol=2e-5, rtol=2e-5)
     torch.testing.assert_close(held, final, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_drafts_leave_no_trace(backend):
+    *inputs, states = make(3, 4, 2, 16, 16, rows=5)
+    slots, kept, before = [4, 1, 0], [1, 4, 2], states.clone()
+    found = step(
+        backend, *inputs, states, slots=torch.tensor(slots, device=DEVICE), kept=torch.tensor(kept, device=DEVICE)
+    )
+    for n, (slot, count) in enumerate(zip(slots, kept, strict=True)):
+        own = [x[n : n + 1] for x in inputs]
+        o, _ = gated_delta(*own, initial_state=before[[slot]], backend="naive")
+        _, final = gated_delta(
+            *(x[:, :count] for x in own), initial_state=before[[slot]], output_final_state=True, backend="naive"
+        )
+        torch.testing.assert_close(found[[n]], o, atol=2e-5, rtol=2e-5)
+        torch.testing.assert_close(states[[slot]], final, atol=2e-5, rtol=2e-5)
+    torch.testing.assert_close(states[2:4], before[2:4], atol=0, rtol=0)
 
 
 @pytest.mark.parametrize(

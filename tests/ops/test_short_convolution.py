@@ -79,6 +79,18 @@ def test_steps_of_states_in_slots() -> None:
     assert not held[[0, 2, 3]].any()
 
 
+def test_drafts_leave_no_trace() -> None:
+    x, weight, state = make(6, 4, B=3)
+    whole, _ = short_convolution(x, weight, initial_state=state)
+    counts, held = [1, 6, 4], state.clone()
+    assert torch.equal(short_convolution_step(x, weight, held, kept=torch.tensor(counts)), whole)
+    for n, count in enumerate(counts):
+        _, final = short_convolution(
+            x[n : n + 1, :count], weight, initial_state=state[n : n + 1], output_final_state=True
+        )
+        assert torch.equal(held[n : n + 1], final)
+
+
 @pytest.mark.parametrize("packed", [False, True])
 def test_gradients_agree(packed: bool) -> None:
     gradients = {}

@@ -68,9 +68,10 @@ def check_step(
     gates: dict[str, torch.Tensor],
     state: torch.Tensor,
     slots: torch.Tensor | None,
+    kept: torch.Tensor | None,
 ) -> None:
     """Raise ValueError unless the inputs of a few tokens of N sequences fit together, and states [S, H, K, V] that
-    change in place: those in `slots` [N], or all in order."""
+    change in place: those in `slots` [N], or all in order, by the first `kept` [N] tokens, or by all."""
     fits = q.dim() == 4 and v.dim() == 4 and k.shape == q.shape and v.shape[:3] == q.shape[:3]
     if not fits or any(gate.shape != q.shape[:3] for gate in gates.values()):
         shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v, *gates.values()))
@@ -80,33 +81,49 @@ def check_step(
     if state.shape[1:] != expected or state.dtype != torch.float32 or not state.is_contiguous():
         sizes = ", ".join(map(str, expected))
         raise ValueError(f"state must be contiguous float32 [*, {sizes}], got {state.dtype} {tuple(state.shape)}.")
-    check_slots(state, slots, q.shape[0])
+    check_slots(state, slots, kept, q.shape[0])
 
 
-def check_slots(state: torch.Tensor, slots: torch.Tensor | None, N: int) -> None:
+def check_slots(state: torch.Tensor, slots: torch.Tensor | None, kept: torch.Tensor | None, N: int) -> None:
     """Raise ValueError unless there is a slot, or without slots a row of `state`, for each of N sequences."""
     if slots is None and state.shape[0] != N:
         raise ValueError(f"without slots, state must have one row a sequence: {state.shape[0]} rows, {N} sequences.")
     if slots is not None and slots.shape != (N,):
         raise ValueError(f"slots must be [N] = [{N}], got {tuple(slots.shape)}.")
+    if kept is not None and kept.shape != (N,):
+        raise ValueError(f"kept must be [N] = [{N}], got {tuple(kept.shape)}.")
 
 
 def update(
-    recurrent: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
+    recurrent: Callable[..., tuple[torch.Tensor, torch.Tensor]],
+    inputs: tuple[torch.Tensor, ...],
+    scale: float,
     state: torch.Tensor,
     slots: torch.Tensor | None,
+    kept: torch.Tensor | None,
 ) -> torch.Tensor:
-    """o of `recurrent(states [N, ...])`, whose new states take the place of the old ones; negative slots stay."""
+    """o of `recurrent(*inputs, scale, states)`, whose new states take the place of the old ones; negative slots stay."""
+
+    def run(old: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if kept is None:
+            return recurrent(*inputs, scale, old)
+        outputs, stored = [], old
+        for t in range(inputs[0].shape[1]):
+            o, old = recurrent(*(x[:, t : t + 1] for x in inputs), scale, old)
+            stored = torch.where((kept > t)[:, None, None, None], old, stored)
+            outputs.append(o)
+        return torch.cat(outputs, dim=1), stored
+
     if slots is None:
-        o, final_state = recurrent(state)
+        o, final_state = run(state)
         state.copy_(final_state)
         return o
     busy = slots >= 0
     if bool(busy.all()):
-        o, final_state = recurrent(state[slots])
+        o, final_state = run(state[slots])
         state[slots] = final_state.to(state.dtype)
         return o
-    o, final_state = recurrent(state[slots.clamp(min=0)])
+    o, final_state = run(state[slots.clamp(min=0)])
     state[slots[busy]] = final_state[busy].to(state.dtype)
     return o
 

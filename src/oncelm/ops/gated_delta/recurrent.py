@@ -38,7 +38,8 @@ def step(
     beta: torch.Tensor,
     state: torch.Tensor,
     slots: torch.Tensor | None,
+    kept: torch.Tensor | None,
     scale: float,
 ) -> torch.Tensor:
     """The same for states that stand in slots and are changed in place; negative slots are left alone."""
-    return update(lambda old: recurrent(q, k, v, g, beta, scale, old), state, slots).to(v.dtype)
+    return update(recurrent, (q, k, v, g, beta), scale, state, slots, kept).to(v.dtype)

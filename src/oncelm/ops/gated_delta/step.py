@@ -22,6 +22,7 @@ def gated_delta_step(
     state: torch.Tensor,
     *,
     slots: torch.Tensor | None = None,
+    kept: torch.Tensor | None = None,
     scale: float | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
@@ -32,6 +33,8 @@ def gated_delta_step(
         state: [S, H, K, V] float32, contiguous; the states of S slots.
         slots: [N] integers on the state's device, the slot of each sequence, all different; negative ones are idle
             (nothing is changed, the output is undefined). None: sequence n is slot n.
+        kept: [N] integers, how many of its tokens move each state; those behind them see what came before, and leave no
+            trace (speculative drafts). None: all.
         scale: factor on q; None means K ** -0.5.
         backend: "auto", "triton" or "naive".
 
@@ -41,6 +44,6 @@ def gated_delta_step(
     Raises:
         ValueError: shapes that do not fit together.
     """
-    check_step(q, k, v, {"g": g, "beta": beta}, state, slots)
+    check_step(q, k, v, {"g": g, "beta": beta}, state, slots, kept)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return implementation("gated_delta_step", backend, q.device)(q, k, v, g, beta, state, slots, scale)
+    return implementation("gated_delta_step", backend, q.device)(q, k, v, g, beta, state, slots, kept, scale)

@@ -13,7 +13,7 @@ from oncelm.ops import gpu
 
 @triton.jit
 def step_kernel(
-    q, k, v, g, beta, state, slots, o, scale, T,
+    q, k, v, g, beta, state, slots, kept, o, scale, T,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK columns of one head's state of one sequence, over its T tokens."""
@@ -29,6 +29,8 @@ def step_kernel(
     places = state + (slot * H + head) * K * V + rows[:, None] * V + columns[None, :]
     inside = (rows < K)[:, None] & (columns < V)[None, :]
     s = tl.load(places, mask=inside, other=0.0)  # [KP, BLOCK]
+    if kept is not None:
+        last = tl.load(kept + n).to(tl.int32) - 1
     for t in range(T):
         token = (n * T + t) * H + head
         decay = tl.exp(tl.load(g + token).to(tl.float32))
@@ -41,7 +43,11 @@ def step_kernel(
         s = s + key[:, None] * change[None, :]
         out = tl.sum(query[:, None] * s, 0)
         tl.store(o + token * V + columns, out.to(o.dtype.element_ty), mask=columns < V)
-    tl.store(places, s, mask=inside)
+        if kept is not None:
+            if t == last:
+                tl.store(places, s, mask=inside)
+    if kept is None:
+        tl.store(places, s, mask=inside)
 
 
 def step(
@@ -52,18 +58,19 @@ def step(
     beta: torch.Tensor,
     state: torch.Tensor,
     slots: torch.Tensor | None,
+    kept: torch.Tensor | None,
     scale: float,
 ) -> torch.Tensor:
     """q, k [N, T, H, K], v [N, T, H, V], g, beta [N, T, H], state [S, H, K, V] changed in place -> o [N, T, H, V]."""
     N, T, H, K = q.shape
     V = v.shape[-1]
     q, k, v, g, beta = (x.contiguous() for x in (q, k, v, g, beta))
-    slots = None if slots is None else slots.contiguous()
+    slots, kept = (None if x is None else x.contiguous() for x in (slots, kept))
     o = torch.empty_like(v)
     block = min(32, triton.next_power_of_2(V))
     with gpu.on(q):
         step_kernel[(N * H * triton.cdiv(V, block),)](
-            q, k, v, g, beta, state, slots, o, scale, T,
+            q, k, v, g, beta, state, slots, kept, o, scale, T,
             H=H, K=K, V=V, KP=triton.next_power_of_2(K), BLOCK=block, num_warps=4,
         )  # fmt: skip
     return o

@@ -37,13 +37,14 @@ def step(
     g: torch.Tensor,
     state: torch.Tensor,
     slots: torch.Tensor | None,
+    kept: torch.Tensor | None,
     scale: float,
 ) -> torch.Tensor:
     """The same for states that stand in slots and are changed in place; negative slots are left alone."""
     exact = torch.promote_types(q.dtype, state.dtype) == state.dtype
-    if q.shape[1] == 1 and state.device.type == "cpu" and state[0].numel() >= LARGE and exact:
+    if q.shape[1] == 1 and kept is None and state.device.type == "cpu" and state[0].numel() >= LARGE and exact:
         return _one_by_one(q, k, v, g, state, slots, scale).to(v.dtype)
-    return update(lambda old: recurrent(q, k, v, g, scale, old), state, slots).to(v.dtype)
+    return update(recurrent, (q, k, v, g), scale, state, slots, kept).to(v.dtype)
 
 
 def _one_by_one(

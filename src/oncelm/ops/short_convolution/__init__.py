@@ -60,7 +60,12 @@ def short_convolution(
 
 
 def short_convolution_step(
-    x: torch.Tensor, weight: torch.Tensor, state: torch.Tensor, *, slots: torch.Tensor | None = None
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    state: torch.Tensor,
+    *,
+    slots: torch.Tensor | None = None,
+    kept: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Append T tokens to each of N sequences; `state` is changed in place. A CUDA graph may hold the call.
 
@@ -70,6 +75,8 @@ def short_convolution_step(
         state: [S, W - 1, D] in any floating dtype; that of x keeps every digit. The states of S slots.
         slots: [N] integers on the state's device, the slot of each sequence, all different and none negative. None:
             sequence n is slot n.
+        kept: [N] integers, how many of its tokens move each state; those behind them see what came before, and leave no
+            trace (speculative drafts). None: all.
 
     Returns:
         y [N, T, D] in x's dtype.
@@ -81,9 +88,13 @@ def short_convolution_step(
     expected = (state.shape[0], weight.shape[1] - 1, x.shape[2])
     if state.shape != expected:
         raise ValueError(f"state must be [S, W - 1, D] = {expected}, got {tuple(state.shape)}.")
-    check_slots(state, slots, x.shape[0])
-    old = state if slots is None else state[slots]
-    y, final_state = choose("short_convolution", "shifts", x.device).load()(x, weight, old.to(x.dtype))
+    check_slots(state, slots, kept, x.shape[0])
+    old = (state if slots is None else state[slots]).to(x.dtype)
+    y, final_state = choose("short_convolution", "shifts", x.device).load()(x, weight, old)
+    if kept is not None:
+        rows = torch.arange(len(x), device=x.device)[:, None]
+        last = kept[:, None] + torch.arange(old.shape[1], device=x.device)  # the W - 1 before the first that goes
+        final_state = torch.cat((old, x), dim=1)[rows, last]
     if slots is None:
         state.copy_(final_state)
     else:

@@ -75,8 +75,10 @@ class GatedDelta(Mixer):
         qkv, g, beta = inputs
         weight = self.conv_weight[:, 0]
 
-        def step(x: torch.Tensor, tail: torch.Tensor, slots: torch.Tensor | None = None) -> torch.Tensor:
-            return short_convolution_step(x, weight, tail, slots=slots)
+        def step(
+            x: torch.Tensor, tail: torch.Tensor, slots: torch.Tensor | None = None, kept: torch.Tensor | None = None
+        ) -> torch.Tensor:
+            return short_convolution_step(x, weight, tail, slots=slots, kept=kept)
 
         qkv = past.scan("tail", partial(short_convolution, weight=weight), (qkv,), batch, step=step)
         q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in qkv.chunk(3, dim=-1))
