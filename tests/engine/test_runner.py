@@ -169,8 +169,8 @@ def decode_with_graphs(requests: Requests) -> None:
     _, slot, _ = requests.all.pop()
     requests.all.append(([], slot, []))
     requests.pool.clear_slot(slot)
-    for _ in range(4):
-        requests.decode(kept=(1,), drafts=(0, 0, 1))
+    for step in range(6):
+        requests.decode(drafts=(0, 0, 1, 3) if step < 3 else (0, 8, 14))
         requests.prefill()
 
 
@@ -178,18 +178,16 @@ def decode_with_graphs(requests: Requests) -> None:
 @pytest.mark.parametrize(("kind", "changes"), [*((kind, {}) for kind in KINDS), ("window", {"window_size": 16})])
 def test_decoding_as_on_a_gpu(kind: str, changes: dict, kv_dtype: torch.dtype | None, monkeypatch) -> None:
     """With graphs whose replay runs what would have been recorded, on the same tensors."""
-    recorded = []
 
     def record(run, device, memory):
         logits = run()
-        recorded.append(run)
         return SimpleNamespace(replay=lambda: logits.copy_(run())), logits
 
     monkeypatch.setattr(decode_graphs, "record", record)
     requests = Requests(make_model(kind, **changes), kv_dtype, seed=4, page_size=16)
-    requests.runner.graphs = DecodeGraphs(requests.model, requests.pool, 4, 16)
+    requests.runner.graphs = DecodeGraphs(requests.model, requests.pool, 3, 16)
     decode_with_graphs(requests)
-    assert 1 < len(recorded) <= 3
+    assert all(graphs.graphs for graphs in requests.runner.graphs.widths.values())
 
 
 @pytest.mark.gpu
@@ -202,7 +200,7 @@ def test_decoding_in_graphs(kind: str, changes: dict, kv_dtype: torch.dtype | No
     requests.tolerance = {"rtol": 1e-3, "atol": 1e-3} if kv_dtype is None else {"rtol": 3e-2, "atol": 3e-2}
     decode_with_graphs(requests)
     assert requests.runner.graphs is not None
-    assert requests.runner.graphs._graphs
+    assert all(graphs.graphs for graphs in requests.runner.graphs.widths.values())
     requests.model.use_cuda_graphs = False
     for _ in range(2):
         requests.decode()
@@ -215,22 +213,24 @@ def test_warming_up_records_all_graphs() -> None:
     model = make_model("retention", hidden_size=128).cuda()
     runner = Runner(model, Pool(model, 9, 16, 9), max_num_seqs=8, max_pages=8)
     told = []
-    runner.warm_up(100, lambda done, total: told.append((done, total)))
+    runner.warm_up(100, progress=lambda done, total: told.append((done, total)))
     assert told == [(n, 6) for n in range(1, 7)]
-    assert sorted(runner.graphs._graphs) == [1, 2, 4, 8]
+    assert sorted(runner.graphs.widths[1].graphs) == [1, 2, 4, 8]
+    runner.warm_up(drafts=True)
+    assert all(sorted(graphs.graphs) == [1, 2, 4, 8] for graphs in runner.graphs.widths.values())
 
 
 def test_graphs_follow_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model("retention")
     graphs = DecodeGraphs(model, Pool(model, 3, 16, 3), 4, 2)
     assert graphs.stand_for_model()
-    graphs._graphs[1] = None
+    graphs.widths[1].graphs[1] = None
     assert graphs.stand_for_model()
-    assert graphs._graphs
+    assert graphs.widths[1].graphs
     for weight in model.parameters():
         weight.data = weight.data * 1.1
     assert graphs.stand_for_model()
-    assert not graphs._graphs
+    assert not graphs.widths[1].graphs
     model.use_cuda_graphs = False
     assert not graphs.stand_for_model()
     model.use_cuda_graphs = True

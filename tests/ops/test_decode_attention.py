@@ -112,8 +112,8 @@ def test_bad_arguments() -> None:
     tables = torch.zeros(2, 1, dtype=torch.int32)
     with pytest.raises(ValueError, match=r"lengths must be \[2\] int32 or int64"):
         decode_attention(q, k, v, lengths=lengths[:1])
-    with pytest.raises(ValueError, match=r"the last 1\.\.8 tokens of a sequence, got 9"):
-        decode_attention(q.expand(2, 9, 4, 16), k, v, lengths=lengths)
+    with pytest.raises(ValueError, match=r"the last 1\.\.16 tokens of a sequence, got 17"):
+        decode_attention(q.expand(2, 17, 4, 16), k, v, lengths=lengths)
     with pytest.raises(ValueError, match="block_size of decode_attention must be 16"):
         decode_attention(q, k, v, lengths=lengths, block_tables=tables)
     with pytest.raises(ValueError, match=r"block_tables must be \[2, max_blocks\]"):
@@ -143,6 +143,7 @@ def ours(q, k, v, lengths, tables=None, scales=(None, None), scale=None, program
     ("lengths", "T", "heads", "D"),
     [
         ([70], 1, (2, 2), 16),
+        ([40, 16], 16, (6, 2), 16),
         ([1], 1, (2, 2), 16),
         ([33, 0, 1, 64], 1, (6, 2), 16),
         ([0, 0], 2, (2, 1), 16),
@@ -259,7 +260,12 @@ needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize(
     ("lengths", "T", "heads", "D"),
-    [([5000], 1, (24, 8), 128), ([3000, 0, 1, 777], 4, (16, 2), 64), ([1500, 64], 8, (16, 1), 256)],
+    [
+        ([5000], 1, (24, 8), 128),
+        ([3000, 0, 1, 777], 4, (16, 2), 64),
+        ([1500, 64], 8, (16, 1), 256),
+        ([3000, 17], 16, (24, 8), 128),
+    ],
 )
 def test_gpu_error_is_at_most_twice_that_of_plain_pytorch(lengths, T, heads, D, dtype, kept) -> None:
     q, k, v, counts = make(lengths, T, heads, D, dtype=dtype)

@@ -68,8 +68,8 @@ class Batch:
 
     @classmethod
     def step(cls, positions: torch.Tensor) -> Batch:
-        """One new token of each of N sequences at positions [N, 1]; how long they are is known on the device only."""
-        return cls((), (1,) * len(positions), (), positions)
+        """T new tokens of each of N sequences at positions [N, T]; how long they are is known on the device only."""
+        return cls((), (positions.shape[1],) * len(positions), (), positions)
 
     @property
     def num_sequences(self) -> int:

@@ -64,7 +64,7 @@ class Engine:
         self.plan = plan = self._plan_memory(limits)
         self.pages, self.slots = Pages(plan.num_pages), Slots(plan.num_slots)
         self.pool, self.runner = self._take_memory()
-        self.runner.warm_up(limits.max_num_batched_tokens)
+        self.runner.warm_up(limits.max_num_batched_tokens, drafts=options.speculative is not None)
         self.eos_token_ids = end_tokens(model, tokenizer)
         self.sampler = Sampler(model.config.vocab_size, model.device, tokenizer, self.eos_token_ids)
         self.cache: PrefixCache | None = None

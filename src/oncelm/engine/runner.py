@@ -38,18 +38,23 @@ class Runner:
             self.graphs = DecodeGraphs(model, pool, max_num_seqs, max_pages)
 
     @torch.no_grad()
-    def warm_up(self, prefill_tokens: int = 0, progress: Callable[[int, int], object] | None = None) -> None:
+    def warm_up(
+        self, prefill_tokens: int = 0, drafts: bool = False, progress: Callable[[int, int], object] | None = None
+    ) -> None:
         """Compile kernels and record graphs ahead, over scratch; on a CPU there is nothing to do.
 
         Args:
             prefill_tokens: of the largest pass; 0: leave prefill out.
+            drafts: for rows with drafts too.
             progress: called with how many of how many passes are done.
         """
         if self.graphs is None:
             return
-        # the largest first: the others fit in its memory
-        sizes = self.graphs.sizes[::-1] if self.graphs.stand_for_model() else []
-        passes: list[Callable[[], object]] = [partial(self.graphs.record, size) for size in sizes]
+        passes: list[Callable[[], object]] = []
+        for width, graphs in self.graphs.widths.items() if self.graphs.stand_for_model() else ():
+            if width == 1 or drafts:
+                # the largest first: the others fit in its memory
+                passes += [partial(graphs.record, size) for size in reversed(graphs.sizes)]
         for count in (1, 2) if prefill_tokens else ():  # a piece alone, and some side by side
             tokens = [0] * min(prefill_tokens // count, self.max_pages * self.pool.page_size)
             passes.append(partial(self.prefill, [Piece(0, [0] * self.max_pages, 0, tokens)] * count))
@@ -86,23 +91,27 @@ class Runner:
     @torch.no_grad()
     def decode(self, rows: Sequence[Row]) -> torch.Tensor:
         """Logits [sum of num_logits, V] of rows, in order; in the model's dtype."""
-        single = [n for n, row in enumerate(rows) if len(row.tokens) == 1]
-        several = [n for n, row in enumerate(rows) if len(row.tokens) > 1]
-        if not several:
-            return self._decode_single(rows)
-        logits = self._decode_several([rows[n] for n in several])
-        if not single:
-            return logits
-        logits = torch.cat((self._decode_single([rows[n] for n in single]), logits))
-        order = _order([row.num_logits for row in rows], single + several)
-        return logits[to_device(order, logits.device)]
+        passes: dict[Callable[[Sequence[Row]], torch.Tensor], list[int]] = {}  # which rows each one takes
+        for n, run in enumerate(self._runs([len(row.tokens) for row in rows])):
+            passes.setdefault(run, []).append(n)
+        found = [run([rows[n] for n in numbers]) for run, numbers in passes.items()]
+        if len(found) == 1:
+            return found[0]
+        order = _order([row.num_logits for row in rows], [n for numbers in passes.values() for n in numbers])
+        return torch.cat(found)[to_device(order, self.pool.device)]
+
+    def _runs(self, lengths: list[int]) -> list[Callable[[Sequence[Row]], torch.Tensor]]:
+        """What computes each of the rows of so many tokens: those with drafts together, if a graph is wide enough."""
+        if self.graphs is None or not self.graphs.stand_for_model():
+            return [self._decode_single if length == 1 else self._decode_several for length in lengths]
+        widths = self.graphs.widths
+        longest = max((length for length in lengths if length <= max(widths)), default=1)
+        few = next(graphs for width, graphs in widths.items() if longest <= width)
+        return [widths[1] if length == 1 else few if length <= longest else self._decode_several for length in lengths]
 
     def _decode_single(self, rows: Sequence[Row]) -> torch.Tensor:
         """Rows of one token, side by side."""
-        if self.graphs is not None and len(rows) <= self.max_num_seqs and self.graphs.stand_for_model():
-            return self.graphs(rows)
-        starts = tuple(row.start for row in rows)
-        batch = Batch.dense(starts, 1, self.pool.device)
+        batch = Batch.dense(tuple(row.start for row in rows), 1, self.pool.device)
         return self._logits(self._run(rows, batch, [1] * len(rows)))
 
     def _decode_several(self, rows: Sequence[Row]) -> torch.Tensor:

@@ -102,7 +102,7 @@ def update(
     slots: torch.Tensor | None,
     kept: torch.Tensor | None,
 ) -> torch.Tensor:
-    """o of `recurrent(*inputs, scale, states)`, whose new states take the place of the old ones; negative slots stay."""
+    """o of `recurrent(*inputs, scale, states)`, whose new states take the old ones' places; negative slots stay."""
 
     def run(old: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if kept is None:

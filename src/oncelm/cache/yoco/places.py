@@ -42,6 +42,20 @@ class Ring(NamedTuple):
     block_tables: torch.Tensor | None
 
 
+class Drafted(NamedTuple):
+    """A few tokens a sequence, the last of them drafts, and windows in slots.
+
+    Attributes:
+        sees: [N, T, W + T] whether a token sees what is in the ring, as it lies there, and what is new.
+        slots: [N, T] in which each token's keys go: scratch, where it does not count.
+        places: [N, T] in the ring.
+    """
+
+    sees: torch.Tensor
+    slots: torch.Tensor
+    places: torch.Tensor
+
+
 class Places:
     """The slots and pages of N sequences, for one forward pass.
 
@@ -49,17 +63,21 @@ class Places:
         slots: [N] int64, where the states and windows of each are. All different, but for slot 0, which is scratch.
         block_tables: [N, max_blocks] int32, the pages of each in order; entries behind its last one are not read.
         kept: how many of its tokens in this pass count, of each; those behind are drafts, which see what came before
-            but leave no trace in a slot. None: all count.
+            but leave no trace in a slot. A tensor [N] in a dense pass of a few tokens each, whose batch is a
+            `Batch.step`; else numbers. None: all count.
 
     Attributes:
         gathered: keys and values that one store has brought together for its readers, and what tells them from others.
     """
 
-    def __init__(self, slots: torch.Tensor, block_tables: torch.Tensor, kept: tuple[int, ...] | None = None) -> None:
+    def __init__(
+        self, slots: torch.Tensor, block_tables: torch.Tensor, kept: tuple[int, ...] | torch.Tensor | None = None
+    ) -> None:
         self.slots, self.block_tables, self.kept = slots, block_tables, kept
         self.gathered: tuple[tuple, list[tuple[torch.Tensor, torch.Tensor]]] | None = None
         self._rows: tuple[Batch, tuple[torch.Tensor, torch.Tensor]] | None = None
         self._ring: tuple[Batch, int, Ring] | None = None
+        self._drafted: tuple[Batch, int, Drafted] | None = None
         self._parts: tuple[Batch, tuple[Part, Part, torch.Tensor]] | None = None
 
     @cached_property
@@ -71,7 +89,8 @@ class Places:
         """The page of each token of the batch, and the row in it: both [N, T] or [1, total]."""
         if self._rows is None or self._rows[0] is not batch:  # all layers ask for the same
             positions = batch.positions
-            blocks = positions // page_size
+            # drafts that only fill up a row may stand behind the last page that a table has room for
+            blocks = (positions // page_size).clamp(max=self.block_tables.shape[1] - 1)
             if batch.cu_seqlens is None:
                 N = len(self.slots)
                 pages = self.block_tables.gather(1, blocks.expand(N, -1))
@@ -96,9 +115,26 @@ class Places:
             self._ring = batch, window_size, Ring(position % window_size, lengths, block, tables)
         return self._ring[2]
 
+    def drafted(self, batch: Batch, window_size: int) -> Drafted:
+        """How a few tokens a sequence, of which `kept` go into rings of `window_size` tokens, see these rings."""
+        if self._drafted is None or self._drafted[0] is not batch or self._drafted[1] != window_size:
+            assert isinstance(self.kept, torch.Tensor)
+            start, T, device = batch.positions[:, :1], batch.positions.shape[1], self.slots.device
+            new, ring = torch.arange(T, device=device), torch.arange(window_size, device=device)
+            held = start - 1 - (start - 1 - ring) % window_size  # [N, W] positions that the rings hold
+            in_ring = ((held >= 0) & (held > start - window_size))[:, None]
+            in_ring = in_ring & (held[:, None] > batch.positions[:, :, None] - window_size)
+            age = new[:, None] - new
+            in_row = ((age >= 0) & (age < window_size)).expand(len(start), T, T)
+            kept = self.kept[:, None]
+            slots = torch.where((new < kept) & (new >= kept - window_size), self.slots[:, None], 0)
+            found = Drafted(torch.cat((in_ring, in_row), dim=2), slots, batch.positions % window_size)
+            self._drafted = batch, window_size, found
+        return self._drafted[2]
+
     def parts(self, batch: Batch) -> tuple[Part, Part, torch.Tensor]:
         """The tokens of a packed batch that count, the drafts behind them, and where each token [total] is in both."""
-        assert self.kept is not None
+        assert isinstance(self.kept, tuple)
         if self._parts is None or self._parts[0] is not batch:
             self._parts = batch, self._cut(batch.lengths, self.kept)
         return self._parts[1]

@@ -133,17 +133,17 @@ class SlotStates:
         """As RecurrentPast.scan; the states move past the tokens that count."""
         check_choice("state", name, self.held.tensor_names)
         states, slots = getattr(self.held, name), self.places.slots
-        if self.places.kept is not None:
+        kept = self.places.kept
+        if isinstance(kept, tuple):
             return self._scan_drafts(name, op, inputs, states, batch)
-        if step is None or batch.cu_seqlens is not None or inputs[0].shape[1] > 1:
-            o, final_state = apply(name, op, inputs, states[slots], batch.cu_seqlens)
-            states[slots] = final_state.to(states.dtype)
-            return o
-        if _takes_slots(step):
-            return step(*inputs, states, slots=slots)
-        own = states[slots]
-        o = step(*inputs, own)
-        states[slots] = own
+        if kept is not None:
+            return self._step_drafts(name, op, inputs, states, kept, step)
+        if step is not None and batch.cu_seqlens is None and inputs[0].shape[1] == 1:
+            if _takes(step, "slots"):
+                return step(*inputs, states, slots=slots)
+            op = _as_op(step)
+        o, final_state = apply(name, op, inputs, states[slots], batch.cu_seqlens)
+        states[slots] = final_state.to(states.dtype)
         return o
 
     def _scan_drafts(
@@ -160,11 +160,40 @@ class SlotStates:
             outputs.append(o)
         return torch.cat(outputs, dim=1)[:, order]
 
+    def _step_drafts(
+        self, name: str, op: Callable, inputs: Tensors, states: torch.Tensor, kept: torch.Tensor, step: Callable | None
+    ) -> torch.Tensor:
+        """The same for a few tokens of each sequence, of which the device knows how many count."""
+        slots = self.places.slots
+        if step is not None and _takes(step, "kept"):
+            return step(*inputs, states, slots=slots, kept=kept)
+        op = op if step is None else _as_op(step)
+        state = stored = states[slots]
+        outputs = []
+        for t in range(inputs[0].shape[1]):
+            o, final_state = apply(name, op, tuple(x[:, t : t + 1] for x in inputs), state, None)
+            state = final_state.to(states.dtype)
+            counts = (kept > t).view(-1, *[1] * (state.dim() - 1))
+            stored = torch.where(counts, state, stored)
+            outputs.append(o)
+        states[slots] = stored
+        return torch.cat(outputs, dim=1)
 
-def _takes_slots(step: Callable) -> bool:
-    """Whether a step has an argument `slots`. Asked at each call: inspect.signature would take as long as a step."""
+
+def _takes(step: Callable, argument: str) -> bool:
+    """Whether a step has this argument. Asked at each call: inspect.signature would take as long as a step."""
     code = getattr(step, "__code__", None)
-    return code is not None and "slots" in code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+    return code is not None and argument in code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+
+
+def _as_op(step: Callable[..., torch.Tensor]) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+    """A step, which changes a state in place, as an op, which returns another."""
+
+    def op(*inputs: torch.Tensor, initial_state: torch.Tensor, **_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        state = initial_state.clone()
+        return step(*inputs, state), state
+
+    return op
 
 
 class FreshRecurrent:

@@ -106,7 +106,7 @@ class SharedKV(Rows):
         return out.to(q.dtype)
 
     def attend_at(self, q: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-        """Outputs [N, T, H, D] of the last T = 1..8 of each sequence's `lengths` [N] tokens, which the device knows.
+        """Outputs [N, T, H, D] of the last T = 1..16 of each sequence's `lengths` [N] tokens, which the device knows.
 
         They see all keys up to their own. The host does not wait, and a CUDA graph can hold it.
         """

@@ -14,7 +14,7 @@ from oncelm.cache.batch import Batch
 from oncelm.cache.yoco.places import Places
 from oncelm.cache.yoco.recurrent_state import FixedSize
 from oncelm.ops import decode_attention, global_attention, window_attention
-from oncelm.ops.attention import has_decode_kernel
+from oncelm.ops.attention import has_decode_kernel, masked_attention
 from oncelm.ops.context_parallel import previous_tokens
 from oncelm.utils.memory import checked_zeros
 
@@ -124,6 +124,8 @@ class SlotWindow:
         """Outputs [B, T, H, D]; keys and values of the tokens that count take the oldest ones' places."""
         dtype = q.dtype
         q, k, v = (x.to(self.held.k.dtype) for x in (q, k, v))
+        if isinstance(self.places.kept, torch.Tensor):
+            return self._attend_few(q, k, v, batch).to(dtype)
         if batch.cu_seqlens is None and q.shape[1] == 1 and self.places.kept is None:
             return self._attend_one(q, k, v, batch).to(dtype)
         outputs, first = [], 0
@@ -136,6 +138,14 @@ class SlotWindow:
             self.held.write(keys[:, :kept], values[:, :kept], rows, start)
             first += length
         return batch.join(outputs).to(dtype)
+
+    def _attend_few(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """A few new tokens a sequence, of which the device knows how many count: over what lies in the ring, in any
+        order, and what is new."""
+        held, (sees, slots, places) = self.held, self.places.drafted(batch, self.held.window_size)
+        all_k, all_v = (torch.cat((x[self.places.slots], new), dim=1) for x, new in ((held.k, k), (held.v, v)))
+        held.k[slots, places], held.v[slots, places] = k, v
+        return masked_attention(q, all_k, all_v, sees)
 
     def _attend_one(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: Batch) -> torch.Tensor:
         """One new token a sequence: the ring then holds just what it sees, and softmax asks for no order."""

@@ -72,18 +72,18 @@ class Decoding:
             return self._replay(graph, tokens, cache)
         batch = Batch.dense(cache.lengths, 1, tokens.device)
         cache.begin()
-        logits = self.next_logits(tokens, batch, cache)
+        logits = self.next_logits(tokens, batch, cache)[:, -1]
         cache.commit(batch, 1)
         return logits
 
     def next_logits(self, tokens: torch.Tensor, batch: Batch, past: Past) -> torch.Tensor:
-        """Logits [N, V] of new tokens [N, 1], which `past` takes in. A CUDA graph may hold it, of a `Batch.step`."""
+        """Logits [N, T, V] of new tokens [N, T], which `past` takes in. A CUDA graph may hold it, of a `Batch.step`."""
         x = run_layers(
             self.config, self.self_decoder, self.cross_decoder, self.embed(tokens), batch, past,
             Selection(batch, columns=slice(None)), self.token_parts,
         )  # fmt: skip
         assert x is not None
-        return self.token_parts(x).head(x, self.layer_norm, self.output_projection)[:, -1]
+        return self.token_parts(x).head(x, self.layer_norm, self.output_projection)
 
     def _graph(self, cache: YocoCache) -> StepGraph | None:
         """What takes a step with this cache, which then has room for it; None where no graph stands for the model."""
@@ -99,7 +99,7 @@ class Decoding:
             self._check_cache(cache)
             # weak: it is the model that holds its graphs, and what it holds goes when it goes
             run = partial(type(self).next_logits, proxy(self), past=cache.step_form())
-            return StepGraph(run, cache.batch_size, cache.device)
+            return StepGraph(lambda tokens, batch: run(tokens, batch)[:, -1], cache.batch_size, cache.device)
 
         return graphs.find(cache, (self.quantization_changes, cache.batch_size, cache.addresses()), make)
 

@@ -19,6 +19,7 @@ from oncelm.models.yoco.config import YocoConfig
 from oncelm.models.yoco.linear import MIN_FLOAT8_TOKENS, set_float8
 from oncelm.models.yoco.mixers.base import Tensors
 from oncelm.models.yoco.model import PLAIN, CrossDecoder, DecoderLayer, SelfDecoder, TokenParts
+from oncelm.ops.attention import MOST_DECODED
 from oncelm.ops.float8 import check_float8
 from oncelm.utils.errors import check_choice, renamed
 
@@ -48,25 +49,28 @@ def compiled_parts(parts: TokenParts, gradients: bool) -> TokenParts:
 
 @functools.cache
 def side_by_side(parts: TokenParts) -> TokenParts:
-    """The parts of one token a sequence, [B, 1, ...], computed as of one row, [1, B, ...]: what is compiled for any
-    number of tokens is not compiled again for each batch size."""
+    """The parts of a few tokens a sequence, [B, T, ...], computed as of one row, [1, B T, ...]: what is compiled for
+    any number of tokens is not compiled again for each batch size."""
 
-    def row(x: torch.Tensor, count: int) -> torch.Tensor:
-        return x.expand(count, *x.shape[1:]).reshape(1, count, *x.shape[2:])
+    def row(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return y.expand(len(x), *y.shape[1:]).reshape(1, -1, *y.shape[2:])
+
+    def back(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return y[0].unflatten(0, x.shape[:2])
 
     def before(layer: DecoderLayer, x: torch.Tensor, rotation: torch.Tensor) -> tuple[Tensors, torch.Tensor | None]:
-        inputs, gate = parts.before(layer, row(x, len(x)), row(rotation, len(x)))
-        return tuple(y.transpose(0, 1) for y in inputs), None if gate is None else gate.transpose(0, 1)
+        inputs, gate = parts.before(layer, row(x, x), row(rotation, x))
+        return tuple(back(y, x) for y in inputs), None if gate is None else back(gate, x)
 
     def after(layer: DecoderLayer, x: torch.Tensor, o: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:
-        gate = None if gate is None else row(gate, len(x))
-        return parts.after(layer, row(x, len(x)), row(o, len(x)), gate).transpose(0, 1)
+        gate = None if gate is None else row(gate, x)
+        return back(parts.after(layer, row(x, x), row(o, x), gate), x)
 
     def keys_and_values(
         cross: CrossDecoder, y: torch.Tensor, rotation: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        k, v = parts.keys_and_values(cross, row(y, len(y)), row(rotation, len(y)))
-        return k.transpose(0, 1), v.transpose(0, 1)
+        k, v = parts.keys_and_values(cross, row(y, y), row(rotation, y))
+        return back(k, y), back(v, y)
 
     return TokenParts(before, after, keys_and_values, parts.head)
 
@@ -180,7 +184,7 @@ class Execution(CompilesLayers):
             elif 0 < tokens <= MOST_FUSED[x.dtype.itemsize]:
                 parts = _kernel_parts("fused").FUSED
         if self.compiles(x):
-            is_step = x.shape[1] == 1 and not gradients
+            is_step = x.shape[0] > 1 and x.shape[1] <= MOST_DECODED and not gradients
             return side_by_side(compiled_parts(parts, gradients)) if is_step else compiled_parts(parts, gradients)
         return parts
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 
 from oncelm.ops.attention import decode
 from oncelm.ops.attention.packed import Borders, by_sequence
@@ -19,7 +20,7 @@ from oncelm.ops.quantize import LARGEST
 
 __all__ = ["decode_attention", "global_attention", "window_attention"]
 
-MOST_DECODED = 8  # tokens of a sequence in one decode step
+MOST_DECODED = 16  # tokens of a sequence in one decode step
 PAGE_SIZES = (256, 128, 64, 32, 16)  # tokens of a block that decode_attention takes
 
 
@@ -150,7 +151,7 @@ def decode_attention(
     lies behind a sequence's length is not read.
 
     Args:
-        q: [N, T, H, D], T = 1..8 (several: speculative drafts), rotated. Query t sees keys 0 .. length - T + t; one
+        q: [N, T, H, D], T = 1..16 (several: speculative drafts), rotated. Query t sees keys 0 .. length - T + t; one
             that sees none (a length of 0: an idle slot) gets zeros.
         k, v: [N, S, H_kv, D], H a multiple of H_kv; or with block_tables [num_blocks, block_size, H_kv, D], block_size
             a power of two of 16..256. Of q's dtype, or float8_e4m3fn or int8 with scales (`quantize_kv`).
@@ -169,6 +170,26 @@ def decode_attention(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     attend = implementation("decode_attention", backend, q.device)
     return attend(q, k, v, lengths, block_tables, k_scale, v_scale, scale)
+
+
+def masked_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sees: torch.Tensor) -> torch.Tensor:
+    """Attention of a few queries to the keys that a mask names; a CUDA graph can hold it.
+
+    Args:
+        q: [N, T, H, D]. k, v: [N, S, H_kv, D], H a multiple of H_kv. sees: [N, T, S], True where a query sees a key;
+            each sees one.
+
+    Returns:
+        [N, T, H, D].
+    """
+    _check(q, k, v)
+    N, T, H, _ = q.shape
+    group = H // k.shape[2]
+    # the heads that share a K/V head are rows of one product, so that no key is repeated
+    rows = q.unflatten(2, (-1, group)).transpose(1, 2).flatten(2, 3)  # [N, H_kv, T * group, D]
+    mask = sees[:, None, :, None].expand(N, 1, T, group, -1).flatten(2, 3)
+    o = F.scaled_dot_product_attention(rows, k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask)
+    return o.unflatten(2, (T, group)).transpose(1, 2).flatten(2, 3)
 
 
 def has_decode_kernel(q: torch.Tensor, k: torch.Tensor, tokens: int | None = None) -> bool:
