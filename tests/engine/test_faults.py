@@ -11,26 +11,29 @@ from typing import Any
 import pytest
 import torch
 
+from oncelm.data.tokenizers import load_tokenizer
 from oncelm.engine.engine import Engine
+from oncelm.engine.llm import LLM
 from oncelm.engine.options import EngineOptions
 from oncelm.engine.params import SamplingParams
 from oncelm.engine.pool import Pool
 from oncelm.engine.sampler import Sampler
+from oncelm.engine.text import TextState
 from oncelm.models.yoco import model as network
 from tests.engine.answers import answer, prompts, tiny_model
 from tests.engine.schedules import Life, draw_schedule, run_schedule
-from tests.models.small import VOCAB
+from tests.models.small import VOCAB, make_model
 
 NAME = "hybrid"
 
 
-def make_engine(model: Any = None, **options: Any) -> Engine:
+def make_engine(model: Any = None, tokenizer: Any = None, **options: Any) -> Engine:
     """Of a tiny model, with memory for 4 requests of 64 tokens at once and 4 snapshots."""
     model = model or tiny_model(NAME)
     settings = {"max_model_len": 64, "max_num_seqs": 4, "page_size": 4, "num_snapshots": 4, "verbose": False, **options}
     memory = 66 * Pool.page_bytes(model.config, settings["page_size"], model.dtype)
     memory += 9 * Pool.slot_bytes(model.config, model.dtype)
-    return Engine(model, None, EngineOptions(**{"kv_cache_bytes": memory, **settings}))
+    return Engine(model, tokenizer, EngineOptions(**{"kv_cache_bytes": memory, **settings}))
 
 
 def greedy(**options: Any) -> SamplingParams:
@@ -317,3 +320,38 @@ def test_a_logits_processor_that_raises_fails_its_own_request() -> None:
     assert (failed.finish_reason, len(failed.token_ids)) == ("error", 2)
     assert "KeyError" in failed.error
     check_empty(engine)
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("stop", [None, "never"])
+def test_a_tokenizer_that_raises_fails_its_own_request(monkeypatch, stop, last) -> None:
+    """In the middle of an answer, or at its last token."""
+    append = TextState.append
+
+    def raises(self: TextState, token: int) -> Any:
+        if self._params.max_tokens == 5 and self.num_tokens == (4 if last else 2):
+            raise UnicodeError("no such text")
+        return append(self, token)
+
+    monkeypatch.setattr(TextState, "append", raises)
+    engine = make_engine(tokenizer=load_tokenizer("bytes"))
+    text = next(one for one in (prompts(NAME, which) for which in range(30)) if len(answer(NAME, one).tokens) > 6)
+    engine.add_request("raises", text, greedy(max_tokens=5, stop=stop))
+    engine.add_request("fine", text, greedy())
+    outputs = finish(engine)
+    check_answer(outputs["fine"], text)
+    assert outputs["raises"].finished
+    failed = outputs["raises"].outputs[0]
+    assert failed.finish_reason == "error"
+    assert "UnicodeError: no such text" in failed.error
+    check_empty(engine)
+
+
+def test_a_chat_template_that_raises_leaves_nothing_behind() -> None:
+    tokenizer = load_tokenizer("bytes")
+    tokenizer.chat_template = "{{ raise_exception('only odd questions') }}"
+    with LLM(make_model("retention", vocab_size=260), tokenizer, kv_cache_bytes=2**22, verbose=False) as llm:
+        with pytest.raises(Exception, match="only odd questions"):
+            llm.chat([{"role": "user", "content": "?"}], greedy())
+        assert not llm.engine.has_unfinished()
+        assert len(llm.generate("?", greedy(), use_tqdm=False)) == 1

@@ -9,7 +9,8 @@ from oncelm.engine.places import Sampled, SamplingRow
 from oncelm.engine.request import Request
 from oncelm.engine.work import Row
 
-Ending = tuple[str | None, int | str | None]  # finish_reason and stop_reason, as in CompletionOutput
+# finish_reason and stop_reason, as in CompletionOutput; behind "error" what went wrong
+Ending = tuple[str | None, int | str | None]
 
 
 def end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
@@ -55,12 +56,16 @@ def append_token(request: Request, sampled: Sampled, now: float, eos_token_ids: 
 
 
 def add_text(request: Request) -> Ending:
-    """Turn the tokens of an answer that are not text yet into text."""
+    """Turn the tokens of an answer that are not text yet into text. What its tokenizer raises is its own affair."""
     reason, stop = None, None
-    for token in request.answer.token_ids[request.num_told :]:
-        _, reason, stop = request.text.append(token)
-    request.num_told = len(request.answer.token_ids)
-    if request.answer.finish_reason in ("abort", "error"):
-        request.text.end()  # what was held back comes out: no token follows
-    request.answer.text = request.text.text
+    answer, told = request.answer, request.num_told
+    request.num_told = len(answer.token_ids)
+    try:
+        for token in answer.token_ids[told:]:
+            _, reason, stop = request.text.append(token)
+        if answer.finish_reason in ("abort", "error"):
+            request.text.end()  # what was held back comes out: no token follows
+    except Exception as error:
+        reason, stop = "error", f"the text of the answer cannot be made: {type(error).__name__}: {error}"
+    answer.text = request.text.text
     return reason, stop

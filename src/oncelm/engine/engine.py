@@ -319,7 +319,9 @@ class Engine:
                 reason, stop = append_token(request, sampled, now, self.eos_token_ids)
                 self._changed[request] = None
                 num_tokens += 1
-                if reason is not None:
+                if reason == "error":
+                    self._end(request, reason, error=str(stop))
+                elif reason is not None:
                     self._end(request, reason, stop)
                 if place == len(drafts) or sampled.token != drafts[place]:
                     break
@@ -335,8 +337,11 @@ class Engine:
     def _tell(self) -> list[RequestOutput]:
         """The outputs that have changed, with their texts."""
         outputs: dict[str, RequestOutput] = {}
-        for request in self._changed:
-            add_text(request)
+        for request in list(self._changed):
+            reason, why = add_text(request)
+            if reason == "error":
+                self._end(request, reason, error=str(why))
+                request.answer.finish_reason, request.answer.error = reason, str(why)  # if it had ended, too
             outputs[request.request_id] = request.output
         self._changed.clear()
         return list(outputs.values())
