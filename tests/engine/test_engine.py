@@ -412,6 +412,19 @@ def test_one_document_and_questions_that_come_together() -> None:
     check_no_leak(engine)
 
 
+def test_requests_that_part_close_to_each_other_share_a_snapshot() -> None:
+    """Each piece of the one that reads ends at a snapshot: a hundred of them would be a hundred steps."""
+    engine, document = make_engine(max_num_batched_tokens=64, max_num_seqs=8), prompts_of(13, 1)[0] + [1] * 20
+    for i in range(6):
+        engine.add_request(str(i), [*document[: 20 + i], *([50 + i] * 5)], greedy(1))
+    engine.step()
+    reader = engine.scheduler.running[0]
+    assert len(reader.cuts) <= 2
+    outputs = run(engine)
+    assert sum(output.num_cached_tokens > 15 for output in outputs.values()) == 5
+    check_no_leak(engine)
+
+
 def test_a_document_is_kept_to_its_end() -> None:
     engine, document = make_engine(), prompts_of(8, 1)[0] + [1] * 20
     output = engine.add_document("document", document)

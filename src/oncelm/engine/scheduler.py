@@ -288,11 +288,15 @@ class Scheduler:
                 best, least = (other, common), common + 1
         if best is None:
             return None
+        leader, common = best
         match = self.memory.match(request)
-        if match is not None and match.n + self.memory.page_size > best[1]:
+        if match is not None and match.n + self.memory.page_size > common:
             return None
-        best[0].cuts.add(best[1])
-        return best
+        near = max((cut for cut in leader.cuts if leader.n < cut <= common), default=0)
+        if near and common - near < self.memory.page_size:  # one snapshot for those that part within a page
+            common = near
+        leader.cuts.add(common)
+        return leader, common
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
