@@ -8,5 +8,5 @@ from tests.engine.prefix.stand_in import SMALL_BLOCK
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of few tokens, so that small texts have several."""
-    for module in ("tree", "cache", "disk"):
+    for module in ("tree", "cache", "header"):
         monkeypatch.setattr(f"oncelm.engine.prefix.{module}.BLOCK", SMALL_BLOCK)

@@ -154,6 +154,24 @@ def test_processes_see_each_others_files(tmp_path: Path) -> None:
     assert not len(other.cache.tree)
 
 
+def test_what_was_written_here_is_no_reason_to_look_at_the_folder(tmp_path, monkeypatch) -> None:
+    looked = []
+    real = disk.Folder._listing
+    monkeypatch.setattr(disk, "_TICK", 1 << 60)
+    monkeypatch.setattr(disk.Folder, "_listing", lambda self: looked.append(self) or real(self))
+    one, other = Device(directory=tmp_path), Device(directory=tmp_path)
+    for seed in range(5):
+        one.remember(text(20, seed))
+        one.cache.flush()
+    times = looked.count(one.cache._below._folder)
+    assert times <= 2
+    assert other.recall(text(21, 4))[0] == 20
+    monkeypatch.setattr(disk, "_TICK", 0)
+    one.cache.match(text(9))
+    one.cache.match(text(9))
+    assert looked.count(one.cache._below._folder) == times + 1
+
+
 def test_two_processes_that_write_the_same_keep_one_file(tmp_path: Path) -> None:
     one, other = Device(directory=tmp_path), Device(directory=tmp_path)
     for device in (one, other):

@@ -18,7 +18,8 @@ from oncelm.engine.prefix.tree import Snapshot, Tree
 from oncelm.utils.errors import is_out_of_memory
 
 if TYPE_CHECKING:
-    from oncelm.engine.prefix.disk import Folder, Header
+    from oncelm.engine.prefix.disk import Folder
+    from oncelm.engine.prefix.header import Header
 
 WAITING_BYTES = 2 << 30  # of copies that the disk has not taken yet
 
@@ -195,7 +196,7 @@ class Below:
             return
         folder, text = self._folder, snapshot.text
         assert text is not None
-        from oncelm.engine.prefix.disk import Header
+        from oncelm.engine.prefix.header import Header
 
         header = Header(
             folder.fingerprint,
@@ -277,7 +278,7 @@ class Below:
 
     def _load(self, snapshot: Snapshot) -> Delta | None:
         """What a file holds; None where it is gone or damaged."""
-        from oncelm.engine.prefix.disk import Damaged
+        from oncelm.engine.prefix.header import Damaged
 
         if self._folder is None or not snapshot.file:
             return None

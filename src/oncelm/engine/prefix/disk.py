@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import heapq
-import json
 import logging
 import os
 import re
@@ -21,9 +20,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields, replace
-from hashlib import blake2b, sha256
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -32,15 +29,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from oncelm.engine.prefix.delta import Delta
-from oncelm.engine.prefix.tree import BLOCK, encode, snapshot_key
+from oncelm.engine.prefix.header import Damaged, Header, checksum_of
+from oncelm.engine.prefix.tree import encode
 from oncelm.utils.errors import is_out_of_memory
 from oncelm.utils.files import atomic_file, clean_up
 
-FORMAT = "oncelm-prefix-1"
 SUFFIX = ".safetensors"
 _NAME = re.compile(r"([0-9a-f]{24})-([0-9a-f]{32})\.safetensors")
-_HASHED_AT_ONCE = 1 << 22  # bytes a thread
-_THREADS = 8
 _OF_TENSOR = 128  # bytes of a tensor's line in a safetensors header, about
 _TICK = 100_000_000  # nanoseconds
 
@@ -50,86 +45,6 @@ logger = logging.getLogger(__name__)
 def is_snapshot(name: str) -> bool:
     """Whether a file is called as those of snapshots are."""
     return bool(_NAME.fullmatch(name))
-
-
-class Damaged(ValueError):
-    """A file is not as it was written, or is not what its name says."""
-
-
-@dataclass(frozen=True)
-class Header:
-    """What a file says of itself.
-
-    Attributes:
-        key: of the text (tree.snapshot_key), n tokens long.
-        start: where its rows begin: the parent's n.
-        parent, parent_checksum: of the file with what comes before; "" where start is 0.
-        root: the digest of its model and salt, without a text.
-        blocks: the digests of its full blocks behind those of the parent.
-        block: the digest of its last full block, or `root`.
-        tail: its tokens behind that, encoded.
-        checksum: of all of it.
-    """
-
-    fingerprint: str
-    key: bytes
-    n: int
-    start: int
-    parent: bytes
-    parent_checksum: str
-    root: bytes
-    blocks: tuple[bytes, ...]
-    block: bytes
-    tail: bytes
-    checksum: str = ""
-
-    def metadata(self) -> dict[str, str]:
-        """As it stands in the file; with a digest of itself, so that damage to it shows when only it is read."""
-        said = {"format": FORMAT, **{field.name: _text(getattr(self, field.name)) for field in fields(self)}}
-        return {**said, "seal": blake2b(json.dumps(said).encode(), digest_size=16).hexdigest()}
-
-    @staticmethod
-    def read(metadata: dict[str, str]) -> Header:
-        """Raises Damaged for what no header of this format says."""
-        try:
-            if metadata.get("format") != FORMAT:
-                raise ValueError(f"its format is {metadata.get('format')!r}, not {FORMAT!r}")
-            said = {field.name: metadata[field.name] for field in fields(Header)}
-            blocks = bytes.fromhex(said["blocks"])
-            header = Header(
-                said["fingerprint"],
-                bytes.fromhex(said["key"]),
-                int(said["n"]),
-                int(said["start"]),
-                bytes.fromhex(said["parent"]),
-                said["parent_checksum"],
-                bytes.fromhex(said["root"]),
-                tuple(blocks[place : place + 16] for place in range(0, len(blocks), 16)),
-                bytes.fromhex(said["block"]),
-                bytes.fromhex(said["tail"]),
-                said["checksum"],
-            )
-        except (KeyError, ValueError) as error:
-            raise Damaged(str(error)) from error
-        if header.metadata() != metadata or not header._agrees():
-            raise Damaged("its header contradicts itself")
-        return header
-
-    def _agrees(self) -> bool:
-        return (
-            0 <= self.start < self.n
-            and bool(self.start) == bool(self.parent) == bool(self.parent_checksum)
-            and len(self.blocks) == self.n // BLOCK - self.start // BLOCK
-            and len(self.tail) == 4 * (self.n % BLOCK)
-            and (self.block == self.blocks[-1] if self.blocks else self.n >= BLOCK or self.block == self.root)
-            and self.key == snapshot_key(self.block, self.tail)
-        )
-
-
-def _text(value: object) -> str:
-    if isinstance(value, tuple):
-        return b"".join(value).hex()
-    return value.hex() if isinstance(value, bytes) else str(value)
 
 
 class Folder:
@@ -145,7 +60,8 @@ class Folder:
         self.fingerprint, self.max_bytes = fingerprint, sys.maxsize if max_bytes is None else max_bytes
         self.headers: dict[bytes, Header] = {}
         self.num_damaged = 0
-        self._changed = -1
+        self._changed, self._looked = -1, 0  # the folder's time when it was looked at, and when that was
+        self._used = 0
         self._unreadable: set[str] = set()
         self._warned: set[str] = set()
         with contextlib.suppress(OSError):
@@ -160,12 +76,12 @@ class Folder:
         """What others have written since, shortest first, and the keys of what they have removed."""
         before = set(self.headers)  # what this process writes from here on may lack in the listing
         try:
-            changed = self.path.stat().st_mtime_ns
-            if changed == self._changed:
+            changed, now = self.path.stat().st_mtime_ns, time.time_ns()
+            # a change in the same tick of the folder's clock does not show: look once more when that is over
+            if changed == self._changed and (self._looked > changed + _TICK or now <= changed + _TICK):
                 return [], []
             names = dict(self._listing())
-            # a change in the same tick of the folder's clock would not show: look again
-            self._changed = changed if time.time_ns() - changed > _TICK else -1
+            self._changed, self._looked = changed, now
         except OSError:  # no such folder (yet, or any more), or one that may not be read
             names, self._changed = {}, -1
         gone = [key for key in before if key not in names]
@@ -231,20 +147,29 @@ class Folder:
         if total > self.max_bytes:
             self.warn("large", f"a snapshot of {total:,} bytes is not kept: the limit is {self.max_bytes:,}")
             return "", 0, []
-        header = replace(header, checksum=_checksum(header, tensors))
-        path = self.place(header.key)
+        header = replace(header, checksum=checksum_of(header, tensors))
         self.path.mkdir(parents=True, exist_ok=True)
         with FileLock(self.path / ".lock"):
-            if there := self.header_of(header.key):  # of another process: the same bits, or of no use to this one
-                same = there[header.key].checksum == header.checksum
-                return (header.checksum, self.file_size(header.key), []) if same else ("", 0, [])
-            if header.parent and not self.place(header.parent).exists():
-                return "", 0, []
-            evicted = self._make_room(total, header.parent)
-            with atomic_file(path) as temporary:
-                save_file(tensors, temporary, metadata=header.metadata())
-            self.headers[header.key] = header
-            return header.checksum, path.stat().st_size, evicted
+            before = self.path.stat().st_mtime_ns
+            try:
+                return self._write_new(header, tensors, total)
+            finally:
+                if self._changed == before:  # all that has changed since is known
+                    self._changed = self.path.stat().st_mtime_ns
+
+    def _write_new(self, header: Header, tensors: dict[str, torch.Tensor], total: int) -> tuple[str, int, list[bytes]]:
+        """The part of `write` that needs the lock."""
+        if there := self.header_of(header.key):  # of another process: the same bits, or of no use to this one
+            same = there[header.key].checksum == header.checksum
+            return (header.checksum, self.file_size(header.key), []) if same else ("", 0, [])
+        if header.parent and not self.place(header.parent).exists():
+            return "", 0, []
+        evicted = self._make_room(total, header.parent)
+        with atomic_file(self.place(header.key)) as temporary:
+            save_file(tensors, temporary, metadata=header.metadata())
+        self.headers[header.key] = header
+        self.touch([header.key])
+        return header.checksum, self.file_size(header.key), evicted
 
     def read(self, key: bytes) -> tuple[Delta, bytes]:
         """What a file holds, and its tokens; every byte of it has been compared with its checksum.
@@ -259,7 +184,7 @@ class Folder:
                 header = self._own(Header.read(file.metadata() or {}), path)
                 # copied before they are compared: what lies in a file may be another thing when it is read again
                 tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (no dict)
-            if header != expected or header.checksum != _checksum(header, tensors):
+            if header != expected or header.checksum != checksum_of(header, tensors):
                 raise Damaged("its checksum does not match")
             tokens = tensors.pop("tokens")
             if tokens.shape != (header.n - header.start,):
@@ -293,10 +218,11 @@ class Folder:
             self.warn("delete", f"{self.place(key)} cannot be deleted: {error}")
 
     def touch(self, keys: Iterable[bytes]) -> None:
-        """These were used now, the last one last."""
+        """These were used now, the last one last, whatever the clock of the disk can tell apart."""
         for key in keys:
+            self._used = max(time.time_ns(), self._used + 1000)
             try:
-                os.utime(self.place(key))
+                os.utime(self.place(key), ns=(self._used, self._used))
             except OSError:  # gone, or of another user
                 continue
 
@@ -331,9 +257,11 @@ class Folder:
     def _make_room(self, num_bytes: int, parent: bytes) -> list[bytes]:
         """Delete what was not used for longest, leaves first, until a file of so many bytes fits; whoever calls holds
         the lock. Returns their keys."""
+        evicted: list[bytes] = []
+        if self.max_bytes == sys.maxsize:
+            return evicted
         files = self._files()
         total = num_bytes + sum(size for _, size, _ in files)
-        evicted: list[bytes] = []
         if total <= self.max_bytes:
             return evicted
         parents = {key: self._parent(key) for _, _, key in files}
@@ -378,18 +306,3 @@ def _opened(path: Path) -> Iterator[safe_open]:
         if is_out_of_memory(error):
             raise
         raise Damaged(" ".join(str(error).split())) from error
-
-
-def _checksum(header: Header, tensors: dict[str, torch.Tensor]) -> str:
-    """Of all that a header says but this, and of the tensors' names, types, shapes and bytes; several threads hash."""
-    digest = sha256(json.dumps(replace(header, checksum="").metadata()).encode())
-    pieces: list[memoryview] = []
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        content = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
-        pieces += [content[at : at + _HASHED_AT_ONCE] for at in range(0, len(content), _HASHED_AT_ONCE)]
-    with ThreadPoolExecutor(_THREADS) as pool:  # hashing leaves Python to other threads, which start when there is need
-        for one in pool.map(lambda piece: sha256(piece).digest(), pieces):
-            digest.update(one)
-    return digest.hexdigest()

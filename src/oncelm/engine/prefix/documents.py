@@ -13,7 +13,8 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from oncelm.engine.prefix.disk import Damaged, Folder, Header, is_snapshot
+from oncelm.engine.prefix.disk import Folder, is_snapshot
+from oncelm.engine.prefix.header import Damaged, Header
 from oncelm.engine.prefix.tree import BLOCK, Chain, encode, snapshot_key
 from oncelm.utils.errors import unknown
 from oncelm.utils.files import write_json
