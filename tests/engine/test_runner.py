@@ -132,7 +132,7 @@ def test_nothing_to_do() -> None:
 def test_many_keys_are_read_a_head_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     from oncelm.cache.yoco import paged_kv
 
-    monkeypatch.setitem(paged_kv.MOST_GATHERED, "cpu", 0)
+    monkeypatch.setattr(paged_kv, "MOST_GATHERED", 0)
     for kv_dtype in DTYPES:
         requests = Requests(make_model("interleaved"), kv_dtype, seed=1)
         requests.begin()
@@ -158,6 +158,13 @@ def test_a_mixer_of_somebody_else(step, monkeypatch: pytest.MonkeyPatch) -> None
         requests.decode()
 
 
+CASES = [
+    *((kind, {}, None) for kind in KINDS),
+    ("window", {"window_size": 16}, None),  # a ring that can be read as pages
+    *(("hybrid", {}, kv_dtype) for kv_dtype in DTYPES[1:]),
+]
+
+
 def decode_with_graphs(requests: Requests) -> None:
     """Rows of one token, forks, a slot that another request gets, batches with and without drafts."""
     requests.begin()
@@ -174,8 +181,7 @@ def decode_with_graphs(requests: Requests) -> None:
         requests.prefill()
 
 
-@pytest.mark.parametrize("kv_dtype", DTYPES)
-@pytest.mark.parametrize(("kind", "changes"), [*((kind, {}) for kind in KINDS), ("window", {"window_size": 16})])
+@pytest.mark.parametrize(("kind", "changes", "kv_dtype"), CASES)
 def test_decoding_as_on_a_gpu(kind: str, changes: dict, kv_dtype: torch.dtype | None, monkeypatch) -> None:
     """With graphs whose replay runs what would have been recorded, on the same tensors."""
 
@@ -192,8 +198,7 @@ def test_decoding_as_on_a_gpu(kind: str, changes: dict, kv_dtype: torch.dtype | 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("kv_dtype", DTYPES)
-@pytest.mark.parametrize(("kind", "changes"), [*((kind, {}) for kind in KINDS), ("window", {"window_size": 16})])
+@pytest.mark.parametrize(("kind", "changes", "kv_dtype"), CASES)
 def test_decoding_in_graphs(kind: str, changes: dict, kv_dtype: torch.dtype | None, monkeypatch) -> None:
     sizes = {"hidden_size": 128, "num_self_heads": 2, "num_attention_heads": 4}
     requests = Requests(make_model(kind, **sizes, **changes).cuda(), kv_dtype, seed=4, page_size=16)

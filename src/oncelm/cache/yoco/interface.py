@@ -38,7 +38,8 @@ class RecurrentPast(Protocol):
                 attention: what comes out, and the state [N, ...] behind the last token of each sequence.
             step: called as `step(*inputs, state)` where each sequence has one token: what comes out; the state has
                 been changed in place. One with an argument `slots` is called as `step(*inputs, states, slots=)` where
-                sequence n's state is number slots[n] of more. None: `op` does that too.
+                sequence n's state is number slots[n] of more; one with `kept` too, where each has a few tokens of which
+                just the first kept[n] may change it. None: `op` does that too.
         """
         ...
 

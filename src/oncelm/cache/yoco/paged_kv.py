@@ -18,8 +18,7 @@ if TYPE_CHECKING:
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 
-# bytes of keys and values that are brought together at once, on a CPU and on a GPU; of more, a head at a time
-MOST_GATHERED = {"cpu": 1 << 30, "cuda": 1 << 28}
+MOST_GATHERED = 1 << 28  # bytes of keys and values that are brought together at once, on a CPU 4 times as many
 
 
 class PagedKV:
@@ -37,7 +36,7 @@ class PagedKV:
         """Outputs [B, P, H, D] of the last tokens of each sequence (of some none); their keys have been appended.
 
         A kernel reads the pages where they are. Without one, or of more tokens than it takes, keys and values are
-        brought together once a pass, and all layers read those.
+        brought together once a pass, and all layers read those; of very many, a head at a time in each layer.
         """
         queries = q if self.held.is_quantised else q.to(self.held.k.dtype)
         longest = max(batch.lengths)
@@ -45,7 +44,8 @@ class PagedKV:
             return self._decode(queries, batch, longest).to(q.dtype)
         ends = tuple(start + length if length else 0 for start, length in zip(batch.starts, batch.lengths, strict=True))
         heads = self.held.k.shape[2]
-        if 2 * sum(ends) * heads * q.shape[3] * queries.element_size() <= MOST_GATHERED[q.device.type]:
+        most = MOST_GATHERED * (4 if q.device.type == "cpu" else 1)
+        if 2 * sum(ends) * heads * q.shape[3] * queries.element_size() <= most:
             key = (self.held, ends, q.dtype)
             if self.places.gathered is None or self.places.gathered[0] != key:
                 self.places.gathered = None  # one store's at a time
