@@ -103,13 +103,13 @@ def test_figures_a_table_and_a_plot(tmp_path: Path) -> None:
     assert found["hit_rate"] == 0.1
     assert found["inter_token_latency"]["p99"] == found["tpot"]["p50"] == 1.0
     assert found["queue_time"]["max"] == 4.0
-    drawn = serve_table({**found, "subject": "engine", "workload": "w", "memory": "pages"})
+    drawn = serve_table({**found, "subject": "engine", "model": "m", "workload": "w", "memory": "pages"})
     assert "2 output tokens/s" in str(drawn.caption)
     assert drawn.row_count == 5
     failed = [Answer(0, 0, answers[0].times, error="HTTP 500")]
     nothing = figures(failed)
     assert nothing["ttft"] is None
-    assert "1 x HTTP 500" in str(serve_table({**nothing, "subject": "u", "workload": "w"}).caption)
+    assert "1 x HTTP 500" in str(serve_table({**nothing, "subject": "u", "model": "m", "workload": "w"}).caption)
     with pytest.raises(ValueError, match="did you mean 'png'"):
         check_plot("a.pngg")
     pytest.importorskip("matplotlib")

@@ -117,7 +117,12 @@ async def find_model(url: str, headers: dict[str, str]) -> str:
 
 
 async def replay(
-    address: Address, conversations: Sequence[Conversation], *, vocab_size: int, seed: int = 0
+    address: Address,
+    conversations: Sequence[Conversation],
+    *,
+    vocab_size: int,
+    seed: int = 0,
+    name: str = "requests",
 ) -> list[Answer]:
     """Replay on an address, greedily: one answer a turn, in the order of conversations.
 
@@ -125,8 +130,9 @@ async def replay(
 
     Args:
         vocab_size: ids of made-up texts are below it.
+        name: of the progress bar.
     """
-    with Progress(conversations) as progress:
+    with Progress(conversations, name) as progress:
         async with address.session() as session:
             start = time.monotonic()
             players = [Player(number, one, vocab_size, seed) for number, one in enumerate(conversations)]

@@ -85,7 +85,7 @@ def figures(answers: Sequence[Answer]) -> Record:
 
 def serve_table(record: Record) -> Table:
     """Percentiles, and the rates below."""
-    drawn = Table(title=f"serve: {record['subject']}, {record['workload']}", caption=_caption(record))
+    drawn = Table(title=f"serve: {record['subject']}, {record['model']}", caption=_caption(record))
     drawn.caption_justify = "left"
     drawn.add_column("")
     for title in ("mean", "p50", "p95", "p99", "max"):
@@ -98,6 +98,7 @@ def serve_table(record: Record) -> Table:
 
 def _caption(record: Record) -> str:
     lines = [
+        record["workload"],
         f"{record['requests']:,} requests in {show_seconds(record['seconds'])}: "
         f"{record['requests_per_second']:.3g} requests/s, {record['output_tokens_per_second']:,.4g} output tokens/s, "
         f"{record['total_tokens_per_second']:,.4g} tokens/s with prompts",

@@ -39,6 +39,7 @@ def replay(
     vocab_size: int,
     seed: int = 0,
     ignore_eos: bool = True,
+    name: str = "requests",
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
 ) -> list[Answer]:
@@ -50,9 +51,10 @@ def replay(
     Args:
         vocab_size: ids of made-up texts are below it.
         ignore_eos: answers are as long as the workload says.
+        name: of the progress bar.
         clock, sleep: the engine's own clock, in seconds.
     """
-    with Progress(conversations) as progress:
+    with Progress(conversations, name) as progress:
         return _Replay(engine, ignore_eos, clock, sleep, progress).run(
             [Player(number, one, vocab_size, seed) for number, one in enumerate(conversations)]
         )

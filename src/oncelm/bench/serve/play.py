@@ -89,9 +89,9 @@ class Player:
 class Progress:
     """A bar over all turns, with the tokens written so far."""
 
-    def __init__(self, conversations: Sequence[Conversation]) -> None:
+    def __init__(self, conversations: Sequence[Conversation], name: str) -> None:
         turns = sum(len(conversation.turns) for conversation in conversations)
-        self._bar = tqdm(total=turns, desc="requests", unit="request", dynamic_ncols=True)
+        self._bar = tqdm(total=turns, desc=name, unit="request", dynamic_ncols=True)
         self._tokens = self._failed = 0
 
     def __enter__(self) -> Progress:

@@ -61,7 +61,7 @@ def serve_address(
         name = model or await address.find_model(root, headers or {})
         at = address.Address(root, name, headers or {}, ignore_eos, timeout)
         first_turns = [replace(WARM_UP, turns=(Turn("Once upon a time", 4),)) if conversations[0].is_text else WARM_UP]
-        (warm_up,) = await address.replay(at, first_turns, vocab_size=vocab_size, seed=seed + 1)
+        (warm_up,) = await address.replay(at, first_turns, vocab_size=vocab_size, seed=seed + 1, name="warm-up")
         if warm_up.error is not None:
             raise ConnectionError(f"{root} does not complete a prompt: {warm_up.error}")
         return name, await address.replay(at, conversations, vocab_size=vocab_size, seed=seed)
@@ -109,13 +109,14 @@ def serve_engine(
     vocab_size = model.config.vocab_size
     length = min(WARM_UP_TOKENS, max(one.num_tokens for one in conversations), longest - 4)
     warm_up = Conversation((Turn(max(1, length), 4),))
-    in_process.replay(engine, [warm_up], vocab_size=vocab_size, seed=seed + 1, clock=engine.clock)
+    in_process.replay(engine, [warm_up], vocab_size=vocab_size, seed=seed + 1, name="warm-up", clock=engine.clock)
     answers = in_process.replay(
         engine, conversations, vocab_size=vocab_size, seed=seed, ignore_eos=ignore_eos, clock=engine.clock
     )
     report = llm.metrics()
     peak = peak_bytes(model.device)
     gauges = report.gauges
+    pool = f"; {gauges.pages_total:,} pages, {gauges.slots_total:,} slots" if gauges.slots_total > 1 else ""
     record = {
         "benchmark": "serve",
         "subject": "engine",
@@ -127,7 +128,7 @@ def serve_engine(
         **figures(answers),
         "metrics": report.as_dict(),
         "peak_bytes": peak,
-        "memory": f"peak memory {size(peak)}; {gauges.pages_total:,} pages, {gauges.slots_total:,} slots",
+        "memory": f"peak memory {size(peak)}{pool}",
         **circumstances(model.device, model.dtype, errors, environment_report()),
     }
     return answers, record
