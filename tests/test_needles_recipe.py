@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import multiprocessing
 import os
@@ -333,3 +334,19 @@ def test_the_run_ends_in_a_report(text, tmp_path) -> None:
     assert " train " not in done.stdout  # the second time nothing is trained
     assert "<html" in (out / "report.html").read_text(encoding="utf-8")
     assert list((out / "figures").glob("*.png"))
+
+
+@pytest.mark.slow
+def test_questions_all_at_once_and_one_by_one(tmp_path) -> None:
+    import oncelm
+
+    oncelm.build_model("yoco-tiny", vocab_size=260).save_pretrained(tmp_path / "model")
+    load_tokenizer("bytes").save_pretrained(tmp_path / "model")
+    script = RECIPE.parents[1] / "benchmarks" / "needles_engine.py"
+    options = ["--length", "600", "--haystacks", "2", "--needles", "3", "--device", "cpu", "--out", "results.jsonl"]
+    command = [sys.executable, str(script), "model", *options]
+    done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (line,) = map(json.loads, (tmp_path / "results.jsonl").read_text().splitlines())
+    assert line["equal_answers"] == line["questions"] == 6
+    assert line["hits"] == 4

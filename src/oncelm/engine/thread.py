@@ -8,6 +8,7 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
+from dataclasses import replace
 from typing import Any, Protocol, TypeVar
 
 from oncelm.engine.outputs import CompletionOutput, RequestOutput
@@ -56,9 +57,10 @@ class Newest:
                 part.finish_reason, part.stop_reason, part.error = reason, answer.stop_reason, answer.error
             answers.append(part)
         of = self._output
+        times = replace(of.metrics, token_times=of.metrics.token_times[: self._answers[0][2]])
         about_prompt = of.prompt_logprobs if since is None else None
         return RequestOutput(
-            of.request_id, of.prompt, of.prompt_token_ids, answers, self.finished, of.metrics, about_prompt,
+            of.request_id, of.prompt, of.prompt_token_ids, answers, self.finished, times, about_prompt,
             of.num_cached_tokens,
         )  # fmt: skip
 
