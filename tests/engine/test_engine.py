@@ -425,6 +425,19 @@ def test_requests_that_part_close_to_each_other_share_a_snapshot() -> None:
     check_no_leak(engine)
 
 
+def test_a_question_that_waits_for_its_turn_finds_its_document() -> None:
+    """The half of the first step that the long prompt leaves is just what the shorter one of two questions needs."""
+    document = list(range(5))
+    longest, first, second = [5] * 60, [*document, 31, 31, 31, 31], [*document, 32, 32, 32, 32, 32]
+    engine = make_engine()
+    for name, prompt in (("longest", longest), ("first", first), ("second", second)):
+        engine.add_request(name, prompt, greedy(2))
+    outputs = run(engine)
+    assert outputs["second"].num_cached_tokens == len(document)
+    assert tokens_of(outputs["second"]) == alone(second, 2)
+    check_no_leak(engine)
+
+
 def test_a_document_is_kept_to_its_end() -> None:
     engine, document = make_engine(), prompts_of(8, 1)[0] + [1] * 20
     output = engine.add_document("document", document)

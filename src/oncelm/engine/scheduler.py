@@ -184,8 +184,9 @@ class Scheduler:
         readers = [request for request in self.running if request.state is State.READING]
         oldest, blocked = None, False  # blocked: there is no memory for one whose turn it is, so no later one gets any
         shares: dict[Request, int] = {}
+        waits = {request for request in readers if self._waits_for_leader(request)}  # before any leader reads on
         for request in readers:
-            if self._waits_for_leader(request):
+            if request in waits:
                 continue
             if request.slot or (not blocked and self._place(request)):
                 oldest = request
@@ -199,7 +200,7 @@ class Scheduler:
         readers.sort(key=lambda one: (one.priority, one.num_to_read, one.key))
         for request in readers:
             if not request.slot:
-                if blocked or not budget or self._waits_for_leader(request):
+                if blocked or not budget or request in waits:
                     continue
                 if not self._place(request):
                     blocked = True
