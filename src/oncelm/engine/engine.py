@@ -63,8 +63,7 @@ class Engine:
         self.options = replace(options, **limits._asdict())
         self.plan = plan = self._plan_memory(limits)
         self.pages, self.slots = Pages(plan.num_pages), Slots(plan.num_slots)
-        self.pool, self.runner = self._take_memory()
-        self.runner.warm_up(limits.max_num_batched_tokens, drafts=options.speculative is not None)
+        self.pool, self.runner = self._take_memory(limits)
         self.eos_token_ids = end_tokens(model, tokenizer)
         self.sampler = Sampler(model.config.vocab_size, model.device, tokenizer, self.eos_token_ids)
         self.cache: PrefixCache | None = None
@@ -113,12 +112,14 @@ class Engine:
             print(plan.table(), file=sys.stderr, flush=True)
         return plan
 
-    def _take_memory(self) -> tuple[Any, Any]:
-        """A pool for what is kept of requests, and a runner for forward passes over it."""
+    def _take_memory(self, limits: Limits) -> tuple[Any, Any]:
+        """A pool for what is kept of requests, and a runner, ready to work, for forward passes over it."""
         plan, options = self.plan, self.options
         kv_dtype = resolve_kv_dtype(options.kv_cache_dtype)
         pool = Pool(self.model, plan.num_pages, plan.page_size, plan.num_slots, kv_dtype)
-        return pool, Runner(self.model, pool, max_num_seqs=options.max_num_seqs, max_pages=plan.pages_a_request)
+        runner = Runner(self.model, pool, max_num_seqs=options.max_num_seqs, max_pages=plan.pages_a_request)
+        runner.warm_up(limits.max_num_batched_tokens, drafts=options.speculative is not None)
+        return pool, runner
 
     # -- requests -------------------------------------------------------------------------------------------------
 

@@ -71,7 +71,7 @@ class SingleEngine(Engine):
             slot_bytes=0, weight_bytes=weights, activation_bytes=0, budget=0,
         )  # fmt: skip
 
-    def _take_memory(self) -> tuple[Any, Any]:
+    def _take_memory(self, limits: Limits) -> tuple[Any, Any]:
         session = OneSession(self.model, self.options.kv_cache_dtype)
         return session, session
 
@@ -104,9 +104,6 @@ class OneSession:
     def clear_slot(self, slot: int) -> None:
         self._session.reset()
         self._unread = []
-
-    def warm_up(self, num_tokens: int) -> None:
-        """Nothing to do."""
 
     def prefill(self, pieces: Sequence[Piece]) -> list[torch.Tensor | None]:
         """Read pieces. Where they are wanted, logits [P, V] stand for the hidden states that they come from."""
