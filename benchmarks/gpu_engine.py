@@ -15,7 +15,8 @@ in float8, and a few seconds for each of the six engines:
     decode            4  milliseconds a step of 16 requests behind 32K, beside bare
     ttft              7  time to first token of one prompt of 512K tokens, beside bare
     cached            3  the second question on a document of 128K tokens beside the first
-    itl              10  inter-token latency of 16 streams, undisturbed and while prompts of 128K tokens arrive
+    itl              15  inter-token latency of 16 streams behind 8K, undisturbed and while three prompts of 128K tokens
+                         are read, in pieces (max_prefill_tokens_beside_decodes) of 1,024 and 2,048 tokens
     held             15  sequences of 128K tokens held at once: all admitted, and steps over all of them. Their prompts
                          are not computed (that would take minutes): keys and values are zeros
     float8:32x32K     8  the same with keys and values and the products of prompts in float8
@@ -46,7 +47,7 @@ import torch
 from oncelm import bench
 from oncelm.bench.serve.gate import check_engine
 from oncelm.engine.llm import LLM
-from oncelm.engine.metrics import distribution
+from oncelm.engine.metrics import Distribution, distribution
 from oncelm.engine.outputs import RequestOutput
 from oncelm.engine.params import SamplingParams
 from oncelm.models import describe
@@ -73,11 +74,13 @@ class Sizes:
     longest: int = 524288
     held: int = 131072
     most_held: int = 240
-    piece: int = 2048  # tokens of prompts beside rows, where streams shall keep their pace
+    pieces: tuple[int, ...] = (1024, 2048)  # tokens of prompts beside rows, where streams shall keep their pace
     page_size: int | None = None
 
 
-SMALL = Sizes("yoco-tiny", ((4, 64), (8, 32), (2, 160)), 4, 3, 16, 24, 64, 8, 256, 512, 128, 6, piece=32, page_size=16)
+SMALL = Sizes(
+    "yoco-tiny", ((4, 64), (8, 32), (2, 160)), 4, 3, 16, 24, 64, 8, 256, 512, 128, 6, pieces=(16, 32), page_size=16
+)
 
 
 class OutOfTime(Exception):
@@ -344,32 +347,34 @@ def case_cached(at: Bench) -> None:
 
 
 def case_itl(at: Bench) -> None:
-    """Streams by themselves, then with long prompts that come one after the other."""
+    """Streams by themselves, then with long prompts that come at once, in pieces of several sizes beside them."""
     sizes = at.sizes
-    at.engine(
-        max_num_seqs=sizes.streams + 4,
-        max_model_len=sizes.document + sizes.stream_tokens,
-        max_prefill_tokens_beside_decodes=sizes.piece,
-    )
+    llm = at.engine(max_num_seqs=sizes.streams + 4, max_model_len=sizes.document + sizes.stream_tokens)
+    scheduler = llm.engine.scheduler
+    most = scheduler.max_prefill_tokens_beside_decodes
     warm(at, sizes.document // 8)
-    prompts = at.prompts(sizes.streams, sizes.stream_prompt)
-    found = {}
-    for form in ("undisturbed", "disturbed"):
-        names = [at.add(prompt, sizes.stream_tokens) for prompt in prompts]
-        outputs = at.run(until=lambda names=names: all_write(at, names))
+
+    def intervals(documents: list[list[int]], piece: int) -> Distribution:
+        names = [at.add(prompt, sizes.stream_tokens) for prompt in at.prompts(sizes.streams, sizes.stream_prompt)]
+        outputs = at.run(until=lambda: all_write(at, names))
+        scheduler.max_prefill_tokens_beside_decodes = piece
         since = time.monotonic()
-        if form == "disturbed":
-            for prompt in at.prompts(3, sizes.document, seed=3):
-                at.add(prompt, 2)
+        read = [at.add(document, 1) for document in documents]
         outputs |= at.run()
+        scheduler.max_prefill_tokens_beside_decodes = most
+        until = max([outputs[name].metrics.finished_time for name in read], default=time.monotonic())
         times = [outputs[name].metrics.token_times for name in names]
-        intervals = [b - a for one in times for a, b in itertools.pairwise(one) if a >= since]
-        found[form] = distribution(intervals)
-    assert found["undisturbed"] is not None
-    assert found["disturbed"] is not None
-    at.write("itl", streams=sizes.streams, behind=sizes.stream_prompt, prompts_of=sizes.document, piece=sizes.piece,
-             undisturbed=asdict(found["undisturbed"]), disturbed=asdict(found["disturbed"]),
-             p99_by_median=found["disturbed"].p99 / found["undisturbed"].p50)  # fmt: skip
+        found = distribution(b - a for one in times for a, b in itertools.pairwise(one) if since <= a and b <= until)
+        assert found is not None
+        return found
+
+    undisturbed = intervals([], most)
+    documents = at.prompts(3, sizes.document, seed=3)
+    for piece in sizes.pieces:
+        disturbed = intervals(documents, piece)
+        at.write("itl", streams=sizes.streams, behind=sizes.stream_prompt, prompts_of=sizes.document, piece=piece,
+                 undisturbed=asdict(undisturbed), disturbed=asdict(disturbed),
+                 p99_by_median=disturbed.p99 / undisturbed.p50)  # fmt: skip
 
 
 def held(float8: bool) -> Callable[[Bench], None]:

@@ -124,12 +124,11 @@ def itl(peer: Peer, args: argparse.Namespace, vocab_size: int) -> dict[str, Any]
         names = [peer.add(p, args.stream_tokens) for p in prompts(args.streams, args.behind, vocab_size, number)]
         times: dict[str, list[float]] = {name: [] for name in names}
         peer.run(times, wanted=1)
-        since = time.perf_counter()
-        if form == "disturbed":
-            for prompt in prompts(3, args.document, vocab_size, 9):
-                peer.add(prompt, 2)
+        since, documents = time.perf_counter(), prompts(3, args.document, vocab_size, 9) if form == "disturbed" else []
+        read = [peer.add(document, 1) for document in documents]
         peer.run(times)
-        moments = [sorted({moment for moment in times[name] if moment >= since}) for name in names]
+        until = max((times[name][-1] for name in read), default=time.perf_counter())
+        moments = [sorted({moment for moment in times[name] if since <= moment <= until}) for name in names]
         found[form] = figures([b - a for one in moments for a, b in itertools.pairwise(one)])
     return {
         "streams": args.streams,
