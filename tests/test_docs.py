@@ -81,6 +81,12 @@ def test_the_engines_tables_have_every_option(options: type) -> None:
     assert {field.name for field in dataclasses.fields(options)} <= named
 
 
+def test_the_engines_page_names_every_file_of_it() -> None:
+    text = (ROOT / "docs/engine.md").read_text()
+    files = {path.name for path in (ROOT / "src/oncelm/engine").glob("*.py")} - {"__init__.py"}
+    assert {name for name in files if f"`{name}`" not in text} == set()
+
+
 @pytest.mark.slow
 def test_readme_commands_and_python(tmp_path: Path) -> None:
     """Every `oncelm` line and every Python block of the README, in order, in an empty folder."""
