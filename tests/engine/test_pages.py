@@ -50,7 +50,7 @@ def test_slots() -> None:
     slots.check()
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(num_pages=st.integers(1, 12), data=st.data())
 def test_any_order_of_calls(num_pages, data) -> None:
     """Owners come, share and go; at each moment a page is free or held by just those that hold it."""

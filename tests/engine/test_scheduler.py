@@ -302,7 +302,7 @@ def test_drafts_only_where_there_is_room() -> None:
     assert (row.start, row.tokens, row.kept) == (9, [1, 1, 1], 3)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_any_requests_end_and_nothing_leaks(data) -> None:
     """Memory for one of the largest at least, whatever comes: all end with all their tokens, in bounded time."""
