@@ -144,7 +144,7 @@ class PrefixCounts:
         added: snapshots.
         evicted_device, evicted_cpu, evicted_disk: by where they had to make room; they may be elsewhere still.
         damaged: files that were deleted for it.
-        not_written: snapshots that the disk had no room or no time for.
+        not_written: snapshots for which there was no room on the disk, or that it refused.
     """
 
     lookups: int = 0

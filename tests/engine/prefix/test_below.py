@@ -168,20 +168,27 @@ def test_a_copy_is_waited_for_before_it_is_read_and_not_before(tmp_path, monkeyp
         assert waited
 
 
-def test_a_full_queue_means_that_it_is_written_when_it_leaves(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("oncelm.engine.prefix.below.WAITING_BYTES", 0)
-    device = Device(directory=tmp_path)
-    held = threading.Event()
-    device.cache._below._writer.submit(held.wait, 1)
-    device.remember(text(9))
-    assert device.cache.counts.not_written == 1
+def test_what_finds_the_queue_full_is_written_later(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("oncelm.engine.prefix.below.WAITING_BYTES", 1000)
+    device, held = Device(num_pages=200, directory=tmp_path), threading.Event()
+    device.cache._below._writer.submit(held.wait, 1000)
+    request = device.request(text(60))
+    for n in (20, 40, 60):
+        request.read(n)
+        request.add()
+    request.end()
+    device.remember(text(20, 1))
+    assert device.cache._below._writer.is_behind
+    assert device.cache.snapshots() == {"device": 4, "cpu": 0, "disk": 0}
     held.set()
     device.cache.flush()
     assert not list(tmp_path.glob("*.safetensors"))
-    empty(device)
+    device.cache.match(text(9))
     device.cache.flush()
-    assert device.recall(text(10))[0] == 9
-    assert len(list(tmp_path.glob("*.safetensors"))) == 1
+    assert list(tmp_path.glob("*.safetensors"))
+    device.cache.close()
+    assert len(list(tmp_path.glob("*.safetensors"))) == 4
+    assert Device(num_pages=200, directory=tmp_path).recall(text(61))[0] == 60
 
 
 def test_files_of_other_models_are_left_alone(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from oncelm.engine.prefix.header import Header
 
 WAITING_BYTES = 2 << 30  # of copies that the disk has not taken yet
+MOST_LATE = 1000  # snapshots that are to be copied when it has
 
 
 class Below:
@@ -53,6 +54,7 @@ class Below:
             self._writer = Writer(WAITING_BYTES)
             self._written: deque[tuple[Snapshot, Delta, int, list[bytes]]] = deque()
             self._unplaced: dict[bytes, Header] = {}  # files whose parent is not here (yet)
+            self._late: deque[Snapshot] = deque(maxlen=MOST_LATE)
             self.refresh()
 
     @property
@@ -74,8 +76,11 @@ class Below:
     def close(self) -> None:
         """Finish writing."""
         if self._folder is not None:
+            self.flush()
+            while self._late:
+                self._catch_up()
+                self.flush()
             self._writer.close()
-            self._take_written()
 
     def copy(self, snapshot: Snapshot, slot: int, pages: Sequence[int]) -> None:
         """Copy a snapshot, which is in this slot and these pages, below the device, and before it what it stands on; as
@@ -85,26 +90,36 @@ class Below:
         line = [snapshot]
         while (parent := line[-1].parent) is not None and not parent.is_below:
             line.append(parent)
-        for one in reversed(line):
-            if one is not snapshot:
-                slot_of, pages_of = one.slot, one.pages
-            else:
-                slot_of, pages_of = slot, pages
-            if not self._copy(one, slot_of, pages_of):
+        line.reverse()
+        for place, one in enumerate(line):
+            slot_of, pages_of = (slot, pages) if one is snapshot else (one.slot, one.pages)
+            if self._is_in_vain() or not self._copy(one, slot_of, pages_of):
+                if self._folder is not None:
+                    self._late.extend(line[place:])
                 return
 
+    def _is_in_vain(self) -> bool:
+        """Whether a copy would find no place: only the disk takes any, and is behind."""
+        return not self._most and self._writer.is_behind
+
     def _copy(self, snapshot: Snapshot, slot: int, pages: Sequence[int]) -> bool:
-        if snapshot.text is None:
-            return False
-        try:
-            delta = copy_off(self._pool, slot, pages, snapshot.start, snapshot.n)
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
+        delta = self._copied(snapshot, slot, pages)
+        if delta is None:
             return False
         self._write(snapshot, delta)
         self._keep_in_host(snapshot, delta)
         return snapshot.is_below
+
+    def _copied(self, snapshot: Snapshot, slot: int, pages: Sequence[int]) -> Delta | None:
+        """A copy of what lies between a snapshot and its parent, if there is memory for it."""
+        if snapshot.text is None:
+            return None
+        try:
+            return copy_off(self._pool, slot, pages, snapshot.start, snapshot.n)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            return None
 
     def _keep_in_host(self, snapshot: Snapshot, delta: Delta) -> None:
         if delta.nbytes > self._most or snapshot.host:
@@ -190,10 +205,29 @@ class Below:
     # -- on disk --------------------------------------------------------------------------------------------------
 
     def _write(self, snapshot: Snapshot, delta: Delta) -> None:
-        """Have a snapshot written, if its parent is or will be."""
-        parent = snapshot.parent
-        if self._folder is None or (parent and not (parent.file or parent.pending)):
+        """Have a snapshot written, behind its parent; later, where the disk is behind with others."""
+        if self._folder is None:
             return
+        parent = snapshot.parent
+        if (parent and not (parent.file or parent.pending)) or not self._submit(snapshot, delta):
+            self._late.append(snapshot)
+
+    def _catch_up(self) -> None:
+        """Have written what was late, as far as there is room now and it is somewhere still."""
+        while self._late and not self._writer.is_behind:
+            late = self._late.popleft()
+            parent = late.parent
+            if not late.known or late.file or late.pending or (parent and not (parent.file or parent.pending)):
+                continue
+            delta = late.host or (self._copied(late, late.slot, late.pages) if late.slot else None)
+            if delta is not None and not self._submit(late, delta):
+                self._late.appendleft(late)
+                return
+
+    def _submit(self, snapshot: Snapshot, delta: Delta) -> bool:
+        """Queue a snapshot; False where there is no room."""
+        assert self._folder is not None
+        parent = snapshot.parent
         folder, text = self._folder, snapshot.text
         assert text is not None
         from oncelm.engine.prefix.header import Header
@@ -218,10 +252,10 @@ class Below:
                 snapshot.checksum = checksum
             self._written.append((snapshot, delta, size, evicted))
 
-        if self._writer.submit(write, delta.nbytes):
-            snapshot.pending = delta
-        else:
-            self._counts.not_written += 1
+        if not self._writer.submit(write, delta.nbytes):
+            return False
+        snapshot.pending = delta
+        return True
 
     def _take_written(self) -> None:
         assert self._folder is not None
@@ -250,6 +284,7 @@ class Below:
         if self._folder is None:
             return
         self._take_written()
+        self._catch_up()
         new, gone = self._folder.refresh()
         self._counts.damaged = self._folder.num_damaged
         for key in gone:

@@ -27,9 +27,9 @@ class Writer:
         atexit.register(self.flush)
 
     @property
-    def waiting(self) -> int:
-        """Bytes that are not written yet."""
-        return self._waiting
+    def is_behind(self) -> bool:
+        """Whether so much waits that more had better come later."""
+        return 2 * self._waiting > self.room
 
     def submit(self, task: Task, num_bytes: int = 0) -> bool:
         """Do `task` later; False where too many bytes wait. One of any size is taken when nothing else waits."""
