@@ -193,6 +193,8 @@ class Scheduler:
                 break
             blocked = True
         if oldest is None:
+            # whoever has the memory will give it back; if nobody has it, all would wait for ever
+            assert not readers or self._last_with_memory() is not None, "a request does not fit into all memory"
             return
         shares[oldest] = min(self._until_stop(oldest), (budget + 1) // 2)
         budget -= shares[oldest]
