@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from oncelm import YocoForCausalLM
-from oncelm.engine import decode_graphs
+from oncelm.engine import decode_graphs, piece_graphs
 from oncelm.engine.decode_graphs import DecodeGraphs, batch_sizes
 from oncelm.engine.pool import Pool
 from oncelm.engine.runner import Runner
@@ -187,13 +187,17 @@ def test_decoding_as_on_a_gpu(kind: str, changes: dict, kv_dtype: torch.dtype | 
 
     def record(run, device, memory):
         logits = run()
-        return SimpleNamespace(replay=lambda: logits.copy_(run())), logits
+        return SimpleNamespace(replay=run if logits is None else lambda: logits.copy_(run())), logits
 
-    monkeypatch.setattr(decode_graphs, "record", record)
+    for module in (decode_graphs, piece_graphs):
+        monkeypatch.setattr(module, "record", record)
     requests = Requests(make_model(kind, **changes), kv_dtype, seed=4, page_size=16)
     requests.runner.graphs = DecodeGraphs(requests.model, requests.pool, 3, 16)
     decode_with_graphs(requests)
     assert all(graphs.graphs for graphs in requests.runner.graphs.widths.values())
+    pieces = requests.runner.graphs.pieces
+    assert (pieces is not None) == (kind in ("retention", "unstacked", "retention-only", "cross-only", "llama-like"))
+    assert pieces is None or pieces.graphs
 
 
 @pytest.mark.gpu
@@ -219,7 +223,8 @@ def test_warming_up_records_all_graphs() -> None:
     runner = Runner(model, Pool(model, 9, 16, 9), max_num_seqs=8, max_pages=8)
     told = []
     runner.warm_up(100, progress=lambda done, total: told.append((done, total)))
-    assert told == [(n, 6) for n in range(1, 7)]
+    assert told == [(n, 8) for n in range(1, 9)]
+    assert sorted(runner.graphs.pieces.graphs) == [64, 128]
     assert sorted(runner.graphs.widths[1].graphs) == [1, 2, 4, 8]
     runner.warm_up(drafts=True)
     assert all(sorted(graphs.graphs) == [1, 2, 4, 8] for graphs in runner.graphs.widths.values())
@@ -249,3 +254,29 @@ def test_few_rows_are_added_to_fill_a_graph(most: int) -> None:
     assert sizes[-1] == most
     assert sizes == sorted({*sizes})
     assert all(larger <= max(2 * size, 2) for size, larger in pairwise(sizes))
+
+
+def test_pieces_fill_graphs_of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Side by side, several times behind each other, up to the very end of a graph; and what no graph can take."""
+    monkeypatch.setattr(piece_graphs, "record", lambda run, *_: (run(), (SimpleNamespace(replay=run), None))[1])
+    monkeypatch.setattr(piece_graphs, "TOKENS", (4, 8))
+    monkeypatch.setattr(piece_graphs, "MOST_PIECES", 2)
+    requests = Requests(make_model("retention"), None, seed=2, page_size=16)
+    graphs = DecodeGraphs(requests.model, requests.pool, 4, 16)
+    requests.runner.graphs, taken = graphs, []
+    monkeypatch.setattr(
+        graphs.pieces, "take", lambda pieces, take=graphs.pieces.take: taken.append(take(pieces)) or taken[-1]
+    )
+    for counts in ((1,), (4,), (8,), (9,), (3, 5), (1, 1), (2, 2, 2), (7, 1)):
+        while len(requests.all) < len(counts):
+            requests.begin()
+        pieces = []
+        for (tokens, slot, pages), count in zip(requests.all, counts, strict=False):
+            new = requests.draw(count)
+            pieces.append(Piece(slot, requests.reserve(pages, len(tokens) + count), len(tokens), new))
+            tokens += new
+        requests.runner.prefill(pieces)
+    assert taken == [True, True, True, False, True, True, False, True]
+    assert sorted(graphs.pieces.graphs) == [4, 8]
+    requests.runner.graphs = None
+    requests.decode(kept=(1,), drafts=(0,))

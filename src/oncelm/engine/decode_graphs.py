@@ -16,8 +16,9 @@ import torch
 from oncelm.cache import Batch, SharedKV
 from oncelm.cache.batch import to_device
 from oncelm.cache.yoco.places import Places
+from oncelm.engine.piece_graphs import PieceGraphs, pieces_in_graphs
 from oncelm.engine.pool import Pool
-from oncelm.engine.work import Row
+from oncelm.engine.work import Piece, Row
 from oncelm.models import YocoForCausalLM
 from oncelm.models.plain import Wiring
 from oncelm.models.step_graph import record
@@ -50,7 +51,7 @@ class PageTables:
         self.lines = torch.zeros(pool.num_slots, max_pages + 1, dtype=torch.int32, device=pool.device)
         self._sent: dict[int, list[int]] = {}
 
-    def send(self, rows: Sequence[Row]) -> None:
+    def send(self, rows: Sequence[Row | Piece]) -> None:
         """Bring the lines of these rows up to date."""
         for row in rows:
             old = self._sent.get(row.slot, [])
@@ -73,6 +74,7 @@ class DecodeGraphs:
 
     Attributes:
         widths: for rows of 1 token, of up to 8 and of up to 16, as far as attention has a kernel for as many.
+        pieces: of passes over prompts; None where such a pass cannot be a graph.
     """
 
     def __init__(self, model: YocoForCausalLM, pool: Pool, most: int, max_pages: int) -> None:
@@ -83,6 +85,7 @@ class DecodeGraphs:
             for width, rows in {1: most, **WIDTHS}.items()
             if _has_kernels(model, pool, width)
         }
+        self.pieces = PieceGraphs(model, pool, tables) if pieces_in_graphs(model) else None
         self._wiring: Wiring | None = None
         self._quantization_changes = -1
 
@@ -100,6 +103,8 @@ class DecodeGraphs:
             self._quantization_changes = model.quantization_changes
             for graphs in self.widths.values():
                 graphs.forget()
+            if self.pieces is not None:
+                self.pieces.forget()
         assert self._wiring is not None
         return self._wiring.is_plain
 

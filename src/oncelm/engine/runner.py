@@ -55,6 +55,8 @@ class Runner:
             if width == 1 or drafts:
                 # the largest first: the others fit in its memory
                 passes += [partial(graphs.record, size) for size in reversed(graphs.sizes)]
+        if prefill_tokens and (pieces := self.graphs.pieces) is not None and self.graphs.stand_for_model():
+            passes += [partial(pieces.record, size) for size in reversed(pieces.sizes(prefill_tokens))]
         for count in (1, 2) if prefill_tokens else ():  # a piece alone, and some side by side
             tokens = [0] * min(prefill_tokens // count, self.max_pages * self.pool.page_size)
             passes.append(partial(self.prefill, [Piece(0, [0] * self.max_pages, 0, tokens)] * count))
@@ -74,6 +76,9 @@ class Runner:
         """
         if not pieces:
             return []
+        graphs = self.graphs
+        if graphs is not None and graphs.pieces is not None and graphs.stand_for_model() and graphs.pieces.take(pieces):
+            return [None] * len(pieces)
         counts = [len(piece.tokens) if piece.wanted else 0 for piece in pieces]
         x = self._run(pieces, self._batch(pieces), counts)
         if x is None:

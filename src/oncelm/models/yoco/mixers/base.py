@@ -70,6 +70,7 @@ class Mixer(nn.Module):
             multiply through `project`.
         groups_heads: it can have fewer key/value heads than query heads (`num_self_key_value_heads`).
         in_cuda_graphs: nothing that a decode step does waits for the device.
+        packs_in_cuda_graphs: the same of a pass over packed sequences whose borders only the device knows.
         usual_head_dim: of a model whose number of heads nobody chose.
     """
 
@@ -77,6 +78,7 @@ class Mixer(nn.Module):
     float8_layers: ClassVar[tuple[str, ...]] = ()
     groups_heads: ClassVar[bool] = False
     in_cuda_graphs: ClassVar[bool] = False
+    packs_in_cuda_graphs: ClassVar[bool] = False
     usual_head_dim: ClassVar[int] = 64
 
     head_dim: int
@@ -88,7 +90,7 @@ class Mixer(nn.Module):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """What kernels and graphs may take for granted holds for the class that says so, not for its subclasses."""
         super().__init_subclass__(**kwargs)
-        for name in ("projections", "float8_layers", "in_cuda_graphs"):
+        for name in ("projections", "float8_layers", "in_cuda_graphs", "packs_in_cuda_graphs"):
             if name not in cls.__dict__:
                 setattr(cls, name, getattr(Mixer, name))
 

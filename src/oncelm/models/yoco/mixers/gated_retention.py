@@ -29,6 +29,7 @@ class GatedRetention(Mixer):
     projections = {"q_proj": "rope", "k_proj": "rope", "v_proj": "plain", "g_proj": "plain", "gt_proj": "decay"}  # noqa: RUF012
     float8_layers = ("q_proj", "k_proj", "v_proj", "g_proj", "out_proj")
     in_cuda_graphs = True
+    packs_in_cuda_graphs = True
     usual_head_dim = 256
 
     def __init__(self, config: YocoConfig) -> None:
