@@ -142,27 +142,23 @@ def test_many_keys_are_read_a_head_at_a_time(monkeypatch: pytest.MonkeyPatch) ->
             requests.decode()
 
 
-@pytest.mark.parametrize("step", [None, lambda q, k, v, g, state: gated_retention_step(q, k, v, g, state)])
-def test_a_mixer_of_somebody_else(step, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It has no step, or one that knows no slots."""
-
-    def mix(self, inputs, past, batch):
-        return past.scan("state", gated_retention, inputs, batch, step=step)
-
-    monkeypatch.setattr(GatedRetention, "mix", mix)
-    requests = Requests(make_model("retention"), None, seed=3)
-    requests.begin()
-    requests.begin()
-    for _ in range(3):
-        requests.prefill()
-        requests.decode()
-
-
 CASES = [
     *((kind, {}, None) for kind in KINDS),
     ("window", {"window_size": 16}, None),  # a ring that can be read as pages
     *(("hybrid", {}, kv_dtype) for kv_dtype in DTYPES[1:]),
 ]
+
+
+@pytest.fixture
+def repeats(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Graphs whose replay runs what would have been recorded, on the same tensors."""
+
+    def record(run, device, memory):
+        logits = run()
+        return SimpleNamespace(replay=run if logits is None else lambda: logits.copy_(run())), logits
+
+    for module in (decode_graphs, piece_graphs):
+        monkeypatch.setattr(module, "record", record)
 
 
 def decode_with_graphs(requests: Requests) -> None:
@@ -182,15 +178,7 @@ def decode_with_graphs(requests: Requests) -> None:
 
 
 @pytest.mark.parametrize(("kind", "changes", "kv_dtype"), CASES)
-def test_decoding_as_on_a_gpu(kind: str, changes: dict, kv_dtype: torch.dtype | None, monkeypatch) -> None:
-    """With graphs whose replay runs what would have been recorded, on the same tensors."""
-
-    def record(run, device, memory):
-        logits = run()
-        return SimpleNamespace(replay=run if logits is None else lambda: logits.copy_(run())), logits
-
-    for module in (decode_graphs, piece_graphs):
-        monkeypatch.setattr(module, "record", record)
+def test_decoding_as_on_a_gpu(kind: str, changes: dict, kv_dtype: torch.dtype | None, repeats) -> None:
     requests = Requests(make_model(kind, **changes), kv_dtype, seed=4, page_size=16)
     requests.runner.graphs = DecodeGraphs(requests.model, requests.pool, 3, 16)
     decode_with_graphs(requests)
@@ -228,6 +216,25 @@ def test_warming_up_records_all_graphs() -> None:
     assert sorted(runner.graphs.widths[1].graphs) == [1, 2, 4, 8]
     runner.warm_up(drafts=True)
     assert all(sorted(graphs.graphs) == [1, 2, 4, 8] for graphs in runner.graphs.widths.values())
+
+
+@pytest.mark.parametrize("step", [None, lambda q, k, v, g, state: gated_retention_step(q, k, v, g, state)])
+@pytest.mark.parametrize("graphs", [False, True])
+def test_a_mixer_of_somebody_else(step, graphs: bool, repeats, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has no step, or one that knows no slots."""
+
+    def mix(self, inputs, past, batch):
+        return past.scan("state", gated_retention, inputs, batch, step=step)
+
+    monkeypatch.setattr(GatedRetention, "mix", mix)
+    requests = Requests(make_model("retention"), None, seed=3, page_size=16)
+    if graphs:
+        requests.runner.graphs = DecodeGraphs(requests.model, requests.pool, 3, 16)
+    requests.begin()
+    requests.begin()
+    for _ in range(3):
+        requests.prefill()
+        requests.decode()
 
 
 def test_graphs_follow_the_model(monkeypatch: pytest.MonkeyPatch) -> None:

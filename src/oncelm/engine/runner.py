@@ -58,7 +58,7 @@ class Runner:
         if prefill_tokens and (pieces := self.graphs.pieces) is not None and self.graphs.stand_for_model():
             passes += [partial(pieces.record, size) for size in reversed(pieces.sizes(prefill_tokens))]
         for count in (1, 2) if prefill_tokens else ():  # a piece alone, and some side by side
-            tokens = [0] * min(prefill_tokens // count, self.max_pages * self.pool.page_size)
+            tokens = [0] * min(-(-prefill_tokens // count), self.max_pages * self.pool.page_size)
             passes.append(partial(self.prefill, [Piece(0, [0] * self.max_pages, 0, tokens)] * count))
         for done, run in enumerate(passes):
             run()
@@ -107,7 +107,7 @@ class Runner:
 
     def _runs(self, lengths: list[int]) -> list[Callable[[Sequence[Row]], torch.Tensor]]:
         """What computes each of the rows of so many tokens: those with drafts together, if a graph is wide enough."""
-        if self.graphs is None or not self.graphs.stand_for_model():
+        if self.graphs is None or not self.graphs.widths or not self.graphs.stand_for_model():
             return [self._decode_single if length == 1 else self._decode_several for length in lengths]
         widths = self.graphs.widths
         longest = max((length for length in lengths if length <= max(widths)), default=1)
