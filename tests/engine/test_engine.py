@@ -439,6 +439,20 @@ def test_a_question_that_waits_for_its_turn_finds_its_document() -> None:
     check_no_leak(engine)
 
 
+def test_a_question_on_what_was_read_is_a_short_prompt() -> None:
+    engine = make_engine(max_num_batched_tokens=8)
+    document = prompts_of(14, 1)[0] + [1] * 20
+    engine.add_document("document", document)
+    run(engine)
+    engine.add_request("oldest", [5] * 20, greedy(1))
+    engine.add_request("short", [6] * 10, greedy(1))
+    engine.add_request("question", [*document, 7], greedy(1))
+    outputs = engine.step()
+    assert [output.request_id for output in outputs] == ["question"]
+    run(engine)
+    check_no_leak(engine)
+
+
 def test_a_document_is_kept_to_its_end() -> None:
     engine, document = make_engine(), prompts_of(8, 1)[0] + [1] * 20
     output = engine.add_document("document", document)

@@ -56,7 +56,7 @@ class Request:
         snapshots: all that it came from or left.
         leader: the request that is reading the same text just now, as far as the position beside it: this one waits for
             the snapshot there.
-        was_compared: whether a leader has been looked for.
+        was_looked_up: in the cache, and among those that read; `num_known` of its tokens need not be read, as it seems.
         drafter: what proposes them.
         memo: what the sampler keeps between them.
     """
@@ -84,7 +84,8 @@ class Request:
     resumed: Snapshot | None = None
     snapshots: list[Snapshot] = field(default_factory=list)
     leader: tuple[Request, int] | None = None
-    was_compared: bool = False
+    was_looked_up: bool = False
+    num_known: int = 0
 
     num_told: int = 0
     drafter: PromptLookup | None = None

@@ -105,7 +105,7 @@ class Scheduler:
         del self.running[bisect_left(self.running, request)]
         self._places -= 1 + len(request.forks)
         self.memory.drop(request)
-        request.leader, request.was_compared = None, False
+        request.leader, request.was_looked_up = None, False
 
     def _enter(self, request: Request) -> None:
         insort(self.running, request)
@@ -199,7 +199,7 @@ class Scheduler:
         shares[oldest] = min(self._until_stop(oldest), (budget + 1) // 2)
         budget -= shares[oldest]
         readers.remove(oldest)
-        readers.sort(key=lambda one: (one.priority, one.num_to_read, one.key))
+        readers.sort(key=lambda one: (one.priority, one.num_to_read - (0 if one.slot else one.num_known), one.key))
         for request in readers:
             if not request.slot:
                 if blocked or not budget or request in waits:
@@ -267,9 +267,12 @@ class Scheduler:
         """Whether another request is just reading what this one begins with: it is read once, to a snapshot there."""
         if self.memory.cache is None or request.slot or request.wants_prompt_logprobs:
             return False
-        if not request.was_compared:
-            request.was_compared = True
+        if not request.was_looked_up:
+            match = self.memory.match(request)
+            request.was_looked_up, request.num_known = True, match.n if match is not None else 0
             request.leader = self._find_leader(request)
+            if request.leader is not None:
+                request.num_known = request.leader[1]
         if request.leader is None:
             return False
         leader, common = request.leader
@@ -292,8 +295,7 @@ class Scheduler:
         if best is None:
             return None
         leader, common = best
-        match = self.memory.match(request)
-        if match is not None and match.n + self.memory.page_size > common:
+        if request.num_known + self.memory.page_size > common:
             return None
         near = max((cut for cut in leader.cuts if leader.n < cut <= common), default=0)
         if near and common - near < self.memory.page_size:  # one snapshot for those that part within a page
