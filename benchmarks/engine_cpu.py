@@ -19,6 +19,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from oncelm.utils.environment import environment_report
 
 WORKLOAD = "uniform:requests=16,input=32-1K,output=64-256"
 SMALL_WORKLOAD = "uniform:requests=4,input=8-64,output=4-8"
+WARM_UP_TOKENS = 16  # of each answer in the gate, which also warms
 GPU_STEP = 0.010  # seconds of a decode step of 3B, 64 sequences behind 8K, on an H200
 GOAL_RATIO, GOAL_SHARE = 3.0, 0.05
 
@@ -42,8 +44,9 @@ GOAL_RATIO, GOAL_SHARE = 3.0, 0.05
 class Requests:
     """Prompts of random ids and the lengths of their answers."""
 
-    def __init__(self, workload: str, vocab_size: int) -> None:
-        self.turns = [conversation.turns[0] for conversation in draw(workload)]
+    def __init__(self, workload: str, vocab_size: int, longest: int = 1 << 20) -> None:
+        turns = [conversation.turns[0] for conversation in draw(workload)]
+        self.turns = [replace(turn, output=min(turn.output, longest)) for turn in turns]
         generator = torch.Generator().manual_seed(0)
         self.prompts = [
             torch.randint(vocab_size, (int(turn.input),), generator=generator).tolist() for turn in self.turns
@@ -93,9 +96,10 @@ def throughput(config: Any, workload: str, rounds: int, write: Callable[..., Non
         "generate": lambda: by_generate(model, requests),
         "generate of Llama": lambda: by_generate(llama, requests),
     }
-    first = {name: run() for name, run in forms.items()}  # warm
-    if first["engine"] != first["generate"]:
-        wrong = [i for i, pair in enumerate(zip(first["engine"], first["generate"], strict=True)) if pair[0] != pair[1]]
+    short = Requests(workload, config.vocab_size, WARM_UP_TOKENS)
+    by_generate(llama, short)
+    pairs = zip(by_engine(llm, short), by_generate(model, short), strict=True)
+    if wrong := [number for number, (ours, theirs) in enumerate(pairs) if ours != theirs]:
         raise bench.GateError(f"requests {wrong}: the engine's tokens are not generate's.")
     runs: dict[str, list[float]] = {name: [] for name in forms}
     cpu_runs: dict[str, list[float]] = {name: [] for name in forms}
@@ -231,6 +235,7 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="a tiny model and few tokens: to see whether this runs")
     parser.add_argument("--parts", nargs="+", choices=("throughput", "overhead"), default=("throughput", "overhead"))
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--workload", help=f"of the throughput, as of `oncelm bench serve` ({WORKLOAD})")
     args = parser.parse_args()
     if args.small:
         config = describe("yoco-tiny")
@@ -246,7 +251,8 @@ def main() -> None:
         bench.append_record(args.out, {**line, "time": time, "environment": environment})
 
     if "throughput" in args.parts:
-        throughput(config, SMALL_WORKLOAD if args.small else WORKLOAD, args.rounds, write)
+        workload = args.workload or (SMALL_WORKLOAD if args.small else WORKLOAD)
+        throughput(config, workload, args.rounds, write)
     if "overhead" in args.parts:
         overhead(config, 8 if args.small else 64, 10 if args.small else 100, args.rounds, write)
 
