@@ -421,7 +421,7 @@ class Engine:
         )
 
     def close(self) -> None:
-        """End what runs, and give the memory back."""
+        """Abort what runs, and finish writing what is kept on disk. The memory is free when the object is gone."""
         for request_id in list(self._requests):
             self.abort_request(request_id)
         self._launched = None

@@ -202,7 +202,7 @@ class LLM:
         return self.engine.metrics()
 
     def close(self) -> None:
-        """Abort what runs, finish writing what is kept on disk, and give the memory back."""
+        """Abort what runs, and finish writing what is kept on disk. The memory is free when the object is gone."""
         self.engine.close()
 
     def __enter__(self) -> LLM:
