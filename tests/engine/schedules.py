@@ -7,21 +7,28 @@ Run one again by its number:
 
 from __future__ import annotations
 
+import contextlib
 import random
 import sys
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from functools import cache
 from hashlib import blake2b
+from itertools import zip_longest
 from typing import Any
+from unittest import mock
 
 import torch
 
+from oncelm.engine import engine as engine_module
 from oncelm.engine.engine import Engine
 from oncelm.engine.options import EngineOptions
 from oncelm.engine.params import SamplingParams
 from oncelm.engine.pool import Pool
+from oncelm.engine.prefix import cache as prefix_cache
+from oncelm.engine.prefix import header, tree
+from oncelm.utils.device import resolve_kv_dtype
 from tests.engine.answers import EOS, LONGEST, NAMES, Answer, answer, prompts, tiny_model
 from tests.models.small import VOCAB
 
@@ -44,6 +51,8 @@ class Ask:
         comes: step of the engine.
         leaves: step; None: it stays.
         text: the prompt that the answer is known of; `given` tokens of that are in the prompt already.
+        most: tokens of the answer, by max_tokens or the model's length.
+        is_document: it is only to be read.
     """
 
     comes: int
@@ -53,6 +62,12 @@ class Ask:
     params: SamplingParams
     priority: int
     salt: str | None
+    most: int
+    is_document: bool
+
+    @property
+    def prompt_length(self) -> int:
+        return len(self.text) + self.given
 
     @property
     def is_plain(self) -> bool:
@@ -67,7 +82,8 @@ class Schedule:
     Attributes:
         drafts: None, "lookup" or "mixed" (MixedDrafts).
         returns_early: a step tells what the one before gave, as on a GPU.
-        lives: of one engine each, one after the other, on the same folder if it is `on_disk`.
+        block: tokens of a digest of the prefix cache.
+        lives: of one engine each, on the same folder if it is `on_disk`; one after the other, or `together`.
     """
 
     seed: int
@@ -77,6 +93,8 @@ class Schedule:
     drafts: str | None
     on_disk: bool
     returns_early: bool
+    block: int
+    together: bool
     lives: tuple[tuple[Ask, ...], ...]
 
 
@@ -98,7 +116,8 @@ def draw_schedule(seed: int, names: tuple[str, ...] = NAMES, num_prompts: int = 
     page_size = draw.choice((1, 2, 3, 4, 4, 5, 8, 8, 16))
     lives = tuple(tuple(_asks(draw, name, num_prompts)) for _ in range(draw.choice((1, 1, 1, 1, 2, 3))))
     asks = [ask for life in lives for ask in life]
-    longest = max(len(ask.text) + ask.given + (ask.params.max_tokens or 0) for ask in asks)
+    longest = max(ask.prompt_length + ask.most for ask in asks)
+    lives = tuple(tuple(_without_limit(draw, ask, longest) for ask in life) for life in lives)
     most = -(-longest // page_size)
     max_num_seqs = draw.choice((1, 2, 2, 3, 4, 8))
     options = {
@@ -107,6 +126,7 @@ def draw_schedule(seed: int, names: tuple[str, ...] = NAMES, num_prompts: int = 
         "max_num_batched_tokens": max(max_num_seqs, draw.choice((1, 3, 5, 8, 8, 16, 16, 40, 200))),
         "max_prefill_tokens_beside_decodes": draw.choice((None, 2, 7, 30)),
         "page_size": page_size,
+        "kv_cache_dtype": draw.choice(("auto",) * 9 + ("int8",)),
         "enable_prefix_caching": draw.random() < 0.85,
         "num_snapshots": draw.choice((0, 1, 2, 3, 6, 20)),
         "snapshot_interval": draw.choice((2, 5, 8, 10, 8192, 8192)),
@@ -118,7 +138,16 @@ def draw_schedule(seed: int, names: tuple[str, ...] = NAMES, num_prompts: int = 
         options["speculative"] = {"method": "prompt_lookup", "num_tokens": draw.choice((1, 2, 5, 7))}
     pages = 1 + draw.choice((most, most, most + 2, int(1.5 * most) + 1, 3 * most, 10 * most))
     on_disk, early = draw.random() < 0.3 or len(lives) > 1, draw.random() < 0.3
-    return Schedule(seed, name, options, pages, drafts, on_disk, early, lives)
+    block, together = draw.choice((3, 4, 8, 256)), draw.random() < 0.4
+    return Schedule(seed, name, options, pages, drafts, on_disk, early, block, together, lives)
+
+
+def _without_limit(draw: random.Random, ask: Ask, longest: int) -> Ask:
+    """Perhaps the same with an answer that ends where the model's length does."""
+    room = longest - ask.prompt_length
+    if not ask.is_plain or room > LONGEST - ask.given or draw.random() < 0.5:
+        return ask
+    return replace(ask, params=replace(ask.params, max_tokens=None), most=room)
 
 
 def _asks(draw: random.Random, name: str, num_prompts: int) -> list[Ask]:
@@ -140,15 +169,21 @@ def _asks(draw: random.Random, name: str, num_prompts: int) -> list[Ask]:
             logprobs=draw.choice((None, None, None, 2)),
             prompt_logprobs=draw.choice((None,) * 9 + (1,)),
         )
-        salt = draw.choice((None, None, None, "a", "b"))
-        found.append(Ask(comes, leaves, text, given, params, draw.choice((0, 0, 0, 1, -1)), salt))
+        salt, priority, is_document = (
+            draw.choice((None,) * 3 + ("a", "b")),
+            draw.choice((0, 0, 0, 1, -1)),
+            draw.random() < 0.1,
+        )
+        assert params.max_tokens is not None
+        found.append(Ask(comes, leaves, text, given, params, priority, salt, params.max_tokens, is_document))
     return found
 
 
 @cache
-def answer_alone(name: str, prompt: tuple[int, ...], params: SamplingParams) -> list[tuple[int, ...]]:
+def answer_alone(name: str, prompt: tuple[int, ...], params: SamplingParams, dtype: str) -> list[tuple[int, ...]]:
     """What an engine that has nothing else to do answers: the tokens of each of its n answers."""
-    engine = Engine(tiny_model(name), None, EngineOptions(max_model_len=100, page_size=16, **ALONE))
+    options = EngineOptions(max_model_len=100, page_size=16, kv_cache_dtype=dtype, **ALONE)
+    engine = Engine(tiny_model(name), None, options)
     engine.add_request("alone", list(prompt), params)
     outputs = []
     while engine.has_unfinished():
@@ -182,8 +217,9 @@ class Life:
         model, now = tiny_model(schedule.name), [0.0]
         page_size, seats = schedule.options["page_size"], schedule.options["max_num_seqs"]
         kept = schedule.options["num_snapshots"] if schedule.options["enable_prefix_caching"] else 0
-        memory = schedule.num_pages * Pool.page_bytes(model.config, page_size, model.dtype)
-        memory += (1 + seats + kept) * Pool.slot_bytes(model.config, model.dtype)
+        dtype = resolve_kv_dtype(schedule.options["kv_cache_dtype"])
+        memory = schedule.num_pages * Pool.page_bytes(model.config, page_size, model.dtype, dtype)
+        memory += (1 + seats + kept) * Pool.slot_bytes(model.config, model.dtype, dtype)
 
         def clock() -> float:
             now[0] += 0.125
@@ -192,9 +228,11 @@ class Life:
         options = EngineOptions(**schedule.options, kv_cache_bytes=memory, cache_dir=folder, verbose=False)
         self.engine = Engine(model, None, options, clock=clock)
         self.engine.returns_at_launch = schedule.returns_early
+        self.is_quantised = dtype is not None
         self.known: dict[tuple[int, ...], tuple[Answer, int]] = {}
         self.seen: dict[str, list[tuple[int, ...]]] = {}
         self.finished: set[str] = set()
+        self.documents: set[str] = set()
         self._watch_logits()
 
     def _watch_logits(self) -> None:
@@ -209,6 +247,8 @@ class Life:
         self.engine.sampler = watched
 
     def _check_logits(self, prompt: list[int], output: list[int], found: torch.Tensor) -> None:
+        if self.is_quantised:
+            return
         known, given = self.known[tuple(prompt)]
         place = given + len(output)
         if place < len(known.tokens) and tuple(output) == known.tokens[given:place]:
@@ -222,7 +262,8 @@ class Life:
                 return list(known.tokens[given + len(tokens) - len(prompt) :])
         return []
 
-    def run(self) -> None:
+    def run(self) -> Iterator[None]:
+        """To its end, step by step."""
         step = 0
         while True:
             for number, ask in enumerate(self.asks):
@@ -237,6 +278,7 @@ class Life:
             self._check_memory()
             step += 1
             assert step < MOST_STEPS, "it waits for ever"
+            yield
         assert len(self.finished) == len(self.asks), "a request was never finished"
         self._finish()
 
@@ -245,7 +287,12 @@ class Life:
         prompt = (*ask.text, *known.tokens[: ask.given])
         self.known[prompt] = (known, ask.given)
         self.seen[name] = [()] * ask.params.n
-        self.engine.add_request(name, list(prompt), ask.params, priority=ask.priority, cache_salt=ask.salt)
+        options: dict[str, Any] = {"priority": ask.priority, "cache_salt": ask.salt}
+        if ask.is_document and self.engine.cache is not None:
+            self.engine.add_document(name, list(prompt), **options)
+            self.documents.add(name)
+        else:
+            self.engine.add_request(name, list(prompt), ask.params, **options)
 
     def _check(self, ask: Ask, output: Any) -> None:
         seen = self.seen[output.request_id]
@@ -262,7 +309,9 @@ class Life:
                 assert [token in place for token, place in zip(tokens, one.logprobs or (), strict=True)] == [
                     True
                 ] * len(tokens)
-        check = self._is_as_generated if ask.is_plain else self._is_as_alone
+        check = self._is_as_generated if ask.is_plain and not self.is_quantised else self._is_as_alone
+        if output.request_id in self.documents:
+            check = self._is_read
         right = [check(ask, output.prompt_token_ids, one) for one in output.outputs]
         assert output.finished == all(one.finished for one in output.outputs)
         if output.finished:
@@ -282,16 +331,23 @@ class Life:
             assert (tokens, one.finish_reason, one.stop_reason) == (expected, reason, stop)
         return len(expected) <= sure
 
+    def _is_read(self, ask: Ask, prompt: list[int], one: Any) -> bool:
+        assert not one.token_ids
+        assert one.finish_reason in (None, "stop", "abort", "error")
+        return True
+
     def _is_as_alone(self, ask: Ask, prompt: list[int], one: Any) -> bool:
         """The same for draws and penalties, where any token may hang on rounding."""
-        expected, tokens = answer_alone(self.schedule.name, tuple(prompt), ask.params)[one.index], tuple(one.token_ids)
+        params = replace(ask.params, max_tokens=ask.most)
+        alone = answer_alone(self.schedule.name, tuple(prompt), params, self.schedule.options["kv_cache_dtype"])
+        expected, tokens = alone[one.index], tuple(one.token_ids)
         if one.finish_reason in ("stop", "length"):
             return tokens == expected
         return tokens == expected[: len(tokens)]
 
     def _check_prompt_logprobs(self, ask: Ask, output: Any) -> None:
         whole = all(one.finish_reason in ("stop", "length") for one in output.outputs)
-        if ask.params.prompt_logprobs is None or not whole:
+        if ask.params.prompt_logprobs is None or not whole or self.is_quantised or output.request_id in self.documents:
             return
         prompt = output.prompt_token_ids
         with torch.no_grad():
@@ -324,7 +380,9 @@ class Life:
         if engine.cache is not None:
             engine.cache.flush()
             assert not engine.cache.counts.damaged
-            assert not engine.cache.counts.not_written or self.schedule.options["disk_cache_bytes"]
+            # two that run at once may have computed the same text with other bits, of which one goes to the disk
+            may_be_refused = self.schedule.options["disk_cache_bytes"] or self.schedule.together
+            assert may_be_refused or not engine.cache.counts.not_written
         counts = engine.metrics().counts
         for name in ("preemptions", "cached_tokens", "drafts_accepted", "drafts_proposed", "steps"):
             self.record.counts[name] = self.record.counts.get(name, 0) + getattr(counts, name)
@@ -334,8 +392,7 @@ class Life:
 
 def _expected(ask: Ask, known: Answer) -> tuple[tuple[int, ...], str, int | None]:
     """Tokens, finish_reason and stop_reason of an answer."""
-    assert ask.params.max_tokens is not None
-    tokens = known.tokens[ask.given : ask.given + ask.params.max_tokens]
+    tokens = known.tokens[ask.given : ask.given + ask.most]
     for i, token in enumerate(tokens):
         if token == EOS:
             return tokens[: i + 1], "stop", None
@@ -346,22 +403,34 @@ def _expected(ask: Ask, known: Answer) -> tuple[tuple[int, ...], str, int | None
 
 def run_schedule(schedule: Schedule, kind: type[Life] = Life) -> Record:
     """Let it happen, and check all of it; AssertionError names the schedule's number."""
-    from oncelm.engine import engine as module
+    record, lives, original = Record(), [], engine_module.PromptLookup
 
-    record, original = Record(), module.PromptLookup
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        for asks in schedule.lives:
-            try:
-                life = kind(schedule, asks, folder if schedule.on_disk else None, record)
-                if schedule.drafts == "mixed":
-                    module.PromptLookup = lambda life=life: MixedDrafts(schedule.seed, life.propose)  # type: ignore
-                elif schedule.drafts:
-                    module.PromptLookup = lambda: original(2, 1)  # type: ignore
-                life.run()
-            except Exception as error:
-                raise AssertionError(f"schedule {schedule.seed} of {schedule.name}: {error!r}") from error
-            finally:
-                module.PromptLookup = original  # type: ignore
+    def follows(tokens: list[int]) -> list[int]:
+        return next((found for life in lives if (found := life.propose(tokens))), [])
+
+    def begin(asks: tuple[Ask, ...], folder: str | None) -> Iterator[None]:
+        lives.append(kind(schedule, asks, folder, record))
+        return lives[-1].run()
+
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
+        for module in (tree, prefix_cache, header):
+            stack.enter_context(mock.patch.object(module, "BLOCK", schedule.block))
+        drafter = (
+            (lambda: MixedDrafts(schedule.seed, follows)) if schedule.drafts == "mixed" else (lambda: original(2, 1))
+        )
+        stack.enter_context(mock.patch.object(engine_module, "PromptLookup", drafter))
+        place = folder if schedule.on_disk else None
+        try:
+            if schedule.together:
+                for _ in zip_longest(*[begin(asks, place) for asks in schedule.lives]):
+                    pass
+            else:
+                for asks in schedule.lives:
+                    for _ in begin(asks, place):
+                        pass
+        except Exception as error:
+            raise AssertionError(f"schedule {schedule.seed} of {schedule.name}: {error!r}") from error
     return record
 
 

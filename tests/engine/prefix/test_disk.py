@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from oncelm.engine.prefix import disk
 from tests.engine.prefix.stand_in import Device, same, text
@@ -182,6 +183,21 @@ def test_two_processes_that_write_the_same_keep_one_file(tmp_path: Path) -> None
         device.cache.flush()
     assert len(files(tmp_path)) == 1
     assert one.cache.nbytes()["disk"] == other.cache.nbytes()["disk"] > 0
+
+
+def test_a_file_that_goes_while_it_is_opened(written, monkeypatch) -> None:
+    """Another process had to make room: it is no hit, and no more. safetensors opens a file itself, then torch does."""
+    file, _ = written
+    device = Device(directory=file.parent)
+
+    def gone(path: Path, framework: str) -> None:
+        path.unlink()
+        torch.UntypedStorage.from_file(str(path), False, 8)
+
+    monkeypatch.setattr(disk, "safe_open", gone)
+    assert device.recall(text(11))[0] == 0
+    assert device.cache.counts.damaged == 0
+    device.check()
 
 
 def test_a_full_disk_means_that_nothing_is_kept(tmp_path, monkeypatch, caplog) -> None:

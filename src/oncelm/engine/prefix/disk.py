@@ -12,6 +12,7 @@ holds one, so that no parent goes while its child is written.
 from __future__ import annotations
 
 import contextlib
+import errno
 import heapq
 import logging
 import os
@@ -298,7 +299,7 @@ class Folder:
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[safe_open]:
-    """An open safetensors file; Damaged for one that is none, or was cut off."""
+    """An open safetensors file; Damaged for one that is none, or was cut off, OSError for one that is gone, too."""
     try:
         with safe_open(path, framework="pt") as file:
             yield file
@@ -306,3 +307,7 @@ def _opened(path: Path) -> Iterator[safe_open]:
         if is_out_of_memory(error):
             raise
         raise Damaged(" ".join(str(error).split())) from error
+    except RuntimeError as error:  # torch's, which opens the file again for each tensor
+        if path.exists() or is_out_of_memory(error):
+            raise
+        raise FileNotFoundError(errno.ENOENT, "removed while it was read", str(path)) from error
