@@ -320,6 +320,22 @@ def test_closing_lets_those_that_run_end() -> None:
     run(main())
 
 
+def test_what_was_asked_for_before_it_was_closed_is_done() -> None:
+    async def main() -> None:
+        thread = EngineThread(CountingEngine())
+        mailbox = Mailbox("a")
+
+        def both() -> None:  # between two looks at what was asked for
+            thread.add(mailbox, lambda: thread._engine.add_request("a", [1], SamplingParams(max_tokens=3)))
+            thread.close()
+
+        thread.call(both)
+        assert (await read_all(mailbox))[-1].outputs[0].token_ids == [0, 1, 2]
+        await asyncio.wrap_future(thread.ended)
+
+    run(main())
+
+
 @pytest.mark.parametrize("waits_first", [False, True])
 def test_closing_in_time_aborts_the_rest(waits_first) -> None:
     async def main() -> None:

@@ -242,15 +242,16 @@ class EngineThread:
             while not (self._calls or self._deadline is not None or self._engine.has_unfinished()):
                 self._changed.wait()
             calls, self._calls = self._calls, deque()
+            deadline = self._deadline  # as it is now: what was asked for before it was closed comes before the end
         for function, answer in calls:
             if answer.set_running_or_notify_cancel():
                 try:
                     answer.set_result(function())
                 except Exception as error:
                     answer.set_exception(error)
-        if self._deadline is None:
+        if deadline is None:
             return True
-        if time.monotonic() >= self._deadline:
+        if time.monotonic() >= deadline:
             for request_id in list(self._mailboxes):
                 self._engine.abort_request(request_id)
         return self._engine.has_unfinished()
