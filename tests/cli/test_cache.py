@@ -161,6 +161,24 @@ def test_mistakes_are_one_line(model, cache, book, tmp_path, arguments, said) ->
     assert result.err.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    "said",
+    [{"name": "../victim"}, {"name": "other"}, {"key": "no digits"}, {"key": 7}, {"num_tokens": "3"}, {"model": None}],
+)
+def test_files_that_others_wrote_are_no_documents(cache, tmp_path, said) -> None:
+    whole = {"name": "foreign", "model": "m", "fingerprint": "0" * 24, "key": "0" * 32, "num_tokens": 3, "source": "s"}
+    (tmp_path / "store").mkdir()
+    (tmp_path / "victim.document.json").write_text("{}")
+    file = tmp_path / "store" / "foreign.document.json"
+    file.write_text(json.dumps(whole))
+    assert [*listed(cache)] == ["foreign"]
+    file.write_text(json.dumps(whole | said))
+    assert not listed(cache)
+    assert cache("list").status == 0
+    assert cache("rm", said.get("name", "foreign")).status == 2
+    assert (tmp_path / "victim.document.json").exists()
+
+
 def test_the_folder_that_the_platform_has(monkeypatch, tmp_path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert cache_folder() == tmp_path / "oncelm"

@@ -84,10 +84,22 @@ def read_all(path: Path) -> list[Document]:
     for file in sorted(path.glob(f"*{_SUFFIX}")):
         try:
             said = json.loads(file.read_text(encoding="utf-8"))
-            found.append(Document(**{field.name: said[field.name] for field in fields(Document)}))
+            document = Document(**{field.name: said[field.name] for field in fields(Document)})
+            _check(document, file)
         except (OSError, ValueError, KeyError, TypeError):
             continue
+        found.append(document)
     return found
+
+
+def _check(document: Document, file: Path) -> None:
+    """Raise ValueError unless `write` could have written this: what it says becomes names of files."""
+    texts = (document.name, document.model, document.fingerprint, document.key, document.source)
+    if not all(isinstance(text, str) for text in texts) or type(document.num_tokens) is not int:
+        raise ValueError(f"{file} has values of other types")
+    bytes.fromhex(document.key)
+    if file.name != f"{check_name(document.name)}{_SUFFIX}":
+        raise ValueError(f"{file} is of a document called {document.name!r}")
 
 
 def look(path: Path, documents: Sequence[Document]) -> list[Kept]:
