@@ -49,9 +49,8 @@ class Grammars:
             raise ValueError("structured output needs a tokenizer with an end-of-text token.")
         self._vocab_size = vocab_size
         self._tokenizer = from_tokenizer(tokenizer, n_vocab=max(vocab_size, len(tokenizer)), eos_token=[*eos_token_ids])
-        self._compile = lru_cache(64)(
-            self._compiled
-        )  # of a text: answers of one request share it, so do its repetitions
+        # of a text: answers of one request share it, so do its repetitions
+        self._compile = lru_cache(KEPT)(self._compiled)
 
     def __call__(self, structured: dict[str, Any]) -> Grammar:
         """The grammar of one answer, of `SamplingParams.structured`; ValueError with what is wrong with it."""
