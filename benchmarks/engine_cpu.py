@@ -5,8 +5,8 @@
     throughput  16 requests of mixed lengths, greedy: the engine, then `generate` one request after the other on the
                 same model, then on transformers' Llama of the same shape. First the engine must give generate's tokens.
     overhead    64 requests that write: milliseconds a step in which the engine plans, and deals with tokens, beside
-                those of the model and of the sampler; on the real model, and with one in its place that does nothing,
-                to be compared with 10 ms, a step of 3B on an H200.
+                those of the model and of the sampler (choose, read); on the real model, and with one in its place
+                that does nothing, to be compared with 10 ms, a step of 3B on an H200.
 
 The forms take turns, so that a busy machine is busy for all of them; CPU seconds, which it disturbs less, are measured
 too. One line of JSON a part, with the environment.
@@ -182,6 +182,9 @@ class Nothing:
     def decode(self, rows: Sequence[Any]) -> torch.Tensor:
         return self.logits[: sum(row.num_logits for row in rows)]
 
+    def keep(self, rows: Sequence[Any], tokens: torch.Tensor) -> None:
+        pass
+
 
 def overhead(config: Any, sequences: int, steps: int, rounds: int, write: Callable[..., None]) -> None:
     """Milliseconds of the parts of a decode step."""
@@ -194,7 +197,8 @@ def overhead(config: Any, sequences: int, steps: int, rounds: int, write: Callab
         parts = {
             "schedule": (engine.scheduler, "schedule"),
             "model": (engine.runner, "decode"),
-            "sampler": (engine, "sampler"),
+            "choose": (engine.sampler, "choose"),
+            "read": (engine.sampler, "read"),
         }
         found: list[dict[str, float]] = []
         for number in range(rounds + 1):  # the first warms

@@ -425,6 +425,9 @@ class _Skip:
     def decode(self, rows: Sequence[Any]) -> torch.Tensor:
         return self.logits[: len(rows)]
 
+    def keep(self, rows: Sequence[Any], tokens: torch.Tensor) -> None:
+        pass
+
 
 def case_name(count: int, length: int, float8: bool) -> str:
     shown = f"{length // 1024}K" if length % 1024 == 0 else str(length)

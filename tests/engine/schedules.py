@@ -238,13 +238,16 @@ class Life:
     def _watch_logits(self) -> None:
         sampler = self.engine.sampler
 
-        def watched(logits: torch.Tensor, rows: Any) -> Any:
-            self.record.digests.append(blake2b(logits.numpy().tobytes(), digest_size=8).hexdigest())
-            for row, found in zip(rows, logits, strict=True):
-                self._check_logits([*row.prompt], [*row.output], found)
-            return sampler(logits, rows)
+        read = sampler.read
 
-        self.engine.sampler = watched
+        def watched(choice: Any) -> Any:
+            self.record.digests.append(blake2b(choice.logits.numpy().tobytes(), digest_size=8).hexdigest())
+            for row, found in zip(choice.rows, choice.logits, strict=True):
+                if len(row.output) >= row.index:  # else it has ended before, or what led there was lost
+                    self._check_logits([*row.prompt], [*row.output[: row.index]], found)
+            return read(choice)
+
+        sampler.read = watched
 
     def _check_logits(self, prompt: list[int], output: list[int], found: torch.Tensor) -> None:
         if self.is_quantised:

@@ -351,14 +351,14 @@ def test_any_other_error_is_raised_and_nothing_is_lost(where, monkeypatch) -> No
 
 @pytest.mark.parametrize(
     ("where", "returns_at_launch"),
-    [("schedule", True), ("prefill", False), ("decode", True), ("sampler", False), ("sampler", True)],
+    [("schedule", True), ("prefill", False), ("decode", True), ("choose", True), ("read", False), ("read", True)],
 )
 def test_an_interrupt_changes_no_answer(where, returns_at_launch, monkeypatch) -> None:
     engine, prompts = make_engine(), prompts_of(12, 4)
     engine.returns_at_launch = returns_at_launch
     for i, prompt in enumerate(prompts):
         engine.add_request(str(i), prompt, greedy())
-    holder: Any = engine if where == "sampler" else engine.scheduler if where == "schedule" else engine.runner
+    holder: Any = next(one for one in (engine.scheduler, engine.runner, engine.sampler) if hasattr(one, where))
     done, count = getattr(holder, where), 0
 
     def interrupted(*args: Any) -> Any:

@@ -180,7 +180,7 @@ def decode_with_graphs(requests: Requests) -> None:
 @pytest.mark.parametrize(("kind", "changes", "kv_dtype"), CASES)
 def test_decoding_as_on_a_gpu(kind: str, changes: dict, kv_dtype: torch.dtype | None, repeats) -> None:
     requests = Requests(make_model(kind, **changes), kv_dtype, seed=4, page_size=16)
-    requests.runner.graphs = DecodeGraphs(requests.model, requests.pool, 3, 16)
+    requests.runner.graphs = DecodeGraphs(requests.model, requests.pool, 3, 16, requests.runner.last_tokens)
     decode_with_graphs(requests)
     assert all(graphs.graphs for graphs in requests.runner.graphs.widths.values())
     pieces = requests.runner.graphs.pieces
@@ -229,7 +229,7 @@ def test_a_mixer_of_somebody_else(step, graphs: bool, repeats, monkeypatch: pyte
     monkeypatch.setattr(GatedRetention, "mix", mix)
     requests = Requests(make_model("retention"), None, seed=3, page_size=16)
     if graphs:
-        requests.runner.graphs = DecodeGraphs(requests.model, requests.pool, 3, 16)
+        requests.runner.graphs = DecodeGraphs(requests.model, requests.pool, 3, 16, requests.runner.last_tokens)
     requests.begin()
     requests.begin()
     for _ in range(3):
@@ -239,7 +239,7 @@ def test_a_mixer_of_somebody_else(step, graphs: bool, repeats, monkeypatch: pyte
 
 def test_graphs_follow_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model("retention")
-    graphs = DecodeGraphs(model, Pool(model, 3, 16, 3), 4, 2)
+    graphs = DecodeGraphs(model, Pool(model, 3, 16, 3), 4, 2, torch.zeros(3, dtype=torch.long))
     assert graphs.stand_for_model()
     graphs.widths[1].graphs[1] = None
     assert graphs.stand_for_model()
@@ -269,7 +269,7 @@ def test_pieces_fill_graphs_of_any_size(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(piece_graphs, "TOKENS", (4, 8))
     monkeypatch.setattr(piece_graphs, "MOST_PIECES", 2)
     requests = Requests(make_model("retention"), None, seed=2, page_size=16)
-    graphs = DecodeGraphs(requests.model, requests.pool, 4, 16)
+    graphs = DecodeGraphs(requests.model, requests.pool, 4, 16, requests.runner.last_tokens)
     requests.runner.graphs, taken = graphs, []
     monkeypatch.setattr(
         graphs.pieces, "take", lambda pieces, take=graphs.pieces.take: taken.append(take(pieces)) or taken[-1]

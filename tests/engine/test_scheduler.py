@@ -12,22 +12,29 @@ from oncelm.engine.pages import Pages, Slots
 from oncelm.engine.params import SamplingParams
 from oncelm.engine.request import Request, State
 from oncelm.engine.scheduler import Scheduler, Step, common_prefix
+from oncelm.engine.work import UNREAD, Row
 
 PAGE = 4
 
 
 class Machine:
-    """A scheduler, and what stands for the engine: every row writes the token 1."""
+    """A scheduler, and what stands for the engine: every row writes the token 1.
 
-    def __init__(self, num_pages=1000, num_seqs=4, budget=16, beside=None, cache=None, **options) -> None:
+    late: that is known once the next step is planned.
+    """
+
+    def __init__(self, num_pages=1000, num_seqs=4, budget=16, beside=None, cache=None, late=False, **options) -> None:
         self.pages, self.slots = Pages(num_pages), Slots(num_seqs + 1)
         self.scheduler = Scheduler(
             Memory(self.pages, self.slots, PAGE, cache),
             max_num_seqs=num_seqs,
             max_num_batched_tokens=budget,
             max_prefill_tokens_beside_decodes=beside or budget,
+            read_tokens=self.read_tokens,
             **options,
         )
+        self.late = late
+        self.launched: list[tuple[Request, Row]] = []
         self.count = 0
         self.finished: list[Request] = []
         self.read: dict[Request, int] = {}  # tokens that were read of it since it last had no memory
@@ -66,21 +73,38 @@ class Machine:
         assert len(set(rows)) == len(rows)
         for request, row in step.rows:
             assert row.start == self.read.get(request, 0)
-            assert row.tokens[: row.kept] == request.tokens[row.start :]
+            known = request.tokens[row.start :]
+            assert row.tokens[: row.kept] == (known or [UNREAD])
+            assert bool(known) == (request.num_unread == 1)
+            assert request.num_output_tokens + request.num_unread <= request.max_tokens
             assert len(row.pages) * PAGE >= row.start + len(row.tokens)
             self.read[request] = row.start + row.kept
         held = [one for one in self.scheduler.running if one.slot]
         assert len({one.slot for one in held}) == len(held)
         self.pages.check()
         self.slots.check()
-        for request, row in step.rows:
+        earlier, self.launched = self.launched, step.rows
+        self.write(earlier)
+        if not self.late:
+            self.read_tokens()
+        self.read = {request: count for request, count in self.read.items() if request.slot}
+        return step
+
+    def read_tokens(self) -> None:
+        launched, self.launched = self.launched, []
+        self.write(launched)
+
+    def write(self, rows: list[tuple[Request, Row]]) -> None:
+        for request, row in rows:
+            if request.state is State.FINISHED:
+                continue
+            assert request.state is State.WRITING, "memory was taken before a token was read"
+            request.num_unread -= 1
             request.tokens.append(1)
             assert row.kept == 1
             if request.num_output_tokens == request.max_tokens:
                 self.scheduler.finish(request)
                 self.finished.append(request)
-        self.read = {request: count for request, count in self.read.items() if request.slot}
-        return step
 
     def run(self, most: int = 10_000) -> int:
         """To the end: how many steps that takes."""
@@ -287,7 +311,7 @@ def test_finishing_in_any_state() -> None:
 
 def test_drafts_only_where_there_is_room() -> None:
     machine = Machine(num_pages=1 + 3, num_seqs=1, propose=lambda request: [5, 6, 7])
-    request = machine.add(7, max_tokens=5)
+    request = machine.add(7, max_tokens=6)
     machine.scheduler.max_prefill_tokens_beside_decodes = 0
     row = machine.step().rows[0][1]
     assert (row.start, row.tokens, row.kept) == (6, [0, 5, 6, 7], 1)
@@ -312,7 +336,10 @@ def test_any_requests_end_and_nothing_leaks(data) -> None:
         num_seqs=num_seqs,
         budget=data.draw(st.integers(num_seqs, 20), "budget"),
         beside=data.draw(st.integers(1, 20), "beside"),
-        propose=data.draw(st.sampled_from([None, lambda request: [9] * (len(request.tokens) % 4)]), "propose"),
+        **data.draw(
+            st.sampled_from([{}, {"late": True}, {"propose": lambda request: [9] * (len(request.tokens) % 4)}]),
+            "options",
+        ),
     )
     requests = []
     for _ in range(data.draw(st.integers(1, 12), "requests")):
@@ -328,7 +355,9 @@ def test_any_requests_end_and_nothing_leaks(data) -> None:
             if data.draw(st.integers(0, 7)) == 0:
                 unfinished = [one for one in requests if one.state in (State.READING, State.WRITING)]
                 if unfinished:
-                    machine.scheduler.put_back(data.draw(st.sampled_from(unfinished)))
+                    lost = data.draw(st.sampled_from(unfinished))
+                    machine.scheduler.put_back(lost)
+                    machine.launched = [(request, row) for request, row in machine.launched if request is not lost]
                     machine.read = {one: count for one, count in machine.read.items() if one.slot}
     machine.run(2000)
     assert set(machine.finished) == set(requests)

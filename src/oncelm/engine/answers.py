@@ -23,9 +23,10 @@ def end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
 def places_of(request: Request, row: Row) -> list[SamplingRow]:
     """The places of a row whose tokens are to be chosen: behind its last sure token, and behind each draft."""
     output, drafts = request.answer.token_ids, row.tokens[row.kept :]
+    index = len(output) + request.num_unread - 1  # the row itself is one of those that are not read
     return [
         SamplingRow(
-            request.params, request.seed, len(output) + count, request.output.prompt_token_ids,
+            request.params, request.seed, index + count, request.output.prompt_token_ids,
             [*output, *drafts[:count]] if count else output, request.grammar, count, request.memo,
         )
         for count in range(len(drafts) + 1)

@@ -18,7 +18,7 @@ from oncelm.cache.batch import to_device
 from oncelm.cache.yoco.places import Places
 from oncelm.engine.piece_graphs import PieceGraphs, pieces_in_graphs
 from oncelm.engine.pool import Pool
-from oncelm.engine.work import Piece, Row
+from oncelm.engine.work import UNREAD, Piece, Row
 from oncelm.models import YocoForCausalLM
 from oncelm.models.plain import Wiring
 from oncelm.models.step_graph import record
@@ -49,20 +49,25 @@ class PageTables:
 
     def __init__(self, pool: Pool, max_pages: int) -> None:
         self.lines = torch.zeros(pool.num_slots, max_pages + 1, dtype=torch.int32, device=pool.device)
-        self._sent: dict[int, list[int]] = {}
+        self._sent: dict[int, tuple[Sequence[int], int]] = {}  # of a slot: whose first how many pages are in its line
 
     def send(self, rows: Sequence[Row | Piece]) -> None:
-        """Bring the lines of these rows up to date."""
+        """Bring the lines of these rows up to date.
+
+        As long as a request has a slot its list of pages only grows, and the next one there has another list.
+        """
         for row in rows:
-            old = self._sent.get(row.slot, [])
-            if old == row.pages:  # the same numbers, compared by identity first: microseconds
-                continue
-            pages = list(row.pages)
-            first = len(old) if pages[: len(old)] == old else 0
-            entries = torch.tensor(pages[first:] + [0] * (len(old) - len(pages)), dtype=torch.int32)
-            line = self.lines[row.slot, first : first + len(entries)]
-            line.copy_(to_device(entries, self.lines.device))
-            self._sent[row.slot] = pages
+            pages, count = row.pages, len(row.pages)
+            known, sent = self._sent.get(row.slot, ((), 0))
+            if known is pages:
+                if sent == count:
+                    continue
+                entries = pages[sent:]
+            else:
+                sent, entries = 0, [*pages, *[0] * (sent - count)]
+            line = self.lines[row.slot, sent : sent + len(entries)]
+            line.copy_(to_device(torch.tensor(entries, dtype=torch.int32), self.lines.device))
+            self._sent[row.slot] = pages, count
 
 
 class DecodeGraphs:
@@ -71,17 +76,20 @@ class DecodeGraphs:
     Args:
         most: rows of a step.
         max_pages: pages of a row.
+        last_tokens: [num_slots], what `UNREAD` stands for.
 
     Attributes:
         widths: for rows of 1 token, of up to 8 and of up to 16, as far as attention has a kernel for as many.
         pieces: of passes over prompts; None where such a pass cannot be a graph.
     """
 
-    def __init__(self, model: YocoForCausalLM, pool: Pool, most: int, max_pages: int) -> None:
+    def __init__(
+        self, model: YocoForCausalLM, pool: Pool, most: int, max_pages: int, last_tokens: torch.Tensor
+    ) -> None:
         self.model = model
         tables = PageTables(pool, max_pages)
         self.widths = {
-            width: GraphsOfWidth(model, pool, tables, min(most, rows), width)
+            width: GraphsOfWidth(model, pool, tables, last_tokens, min(most, rows), width)
             for width, rows in {1: most, **WIDTHS}.items()
             if _has_kernels(model, pool, width)
         }
@@ -112,8 +120,17 @@ class DecodeGraphs:
 class GraphsOfWidth:
     """Those of rows of up to `width` tokens; shorter ones are filled up with drafts."""
 
-    def __init__(self, model: YocoForCausalLM, pool: Pool, tables: PageTables, most: int, width: int) -> None:
-        self.model, self.pool, self.tables, self.most, self.width = model, pool, tables, most, width
+    def __init__(
+        self,
+        model: YocoForCausalLM,
+        pool: Pool,
+        tables: PageTables,
+        last_tokens: torch.Tensor,
+        most: int,
+        width: int,
+    ) -> None:
+        self.model, self.pool, self.tables, self.last_tokens = model, pool, tables, last_tokens
+        self.most, self.width = most, width
         # with drafts powers of two are enough: there is room for more tokens anyway
         self.sizes = [size for size in batch_sizes(most) if width == 1 or size == most or not size & (size - 1)]
         on_gpu = pool.device.type == "cuda"
@@ -170,6 +187,8 @@ class GraphsOfWidth:
         """Logits [size, width, V]."""
         inputs = self.inputs[:, :size]
         slots, starts, kept, tokens = inputs[0], inputs[1], inputs[2], inputs[3:].t().contiguous()
+        if self.width == 1:
+            tokens = torch.where(tokens == UNREAD, self.last_tokens[slots, None], tokens)
         positions = starts[:, None] + torch.arange(self.width, device=tokens.device)
         places = Places(slots, self.tables.lines[slots], kept if self.width > 1 else None)
         return self.model.next_logits(tokens, Batch.step(positions), self.pool.pasts(places))

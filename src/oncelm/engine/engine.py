@@ -1,7 +1,11 @@
 """The loop: add requests, schedule, run, postprocess.
 
-On a GPU a step returns once its passes are launched, with the outputs of the step before: while the caller deals with
-them, and while texts are made, the GPU works. On a CPU it returns its own outputs.
+On a GPU a step returns once its passes are launched, with the outputs of the step before. A row reads the token that
+was chosen last where the GPU has left it (`Runner.keep`), so the next step is scheduled and launched before that token
+is known here, and the GPU does not wait for Python. It does where a choice depends on the output
+(`SamplingParams.looks_back`, and drafts). What was launched for a request that has ended meanwhile is thrown away.
+
+On a CPU a step returns its own outputs.
 """
 
 from __future__ import annotations
@@ -9,8 +13,9 @@ from __future__ import annotations
 import sys
 import time
 import traceback
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -30,11 +35,24 @@ from oncelm.engine.pool import Pool
 from oncelm.engine.prefix import PrefixCache
 from oncelm.engine.request import Request, State
 from oncelm.engine.runner import Runner
-from oncelm.engine.sampler import Sampler
+from oncelm.engine.sampler import Choice, Sampler
 from oncelm.engine.scheduler import Scheduler, Step
 from oncelm.engine.work import Piece, Row
 from oncelm.utils.device import resolve_kv_dtype
 from oncelm.utils.errors import is_out_of_memory
+
+
+@dataclass
+class Launched:
+    """Rows of a step, and their tokens, which the device is choosing.
+
+    Attributes:
+        lost: requests whose memory is lost since: their tokens do not count, and are chosen again.
+    """
+
+    rows: list[tuple[Request, Row]]
+    choice: Choice
+    lost: set[Request] = field(default_factory=set)
 
 
 class Engine:
@@ -86,13 +104,15 @@ class Engine:
             max_prefill_tokens_beside_decodes=limits.max_prefill_tokens_beside_decodes,
             snapshot_interval=options.snapshot_interval,
             propose=self._propose if options.speculative is not None else None,
+            read_tokens=self._read,
         )
         self.returns_at_launch = model.device.type == "cuda"
-        self._is_done = torch.cuda.Event() if self.returns_at_launch else None  # all that was launched
+        self._has_prefilled = torch.cuda.Event() if self.returns_at_launch else None
         self._intake = Intake(tokenizer, model.config.vocab_size, self.eos_token_ids, plan, options.seed)
         self._metrics = EngineMetrics()
         self._requests: dict[str, list[Request]] = {}
-        self._launched: tuple[list[tuple[Request, Row]], torch.Tensor] | None = None
+        self._launched: deque[Launched] = deque()
+        self._counts: Counter[str] = Counter()  # of what was read in a step
         self._changed: dict[Request, None] = {}  # whose outputs are to be told, in order
 
     def _plan_memory(self, limits: Limits) -> MemoryPlan:
@@ -206,15 +226,16 @@ class Engine:
         """
         start = self.clock()
         try:
-            counts = self._read() if self.returns_at_launch else {}
+            if not self._may_run_ahead():
+                self._read()
+            if self._has_prefilled is not None:
+                # A request that comes waits for one piece, not for all that could be launched ahead of the GPU
+                self._has_prefilled.synchronize()
             step = self.scheduler.schedule()
-            self._launch(step)
-            if self._is_done is not None:
-                self._is_done.record()
-            if not self.returns_at_launch:
-                counts = self._read()
+            has_rows = self._launch(step)
+            self._read(keep=int(has_rows and self.returns_at_launch))
         except BaseException:  # an interrupt, too, may come between what was planned and what was done
-            self._launched = None
+            self._launched.clear()
             for request in list(self.scheduler.running):
                 self.scheduler.put_back(request)
             raise
@@ -223,13 +244,20 @@ class Engine:
             self.clock() - start,
             prefill_tokens=sum(len(piece.tokens) for _, piece in step.pieces),
             preemptions=step.num_preempted,
-            **counts,
+            **self._counts,
         )
+        self._counts.clear()
         return outputs
 
-    def _launch(self, step: Step) -> None:
-        """Run the passes of a step. Where memory runs out, the largest request of the pass fails, the others lose what
-        they have and are read again."""
+    def _may_run_ahead(self) -> bool:
+        """Whether rows can be planned and their tokens be chosen without the tokens before."""
+        if self.options.speculative is not None:
+            return False
+        return not any(request.params.looks_back for launched in self._launched for request, _ in launched.rows)
+
+    def _launch(self, step: Step) -> bool:
+        """Run the passes of a step; whether there are rows. Where memory runs out, the largest request of the pass
+        fails, the others lose what they have and are read again."""
         now = self.clock()
         for request, _ in (*step.pieces, *step.rows):
             if request.output.metrics.first_scheduled_time is None:
@@ -244,17 +272,23 @@ class Engine:
             self._recover(sizes, [fork for _, fork in step.forks])
         rows = [(request, row) for request, row in step.rows if request.state is State.WRITING]
         if not rows:
-            return
+            return False
         try:
             for _, row in rows:
                 if not row.start:
                     self.pool.clear_slot(row.slot)
-            self._launched = rows, self.runner.decode([row for _, row in rows])
+            logits = self.runner.decode([row for _, row in rows])
+            choice = self.sampler.choose(logits, [place for request, row in rows for place in places_of(request, row)])
+            if len(choice.rows) == len(rows):  # else there are drafts, and the next step waits
+                self.runner.keep([row for _, row in rows], choice.tokens)
+            self._launched.append(Launched(rows, choice))
         except Exception as error:
             if not self._survives(error):
                 self._fail([request for request, _ in rows], error)
                 raise
             self._recover([(len(request.tokens), request) for request, _ in rows])
+            return False
+        return True
 
     def _prefill(self, step: Step) -> None:
         """Read pieces of prompts, and keep or copy what is then in memory."""
@@ -262,6 +296,8 @@ class Engine:
             if not piece.start:
                 self.pool.clear_slot(piece.slot)
         hidden = self.runner.prefill([piece for _, piece in step.pieces]) if step.pieces else []
+        if self._has_prefilled is not None and step.pieces:
+            self._has_prefilled.record()
         for (request, piece), states in zip(step.pieces, hidden, strict=True):
             if states is not None:
                 self._add_prompt_logprobs(request, piece, states)
@@ -286,35 +322,36 @@ class Engine:
         if targets:
             known += prompt_logprobs(hidden[again:], self.runner.head, targets, count, self.tokenizer)
 
-    def _read(self) -> dict[str, int]:
-        """Take the tokens of the rows that were launched last: their number, and that of drafts.
+    def _read(self, keep: int = 0) -> None:
+        """Take the tokens of the rows that were launched, but for the last `keep` steps."""
+        while len(self._launched) > keep:
+            self._read_one(self._launched.popleft())
 
-        Where only prompts are read, this waits for the last piece all the same: a request that comes meanwhile waits
-        for one piece, and not for all that Python could have launched ahead of the GPU.
-        """
-        if self._launched is None:
-            if self._is_done is not None:
-                self._is_done.synchronize()
-            return {}
-        (rows, logits), self._launched = self._launched, None
-        places = [place for request, row in rows for place in places_of(request, row)]
+    def _read_one(self, launched: Launched) -> None:
         try:
-            found = self.sampler(logits, places)
+            found = self.sampler.read(launched.choice)
         except Exception as error:
+            requests = [request for request, _ in launched.rows if request not in launched.lost]
             if not self._survives(error):
-                self._fail([request for request, _ in rows], error)
+                self._fail(requests, error)
                 raise
-            self._recover([(len(request.tokens), request) for request, _ in rows])
-            return {}
+            self._recover([(len(request.tokens), request) for request in requests])
+            return
         now, first, num_tokens, num_accepted = self.clock(), 0, 0, 0
-        for request, row in rows:
+        for request, row in launched.rows:
+            places, first = found[first : first + row.num_logits], first + row.num_logits
+            if request in launched.lost:
+                continue
+            if request.state is State.FINISHED:  # by the token before, or from outside
+                if places[0].is_broken:
+                    self.memory.forget(request)  # a snapshot at its end has the token taken in that led to this
+                continue
+            request.num_unread -= 1
             drafts = row.tokens[row.kept :]
-            for place, sampled in enumerate(found[first : first + row.num_logits]):
-                if request.state is State.FINISHED:  # ended by a token before this place, or from outside
-                    break
+            for place, sampled in enumerate(places):
                 if sampled.error is not None:
                     self._end(request, "error", error=sampled.error)
-                    if not logits[first + place].amax().isfinite():
+                    if sampled.is_broken:
                         self.memory.forget(request)
                     break
                 reason, stop = append_token(request, sampled, now, self.eos_token_ids)
@@ -327,13 +364,14 @@ class Engine:
                 if place == len(drafts) or sampled.token != drafts[place]:
                     break
                 num_accepted += 1
-            first += row.num_logits
-        return {
-            "rows": len(rows),
-            "sampled_tokens": num_tokens,
-            "drafts_proposed": len(places) - len(rows),
-            "drafts_accepted": num_accepted,
-        }
+                if reason is not None:
+                    break
+            if places[0].is_late and request.num_unread:  # the next row has read another token
+                self._put_back(request)
+        self._counts["rows"] += len(launched.rows)
+        self._counts["sampled_tokens"] += num_tokens
+        self._counts["drafts_proposed"] += len(found) - len(launched.rows)
+        self._counts["drafts_accepted"] += num_accepted
 
     def _tell(self) -> list[RequestOutput]:
         """The outputs that have changed, with their texts."""
@@ -393,9 +431,15 @@ class Engine:
         largest = max(sizes, key=lambda pair: pair[0])[1] if sizes else None
         for request in (*(request for _, request in sizes), *others):
             if request is not largest:
-                self.scheduler.put_back(request)
+                self._put_back(request)
         if largest is not None:
             self._end(largest, "error", error="memory ran out while a step ran in which this request was the largest.")
+
+    def _put_back(self, request: Request) -> None:
+        """Let a request be read again, with the tokens that are known."""
+        for launched in self._launched:
+            launched.lost.add(request)
+        self.scheduler.put_back(request)
 
     def _fail(self, requests: Sequence[Request], error: Exception) -> None:
         """After an error that should not be: nothing in the memory of these requests can be trusted."""
@@ -424,6 +468,6 @@ class Engine:
         """Abort what runs, and finish writing what is kept on disk. The memory is free when the object is gone."""
         for request_id in list(self._requests):
             self.abort_request(request_id)
-        self._launched = None
+        self._launched.clear()
         if self.cache is not None:
             self.cache.close()

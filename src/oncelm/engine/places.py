@@ -73,8 +73,12 @@ class Sampled:
         token: -1 where there is an error.
         logprobs: of the chosen token and the likeliest, if the parameters ask for them.
         error: why there is no token.
+        is_broken: that is since the model's own logits are not finite.
+        is_late: the device chose another one first, which was to be corrected.
     """
 
     token: int
     logprobs: dict[int, Logprob] | None = None
     error: str | None = None
+    is_broken: bool = False
+    is_late: bool = field(default=False, compare=False)

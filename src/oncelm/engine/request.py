@@ -50,6 +50,7 @@ class Request:
         forks: further answers to the same prompt, which begin with a copy of this one's memory once that is read.
         slot: 0 while it has no memory.
         n: how many tokens its memory holds.
+        num_unread: how many of its rows were planned whose tokens are not among `tokens` yet.
         cuts: positions at which a snapshot is due, beside the regular ones.
         chain: digests of its tokens, for the prefix cache.
         resumed: the snapshot that it came from or left last; its memory up to there is the same.
@@ -79,6 +80,7 @@ class Request:
     slot: int = 0
     pages: list[int] = field(default_factory=list)
     n: int = 0
+    num_unread: int = 0
     cuts: set[int] = field(default_factory=set)
     chain: Chain | None = None
     resumed: Snapshot | None = None
@@ -105,6 +107,11 @@ class Request:
     @property
     def num_output_tokens(self) -> int:
         return len(self.tokens) - self.num_prompt_tokens
+
+    @property
+    def writes_on(self) -> bool:
+        """Whether it has a row in the next step: its prompt is read, and no token on its way must be the last."""
+        return self.state is State.WRITING and self.num_output_tokens + self.num_unread < self.max_tokens
 
     @property
     def end(self) -> int:

@@ -14,9 +14,10 @@ from oncelm.cache.batch import to_device
 from oncelm.cache.yoco.places import Places
 from oncelm.engine.decode_graphs import DecodeGraphs
 from oncelm.engine.pool import Pool
-from oncelm.engine.work import Piece, Row
+from oncelm.engine.work import UNREAD, Piece, Row
 from oncelm.models import YocoForCausalLM
 from oncelm.models.yoco.model import run_layers
+from oncelm.utils.device import send
 
 
 class Runner:
@@ -33,9 +34,10 @@ class Runner:
     def __init__(self, model: YocoForCausalLM, pool: Pool, *, max_num_seqs: int, max_pages: int) -> None:
         self.model, self.pool = model, pool
         self.max_num_seqs, self.max_pages = max_num_seqs, max_pages
+        self.last_tokens = torch.zeros(pool.num_slots, dtype=torch.long, device=pool.device)  # by slot; see `keep`
         self.graphs: DecodeGraphs | None = None
         if pool.device.type == "cuda":
-            self.graphs = DecodeGraphs(model, pool, max_num_seqs, max_pages)
+            self.graphs = DecodeGraphs(model, pool, max_num_seqs, max_pages, self.last_tokens)
 
     @torch.no_grad()
     def warm_up(
@@ -90,6 +92,13 @@ class Runner:
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits [M, V] of final hidden states [M, d]."""
         return self.model.output_projection(hidden)
+
+    @torch.no_grad()
+    def keep(self, rows: Sequence[Row], tokens: torch.Tensor) -> None:
+        """Let the tokens [N] that were chosen behind N rows be what `UNREAD` means in their slots. Negative ones, which
+        stand for none, become token 0: whatever comes of that is thrown away."""
+        slots = send([row.slot for row in rows], torch.long, self.pool.device)
+        self.last_tokens[slots] = tokens.clamp(min=0)
 
     # -- decoding -------------------------------------------------------------------------------------------------
 
@@ -152,6 +161,10 @@ class Runner:
         model = self.model
         ids = np.concatenate([np.asarray(one.tokens, np.int64) for one in work])
         tokens = to_device(torch.from_numpy(ids), self.pool.device)
+        if (ids == UNREAD).any():
+            assert len(ids) == len(work), "tokens that are not read beside drafts"
+            slots = send([one.slot for one in work], torch.long, self.pool.device)
+            tokens = torch.where(tokens == UNREAD, self.last_tokens[slots], tokens)
         wanted = None
         if tuple(counts) == batch.lengths:
             wanted = Selection(batch, columns=slice(None))

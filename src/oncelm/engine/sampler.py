@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -26,10 +27,32 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Chosen = tuple[list[int], torch.Tensor, list[str | None]]  # rows, and what `Sampler._choose` found for them
+FAILED = -1  # in place of a token
 NARROW = 1024  # of the likeliest are picked out for top_k and top_p; only where they do not do, all are sorted
 LOGITS_AT_ONCE = 2**25  # in float32, of many rows: 128 MB, several times over
 COLDEST = 1e-30  # temperature, above 0 in float32
 ONE = 2.0**40  # the likeliest token's weight among whole numbers, whose sums are exact in any order
+
+
+@dataclass(slots=True)
+class Choice:
+    """What was asked of the device.
+
+    Attributes:
+        logits: [M, V], which are not to be changed before it is read.
+        largest: of each row of the logits, [M].
+        tokens: [M] int64 on the device, -1 where there is none.
+        chosen, on_host: of rows that do not just take the likeliest; and `tokens` and these on their way to the host.
+        event: they have arrived.
+    """
+
+    logits: torch.Tensor
+    rows: Sequence[SamplingRow]
+    largest: torch.Tensor
+    tokens: torch.Tensor
+    chosen: list[Chosen]
+    on_host: list[torch.Tensor]
+    event: torch.cuda.Event | None = None
 
 
 class Sampler:
@@ -55,27 +78,51 @@ class Sampler:
         self._penalties = Penalties(vocab_size, self.device)
         self._tokens = torch.arange(vocab_size, dtype=torch.int32, device=self.device)
 
-    @torch.no_grad()
     def __call__(self, logits: torch.Tensor, rows: Sequence[SamplingRow]) -> list[Sampled]:
         """A token for each of the rows, of logits [M, V] of any float dtype.
 
         A row fails alone: where its logits are not finite (-inf is, but for all of them), where one of its functions
         raises, and where nothing is left that may come.
         """
+        return self.read(self.choose(logits, rows)) if rows else []
+
+    @torch.no_grad()
+    def choose(self, logits: torch.Tensor, rows: Sequence[SamplingRow]) -> Choice:
+        """Ask the device for a token for each of the rows, without waiting for it."""
         assert logits.shape == (len(rows), self.vocab_size), (logits.shape, len(rows), self.vocab_size)
-        if not rows:
-            return []
         largest, tokens = logits.max(-1)  # nan where there is one
+        tokens = torch.where(largest.isfinite(), tokens, FAILED)
         special = [i for i, row in enumerate(rows) if not row.params.takes_likeliest]
-        chosen = self._choose_in_blocks(logits, rows, special)  # before the device is waited for
-        found = [Sampled(token) for token in torch.where(largest.isfinite(), tokens, -1).tolist()]
-        if any(sampled.token < 0 for sampled in found):
-            for sampled, value in zip(found, largest.tolist(), strict=True):
-                sampled.error = _not_finite(value, "the model's logits")
+        chosen = self._choose_in_blocks(logits, rows, special)
+        for block, values, _ in chosen:
+            places = send(block, torch.long, self.device)
+            tokens[places] = torch.where(tokens[places] == FAILED, FAILED, values[0].long())
+        on_host = [_to_host(values) for values in (tokens, *(values for _, values, _ in chosen))]
+        event = None
+        if self.device.type == "cuda":
+            event = torch.cuda.Event()
+            event.record()
+        return Choice(logits, rows, largest, tokens, chosen, on_host, event)
+
+    @torch.no_grad()
+    def read(self, choice: Choice) -> list[Sampled]:
+        """What was chosen, once the device is so far."""
+        logits, rows = choice.logits, choice.rows
+        if choice.event is not None:
+            choice.event.synchronize()
+        found = [Sampled(token) for token in choice.on_host[0].tolist()]
+        if any(sampled.token == FAILED for sampled in found):
+            for i, value in enumerate(choice.largest.tolist()):
+                found[i].error = _not_finite(value, "the model's logits")
+                found[i].is_broken = found[i].error is not None
+        chosen = [
+            (block, values, errors)
+            for (block, _, errors), values in zip(choice.chosen, choice.on_host[1:], strict=True)
+        ]
         again = self._take(chosen, found)
         if again:
             for i in again:
-                rows[i].memo.is_flat = True
+                rows[i].memo.is_flat = found[i].is_late = True
             self._take(self._choose_in_blocks(logits, rows, again), found)
         self._add_logprobs(logits, rows, found)
         return found
@@ -96,7 +143,7 @@ class Sampler:
                 if found[i].error is not None:
                     continue
                 found[i].error = error or _nothing_left(left)
-                found[i].token = int(token) if found[i].error is None else -1
+                found[i].token = int(token) if found[i].error is None else FAILED
                 if not is_settled and found[i].error is None:
                     again.append(i)
         return again
@@ -257,6 +304,11 @@ class Sampler:
             tables = logprobs.of_tokens(self._rows(logits, block), tokens, counts, self.tokenizer)
             for i, table in zip(block, tables, strict=True):
                 found[i].logprobs = table
+
+
+def _to_host(x: torch.Tensor) -> torch.Tensor:
+    """A copy that is under way: from a GPU into pinned memory."""
+    return x.to("cpu", non_blocking=True)
 
 
 def _weights(logits: torch.Tensor) -> torch.Tensor:

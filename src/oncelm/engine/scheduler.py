@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from oncelm.engine.memory import Memory
 from oncelm.engine.request import Request, State
-from oncelm.engine.work import Piece, Row
+from oncelm.engine.work import UNREAD, Piece, Row
 
 
 @dataclass
@@ -45,6 +45,8 @@ class Scheduler:
         max_prefill_tokens_beside_decodes: in the pieces of a step that has rows.
         snapshot_interval: tokens from one snapshot of a long prompt to the next.
         propose: drafts of what may follow a request's tokens.
+        read_tokens: takes in all tokens that were chosen and are not read yet, which may end requests. Rows are planned
+            without them; they have to be known only before a request loses its memory.
     """
 
     def __init__(
@@ -56,11 +58,12 @@ class Scheduler:
         max_prefill_tokens_beside_decodes: int,
         snapshot_interval: int = 8192,
         propose: Callable[[Request], list[int]] | None = None,
+        read_tokens: Callable[[], object] = lambda: None,
     ) -> None:
         self.memory, self.max_num_seqs = memory, max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_prefill_tokens_beside_decodes = max_prefill_tokens_beside_decodes
-        self.snapshot_interval, self.propose = snapshot_interval, propose
+        self.snapshot_interval, self.propose, self.read_tokens = snapshot_interval, propose, read_tokens
         self.running: list[Request] = []  # sorted
         self._waiting: list[Request] = []  # a heap; finished ones stay in it until they come up
         self._num_waiting = 0
@@ -105,7 +108,7 @@ class Scheduler:
         del self.running[bisect_left(self.running, request)]
         self._places -= 1 + len(request.forks)
         self.memory.drop(request)
-        request.leader, request.was_looked_up = None, False
+        request.leader, request.was_looked_up, request.num_unread = None, False, 0
 
     def _enter(self, request: Request) -> None:
         insort(self.running, request)
@@ -120,7 +123,10 @@ class Scheduler:
         self._fill_places()
         self._make_way(step)
         for request in list(self.running):
-            if request.state is State.WRITING:
+            if request.writes_on:
+                self._make_room(request, step)
+        for request in self.running:
+            if request.writes_on:
                 self._plan_row(request, step)
         budget = self.max_num_batched_tokens - sum(len(row.tokens) for _, row in step.rows)
         if step.rows:
@@ -158,26 +164,39 @@ class Scheduler:
         return next((one for one in reversed(self.running) if one.slot), None)
 
     def _preempt(self, request: Request, step: Step) -> None:
+        """Take a request's memory; or read tokens first that are not read, which may give memory, or end this one."""
+        if request.num_unread:
+            self.read_tokens()
+            return
         if self.memory.keeps_below and request.n:
             self.memory.snapshot(request, request.n)
         self.put_back(request)
         request.output.metrics.num_preemptions += 1
         step.num_preempted += 1
 
-    def _plan_row(self, request: Request, step: Step) -> None:
-        """Let a request write on, at the expense of later ones if there is no page for it."""
-        drafts = self.propose(request) if self.propose is not None else []
-        if not self.memory.reserve(request, len(request.tokens) + len(drafts)):
-            drafts = []
-        while not self.memory.reserve(request, len(request.tokens)):
+    def _make_room(self, request: Request, step: Step) -> None:
+        """A page for the token that a request writes next, at the expense of later requests if there is none."""
+        while not self.memory.reserve(request, len(request.tokens) + request.num_unread):
             victim = self._last_with_memory()
             assert victim is not None
             self._preempt(victim, step)
-            if victim is request:
+            if request.state is not State.WRITING:  # it was the last itself, or has ended
                 return
-        tokens = [*request.tokens[request.n :]]
-        step.rows.append((request, Row(request.slot, request.pages, request.n, tokens + drafts, len(tokens))))
-        request.n = len(request.tokens)
+
+    def _plan_row(self, request: Request, step: Step) -> None:
+        """Let a request, which has room, write on."""
+        start, known = request.n, len(request.tokens)
+        if request.num_unread:
+            row = Row(request.slot, request.pages, start, [UNREAD])
+        else:
+            tokens = [*request.tokens[start:]]
+            drafts = self.propose(request) if self.propose is not None else []
+            if drafts and not self.memory.reserve(request, known + len(drafts)):
+                drafts = []
+            row = Row(request.slot, request.pages, start, tokens + drafts, known - start)
+        step.rows.append((request, row))
+        request.n = known + request.num_unread
+        request.num_unread += 1
 
     def _plan_pieces(self, step: Step, budget: int) -> None:
         """Half of the budget for the oldest prompt, half for those that need the least; each the rest of the other."""

@@ -18,7 +18,7 @@ from oncelm.engine.intake import Prompt
 from oncelm.engine.options import EngineOptions, Limits
 from oncelm.engine.params import SamplingParams
 from oncelm.engine.plan import MemoryPlan
-from oncelm.engine.work import Piece, Row
+from oncelm.engine.work import UNREAD, Piece, Row
 from oncelm.models.registry import family, titles
 from oncelm.models.session import open_session
 from oncelm.utils.device import resolve_kv_dtype
@@ -97,6 +97,7 @@ class OneSession:
         self._session = open_session(model, cache_options={} if kv_dtype is None else {"dtype": kv_dtype})
         self._reads_whole = family(model.config).reads_by_windows
         self._unread: list[int] = []
+        self._last = torch.zeros(1, dtype=torch.long)  # the token that was chosen last, [1]
 
     def nbytes(self) -> int:
         return self._session.nbytes()
@@ -125,4 +126,10 @@ class OneSession:
         """Logits [1, V] of the one row."""
         (row,) = rows
         tokens, self._unread = torch.tensor([[*self._unread, *row.tokens]]), []
+        if row.tokens[-1] == UNREAD:
+            tokens = self._last[:, None]
         return self._session.step(tokens) if tokens.shape[1] == 1 and row.start else self._session.read(tokens)
+
+    def keep(self, rows: Sequence[Row], tokens: torch.Tensor) -> None:
+        """As Runner.keep."""
+        self._last = tokens.clamp(min=0)

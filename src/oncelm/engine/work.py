@@ -12,6 +12,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+UNREAD = -1  # in place of a token: the one that was chosen last in this slot, which only the device knows so far
+
 
 @dataclass(slots=True)
 class Piece:
@@ -36,7 +38,7 @@ class Piece:
 class Row:
     """The last tokens of a request: those that count, and drafts of what may follow.
 
-    Logits are wanted at the last token that counts, and at each draft.
+    Logits are wanted at the last token that counts, and at each draft. A single token may be `UNREAD`.
     """
 
     slot: int
