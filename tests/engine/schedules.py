@@ -21,6 +21,7 @@ from unittest import mock
 
 import torch
 
+from oncelm.data.tokenizers import load_tokenizer
 from oncelm.engine import engine as engine_module
 from oncelm.engine.engine import Engine
 from oncelm.engine.options import EngineOptions
@@ -83,6 +84,7 @@ class Schedule:
         drafts: None, "lookup" or "mixed" (MixedDrafts).
         returns_early: a step tells what the one before gave, as on a GPU.
         block: tokens of a digest of the prefix cache.
+        has_text: the engine has a tokenizer, and some answers end at a stop string.
         lives: of one engine each, on the same folder if it is `on_disk`; one after the other, or `together`.
     """
 
@@ -95,6 +97,7 @@ class Schedule:
     returns_early: bool
     block: int
     together: bool
+    has_text: bool
     lives: tuple[tuple[Ask, ...], ...]
 
 
@@ -114,7 +117,8 @@ def draw_schedule(seed: int, names: tuple[str, ...] = NAMES, num_prompts: int = 
     draw = random.Random(seed)
     name = draw.choice(names)
     page_size = draw.choice((1, 2, 3, 4, 4, 5, 8, 8, 16))
-    lives = tuple(tuple(_asks(draw, name, num_prompts)) for _ in range(draw.choice((1, 1, 1, 1, 2, 3))))
+    has_text = draw.random() < 0.3
+    lives = tuple(tuple(_asks(draw, name, num_prompts, has_text)) for _ in range(draw.choice((1, 1, 1, 1, 2, 3))))
     asks = [ask for life in lives for ask in life]
     longest = max(ask.prompt_length + ask.most for ask in asks)
     lives = tuple(tuple(_without_limit(draw, ask, longest) for ask in life) for life in lives)
@@ -139,7 +143,7 @@ def draw_schedule(seed: int, names: tuple[str, ...] = NAMES, num_prompts: int = 
     pages = 1 + draw.choice((most, most, most + 2, int(1.5 * most) + 1, 3 * most, 10 * most))
     on_disk, early = draw.random() < 0.3 or len(lives) > 1, draw.random() < 0.3
     block, together = draw.choice((3, 4, 8, 256)), draw.random() < 0.4
-    return Schedule(seed, name, options, pages, drafts, on_disk, early, block, together, lives)
+    return Schedule(seed, name, options, pages, drafts, on_disk, early, block, together, has_text, lives)
 
 
 def _without_limit(draw: random.Random, ask: Ask, longest: int) -> Ask:
@@ -150,7 +154,7 @@ def _without_limit(draw: random.Random, ask: Ask, longest: int) -> Ask:
     return replace(ask, params=replace(ask.params, max_tokens=None), most=room)
 
 
-def _asks(draw: random.Random, name: str, num_prompts: int) -> list[Ask]:
+def _asks(draw: random.Random, name: str, num_prompts: int, has_text: bool) -> list[Ask]:
     favourite, crowd = draw.randrange(num_prompts), draw.choice((1, 3, 10, 20))
     found = []
     for _ in range(draw.choice((1, 2, 3, 4, 5, 8))):
@@ -166,6 +170,7 @@ def _asks(draw: random.Random, name: str, num_prompts: int) -> list[Ask]:
             max_tokens=draw.choice((1, 2, 4, 6)),
             n=draw.choice((1, 1, 1, 1, 2, 3, 5)),
             stop_token_ids=[draw.choice(known)] if draw.random() < 0.2 else None,
+            stop=_stop(draw, known[given:]) if has_text else None,
             logprobs=draw.choice((None, None, None, 2)),
             prompt_logprobs=draw.choice((None,) * 9 + (1,)),
         )
@@ -183,12 +188,25 @@ def _asks(draw: random.Random, name: str, num_prompts: int) -> list[Ask]:
 def answer_alone(name: str, prompt: tuple[int, ...], params: SamplingParams, dtype: str) -> list[tuple[int, ...]]:
     """What an engine that has nothing else to do answers: the tokens of each of its n answers."""
     options = EngineOptions(max_model_len=100, page_size=16, kv_cache_dtype=dtype, **ALONE)
-    engine = Engine(tiny_model(name), None, options)
+    engine = Engine(tiny_model(name), load_tokenizer("bytes") if params.stop else None, options)
     engine.add_request("alone", list(prompt), params)
     outputs = []
     while engine.has_unfinished():
         outputs = engine.step() or outputs
     return [tuple(one.token_ids) for one in outputs[0].outputs]
+
+
+def _stop(draw: random.Random, tokens: tuple[int, ...]) -> list[str] | None:
+    """Perhaps a stop string: a few characters of what is coming, or the like."""
+    start = draw.randrange(len(tokens))
+    text = text_of(tokens[start : start + draw.randint(1, 3)])
+    can_be = text and "\0" not in text  # which no text of a user may have
+    return [text, text[:1] + "?"] if can_be and draw.random() < 0.7 else None
+
+
+def text_of(tokens: tuple[int, ...]) -> str:
+    """What the tokenizer of bytes makes of ids that a tiny model has: a character each, of special tokens none."""
+    return "".join(chr(token - 4) for token in tokens if token >= 4)
 
 
 class MixedDrafts:
@@ -226,7 +244,7 @@ class Life:
             return now[0]
 
         options = EngineOptions(**schedule.options, kv_cache_bytes=memory, cache_dir=folder, verbose=False)
-        self.engine = Engine(model, None, options, clock=clock)
+        self.engine = Engine(model, load_tokenizer("bytes") if schedule.has_text else None, options, clock=clock)
         self.engine.returns_at_launch = schedule.returns_early
         self.is_quantised = dtype is not None
         self.known: dict[tuple[int, ...], tuple[Answer, int]] = {}
@@ -332,6 +350,9 @@ class Life:
         assert tokens[:sure] == expected[: min(len(tokens), sure)], f"{tokens} is not {expected}"
         if one.finish_reason in ("stop", "length") and len(expected) <= sure:
             assert (tokens, one.finish_reason, one.stop_reason) == (expected, reason, stop)
+            if self.schedule.has_text:
+                text = text_of(tokens[:-1] if reason == "stop" and not isinstance(stop, str) else tokens)
+                assert one.text == (text[: text.index(stop)] if isinstance(stop, str) else text)
         return len(expected) <= sure
 
     def _is_read(self, ask: Ask, prompt: list[int], one: Any) -> bool:
@@ -393,7 +414,7 @@ class Life:
         assert engine.pages.num_used == engine.slots.num_used == 0, "pages or slots leak"
 
 
-def _expected(ask: Ask, known: Answer) -> tuple[tuple[int, ...], str, int | None]:
+def _expected(ask: Ask, known: Answer) -> tuple[tuple[int, ...], str, int | str | None]:
     """Tokens, finish_reason and stop_reason of an answer."""
     tokens = known.tokens[ask.given : ask.given + ask.most]
     for i, token in enumerate(tokens):
@@ -401,6 +422,9 @@ def _expected(ask: Ask, known: Answer) -> tuple[tuple[int, ...], str, int | None
             return tokens[: i + 1], "stop", None
         if token in (ask.params.stop_token_ids or ()):
             return tokens[: i + 1], "stop", token
+        for stop in ask.params.stop or ():
+            if stop in text_of(tokens[: i + 1]):
+                return tokens[: i + 1], "stop", stop
     return tokens, "length", None
 
 
