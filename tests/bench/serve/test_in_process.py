@@ -113,8 +113,7 @@ def test_figures_a_table_and_a_plot(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="did you mean 'png'"):
         check_plot("a.pngg")
     pytest.importorskip("matplotlib")
-    for some in (answers, failed):
-        plot_replay(some, tmp_path / "a.png", "a title")
-        plot_replay(some, tmp_path / "a.svg", "a title")
-        assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
-        assert "</svg>" in (tmp_path / "a.svg").read_text()
+    plot_replay(answers, tmp_path / "a.png", "a title")
+    plot_replay(failed, tmp_path / "a.svg", "nothing to draw")
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    assert "</svg>" in (tmp_path / "a.svg").read_text()
