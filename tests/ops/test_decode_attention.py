@@ -192,6 +192,42 @@ def test_kernels_on_quantised_caches(dtype, kept) -> None:
 
 
 @needs_kernels
+@pytest.mark.parametrize("dtype", [None, FP8, INT8], ids=str)
+def test_scales_that_are_negative_or_zero(dtype) -> None:
+    q, k, v, lengths = make([50, 0, 77], 2, (6, 2), D=32, dtype=torch.float16)
+    scales, exact_k, exact_v = (None, None), k, v
+    if dtype is not None:
+        (k, k_scale), (v, v_scale) = (quantize_kv(x.nan_to_num(), dtype) for x in (k, v))
+        scales = (k_scale, v_scale)
+        exact_k, exact_v = k.double() * k_scale[..., None], v.double() * v_scale[..., None]
+    for scale in (-0.3, 0.0):
+        found = ours(q, k, v, lengths, scales=scales, scale=scale)
+        assert error(found, exact(q, exact_k, exact_v, lengths, scale)) < 2e-3
+    assert error(ours(q * 0, k, v, lengths, scales=scales), exact(q * 0, exact_k, exact_v, lengths)) < 2e-3
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [FP8, INT8], ids=str)
+def test_8_bit_caches_of_any_strides(dtype) -> None:
+    q, k, v, lengths = make([50, 0, 130], 1, (6, 2), D=32, dtype=torch.float16)
+    (k, k_scale), (v, v_scale) = (quantize_kv(x, dtype) for x in (k, v))
+    for x in (k, v):
+        for n, length in enumerate(lengths.tolist()):
+            x.view(torch.uint8)[n, length:] = 0x7F  # NaN in float8
+    expected = ours(q, k, v, lengths, scales=(k_scale, v_scale))
+    assert torch.isfinite(expected).all()
+    odd = torch.zeros(*k.shape[:3], 67, dtype=torch.uint8, device=DEVICE)
+    odd_k, odd_v = odd[..., 1:33], odd[..., 35:]
+    odd_k.copy_(k.view(torch.uint8))
+    odd_v.copy_(v.view(torch.uint8))
+    assert torch.equal(ours(q, odd_k.view(dtype), odd_v.view(dtype), lengths, scales=(k_scale, v_scale)), expected)
+    for page in (16, 64, 128):  # smaller than a tile, as large, larger
+        pages = [paged(x, page)[0] for x in (k, v, k_scale, v_scale)]
+        found = ours(q, *pages[:2], lengths, paged(k, page)[1], pages[2:])
+        assert torch.equal(found, expected)
+
+
+@needs_kernels
 def test_float16() -> None:
     tensors = make([50, 77], 1, (6, 2), dtype=torch.float16)
     assert error(ours(*tensors), exact(*tensors)) < 2e-3
