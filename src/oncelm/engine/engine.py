@@ -38,6 +38,7 @@ from oncelm.engine.runner import Runner
 from oncelm.engine.sampler import Choice, Sampler
 from oncelm.engine.scheduler import Scheduler, Step
 from oncelm.engine.work import Piece, Row
+from oncelm.models.checks import weights_digest
 from oncelm.utils.device import resolve_kv_dtype
 from oncelm.utils.errors import is_out_of_memory
 
@@ -90,7 +91,7 @@ class Engine:
                 self.pool,
                 self.pages,
                 self.slots,
-                f"{model.fingerprint()} {model.quantization}",
+                f"{model.fingerprint()} {model.quantization} {weights_digest(model) if options.cache_dir else ''}",
                 cpu_bytes=options.cpu_cache_bytes,
                 directory=options.cache_dir,
                 disk_bytes=options.disk_cache_bytes,

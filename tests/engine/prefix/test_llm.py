@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from oncelm.engine.llm import LLM
 from oncelm.engine.params import SamplingParams
@@ -64,3 +66,17 @@ def test_behind_a_damaged_snapshot_the_one_before_is_used(tmp_path: Path) -> Non
         assert ask(llm, [text(40)]) == ([expected], [32])
         assert ask(llm, [text(40)]) == ([expected], [39])
         assert llm.metrics().prefix_cache.damaged == 1
+
+
+def test_what_a_slightly_other_model_has_kept_is_not_used(tmp_path: Path) -> None:
+    model = make_model("retention", vocab_size=3000)
+    tuned = copy.deepcopy(model)
+    with torch.no_grad():
+        tuned.get_input_embeddings().weight[text(40)[20]] += 1e-3  # a row that a sample of the weights may miss
+    assert tuned.fingerprint() == model.fingerprint()
+    rounded = copy.deepcopy(model).to(torch.bfloat16)
+    found = []
+    for one in (model, tuned, rounded, copy.deepcopy(rounded).float(), model):
+        with LLM(one, kv_cache_bytes=MUCH, kv_cache_dtype="int8", cache_dir=str(tmp_path), verbose=False) as llm:
+            found += ask(llm, [text(40)])[1]
+    assert found == [0, 0, 0, 0, 39]
