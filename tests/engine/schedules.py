@@ -1,8 +1,8 @@
 """Random lives of an engine, each from one number: what is asked when, with how little memory, and what goes wrong.
 
-Run one again by its number:
+Run one again as a failure names it, `draw_schedule(1234, ('hybrid',), 30)`:
 
-    python -m tests.engine.schedules 1234
+    python -m tests.engine.schedules 1234 30 hybrid
 """
 
 from __future__ import annotations
@@ -81,6 +81,7 @@ class Schedule:
     """All that happens to an engine.
 
     Attributes:
+        drawn: how to draw it again.
         drafts: None, "lookup" or "mixed" (MixedDrafts).
         returns_early: a step tells what the one before gave, as on a GPU.
         block: tokens of a digest of the prefix cache.
@@ -88,6 +89,7 @@ class Schedule:
         lives: of one engine each, on the same folder if it is `on_disk`; one after the other, or `together`.
     """
 
+    drawn: str
     seed: int
     name: str
     options: dict[str, Any]
@@ -143,7 +145,8 @@ def draw_schedule(seed: int, names: tuple[str, ...] = NAMES, num_prompts: int = 
     pages = 1 + draw.choice((most, most, most + 2, int(1.5 * most) + 1, 3 * most, 10 * most))
     on_disk, early = draw.random() < 0.3 or len(lives) > 1, draw.random() < 0.3
     block, together = draw.choice((3, 4, 8, 256)), draw.random() < 0.4
-    return Schedule(seed, name, options, pages, drafts, on_disk, early, block, together, has_text, lives)
+    drawn = f"draw_schedule({seed}, {names}, {num_prompts})"
+    return Schedule(drawn, seed, name, options, pages, drafts, on_disk, early, block, together, has_text, lives)
 
 
 def _without_limit(draw: random.Random, ask: Ask, longest: int) -> Ask:
@@ -429,7 +432,7 @@ def _expected(ask: Ask, known: Answer) -> tuple[tuple[int, ...], str, int | str 
 
 
 def run_schedule(schedule: Schedule, kind: type[Life] = Life) -> Record:
-    """Let it happen, and check all of it; AssertionError names the schedule's number."""
+    """Let it happen, and check all of it; AssertionError says how to draw it again."""
     record, lives, original = Record(), [], engine_module.PromptLookup
 
     def follows(tokens: list[int]) -> list[int]:
@@ -457,11 +460,11 @@ def run_schedule(schedule: Schedule, kind: type[Life] = Life) -> Record:
                     for _ in begin(asks, place):
                         pass
         except Exception as error:
-            raise AssertionError(f"schedule {schedule.seed} of {schedule.name}: {error!r}") from error
+            raise AssertionError(f"{schedule.drawn}: {error!r}") from error
     return record
 
 
 if __name__ == "__main__":
-    chosen = draw_schedule(int(sys.argv[1]))
+    chosen = draw_schedule(int(sys.argv[1]), tuple(sys.argv[3:]), int(sys.argv[2]))
     print(chosen)
     print(run_schedule(chosen))
