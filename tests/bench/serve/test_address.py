@@ -81,6 +81,8 @@ def test_nobody_there() -> None:
         asyncio.run(ask())
     with pytest.raises(ValueError, match="--url must be such as http"):
         api_root("127.0.0.1:8000")
+    with pytest.raises(ValueError, match="no user or password"):
+        api_root("https://me:secret@127.0.0.1:8000")
 
 
 def test_events_come_out_whole_wherever_bytes_are_cut() -> None:

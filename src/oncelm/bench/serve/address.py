@@ -97,6 +97,8 @@ def api_root(url: str) -> str:
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.netloc:
         raise ValueError(f"--url must be such as http://127.0.0.1:8000, got {shown(url)}.")
+    if "@" in parts.netloc:  # it would stand in the record
+        raise ValueError("--url must have no user or password in it; name the key's variable by --api-key-env.")
     root = url.rstrip("/").removesuffix("/completions")
     return root if parts.path.strip("/") else f"{root}/v1"
 
