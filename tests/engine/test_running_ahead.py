@@ -177,6 +177,22 @@ def test_a_draw_that_is_corrected_late(monkeypatch) -> None:
     check_no_leak(engine)
 
 
+def test_a_draw_that_is_corrected_late_and_ends_the_answer(monkeypatch) -> None:
+    """Nothing is kept of a row that has read another token than the one that stands there."""
+    monkeypatch.setattr("oncelm.engine.sampler.NARROW", 4)
+    for seed in (6, 8, 9):  # the likeliest tokens do not do for these
+        params = {"seed": seed, "temperature": 3.0, "top_p": 0.9, "ignore_eos": True}
+        plain = make_engine()
+        plain.add_request("0", [5, 6, 7], SamplingParams(max_tokens=1, **params))
+        (token,) = tokens_of(run(plain)["0"])
+        engine = make_ahead()
+        engine.add_request("0", [5, 6, 7], SamplingParams(stop_token_ids=[token], **params))
+        assert tokens_of(run(engine)["0"]) == [token]
+        engine.add_request("1", [5, 6, 7, token, 3, 4], greedy())
+        assert tokens_of(run(engine)["1"]) == alone([5, 6, 7, token, 3, 4])
+        check_no_leak(engine)
+
+
 def test_draws_are_those_of_their_place() -> None:
     found = []
     for make in (make_engine, make_ahead):

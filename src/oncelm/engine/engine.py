@@ -348,6 +348,8 @@ class Engine:
                     self.memory.forget(request)  # a snapshot at its end has the token taken in that led to this
                 continue
             request.num_unread -= 1
+            if places[0].is_late and request.num_unread:  # the next row has read another token
+                self._put_back(request)
             drafts = row.tokens[row.kept :]
             for place, sampled in enumerate(places):
                 if sampled.error is not None:
@@ -367,8 +369,6 @@ class Engine:
                 num_accepted += 1
                 if reason is not None:
                     break
-            if places[0].is_late and request.num_unread:  # the next row has read another token
-                self._put_back(request)
         self._counts["rows"] += len(launched.rows)
         self._counts["sampled_tokens"] += num_tokens
         self._counts["drafts_proposed"] += len(found) - len(launched.rows)
@@ -402,7 +402,7 @@ class Engine:
         """End an answer, and those that were to go on from the same prompt; its memory goes, or is kept for others."""
         if request.state is State.FINISHED:
             return
-        if reason in ("stop", "length"):
+        if reason in ("stop", "length") and request.slot:
             self.memory.snapshot(request, request.n)  # the next turn goes on from there
         self.scheduler.finish(request)
         for one in (request, *request.forks):
