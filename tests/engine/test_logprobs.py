@@ -38,7 +38,7 @@ def test_those_of_a_prompt(kind, count, monkeypatch) -> None:
 
 def test_ranks_of_equal_ones_and_of_ones_that_cannot_come() -> None:
     logits = torch.tensor([[1.0, 2.0, 2.0, float("-inf"), 0.0]])
-    table = next(logprobs.of_tokens(logits, torch.tensor([3]), [4]))
+    table = next(logprobs.tables(logprobs.measure(logits, torch.tensor([3]), [4]), [4]))
     assert {token: logprob.rank for token, logprob in table.items()} == {3: 5, 1: 1, 2: 1, 0: 3, 4: 4}
     assert table[3].logprob == float("-inf")
 
@@ -47,5 +47,5 @@ def test_the_text_beside_them() -> None:
     tokenizer = TOKENIZERS["bytes"]
     logits = torch.zeros(1, len(tokenizer))
     (token,) = tokenizer("a").input_ids
-    table = next(logprobs.of_tokens(logits, torch.tensor([token]), [0], tokenizer))
+    table = next(logprobs.tables(logprobs.measure(logits, torch.tensor([token]), [0]), [0], tokenizer))
     assert table[token].decoded_token == "a"

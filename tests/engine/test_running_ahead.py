@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 from oncelm.engine.engine import Engine
+from oncelm.engine.outputs import RequestOutput
 from oncelm.engine.params import SamplingParams
 from oncelm.engine.work import UNREAD
 from tests.engine.test_engine import (
@@ -60,7 +62,6 @@ LOOKING_BACK = [
     {"repetition_penalty": 1.2},
     {"presence_penalty": 0.5},
     {"logits_processors": [lambda a, b, x: x]},
-    {"logprobs": 1},
 ]
 
 
@@ -194,13 +195,17 @@ def test_a_draw_that_is_corrected_late_and_ends_the_answer(monkeypatch) -> None:
 
 
 def test_draws_are_those_of_their_place() -> None:
-    found = []
+    found: list[dict[str, RequestOutput]] = []
     for make in (make_engine, make_ahead):
         engine = make()
         for i, prompt in enumerate(prompts_of(8, 5)):
-            engine.add_request(str(i), prompt, drawn(i))
-        found.append({name: tokens_of(output) for name, output in run(engine).items()})
-    assert found[0] == found[1]
+            engine.add_request(str(i), prompt, replace(drawn(i), logprobs=[None, 0, 2, -1][i % 4]))
+        found.append(run(engine))
+    for name, output in found[0].items():
+        assert tokens_of(output) == tokens_of(found[1][name])
+        right, answer = output.outputs[0], found[1][name].outputs[0]
+        assert [len(table) for table in answer.logprobs or ()] == [len(table) for table in right.logprobs or ()]
+        assert answer.cumulative_logprob == pytest.approx(right.cumulative_logprob, abs=1e-3)
 
 
 @pytest.mark.parametrize("where", ["choose", "read"])

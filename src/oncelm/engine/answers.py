@@ -22,15 +22,15 @@ def end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
 
 def places_of(request: Request, row: Row) -> list[SamplingRow]:
     """The places of a row whose tokens are to be chosen: behind its last sure token, and behind each draft."""
-    output, drafts = request.answer.token_ids, row.tokens[row.kept :]
+    params, output, prompt = request.params, request.answer.token_ids, request.output.prompt_token_ids
     index = len(output) + request.num_unread - 1  # the row itself is one of those that are not read
-    return [
-        SamplingRow(
-            request.params, request.seed, index + count, request.output.prompt_token_ids,
-            [*output, *drafts[:count]] if count else output, request.grammar, count, request.memo,
+    places = [SamplingRow(params, request.seed, index, prompt, output, request.grammar, 0, request.memo)]
+    for count in range(1, row.num_logits):
+        drafted = [*output, *row.tokens[row.kept : row.kept + count]]
+        places.append(
+            SamplingRow(params, request.seed, index + count, prompt, drafted, request.grammar, count, request.memo)
         )
-        for count in range(len(drafts) + 1)
-    ]  # fmt: skip
+    return places
 
 
 def append_token(request: Request, sampled: Sampled, now: float, eos_token_ids: Collection[int]) -> Ending:

@@ -340,7 +340,8 @@ class Engine:
             return
         now, first, num_tokens, num_accepted = self.clock(), 0, 0, 0
         for request, row in launched.rows:
-            places, first = found[first : first + row.num_logits], first + row.num_logits
+            count = row.num_logits
+            places, first = found[first : first + count], first + count
             if request in launched.lost:
                 continue
             if request.state is State.FINISHED:  # by the token before, or from outside
@@ -350,7 +351,7 @@ class Engine:
             request.num_unread -= 1
             if places[0].is_late and request.num_unread:  # the next row has read another token
                 self._put_back(request)
-            drafts = row.tokens[row.kept :]
+            drafts = row.tokens[row.kept :] if count > 1 else ()
             for place, sampled in enumerate(places):
                 if sampled.error is not None:
                     self._end(request, "error", error=sampled.error)

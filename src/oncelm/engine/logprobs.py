@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -17,13 +17,33 @@ if TYPE_CHECKING:
 ROWS_AT_ONCE = 256  # of a prompt's logits: 100 MB in float32, of 100,000 tokens
 
 
-def of_tokens(
-    logits: torch.Tensor,
-    tokens: torch.Tensor,
-    counts: Sequence[int],
-    tokenizer: PreTrainedTokenizerBase | None = None,
+class Measured(NamedTuple):
+    """Of rows of logits, on any device: the token of each, its log-probability, how many are likelier [M]; and those of
+    the likeliest tokens, and their ids [M, K]."""
+
+    tokens: torch.Tensor
+    logprobs: torch.Tensor
+    ranks: torch.Tensor
+    best: torch.Tensor
+    ids: torch.Tensor
+
+
+def measure(logits: torch.Tensor, tokens: torch.Tensor, counts: Sequence[int]) -> Measured:
+    """Of each row of logits [M, V], for its token ([M] int64) and for as many as the largest of `counts`."""
+    logits = logits.float()
+    total = logits.logsumexp(-1, keepdim=True)
+    chosen = logits.gather(1, tokens[:, None])
+    ranks = (logits > chosen).sum(-1)
+    vocab_size = logits.shape[1]
+    width = max((vocab_size if count == ALL else min(count, vocab_size) for count in counts), default=0)
+    best, ids = logits.topk(width, dim=-1)
+    return Measured(tokens, (chosen - total)[:, 0], ranks, best - total, ids)
+
+
+def tables(
+    measured: Measured, counts: Sequence[int], tokenizer: PreTrainedTokenizerBase | None = None
 ) -> Iterator[dict[int, Logprob]]:
-    """Of each row of logits [M, V]: the log-probability of its token ([M] int64) and of its `counts[i]` likeliest.
+    """Of each row: the log-probability of its token and of its `counts[i]` likeliest.
 
     A rank is 1 and the number of tokens that are likelier. The chosen token comes first, then the others by rank.
     """
@@ -34,18 +54,11 @@ def of_tokens(
             texts[token] = None if tokenizer is None else tokenizer.decode([token])
         return texts[token]
 
-    logits = logits.float()
-    vocab_size = logits.shape[1]
-    sizes = [vocab_size if count == ALL else min(count, vocab_size) for count in counts]
-    total = logits.logsumexp(-1, keepdim=True)
-    chosen = logits.gather(1, tokens[:, None])
-    ranks = (logits > chosen).sum(-1)
-    best, ids = logits.topk(max(sizes, default=0), dim=-1)
-    lines = zip(tokens.tolist(), (chosen - total)[:, 0].tolist(), ranks.tolist(), strict=True)
-    likeliest = zip((best - total).tolist(), ids.tolist(), sizes, strict=True)
-    for (token, logprob, rank), (best_logprobs, best_tokens, size) in zip(lines, likeliest, strict=True):
+    lists = (column.tolist() for column in measured)
+    for token, logprob, rank, best_logprobs, best_tokens, count in zip(*lists, counts, strict=True):
+        best_tokens = best_tokens if count == ALL else best_tokens[:count]
         found = {token: Logprob(logprob, rank + 1, spelled(token))}
-        for place, (other, value) in enumerate(zip(best_tokens[:size], best_logprobs, strict=False)):
+        for place, (other, value) in enumerate(zip(best_tokens, best_logprobs, strict=False)):
             if not place or value != best_logprobs[place - 1]:
                 rank = place + 1
             found.setdefault(other, Logprob(value, rank, spelled(other)))
@@ -65,6 +78,7 @@ def prompt_logprobs(
     found: list[dict[int, Logprob]] = []
     for start in range(0, len(hidden), ROWS_AT_ONCE):
         tokens = targets[start : start + ROWS_AT_ONCE]
-        logits = head(hidden[start : start + ROWS_AT_ONCE])
-        found += of_tokens(logits, send(list(tokens), torch.long, logits.device), [count] * len(tokens), tokenizer)
+        logits, counts = head(hidden[start : start + ROWS_AT_ONCE]), [count] * len(tokens)
+        measured = measure(logits, send(list(tokens), torch.long, logits.device), counts)
+        found += tables(measured, counts, tokenizer)
     return found

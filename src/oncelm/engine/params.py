@@ -212,13 +212,8 @@ class SamplingParams:
 
     @cached_property
     def looks_back(self) -> bool:
-        """Whether a token is chosen, or its choice is told, by more than its logits and its place in the output."""
-        return (
-            self.has_penalties
-            or bool(self.bad_words or self.logits_processors)
-            or self.structured is not None
-            or self.logprobs is not None
-        )
+        """Whether a token is chosen by more than its logits and its place in the output."""
+        return self.has_penalties or bool(self.bad_words or self.logits_processors) or self.structured is not None
 
     def check_model(self, vocab_size: int, has_tokenizer: bool) -> None:
         """Raise ValueError for what a model with so many tokens, and with or without a tokenizer, cannot do."""

@@ -95,6 +95,7 @@ class Request:
 
     def __post_init__(self) -> None:
         self.key = (self.priority, self.arrival, self.answer.index)
+        self.most_tokens = self.num_prompt_tokens + self.max_tokens
 
     def __lt__(self, other: Request) -> bool:
         """Whether this one comes first: by priority (smaller ones first), then by arrival."""
@@ -111,7 +112,7 @@ class Request:
     @property
     def writes_on(self) -> bool:
         """Whether it has a row in the next step: its prompt is read, and no token on its way must be the last."""
-        return self.state is State.WRITING and self.num_output_tokens + self.num_unread < self.max_tokens
+        return self.state is State.WRITING and len(self.tokens) + self.num_unread < self.most_tokens
 
     @property
     def end(self) -> int:

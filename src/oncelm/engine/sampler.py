@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Chosen = tuple[list[int], torch.Tensor, list[str | None]]  # rows, and what `Sampler._choose` found for them
+Measured = tuple[list[int], logprobs.Measured]  # rows that want log-probabilities, and these
 FAILED = -1  # in place of a token
 NARROW = 1024  # of the likeliest are picked out for top_k and top_p; only where they do not do, all are sorted
 LOGITS_AT_ONCE = 2**25  # in float32, of many rows: 128 MB, several times over
@@ -42,7 +43,8 @@ class Choice:
         logits: [M, V], which are not to be changed before it is read.
         largest: of each row of the logits, [M].
         tokens: [M] int64 on the device, -1 where there is none.
-        chosen, on_host: of rows that do not just take the likeliest; and `tokens` and these on their way to the host.
+        on_host, chosen, measured: copies on their way to the host: of `tokens`, of what was found for rows that do not
+            just take the likeliest, and of log-probabilities.
         event: they have arrived.
     """
 
@@ -50,8 +52,9 @@ class Choice:
     rows: Sequence[SamplingRow]
     largest: torch.Tensor
     tokens: torch.Tensor
+    on_host: torch.Tensor
     chosen: list[Chosen]
-    on_host: list[torch.Tensor]
+    measured: list[Measured]
     event: torch.cuda.Event | None = None
 
 
@@ -97,12 +100,15 @@ class Sampler:
         for block, values, _ in chosen:
             places = send(block, torch.long, self.device)
             tokens[places] = torch.where(tokens[places] == FAILED, FAILED, values[0].long())
-        on_host = [_to_host(values) for values in (tokens, *(values for _, values, _ in chosen))]
-        event = None
+        arriving = [(block, _to_host(values), errors) for block, values, errors in chosen]
+        measured = [
+            (block, logprobs.Measured(*map(_to_host, values))) for block, values in self._measure(logits, rows, tokens)
+        ]
+        on_host, event = _to_host(tokens), None
         if self.device.type == "cuda":
             event = torch.cuda.Event()
             event.record()
-        return Choice(logits, rows, largest, tokens, chosen, on_host, event)
+        return Choice(logits, rows, largest, tokens, on_host, arriving, measured, event)
 
     @torch.no_grad()
     def read(self, choice: Choice) -> list[Sampled]:
@@ -110,21 +116,18 @@ class Sampler:
         logits, rows = choice.logits, choice.rows
         if choice.event is not None:
             choice.event.synchronize()
-        found = [Sampled(token) for token in choice.on_host[0].tolist()]
+        found = [Sampled(token) for token in choice.on_host.tolist()]
         if any(sampled.token == FAILED for sampled in found):
             for i, value in enumerate(choice.largest.tolist()):
                 found[i].error = _not_finite(value, "the model's logits")
                 found[i].is_broken = found[i].error is not None
-        chosen = [
-            (block, values, errors)
-            for (block, _, errors), values in zip(choice.chosen, choice.on_host[1:], strict=True)
-        ]
-        again = self._take(chosen, found)
+        again, measured = self._take(choice.chosen, found), choice.measured
         if again:
             for i in again:
                 rows[i].memo.is_flat = found[i].is_late = True
             self._take(self._choose_in_blocks(logits, rows, again), found)
-        self._add_logprobs(logits, rows, found)
+            measured = self._measure(logits, rows, send([one.token for one in found], torch.long, self.device))
+        self._add_logprobs(measured, rows, found)
         return found
 
     def _choose_in_blocks(self, logits: torch.Tensor, rows: Sequence[SamplingRow], wanted: list[int]) -> list[Chosen]:
@@ -295,15 +298,22 @@ class Sampler:
             :, 0
         ]
 
-    def _add_logprobs(self, logits: torch.Tensor, rows: Sequence[SamplingRow], found: list[Sampled]) -> None:
-        wanted = [i for i, row in enumerate(rows) if row.params.logprobs is not None and found[i].error is None]
+    def _measure(self, logits: torch.Tensor, rows: Sequence[SamplingRow], tokens: torch.Tensor) -> list[Measured]:
+        """Log-probabilities of those of the rows that want them, in blocks, where tokens [M] are chosen."""
+        wanted = [i for i, row in enumerate(rows) if row.params.logprobs is not None]
+        found = []
         for start in range(0, len(wanted), logprobs.ROWS_AT_ONCE):
             block = wanted[start : start + logprobs.ROWS_AT_ONCE]
-            tokens = send([found[i].token for i in block], torch.long, self.device)
+            places = send(block, torch.long, self.device)
             counts = [rows[i].params.logprobs or 0 for i in block]
-            tables = logprobs.of_tokens(self._rows(logits, block), tokens, counts, self.tokenizer)
-            for i, table in zip(block, tables, strict=True):
-                found[i].logprobs = table
+            found.append((block, logprobs.measure(logits[places], tokens[places].clamp(min=0), counts)))
+        return found
+
+    def _add_logprobs(self, measured: list[Measured], rows: Sequence[SamplingRow], found: list[Sampled]) -> None:
+        for block, values in measured:
+            counts = [rows[i].params.logprobs or 0 for i in block]
+            for i, table in zip(block, logprobs.tables(values, counts, self.tokenizer), strict=True):
+                found[i].logprobs = table if found[i].error is None else None
 
 
 def _to_host(x: torch.Tensor) -> torch.Tensor:

@@ -122,11 +122,12 @@ class Scheduler:
         step = Step()
         self._fill_places()
         self._make_way(step)
-        for request in list(self.running):
-            if request.writes_on:
+        writers = [request for request in self.running if request.writes_on]
+        for request in writers:
+            if request.state is State.WRITING:
                 self._make_room(request, step)
-        for request in self.running:
-            if request.writes_on:
+        for request in writers:
+            if request.state is State.WRITING:  # it was not an earlier one that got its memory
                 self._plan_row(request, step)
         budget = self.max_num_batched_tokens - sum(len(row.tokens) for _, row in step.rows)
         if step.rows:
