@@ -286,6 +286,9 @@ class Life:
                 return list(known.tokens[given + len(tokens) - len(prompt) :])
         return []
 
+    def step(self) -> list[Any]:
+        return self.engine.step()
+
     def run(self) -> Iterator[None]:
         """To its end, step by step."""
         step = 0
@@ -297,7 +300,7 @@ class Life:
                     self.engine.abort_request(str(number))
             if not self.engine.has_unfinished() and step >= max(ask.comes for ask in self.asks):
                 break
-            for output in self.engine.step():
+            for output in self.step():
                 self._check(self.asks[int(output.request_id)], output)
             self._check_memory()
             step += 1

@@ -75,15 +75,13 @@ PLACES: tuple[tuple[Any, str], ...] = (
 
 
 def fail_sometimes(
-    monkeypatch: pytest.MonkeyPatch, seed: int, chance: float, error: Callable[[], BaseException], places: Any = PLACES
-) -> list[int]:
-    """Let functions that take memory raise at random calls; the list grows with each error."""
-    draw, raised = random.Random(seed), []
+    monkeypatch: pytest.MonkeyPatch, draw: random.Random, error: Callable[[], BaseException], places: Any = PLACES
+) -> None:
+    """Let functions that take memory raise at random calls."""
 
     def failing(function: Callable) -> Callable:
         def call(*args: Any, **kwargs: Any) -> Any:
-            if draw.random() < chance:
-                raised.append(1)
+            if draw.random() < 0.02:
                 raise error()
             return function(*args, **kwargs)
 
@@ -91,24 +89,30 @@ def fail_sometimes(
 
     for where, name in places:
         monkeypatch.setattr(where, name, failing(getattr(where, name)))
-    return raised
 
 
-class FaultyLife(Life):
+class ShortOfMemory(Life):
+    """In its steps memory runs out now and then."""
+
     may_fail = True
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.draw = random.Random(self.schedule.seed)
+
+    def step(self) -> list[Any]:
+        with pytest.MonkeyPatch.context() as patch:
+            fail_sometimes(patch, self.draw, lambda: torch.OutOfMemoryError("out of memory, says the test"))
+            return super().step()
 
 
 @pytest.mark.parametrize("block", range(2))
-def test_memory_that_runs_out_within_a_step(monkeypatch, block) -> None:
+def test_memory_that_runs_out_within_a_step(block) -> None:
     """At any call of any pass, while much else goes on: an answer fails, or is right; the engine lives on."""
-    raised = failed = 0
+    failed = 0
     for seed in range(6 * block, 6 * block + 6):
-        schedule = draw_schedule(seed, (NAME, "retention", "window"), 5)
-        with monkeypatch.context() as patch:
-            errors = fail_sometimes(patch, seed, 0.01, lambda: torch.OutOfMemoryError("out of memory, says the test"))
-            record = run_schedule(schedule, FaultyLife)
-        raised, failed = raised + len(errors), failed + record.failed
-    assert raised >= failed > 0
+        failed += run_schedule(draw_schedule(seed, (NAME, "retention", "window"), 5), ShortOfMemory).failed
+    assert failed > 0
 
 
 def test_the_largest_request_fails_where_memory_runs_out(monkeypatch) -> None:
@@ -142,7 +146,7 @@ def test_an_error_that_nobody_expects_is_raised_and_leaves_a_sound_engine(monkey
         for which, text in enumerate(texts):
             engine.add_request(str(which), text, greedy())
         with monkeypatch.context() as patch:
-            fail_sometimes(patch, seed, 0.02, lambda: error, PLACES[:2])
+            fail_sometimes(patch, random.Random(seed), lambda: error, PLACES[:2])
             try:
                 while engine.has_unfinished():
                     outputs |= {output.request_id: output for output in engine.step()}
