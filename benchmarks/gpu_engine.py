@@ -387,7 +387,7 @@ def held(float8: bool) -> Callable[[Bench], None]:
         plan, page_size = engine.plan, engine.plan.page_size
         count = min(sizes.most_held, (plan.num_pages - 1) // -(-tokens // page_size))
         logits = torch.zeros(count, at.model.config.vocab_size, device=at.device)
-        runner, engine.runner = engine.runner, _Skip(logits)
+        runner, engine.runner = engine.runner, _Skip(engine.runner, logits)
         engine.scheduler.max_num_batched_tokens = 1 << 40  # nothing is computed
         engine.scheduler.max_prefill_tokens_beside_decodes = 1 << 40
         (prompt,) = at.prompts(1, sizes.held)
@@ -416,8 +416,8 @@ def held(float8: bool) -> Callable[[Bench], None]:
 class _Skip:
     """In the runner's place: nothing is computed."""
 
-    def __init__(self, logits: torch.Tensor) -> None:
-        self.logits = logits
+    def __init__(self, runner: Any, logits: torch.Tensor) -> None:
+        self.keep, self.logits = runner.keep, logits
 
     def prefill(self, pieces: Sequence[Any]) -> list[None]:
         return [None] * len(pieces)

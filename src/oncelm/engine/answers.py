@@ -61,6 +61,8 @@ def add_text(request: Request) -> Ending:
     reason, stop = None, None
     answer, told = request.answer, request.num_told
     request.num_told = len(answer.token_ids)
+    if request.text.is_silent:
+        return reason, stop
     try:
         for token in answer.token_ids[told:]:
             _, reason, stop = request.text.append(token)

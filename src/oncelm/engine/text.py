@@ -29,6 +29,7 @@ class TextState:
     Attributes:
         text: all that came out.
         num_tokens: of the answer so far.
+        is_silent: nothing comes out, and nothing in the answer's text or structure ends it.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class TextState:
             if tokenizer is not None and params.detokenize
             else None
         )
+        self.is_silent = self._stream is None and grammar is None and not params.stop
         self._held = ""
         self.text, self.num_tokens = "", 0
 
