@@ -14,6 +14,8 @@ from itertools import accumulate
 
 import torch
 
+from oncelm.utils.device import to_device
+
 HISTORY = 64  # forward passes that a recording cache can undo
 
 
@@ -158,13 +160,6 @@ class Selection:
         if self.flat is not None:
             return x.flatten(0, 1)[self.flat][None]
         return x[:, self.columns]
-
-
-def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """x there. From a CPU to a GPU it goes through pinned memory, so that the host does not wait."""
-    if device.type == "cuda" and x.device.type == "cpu":
-        return x.pin_memory().to(device, non_blocking=True)
-    return x.to(device)
 
 
 def borders(lengths: Sequence[int], device: torch.device) -> torch.Tensor:

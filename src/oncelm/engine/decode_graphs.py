@@ -14,7 +14,6 @@ from typing import Any
 import torch
 
 from oncelm.cache import Batch, SharedKV
-from oncelm.cache.batch import to_device
 from oncelm.cache.yoco.places import Places
 from oncelm.engine.piece_graphs import PieceGraphs, pieces_in_graphs
 from oncelm.engine.pool import Pool
@@ -24,6 +23,7 @@ from oncelm.models.plain import Wiring
 from oncelm.models.step_graph import record
 from oncelm.models.yoco.decoding import plain_modules
 from oncelm.ops.attention import has_decode_kernel
+from oncelm.utils.device import to_device
 
 WIDTHS = {8: 64, 16: 32}  # tokens of rows with drafts -> rows of a pass: the logits of all these tokens take memory
 

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 
 from oncelm.cache import Batch
-from oncelm.cache.batch import to_device
 from oncelm.cache.yoco.places import Places
 from oncelm.engine.pool import Pool
 from oncelm.engine.work import Piece
@@ -24,6 +23,7 @@ from oncelm.models import YocoForCausalLM
 from oncelm.models.step_graph import record
 from oncelm.models.yoco.mixers.registry import kinds_of
 from oncelm.models.yoco.model import run_layers
+from oncelm.utils.device import to_device
 
 if TYPE_CHECKING:
     from oncelm.engine.decode_graphs import PageTables

@@ -10,14 +10,13 @@ import numpy as np
 import torch
 
 from oncelm.cache import Batch, Selection
-from oncelm.cache.batch import to_device
 from oncelm.cache.yoco.places import Places
 from oncelm.engine.decode_graphs import DecodeGraphs
 from oncelm.engine.pool import Pool
 from oncelm.engine.work import UNREAD, Piece, Row
 from oncelm.models import YocoForCausalLM
 from oncelm.models.yoco.model import run_layers
-from oncelm.utils.device import send
+from oncelm.utils.device import send, to_device
 
 
 class Runner:

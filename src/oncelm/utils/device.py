@@ -43,7 +43,13 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
     return resolved
 
 
+def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """x there. From a CPU to a GPU it goes through pinned memory, so that the host does not wait."""
+    if device.type == "cuda" and x.device.type == "cpu":
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)
+
+
 def send(values: Any, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Numbers (nested lists, an array, a tensor of the CPU) as a tensor on a device, without waiting for it."""
-    tensor = torch.as_tensor(values, dtype=dtype)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+    return to_device(torch.as_tensor(values, dtype=dtype), device)

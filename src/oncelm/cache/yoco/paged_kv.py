@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from oncelm.cache.batch import Batch, borders, to_device
+from oncelm.cache.batch import Batch, borders
 from oncelm.cache.yoco.places import Places
 from oncelm.ops import decode_attention, dequantize_kv, global_attention
 from oncelm.ops.attention import MOST_DECODED, has_decode_kernel
 from oncelm.ops.quantize import as_bytes
+from oncelm.utils.device import to_device
 
 if TYPE_CHECKING:
     from oncelm.cache.yoco.shared_kv import SharedKV

@@ -8,8 +8,9 @@ from typing import NamedTuple
 
 import torch
 
-from oncelm.cache.batch import Batch, borders, to_device
+from oncelm.cache.batch import Batch, borders
 from oncelm.ops.attention import PAGE_SIZES
+from oncelm.utils.device import to_device
 
 
 class Part(NamedTuple):
