@@ -68,5 +68,6 @@ class Penalties:
         self._in_prompt[taken] = False
         self._in_output[taken] = 0
         if row.params.repetition_penalty != 1:
-            self._in_prompt[taken, send(list(set(row.prompt)), torch.long, self._device)] = True
+            # index_fill_, for an assignment would bring the value to the device, and wait
+            self._in_prompt[taken].index_fill_(0, send(list(set(row.prompt)), torch.long, self._device), True)
         return taken

@@ -10,6 +10,7 @@ import torch
 from oncelm.engine.pages import Pages, Slots
 from oncelm.engine.pool import Pool
 from oncelm.engine.prefix import PrefixCache
+from oncelm.ops.quantize import as_bytes
 from tests.models.small import make_model
 
 pytestmark = [
@@ -20,8 +21,14 @@ PAGE_SIZE, NUM_PAGES, NUM_SLOTS = 64, 600, 6
 
 
 def fill(pool: Pool, value: int) -> None:
+    """Every byte."""
     for tensor in (*pool._of_slots.values(), *pool._of_pages.values()):
-        tensor.view(torch.uint8).fill_(value)
+        bits = torch.full((tensor.element_size(),), value, dtype=torch.uint8, device=tensor.device).view(tensor.dtype)
+        as_bytes(tensor).copy_(as_bytes(bits).expand(tensor.shape))
+
+
+def is_full_of(value: int, held: dict[str, torch.Tensor]) -> bool:
+    return all((tensor.contiguous().view(torch.uint8) == value).all() for tensor in held.values())
 
 
 @pytest.mark.parametrize("kv_dtype", [None, torch.float8_e4m3fn])
@@ -42,16 +49,17 @@ def test_pages_are_written_right_behind_a_copy(kv_dtype, tmp_path: Path) -> None
         slot = cache.slots.allocate()
         pages = cache.restore(cache.match([value] * (n + 1)), slot, cache.pages.allocate)
         held = {**pool.read_slot(slot), **pool.read_rows(pages, 0, n)}
-        assert all((tensor.view(torch.uint8) == value).all() for tensor in held.values())
+        assert is_full_of(value, held)
         cache.pages.release(pages)
         cache.slots.release(slot)
+        assert cache.free(NUM_PAGES - 1, NUM_SLOTS - 1)  # what was restored is a snapshot on the device again
     cache.close()
     again = PrefixCache(pool, Pages(NUM_PAGES), Slots(NUM_SLOTS), model.fingerprint(), directory=tmp_path)
     for value in (1, 20):
         slot = again.slots.allocate()
         pages = again.restore(again.match([value] * (n + 1)), slot, again.pages.allocate)
         held = {**pool.read_slot(slot), **pool.read_rows(pages, 0, n)}
-        assert all((tensor.view(torch.uint8) == value).all() for tensor in held.values())
+        assert is_full_of(value, held)
         again.pages.release(pages)
         again.slots.release(slot)
         assert again.free(NUM_PAGES - 1, NUM_SLOTS - 1)
