@@ -42,6 +42,18 @@ def test_text() -> None:
     assert (text, ids) == ("Di", [5])
 
 
+@pytest.mark.parametrize(
+    ("prompt", "said"),
+    [
+        (b"Di", "decode it to text"),
+        ("a\ud800", r"valid Unicode, got '\\ud800' at character 1"),
+    ],
+)
+def test_what_is_no_text(prompt, said) -> None:
+    with pytest.raises(ValueError, match=said):
+        read_prompt(prompt, load_tokenizer("bytes"), 260)
+
+
 def test_answers_that_fit() -> None:
     assert answer_length(10, 54, PLAN) == 54
     assert answer_length(10, None, PLAN) == 54

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import gc
+import threading
+import weakref
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from oncelm.data.tokenizers import load_tokenizer
+from oncelm.engine.beam import BeamSearchParams
 from oncelm.engine.llm import LLM
 from oncelm.engine.params import SamplingParams
+from oncelm.engine.thread import EngineStopped
 from tests.models.small import make_model
 
 GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
@@ -39,7 +47,7 @@ def test_prompts_of_every_form() -> None:
         assert [output.prompt_token_ids for output in outputs] == ids
     assert outputs[2].prompt == TEXTS[2]
     assert outputs[0].outputs[0].text == tokenizer.decode([*ids[0], *answers[0]])[len(TEXTS[0]) :]
-    for prompt in (TEXTS[0], ids[0], mixed[1]):
+    for prompt in (TEXTS[0], ids[0], list(np.array(ids[0])), mixed[1]):
         assert len(llm.generate(prompt, GREEDY, use_tqdm=False)) == 1
     assert llm.generate([], GREEDY, use_tqdm=False) == []
 
@@ -57,6 +65,17 @@ def test_a_refused_prompt_leaves_nothing_behind() -> None:
         llm.generate(TEXTS, [GREEDY] * 2)
     with pytest.raises(ValueError, match="prompts must be text"):
         llm.generate(7, GREEDY)
+    for odd in ({"temperature": 0}, BeamSearchParams()):
+        with pytest.raises(ValueError, match="sampling_params must be a SamplingParams, got"):
+            llm.generate(TEXTS, odd)
+        with pytest.raises(ValueError, match="sampling_params must be a SamplingParams, got"):
+            next(llm.stream(TEXTS[0], odd))
+    with pytest.raises(ValueError, match="params must be a BeamSearchParams, got"):
+        llm.beam_search(TEXTS, GREEDY)
+    with pytest.raises(ValueError, match="sampling_params: 0 for 3 prompts"):
+        llm.generate(TEXTS, [])
+    with pytest.raises(ValueError, match="cache_salt must be text, got 5"):
+        llm.generate(TEXTS, GREEDY, cache_salt=5)
     assert len(llm.generate(TEXTS, GREEDY, use_tqdm=False)) == 3
     assert not llm._open
     assert not llm._news
@@ -94,6 +113,58 @@ def test_a_stream_and_other_calls_beside_it() -> None:
     next(stream)
     stream.close()
     assert not llm.engine.scheduler.has_unfinished
+
+
+def test_outputs_of_a_stream() -> None:
+    """Each is as far as the answer had come, what is new, or the last one."""
+    llm = make_llm()
+    outputs = [output.outputs[0] for output in llm.stream(TEXTS[0], GREEDY)]
+    assert [len(answer.token_ids) for answer in outputs] == [1, 2, 3, 4, 5, 6]
+    assert [answer.finish_reason for answer in outputs] == [None] * 5 + ["length"]
+    new = [output.outputs[0] for output in llm.stream(TEXTS[0], replace(GREEDY, output_kind="delta"))]
+    assert [token for answer in new for token in answer.token_ids] == outputs[-1].token_ids
+    assert "".join(answer.text for answer in new) == outputs[-1].text
+    (last,) = llm.stream(TEXTS[0], replace(GREEDY, output_kind="final_only"))
+    assert last.finished
+    assert last.outputs[0].token_ids == outputs[-1].token_ids
+
+
+def test_several_threads() -> None:
+    llm, answers = make_llm(), dict[int, Any]()
+    expected = [output.outputs[0].token_ids for output in llm.generate(TEXTS, GREEDY, use_tqdm=False)]
+
+    def work(number: int) -> None:
+        if number % 2:
+            answers[number] = [[*llm.stream(text, GREEDY)][-1].outputs[0].token_ids for text in TEXTS]
+        else:
+            outputs = llm.generate(TEXTS, GREEDY, use_tqdm=False)
+            answers[number] = [output.outputs[0].token_ids for output in outputs]
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert answers == dict.fromkeys(range(4), expected)
+    assert not llm._open
+    assert not llm._news
+
+
+def test_closed() -> None:
+    """The memory is free though the object is still there, as the last one is where a notebook makes another."""
+    llm = make_llm()
+    llm.generate(TEXTS, GREEDY, use_tqdm=False)
+    tensors = [weakref.ref(tensor) for tensor in llm.engine.pool._of_pages.values()]
+    llm.close()
+    llm.close()
+    gc.collect()
+    assert tensors
+    assert not any(tensor() is not None for tensor in tensors)
+    assert llm.engine.pool.nbytes() == 0
+    assert llm.metrics().counts.finished == {"length": 3}
+    for ask in (lambda: llm.generate(TEXTS[0], GREEDY), lambda: llm.read(TEXTS[0])):
+        with pytest.raises(EngineStopped, match="was closed"):
+            ask()
 
 
 def test_a_document_and_questions() -> None:
@@ -136,6 +207,21 @@ def test_options_are_checked() -> None:
         make_llm(max_num_batched_tokens=1)
     with pytest.raises(ValueError, match="device and dtype are for a model that is loaded"):
         LLM(make_model("retention"), device="cpu")
+    for model in (7, torch.nn.Linear(1, 1)):
+        with pytest.raises(ValueError, match="model must be a folder, a hub id or a model"):
+            LLM(model)
+    with pytest.raises(ValueError, match="tokenizer must be a name, a folder or a tokenizer"):
+        make_llm(tokenizer=7)
+    with pytest.raises(ValueError, match=r"'yoco-tiny' is a preset.*build_model"):
+        LLM("yoco-tiny")
+
+
+def test_folders_that_are_not_there(tmp_path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"cache_dir=.* is no folder, and cannot be made one"):
+        make_llm(cache_dir=tmp_path / "file" / "kept")
+    with pytest.raises(FileNotFoundError, match="absent"):
+        LLM(tmp_path / "absent")
 
 
 def test_a_folder(tmp_path) -> None:

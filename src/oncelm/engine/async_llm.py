@@ -16,7 +16,7 @@ from oncelm.engine.intake import Prompt
 from oncelm.engine.llm import LLM
 from oncelm.engine.metrics import MetricsReport
 from oncelm.engine.outputs import RequestOutput
-from oncelm.engine.params import SamplingParams
+from oncelm.engine.params import SamplingParams, as_params
 from oncelm.engine.thread import EngineThread, Mailbox
 
 
@@ -66,7 +66,7 @@ class AsyncLLM:
             ValueError: a request that the engine refuses.
             EngineStopped: the engine was closed, or has failed.
         """
-        engine, params = self._llm.engine, sampling_params or SamplingParams()
+        engine, params = self._llm.engine, as_params(sampling_params)
         add = partial(engine.add_request, priority=priority, cache_salt=cache_salt, arrival_time=engine.clock())
         mailbox = Mailbox(request_id or f"async-{next(self._numbers)}", params.output_kind == "final_only")
         prompt = await self._encode(prompt)

@@ -15,6 +15,7 @@ from oncelm.data.detokenize import text_stream
 from oncelm.engine.outputs import CompletionOutput, Logprob, RequestOutput
 from oncelm.engine.params import SamplingParams
 from oncelm.utils.constraints import Number, OneOf, Whole, check_all, constraints_of
+from oncelm.utils.errors import shown
 
 if TYPE_CHECKING:
     from oncelm.engine.llm import LLM
@@ -114,7 +115,9 @@ def beam_search(llm: LLM, prompts: Any, params: BeamSearchParams | None = None) 
         ValueError: a prompt that cannot be run, or whose answer does not fit.
         RuntimeError: a step failed, as where memory runs out.
     """
-    params = params or BeamSearchParams()
+    params = BeamSearchParams() if params is None else params
+    if not isinstance(params, BeamSearchParams):
+        raise ValueError(f"params must be a BeamSearchParams, got {shown(params)}.")
     eos_token_ids = llm.engine.eos_token_ids
     count = Search(params, eos_token_ids).num_continuations
     asked = SamplingParams(temperature=0, max_tokens=1, logprobs=count, detokenize=False)

@@ -10,6 +10,7 @@ On a CPU a step returns its own outputs.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 import traceback
@@ -29,7 +30,7 @@ from oncelm.engine.metrics import EngineMetrics, Gauges, MetricsReport
 from oncelm.engine.options import EngineOptions, Limits
 from oncelm.engine.outputs import RequestOutput
 from oncelm.engine.pages import Pages, Slots
-from oncelm.engine.params import SamplingParams
+from oncelm.engine.params import SamplingParams, as_params
 from oncelm.engine.plan import MemoryPlan, plan_memory
 from oncelm.engine.pool import Pool
 from oncelm.engine.prefix import PrefixCache
@@ -37,6 +38,7 @@ from oncelm.engine.request import Request, State
 from oncelm.engine.runner import Runner
 from oncelm.engine.sampler import Choice, Sampler
 from oncelm.engine.scheduler import Scheduler, Step
+from oncelm.engine.thread import EngineStopped
 from oncelm.engine.work import Piece, Row
 from oncelm.models.checks import weights_digest
 from oncelm.utils.device import resolve_kv_dtype
@@ -80,6 +82,7 @@ class Engine:
         options = options or EngineOptions()
         limits = options.limits(model.device.type)
         self.options = replace(options, **limits._asdict())
+        options.make_folder()
         self.plan = plan = self._plan_memory(limits)
         self.pages, self.slots = Pages(plan.num_pages), Slots(plan.num_slots)
         self.pool, self.runner = self._take_memory(limits)
@@ -112,6 +115,7 @@ class Engine:
         self._intake = Intake(tokenizer, model.config.vocab_size, self.eos_token_ids, plan, options.seed)
         self._metrics = EngineMetrics()
         self._requests: dict[str, list[Request]] = {}
+        self._is_closed = False
         self._launched: deque[Launched] = deque()
         self._counts: Counter[str] = Counter()  # of what was read in a step
         self._changed: dict[Request, None] = {}  # whose outputs are to be told, in order
@@ -166,10 +170,11 @@ class Engine:
         Raises:
             ValueError: no tokens, tokens that the model does not have, more than fit (with how many would), an id that
                 is in use.
+            EngineStopped: it was closed.
         """
         self._check_id(request_id)
         arrival = self.clock() if arrival_time is None else arrival_time
-        requests = self._intake.requests(request_id, prompt, params or SamplingParams(), arrival, priority, cache_salt)
+        requests = self._intake.requests(request_id, prompt, as_params(params), arrival, priority, cache_salt)
         self._requests[request_id] = requests
         most = self.options.max_num_seqs  # answers that go on from one reading of the prompt
         for first in range(0, len(requests), most):
@@ -202,6 +207,8 @@ class Engine:
         return requests[0].n if requests else 0
 
     def _check_id(self, request_id: str) -> None:
+        if self._is_closed:
+            raise EngineStopped("the engine was closed: it takes no more requests.")
         if request_id in self._requests:
             raise ValueError(f"request_id {request_id!r} is in use by a request that is not finished.")
 
@@ -467,9 +474,20 @@ class Engine:
         )
 
     def close(self) -> None:
-        """Abort what runs, and finish writing what is kept on disk. The memory is free when the object is gone."""
+        """End what runs, and give the memory back: it takes no more requests. Closing it again does nothing."""
+        if self._is_closed:
+            return
+        self._is_closed = True
         for request_id in list(self._requests):
             self.abort_request(request_id)
         self._launched.clear()
         if self.cache is not None:
             self.cache.close()
+        on_gpu = self.model.device.type == "cuda"
+        with contextlib.suppress(RuntimeError):  # of a GPU that has failed: whoever waited was told
+            if on_gpu:
+                torch.cuda.synchronize(self.model.device)
+            self.runner = None  # with its graphs
+            self.pool.release()
+            if on_gpu:
+                torch.cuda.empty_cache()

@@ -53,9 +53,12 @@ def read_prompt(prompt: Prompt, tokenizer: Any, vocab_size: int) -> PromptTokens
             check_choice("key of a prompt", name, ("prompt", "prompt_token_ids"))
         given = prompt.get("prompt_token_ids", prompt.get("prompt"))
     text = prompt.get("prompt") if isinstance(prompt, Mapping) else prompt if isinstance(prompt, str) else None
+    if isinstance(given, bytes | bytearray):  # they are numbers, too, but hardly meant as ids
+        raise ValueError(f"a prompt must be text or token ids, got {shown(given)}; decode it to text.")
     if isinstance(given, str):
         if tokenizer is None:
             raise ValueError("a prompt of text needs a tokenizer; this engine has none, so give token ids.")
+        check_encodable(given)
         given = encode_prompt(tokenizer, given) if given else []
     try:
         ids = [*given]
@@ -65,6 +68,15 @@ def read_prompt(prompt: Prompt, tokenizer: Any, vocab_size: int) -> PromptTokens
         raise ValueError("the prompt is empty: there has to be at least one token.")
     encoded = _encoded(ids, vocab_size)
     return PromptTokens(text, ids if type(ids[0]) is int else encoded.tolist(), encoded)
+
+
+def check_encodable(text: str) -> None:
+    """ValueError for text with half of a surrogate pair, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        odd = text[error.start : error.start + 1]
+        raise ValueError(f"a prompt must be valid Unicode, got {odd!r} at character {error.start:,}.") from None
 
 
 def _encoded(ids: list[int], vocab_size: int) -> array[int]:
@@ -162,6 +174,8 @@ class Intake:
     ) -> list[Request]:
         if not isinstance(priority, int):
             raise ValueError(f"priority must be a whole number, smaller ones come first; got {shown(priority)}.")
+        if not isinstance(salt, str | None):
+            raise ValueError(f"cache_salt must be text, got {shown(salt)}.")
         text, ids, encoded = tokens
         grammars = [self._grammar(params) for _ in range(params.n)]
         answers = [CompletionOutput(index) for index in range(params.n)]

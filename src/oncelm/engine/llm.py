@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import itertools
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from numbers import Integral
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,9 +22,11 @@ from oncelm.engine.intake import Prompt
 from oncelm.engine.metrics import MetricsReport
 from oncelm.engine.options import engine_options
 from oncelm.engine.outputs import RequestOutput
-from oncelm.engine.params import SamplingParams
+from oncelm.engine.params import SamplingParams, as_params
 from oncelm.engine.single import make_engine
-from oncelm.models.load import load, set_execution
+from oncelm.engine.thread import Newest
+from oncelm.models.load import load, read_config, set_execution
+from oncelm.models.registry import presets
 from oncelm.utils.errors import shown
 
 
@@ -39,6 +44,8 @@ class LLM:
         quantization: "float8" reads prompts in float8 (`YocoModel.set_quantization`).
         compile: compile the layers.
         options: how requests are run: those of `EngineOptions` (engine/options.py).
+
+    Several threads may use one `LLM`: whoever waits for an answer runs the next step, of everybody's requests.
 
     Attributes:
         engine: what runs them.
@@ -59,6 +66,7 @@ class LLM:
         **options: Any,
     ) -> None:
         settings = engine_options(options)
+        _check_kinds(model, tokenizer)
         if isinstance(model, PreTrainedModel):
             if device is not None or dtype is not None:
                 raise ValueError("device and dtype are for a model that is loaded; the one given has its own.")
@@ -75,6 +83,7 @@ class LLM:
         self._numbers = itertools.count()
         self._open: set[str] = set()  # requests that somebody waits for
         self._news: dict[str, RequestOutput] = {}  # theirs that have changed
+        self._lock = threading.RLock()  # of the engine and of these: one thread at a time
 
     def generate(
         self,
@@ -98,14 +107,15 @@ class LLM:
             ValueError: a prompt that cannot be run; none is run then.
         """
         several = _several(prompts)
-        params = _one_each("sampling_params", sampling_params or SamplingParams(), len(several))
+        params = _one_each("sampling_params", sampling_params, len(several))
         priorities = _one_each("priority", priority, len(several))
         ids: list[str] = []
         outputs = {}
         try:
             for prompt, one, urgency in zip(several, params, priorities, strict=True):
                 ids.append(self._begin())
-                self.engine.add_request(ids[-1], prompt, one, priority=urgency, cache_salt=cache_salt)
+                with self._lock:
+                    self.engine.add_request(ids[-1], prompt, one, priority=urgency, cache_salt=cache_salt)
             with _Progress(len(ids), disable=not use_tqdm) as progress:
                 for output in self._outputs(ids):
                     if output.finished:
@@ -123,14 +133,23 @@ class LLM:
         priority: int = 0,
         cache_salt: str | None = None,
     ) -> Iterator[RequestOutput]:
-        """The answer to a prompt, as it comes: the same output again and again, as far as it has come.
+        """The answer to a prompt, as it comes: as far as it has come, or what is new (`output_kind`).
 
-        The request begins with the first one, and ends where the iterator is closed.
+        The request begins with the first output, and ends where the iterator is closed.
         """
-        request_id = self._begin()
+        params = as_params(sampling_params)
+        request_id, earlier = self._begin(), None
         try:
-            self.engine.add_request(request_id, prompt, sampling_params, priority=priority, cache_salt=cache_salt)
-            yield from self._outputs([request_id])
+            with self._lock:
+                self.engine.add_request(request_id, prompt, params, priority=priority, cache_salt=cache_salt)
+            for output in self._outputs([request_id]):
+                with self._lock:  # no step writes to it meanwhile
+                    newest = Newest(output)
+                if newest.finished or params.output_kind != "final_only":
+                    yield newest.read(since=earlier if params.output_kind == "delta" else None)
+                    earlier = newest
+                if newest.finished:
+                    break
         finally:
             self._end([request_id])
 
@@ -185,10 +204,13 @@ class LLM:
         """
         request_id = self._begin()
         try:
-            output = self.engine.add_document(request_id, document, cache_salt=cache_salt)
+            with self._lock:
+                output = self.engine.add_document(request_id, document, cache_salt=cache_salt)
             length = len(output.prompt_token_ids)
             while not output.finished:
-                self._step()
+                with self._lock:
+                    if not output.finished:
+                        self._step()
                 if progress is not None:
                     progress(length if output.finished else self.engine.num_read(request_id))
         finally:
@@ -199,11 +221,13 @@ class LLM:
 
     def metrics(self) -> MetricsReport:
         """What was counted and measured since the start."""
-        return self.engine.metrics()
+        with self._lock:
+            return self.engine.metrics()
 
     def close(self) -> None:
-        """Abort what runs, and finish writing what is kept on disk. The memory is free when the object is gone."""
-        self.engine.close()
+        """Abort what runs, finish writing what is kept on disk, and give the memory back: it takes no more requests."""
+        with self._lock:
+            self.engine.close()
 
     def __enter__(self) -> LLM:
         return self
@@ -221,10 +245,11 @@ class LLM:
 
     def _end(self, ids: Iterable[str]) -> None:
         """Nobody waits for these requests any more; those that are not finished are aborted."""
-        for request_id in ids:
-            self.engine.abort_request(request_id)
-            self._open.discard(request_id)
-            self._news.pop(request_id, None)
+        with self._lock:
+            for request_id in ids:
+                self.engine.abort_request(request_id)
+                self._open.discard(request_id)
+                self._news.pop(request_id, None)
 
     def _step(self) -> None:
         for output in self.engine.step():
@@ -235,14 +260,14 @@ class LLM:
         """The outputs of some requests, whenever they have changed; those of others wait for their readers."""
         left = set(ids)
         while left:
-            changed = [request_id for request_id in self._news if request_id in left]
-            for request_id in changed:
-                output = self._news.pop(request_id)
+            with self._lock:
+                changed = [self._news.pop(request_id) for request_id in [*self._news] if request_id in left]
+                if not changed:
+                    self._step()
+            for output in changed:
                 if output.finished:
-                    left.discard(request_id)
+                    left.discard(output.request_id)
                 yield output
-            if left and not changed:
-                self._step()
 
 
 class _Progress(tqdm):
@@ -262,10 +287,24 @@ class _Progress(tqdm):
         self.update()
 
 
+def _check_kinds(model: Any, tokenizer: Any) -> None:
+    """ValueError for what is no model, or no tokenizer, at all."""
+    if not isinstance(model, str | os.PathLike | PreTrainedModel):
+        raise ValueError(f"model must be a folder, a hub id or a model of transformers or OnceLM, got {shown(model)}.")
+    if tokenizer is not None and not isinstance(tokenizer, str | os.PathLike | PreTrainedTokenizerBase):
+        raise ValueError(f"tokenizer must be a name, a folder or a tokenizer of transformers, got {shown(tokenizer)}.")
+    if isinstance(model, str) and model in presets() and not Path(model).exists():
+        raise ValueError(
+            f"{model!r} is a preset, a shape without weights; build a model of it: "
+            f"LLM(oncelm.build_model({model!r}), tokenizer)."
+        )
+
+
 def _tokenizer_of(model: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
     try:
         return load_tokenizer(model)
     except ValueError as error:
+        read_config(model)  # where there is no model at all, that is what is to be said
         raise ValueError(
             f"{error} Name one (tokenizer=...), or give the model itself (oncelm.load) to work with token ids."
         ) from error
@@ -277,7 +316,7 @@ def _several(prompts: Any) -> list[Prompt]:
         return [prompts]
     if not isinstance(prompts, Sequence):
         raise ValueError(f"prompts must be text, token ids or a list of these, got {shown(prompts)}.")
-    return [prompts] if prompts and isinstance(prompts[0], int) else list(prompts)
+    return [prompts] if prompts and isinstance(prompts[0], Integral) else list(prompts)
 
 
 def _one_each(name: str, given: Any, count: int) -> list[Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 from oncelm.utils.constraints import Count, Flag, Keyed, Number, OneOf, Text, Whole, check_all, constraints_of
@@ -77,6 +78,16 @@ class EngineOptions:
                 f"max_num_batched_tokens={self.max_num_batched_tokens} is less than max_num_seqs={self.max_num_seqs}: "
                 "a step has a token of each request that writes."
             )
+
+    def make_folder(self) -> None:
+        """Make `cache_dir`, if it is not there; ValueError where that cannot be, before anything is read in vain."""
+        if self.cache_dir is not None:
+            try:
+                Path(self.cache_dir).mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise ValueError(
+                    f"cache_dir={self.cache_dir!r} is no folder, and cannot be made one: {error}."
+                ) from None
 
     def limits(self, device_type: str) -> Limits:
         """Those that were given, and for the others what suits the device."""

@@ -145,8 +145,8 @@ class SamplingParams:
         structured: a JSON schema (a dict or a string), {"regex": ...}, {"choice": [...]} or {"grammar": ...}.
         skip_special_tokens: in the text of the output.
         detokenize: make text at all.
-        output_kind: of `AsyncLLM`: "cumulative" outputs have all that was written so far, "delta" ones what is new;
-            "final_only": the last output alone.
+        output_kind: of `AsyncLLM.generate` and `LLM.stream`: "cumulative" outputs have all that was written so far,
+            "delta" ones what is new; "final_only": the last output alone.
     """
 
     n: Annotated[int, Whole(1)] = 1
@@ -224,6 +224,15 @@ class SamplingParams:
         for name in ("stop", "bad_words"):
             if getattr(self, name) and not has_tokenizer:
                 raise ValueError(f"{name} needs a tokenizer; this engine has none, got {shown(getattr(self, name))}.")
+
+
+def as_params(given: SamplingParams | None) -> SamplingParams:
+    """What was given, or the defaults; ValueError for anything else."""
+    if given is None:
+        return SamplingParams()
+    if not isinstance(given, SamplingParams):
+        raise ValueError(f"sampling_params must be a SamplingParams, got {shown(given)}.")
+    return given
 
 
 CONSTRAINTS = constraints_of(SamplingParams)

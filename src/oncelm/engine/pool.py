@@ -83,6 +83,11 @@ class Pool:
         """Bytes allocated, used or not."""
         return sum(tensor.nbytes for tensor in (*self._of_slots.values(), *self._of_pages.values()))
 
+    def release(self) -> None:
+        """Give the memory back, for good."""
+        for tensors in (self.stores, self._of_slots, self._of_pages):
+            tensors.clear()
+
     # -- slots ----------------------------------------------------------------------------------------------------
 
     def clear_slot(self, slot: int) -> None:

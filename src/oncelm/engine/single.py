@@ -16,7 +16,7 @@ import torch
 from oncelm.engine.engine import Engine
 from oncelm.engine.intake import Prompt
 from oncelm.engine.options import EngineOptions, Limits
-from oncelm.engine.params import SamplingParams
+from oncelm.engine.params import SamplingParams, as_params
 from oncelm.engine.plan import MemoryPlan
 from oncelm.engine.work import UNREAD, Piece, Row
 from oncelm.models.registry import family, titles
@@ -51,7 +51,8 @@ class SingleEngine(Engine):
         super().__init__(model, tokenizer, replace(given, max_num_seqs=1, enable_prefix_caching=False), **more)
 
     def add_request(self, request_id: str, prompt: Prompt, params: SamplingParams | None = None, **options: Any) -> Any:
-        if params is not None and params.prompt_logprobs is not None and self._able.reads_by_windows:
+        params = as_params(params)
+        if params.prompt_logprobs is not None and self._able.reads_by_windows:
             raise ValueError(
                 f"prompt_logprobs is not for {self._able.title} models, which read a prompt by windows; got "
                 f"{params.prompt_logprobs}."
@@ -101,6 +102,9 @@ class OneSession:
 
     def nbytes(self) -> int:
         return self._session.nbytes()
+
+    def release(self) -> None:
+        self._session.reset()
 
     def clear_slot(self, slot: int) -> None:
         self._session.reset()
