@@ -146,6 +146,18 @@ def test_a_document_is_read_once() -> None:
     run(main)
 
 
+def test_a_document_that_was_not_read_to_its_end() -> None:
+    async def main() -> None:
+        llm = oncelm.AsyncLLM(model(), "bytes", **options(), max_num_batched_tokens=4)
+        reading = asyncio.create_task(llm.read([5] * 2000))
+        await until_it_runs(llm)
+        await llm.close(timeout=0)
+        with pytest.raises(EngineStopped, match="before the document was read"):
+            await reading
+
+    asyncio.run(asyncio.wait_for(main(), 60))
+
+
 def test_what_is_refused_and_what_is_closed() -> None:
     async def main() -> None:
         llm = oncelm.AsyncLLM(model(), "bytes", **options())

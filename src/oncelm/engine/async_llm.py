@@ -17,7 +17,7 @@ from oncelm.engine.llm import LLM
 from oncelm.engine.metrics import MetricsReport
 from oncelm.engine.outputs import RequestOutput
 from oncelm.engine.params import SamplingParams, as_params
-from oncelm.engine.thread import EngineThread, Mailbox
+from oncelm.engine.thread import EngineStopped, EngineThread, Mailbox
 
 
 class AsyncLLM:
@@ -81,7 +81,13 @@ class AsyncLLM:
             self._thread.give_up(mailbox)
 
     async def read(self, document: Prompt, *, cache_salt: str | None = None) -> int:
-        """Read a text into the prefix cache, as `LLM.read` does: its number of tokens."""
+        """Read a text into the prefix cache, as `LLM.read` does: its number of tokens.
+
+        Raises:
+            ValueError: there is no prefix cache, or the document does not fit.
+            MemoryError: memory ran out while it was read.
+            EngineStopped: the engine was closed before it was read, or has failed.
+        """
         engine = self._llm.engine
         mailbox = Mailbox(f"document-{next(self._numbers)}", only_finished=True)
         document = await self._encode(document)
@@ -90,6 +96,8 @@ class AsyncLLM:
             output = (await mailbox.take()).read()
         finally:
             self._thread.give_up(mailbox)
+        if output.outputs[0].finish_reason == "abort":
+            raise EngineStopped("the engine was closed before the document was read.")
         if output.outputs[0].error is not None:
             raise MemoryError(output.outputs[0].error)
         return len(output.prompt_token_ids)
