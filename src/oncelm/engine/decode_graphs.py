@@ -167,7 +167,7 @@ class GraphsOfWidth:
         host[:, count:size] = 0
         self.inputs.copy_(self._staged, non_blocking=True)
         if self._copied is not None:
-            self._copied.record()
+            self._copied.record(torch.cuda.current_stream(self.pool.device))
         self.tables.send(rows)
         graph, logits = self.graphs[size]
         graph.replay()

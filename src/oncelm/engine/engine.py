@@ -305,7 +305,7 @@ class Engine:
                 self.pool.clear_slot(piece.slot)
         hidden = self.runner.prefill([piece for _, piece in step.pieces]) if step.pieces else []
         if self._has_prefilled is not None and step.pieces:
-            self._has_prefilled.record()
+            self._has_prefilled.record(torch.cuda.current_stream(self.model.device))
         for (request, piece), states in zip(step.pieces, hidden, strict=True):
             if states is not None:
                 self._add_prompt_logprobs(request, piece, states)

@@ -107,7 +107,7 @@ class Sampler:
         on_host, event = _to_host(tokens), None
         if self.device.type == "cuda":
             event = torch.cuda.Event()
-            event.record()
+            event.record(torch.cuda.current_stream(self.device))  # not the current device's: it may be another
         return Choice(logits, rows, largest, tokens, on_host, arriving, measured, event)
 
     @torch.no_grad()
