@@ -89,7 +89,7 @@ def test_what_cannot_be_had_is_refused_by_name(capsys) -> None:
     }.items():
         with pytest.raises(ValueError, match=rf"{name}=.* LlamaForCausalLM runs requests one at a time"):
             open_llm("transformers", **{name: value})
-    with pytest.raises(ValueError, match="enable_prefix_caching"):
+    with pytest.raises(ValueError, match="a document cannot be kept: LlamaForCausalLM runs requests one at a time"):
         open_llm("transformers").read([5, 6, 7])
     with pytest.raises(ValueError, match="dtype"):
         open_llm("transformers", kv_cache_dtype="float8")

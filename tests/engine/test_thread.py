@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import os
 import threading
 import time
 
@@ -349,6 +350,18 @@ def test_closing_in_time_aborts_the_rest(waits_first) -> None:
             assert (await read_all(mailbox))[-1].outputs[0].finish_reason == "abort"
         await asyncio.wrap_future(thread.ended)
         assert sorted(engine.aborted) == ["0", "1", "2"]
+
+    run(main())
+
+
+def test_a_forked_process_is_told_that_its_engine_is_not_there(monkeypatch) -> None:
+    async def main() -> None:
+        with engine_thread(CountingEngine()) as thread:
+            monkeypatch.setattr(os, "getpid", lambda: -1)
+            with pytest.raises(EngineStopped, match="was forked"):
+                begin(thread, "0", max_tokens=2)
+            with pytest.raises(EngineStopped, match="was forked"):
+                thread.call(int)
 
     run(main())
 

@@ -71,7 +71,7 @@ class LLM:
             if device is not None or dtype is not None:
                 raise ValueError("device and dtype are for a model that is loaded; the one given has its own.")
             if quantization is not None or compile:
-                set_execution(model, type(model).__name__, compile, quantization)
+                set_execution(model, "the model given", compile, quantization)
         else:
             if tokenizer is None:
                 tokenizer = _tokenizer_of(model)

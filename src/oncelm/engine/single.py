@@ -59,6 +59,9 @@ class SingleEngine(Engine):
             )
         return super().add_request(request_id, prompt, params, **options)
 
+    def add_document(self, request_id: str, document: Prompt, **options: Any) -> Any:
+        raise ValueError(f"a document cannot be kept: {self._reason}")
+
     def _plan_memory(self, limits: Limits) -> MemoryPlan:
         """One request, on one page in name only: the session takes the memory that it needs as it goes."""
         config = self.model.config.get_text_config()

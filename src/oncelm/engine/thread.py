@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 import time
 from collections import defaultdict, deque
@@ -133,6 +134,7 @@ class EngineThread:
         self._mailboxes: dict[str, Mailbox] = {}
         self._deadline: float | None = None  # when those that still run are aborted; None: it is open
         self._cause: BaseException | None = None
+        self._process = os.getpid()
         self.ended: Future[None] = Future()
         self._thread = threading.Thread(target=self._run, name="oncelm-engine", daemon=True)
         self._thread.start()
@@ -148,6 +150,7 @@ class EngineThread:
             EngineStopped: it is closed, or has failed.
             ValueError: a request with this id is running.
         """
+        self._check_process()
         request_id = mailbox.request_id
 
         def add() -> None:
@@ -185,6 +188,7 @@ class EngineThread:
         Raises:
             EngineStopped: it is closed, or has failed.
         """
+        self._check_process()
         with self._changed:
             if self._cause is not None:
                 raise self._stopped()
@@ -205,6 +209,10 @@ class EngineThread:
         self.close(timeout=0)
         if threading.current_thread() is not self._thread:
             self._thread.join()
+
+    def _check_process(self) -> None:
+        if self._process != os.getpid():
+            raise EngineStopped("this process was forked, and the engine's thread was not: make an engine here.")
 
     def _add_call(self, function: Callable[[], T]) -> Future[T]:
         answer: Future[T] = Future()

@@ -1,12 +1,14 @@
 """Work that a step must not wait for: one thread that does it in order, and room for so many bytes of it.
 
-What was submitted is done before Python ends, even if nobody closes anything.
+What was submitted is done before Python ends, even if nobody closes anything. A process that was forked has a thread of
+its own: what was submitted before is its parent's to do.
 """
 
 from __future__ import annotations
 
 import atexit
 import logging
+import os
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -20,11 +22,19 @@ class Writer:
 
     def __init__(self, room: int) -> None:
         self.room = room
+        self._begin()
+        atexit.register(self.flush)
+
+    def _begin(self) -> None:
+        self._process = os.getpid()
         self._waiting = 0
         self._changed = threading.Condition()
         self._tasks: deque[tuple[int, Task]] = deque()
         self._thread: threading.Thread | None = None
-        atexit.register(self.flush)
+
+    def _check_process(self) -> None:
+        if self._process != os.getpid():  # the thread is not here, and a lock that it held is never released
+            self._begin()
 
     @property
     def is_behind(self) -> bool:
@@ -33,6 +43,7 @@ class Writer:
 
     def submit(self, task: Task, num_bytes: int = 0) -> bool:
         """Do `task` later; False where too many bytes wait. One of any size is taken when nothing else waits."""
+        self._check_process()
         with self._changed:
             if num_bytes and self._waiting and self._waiting + num_bytes > self.room:
                 return False
@@ -45,6 +56,7 @@ class Writer:
 
     def flush(self) -> None:
         """Return when all that was submitted is done."""
+        self._check_process()
         with self._changed:
             self._changed.wait_for(lambda: self._thread is None)
 
