@@ -150,6 +150,32 @@ def test_several_threads() -> None:
     assert not llm._news
 
 
+def test_a_stream_that_is_given_up_within_a_step(monkeypatch) -> None:
+    """As where Python collects an iterator that nobody has any more, which it does at any moment."""
+    llm = make_llm(enable_prefix_caching=False)
+    stream = llm.stream(TEXTS[0], GREEDY)
+    next(stream)
+    memory = llm.engine.memory
+    reserve = memory.reserve
+
+    def collected(request: Any, num_tokens: int) -> bool:
+        if request.request_id == "0":
+            stream.close()
+        return reserve(request, num_tokens)
+
+    monkeypatch.setattr(memory, "reserve", collected)
+    (output,) = llm.generate(TEXTS[1], GREEDY, use_tqdm=False)
+    assert len(output.outputs[0].token_ids) == 6
+    assert llm.metrics().counts.finished == {"abort": 1, "length": 1}
+    assert llm.engine.pages.num_used == llm.engine.slots.num_used == 0
+
+
+def test_a_document_that_was_not_read_to_its_end() -> None:
+    llm = make_llm(max_num_batched_tokens=4)
+    with pytest.raises(EngineStopped, match="before the document was read"):
+        llm.read("All happy families are alike", lambda done: llm.close())
+
+
 def test_closed() -> None:
     """The memory is free though the object is still there, as the last one is where a notebook makes another."""
     llm = make_llm()

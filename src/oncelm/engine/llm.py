@@ -24,7 +24,7 @@ from oncelm.engine.options import engine_options
 from oncelm.engine.outputs import RequestOutput
 from oncelm.engine.params import SamplingParams, as_params
 from oncelm.engine.single import make_engine
-from oncelm.engine.thread import Newest
+from oncelm.engine.thread import EngineStopped, Newest
 from oncelm.models.load import load, read_config, set_execution
 from oncelm.models.registry import presets
 from oncelm.utils.errors import shown
@@ -83,6 +83,8 @@ class LLM:
         self._numbers = itertools.count()
         self._open: set[str] = set()  # requests that somebody waits for
         self._news: dict[str, RequestOutput] = {}  # theirs that have changed
+        self._is_stepping = False
+        self._left: list[str] = []  # requests that are to be aborted behind the step that runs
         self._lock = threading.RLock()  # of the engine and of these: one thread at a time
 
     def generate(
@@ -201,6 +203,8 @@ class LLM:
 
         Raises:
             ValueError: there is no prefix cache, or the document does not fit.
+            MemoryError: memory ran out while it was read.
+            EngineStopped: the engine was closed before it was read.
         """
         request_id = self._begin()
         try:
@@ -215,6 +219,8 @@ class LLM:
                     progress(length if output.finished else self.engine.num_read(request_id))
         finally:
             self._end([request_id])
+        if output.outputs[0].finish_reason == "abort":
+            raise EngineStopped("the engine was closed before the document was read.")
         if output.outputs[0].error is not None:
             raise MemoryError(output.outputs[0].error)
         return length
@@ -247,12 +253,22 @@ class LLM:
         """Nobody waits for these requests any more; those that are not finished are aborted."""
         with self._lock:
             for request_id in ids:
-                self.engine.abort_request(request_id)
                 self._open.discard(request_id)
                 self._news.pop(request_id, None)
+                if self._is_stepping:  # Python may find an iterator that nobody has any more in the middle of a step
+                    self._left.append(request_id)
+                else:
+                    self.engine.abort_request(request_id)
 
     def _step(self) -> None:
-        for output in self.engine.step():
+        self._is_stepping = True
+        try:
+            outputs = self.engine.step()
+        finally:
+            self._is_stepping = False
+            while self._left:
+                self.engine.abort_request(self._left.pop())
+        for output in outputs:
             if output.request_id in self._open:
                 self._news[output.request_id] = output
 
