@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -49,3 +51,12 @@ def test_the_text_beside_them() -> None:
     (token,) = tokenizer("a").input_ids
     table = next(logprobs.tables(logprobs.measure(logits, torch.tensor([token]), [0]), [0], tokenizer))
     assert table[token].decoded_token == "a"
+
+
+def test_of_equal_logits_the_lowest_ids_come_first() -> None:
+    logits = torch.tensor([[0.5, -1.0, 2.0, 0.5, 2.0, -0.0, 0.0, -1.0, 0.5, -math.inf]])
+    order = [2, 4, 0, 3, 8, 5, 6, 1, 7, 9]
+    for count in range(11):
+        measured = logprobs.measure(logits, torch.tensor([4]), [count])
+        assert measured.ids.tolist() == [order[:count]]
+        torch.testing.assert_close(measured.best, logits.log_softmax(-1)[:, order[:count]])

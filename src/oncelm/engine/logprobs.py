@@ -36,8 +36,22 @@ def measure(logits: torch.Tensor, tokens: torch.Tensor, counts: Sequence[int]) -
     ranks = (logits > chosen).sum(-1)
     vocab_size = logits.shape[1]
     width = max((vocab_size if count == ALL else min(count, vocab_size) for count in counts), default=0)
-    best, ids = logits.topk(width, dim=-1)
+    ids = _likeliest(logits, width)
+    best = logits.gather(1, ids)
     return Measured(tokens, (chosen - total)[:, 0], ranks, best - total, ids)
+
+
+def _likeliest(logits: torch.Tensor, count: int) -> torch.Tensor:
+    """Ids [M, count] of the largest of logits [M, V] float32, in order; of equal ones the lowest ids come first.
+
+    `topk` by itself takes other ones of equal logits for another count, so a row would depend on its neighbours. So
+    each logit becomes a whole number of the same order (its bits, those of negative ones turned round), and the id its
+    last digits.
+    """
+    bits, last = (logits + 0.0).view(torch.int32).long(), logits.shape[1] - 1  # + 0.0: there is no -0.0
+    order = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    keys = (order << 32) + torch.arange(last, -1, -1, device=logits.device)
+    return last - (keys.topk(count, dim=-1).values & 0xFFFFFFFF)
 
 
 def tables(
