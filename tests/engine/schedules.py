@@ -129,7 +129,7 @@ def draw_schedule(seed: int, names: tuple[str, ...] = NAMES, num_prompts: int = 
     options = {
         "max_model_len": longest,
         "max_num_seqs": max_num_seqs,
-        "max_num_batched_tokens": max(max_num_seqs, draw.choice((1, 3, 5, 8, 8, 16, 16, 40, 200))),
+        "max_num_batched_tokens": max(max_num_seqs, draw.choice((1, 4, 8, 8, 16, 40, 40, 200))),
         "max_prefill_tokens_beside_decodes": draw.choice((None, 2, 7, 30)),
         "page_size": page_size,
         "kv_cache_dtype": draw.choice(("auto",) * 9 + ("int8",)),
@@ -160,7 +160,7 @@ def _without_limit(draw: random.Random, ask: Ask, longest: int) -> Ask:
 def _asks(draw: random.Random, name: str, num_prompts: int, has_text: bool) -> list[Ask]:
     favourite, crowd = draw.randrange(num_prompts), draw.choice((1, 3, 10, 20))
     found = []
-    for _ in range(draw.choice((1, 2, 3, 4, 5, 8))):
+    for _ in range(draw.choice((1, 2, 3, 4, 4, 6))):
         which = favourite if draw.random() < 0.5 else draw.randrange(num_prompts)
         text = prompts(name, which)
         known = answer(name, text).tokens
@@ -169,7 +169,7 @@ def _asks(draw: random.Random, name: str, num_prompts: int, has_text: bool) -> l
         comes = draw.randrange(crowd)
         leaves = comes + draw.randrange(25) if draw.random() < 0.12 else None
         params = SamplingParams(
-            **draw.choice(({"temperature": 0},) * 5 + VARIED),
+            **draw.choice(({"temperature": 0},) * 15 + VARIED),
             max_tokens=draw.choice((1, 2, 4, 6)),
             n=draw.choice((1, 1, 1, 1, 2, 3, 5)),
             stop_token_ids=[draw.choice(known)] if draw.random() < 0.2 else None,

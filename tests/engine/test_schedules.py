@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import pytest
 
-from tests.engine.answers import NAMES
+from tests.engine.answers import NAMES, tiny_model
 from tests.engine.schedules import draw_schedule, run_schedule
 
 MANY = int(os.environ.get("ONCELM_SCHEDULES", "2000"))
@@ -45,5 +45,7 @@ def test_the_same_schedule_gives_the_same_bits() -> None:
 def test_many_schedules(name) -> None:
     each = -(-MANY // len(NAMES))
     counts = run_all(range(1000, 1000 + each), 30, (name,))
-    for what in ("preemptions", "cached_tokens", "drafts_accepted"):  # what is to be tested does happen
+    # what is to be tested does happen; a model without a cross-decoder keeps nothing that pages could run out for
+    of_pages = ("preemptions",) * bool(tiny_model(name).config.num_cross_decoder_layers)
+    for what in ("cached_tokens", "drafts_accepted", *of_pages):
         assert counts[what] >= each // 20, what
