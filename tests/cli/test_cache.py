@@ -31,8 +31,9 @@ def model(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def cache(capsys, tmp_path) -> Callable[..., SimpleNamespace]:
+def cache(capsys, tmp_path, monkeypatch) -> Callable[..., SimpleNamespace]:
     """Run the verb in a folder of its own; its status, and what it printed."""
+    monkeypatch.delenv("COLUMNS", raising=False)  # tables are whole then
 
     def call(action: str, *arguments: object) -> SimpleNamespace:
         capsys.readouterr()
