@@ -48,6 +48,9 @@ def options_of(verb: str, arguments: list[str]) -> list[str]:
 BEGINNINGS = {
     "generate": [["--model", "yoco", "--prompt", "a", "--tokenizer", "bytes", "--max-new-tokens", "2"],
                  ["--model", "long", "--prompt", "a", "--tokenizer", "bytes", "--max-new-tokens", "2"]],
+    "cache": [["list", "--cache-dir", "store"], ["rm", "absent", "--cache-dir", "store"],
+              ["load", "broken", "absent", "--cache-dir", "store"],
+              ["save", "broken", "text.txt", "--cache-dir", "store"]],
     "info": [["yoco"], ["long"], ["broken"], []],
     "convert": [["yoco", "absent"], ["text.txt", "absent"], ["broken", "absent"]],
     "data": [["info", "text.txt"], ["sample", "text.txt", "--count", "1"], ["prepare", "empty"], ["sample", "yoco"]],
