@@ -45,6 +45,7 @@ import numpy as np
 import torch
 
 from oncelm import bench
+from oncelm.bench.measure import seconds_of, synchronize
 from oncelm.bench.serve.gate import check_engine
 from oncelm.engine.llm import LLM
 from oncelm.engine.metrics import Distribution, distribution
@@ -193,10 +194,6 @@ class Bench:
             self.llm.engine.abort_request(name)
         self.run()
 
-    def synchronize(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
 
 def case_bare(at: Bench) -> None:
     """Prefill and steps of the model alone, before an engine takes the memory."""
@@ -206,7 +203,7 @@ def case_bare(at: Bench) -> None:
     longest = torch.tensor(at.prompts(1, sizes.longest), device=at.device)
     many = torch.tensor(at.prompts(sizes.streams, sizes.behind), device=at.device)
     with torch.no_grad():
-        runs = [_seconds(at, lambda: target.prefill(longest)) for _ in range(3)]  # the first one compiles
+        runs = [seconds_of(lambda: target.prefill(longest), at.device) for _ in range(3)]  # the first one compiles
         at.bare["prefill"] = min(runs)
         session = target.prefill(many, room=2 * sizes.steps + 8)[1]
         token = torch.zeros(sizes.streams, 1, dtype=torch.long, device=at.device)
@@ -216,17 +213,9 @@ def case_bare(at: Bench) -> None:
                 session.step(token)
 
         steps()  # records the graph
-        at.bare["step"] = _seconds(at, steps) / sizes.steps
+        at.bare["step"] = seconds_of(steps, at.device) / sizes.steps
     at.write("bare", prefill_tokens=sizes.longest, prefill_seconds=at.bare["prefill"], prefill_runs=runs,
              sequences=sizes.streams, behind=sizes.behind, step_milliseconds=at.bare["step"] * 1e3)  # fmt: skip
-
-
-def _seconds(at: Bench, run: Callable[[], object]) -> float:
-    at.synchronize()
-    start = time.perf_counter()
-    run()
-    at.synchronize()
-    return time.perf_counter() - start
 
 
 def usual(at: Bench, float8: bool = False) -> LLM:
@@ -248,7 +237,7 @@ def throughput(count: int, length: int, float8: bool) -> Callable[[Bench], None]
         usual(at, float8)
         prompts = at.prompts(count, length)
         warm(at, length)
-        at.synchronize()
+        synchronize(at.device)
         start = time.perf_counter()
         for prompt in prompts:
             at.add(prompt, at.sizes.new_tokens)
@@ -288,11 +277,11 @@ def case_decode(at: Bench) -> None:
     at.run(until=lambda: all_write(at, names))
     for _ in range(sizes.steps // 4):
         at.llm.engine.step()  # type: ignore[union-attr]
-    at.synchronize()
+    synchronize(at.device)
     start = time.perf_counter()
     for _ in range(sizes.steps):
         at.llm.engine.step()  # type: ignore[union-attr]
-    at.synchronize()
+    synchronize(at.device)
     step = (time.perf_counter() - start) / sizes.steps
     at.abort_all(names)
     beside = {"beside_bare": step / at.bare["step"]} if "step" in at.bare else {}
@@ -396,11 +385,11 @@ def held(float8: bool) -> Callable[[Bench], None]:
         engine.step()
         engine.runner = runner
         engine.step()  # warm
-        at.synchronize()
+        synchronize(at.device)
         start, steps = time.perf_counter(), 4
         for _ in range(steps):
             engine.step()
-        at.synchronize()
+        synchronize(at.device)
         seconds = (time.perf_counter() - start) / steps
         preempted = sum(request.output.metrics.num_preemptions for request in engine.scheduler.running)
         running = len(engine.scheduler.running)

@@ -13,13 +13,13 @@ import json
 import random
 import statistics
 import time
-from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from oncelm.bench.measure import seconds_of
 from oncelm.engine.pool import Pool
 from oncelm.engine.runner import Runner
 from oncelm.engine.work import Piece, Row
@@ -29,19 +29,6 @@ from oncelm.utils.environment import environment_report
 
 GATE = 0.03  # largest relative error of bf16 logits, as of two orders of summation in 26 layers
 STEPS, TURNS = 20, 3
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def seconds(run: Callable[[], object], device: torch.device) -> float:
-    synchronize(device)
-    start = time.perf_counter()
-    run()
-    synchronize(device)
-    return time.perf_counter() - start
 
 
 class Sequences:
@@ -115,7 +102,7 @@ def bare_steps(model: YocoForCausalLM, count: int, length: int, kv_dtype: torch.
             tokens.tolist()
 
     steps(4)
-    return [seconds(lambda: steps(STEPS), model.device) / STEPS for _ in range(TURNS)]
+    return [seconds_of(lambda: steps(STEPS), model.device) / STEPS for _ in range(TURNS)]
 
 
 def engine_steps(held: Sequences, drafts: int = 0) -> dict[str, list[float]]:
@@ -137,7 +124,7 @@ def engine_steps(held: Sequences, drafts: int = 0) -> dict[str, list[float]]:
 
     steps(4)
     calls.clear()
-    return {"step": [seconds(lambda: steps(STEPS), device) / STEPS for _ in range(TURNS)], "call": calls}
+    return {"step": [seconds_of(lambda: steps(STEPS), device) / STEPS for _ in range(TURNS)], "call": calls}
 
 
 def prefill_both(model: YocoForCausalLM, length: int, page_size: int, repeats: int) -> dict[str, list[float]]:
@@ -161,7 +148,7 @@ def prefill_both(model: YocoForCausalLM, length: int, page_size: int, repeats: i
     found: dict[str, list[float]] = {"model": [], "engine": []}
     for turn in range(repeats + 1):
         for name, run in (("model", bare), ("engine", pieces)):
-            took = seconds(run, model.device)
+            took = seconds_of(run, model.device)
             if turn:
                 found[name].append(took)
     return found
@@ -174,7 +161,7 @@ def packed_prefill(model: YocoForCausalLM, count: int, length: int, page_size: i
     runner = Runner(model, pool, max_num_seqs=count, max_pages=pages)
     tokens = torch.randint(5, model.config.vocab_size, (count, length)).tolist()
     pieces = [Piece(n + 1, list(range(n * pages + 1, (n + 1) * pages + 1)), 0, own) for n, own in enumerate(tokens)]
-    return [seconds(lambda: runner.prefill(pieces), model.device) for _ in range(repeats + 1)][1:]
+    return [seconds_of(lambda: runner.prefill(pieces), model.device) for _ in range(repeats + 1)][1:]
 
 
 def main() -> None:

@@ -47,10 +47,10 @@ def measure(run: Callable[[], object], repeats: int, device: torch.device, long_
 
     A warm-up call longer than `long_run` seconds is itself the figure, and `run` is not called again.
     """
-    first = _seconds(run, device)
+    first = seconds_of(run, device)
     if first > long_run:
         return Timing((first,))
-    return Timing(tuple(_seconds(run, device) for _ in range(repeats)))
+    return Timing(tuple(seconds_of(run, device) for _ in range(repeats)))
 
 
 def kernel_times(run: Callable[[], object], device: torch.device) -> dict[str, Any]:
@@ -67,7 +67,8 @@ def kernel_times(run: Callable[[], object], device: torch.device) -> dict[str, A
     return {"kernel_milliseconds": sum(getattr(event, clock) for event in events) / 1e3, "kernels": kernels}
 
 
-def _seconds(run: Callable[[], object], device: torch.device) -> float:
+def seconds_of(run: Callable[[], object], device: torch.device) -> float:
+    """Seconds of one call, until the device is done."""
     synchronize(device)
     start = time.perf_counter()
     run()
